@@ -1,0 +1,299 @@
+"""The console `gpt2`: read the configuration, start what was asked, say what came of it. Holds no logic and no default.
+
+Prefect reads its settings when it is imported, and takes 3 s for that, so the flows are imported inside the verbs.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model.config import RunConfig, load_config
+from storage.errors import StorageError
+from storage.layout import open_store
+
+console = Console(soft_wrap=True)
+app = typer.Typer(
+    help="Pretrain GPT-2 from scratch: text to shards, training and evaluation as one pipeline.",
+    epilog="Start with: gpt2 demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+dataset = typer.Typer(help="Build and check datasets.", no_args_is_help=True)
+app.add_typer(dataset, name="dataset")
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="A TOML file; it holds just what differs from the defaults.", metavar="FILE"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, as train.max_steps=200; may be given many times.", metavar="FIELD=VALUE"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
+DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
+RECORDS_SECONDS = 15.0  # Prefect's records of task runs lag behind their end
+
+
+def main() -> None:
+    """Run the console; what a user can mend is a message and exit code 2."""
+    try:
+        app()
+    except (ValueError, StorageError) as error:
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "JobFailed":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(verbose: Verbose = False) -> None:
+    """The whole pipeline in minutes, offline: Python's own documentation to a trained, evaluated model."""
+    from flows.demo import write_corpus
+
+    config = load_config(DEMO, [])
+    started = time.monotonic()
+    with console.status("writing the corpus from Python's own documentation"):
+        write_corpus(Path(config.data.source).parent)
+    _pretrain(config, verbose)
+    console.print(
+        f"took       {time.monotonic() - started:,.0f} s; the same command again finds it all done", highlight=False
+    )
+
+
+@app.command()
+def pretrain(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """The whole pipeline: source files to shards, training, evaluation, report. Run again, it goes on where it stood.
+
+    Settings come from --config FILE (see deploy/configs/) and from any number of --set section.field=value.
+    """
+    _pretrain(load_config(config, overrides or []), verbose)
+
+
+@dataset.command("build")
+def dataset_build(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Make the shards that are missing and seal a new version of the dataset; nothing new gives no new version."""
+    asked = load_config(config, overrides or [])
+    _check(asked)
+    with _prefect(verbose):
+        from flows.pretrain import build_dataset
+
+        _run_flow(build_dataset, asked)
+
+
+@dataset.command("verify")
+def dataset_verify(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Delete what is damaged and make it again.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Read every shard of the dataset's newest version. Exit code 1 when one is damaged or missing."""
+    from storage.manifest import latest_manifest
+    from storage.shards import forget, verify
+
+    asked = load_config(config, overrides or [])
+    store = open_store(asked.store_url)
+    manifest = latest_manifest(store, asked.data.dataset)
+    if manifest is None:
+        raise ValueError(
+            f"dataset {asked.data.dataset!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build."
+        )
+    damaged = []
+    for row in manifest.rows():
+        if (wrong := verify(store, asked.data.dataset, row.shard_id, row.sha256)) is not None:
+            console.print(f"damaged    {row.shard_id}: {wrong}", highlight=False)
+            damaged.append(row.shard_id)
+    whole = len(manifest.shard_ids) - len(damaged)
+    console.print(f"verify     {whole:,} of {len(manifest.shard_ids):,} shards are whole", highlight=False)
+    if not damaged:
+        return
+    if not repair:
+        console.print("to mend    gpt2 dataset verify --repair (with the same --config and --set)", highlight=False)
+        raise typer.Exit(1)
+    for shard_id in damaged:
+        forget(store, asked.data.dataset, shard_id)
+    dataset_build(config, overrides, verbose)
+
+
+@app.command()
+def train(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Train the run to its last step, on the dataset's newest version or the one the run is pinned to."""
+    asked = load_config(config, overrides or [])
+    open_store(asked.store_url)
+    with _prefect(verbose):
+        from flows.train import train as flow
+
+        _run_flow(flow, asked)
+
+
+@app.command()
+def evaluate(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Evaluate the newest checkpoint (validation loss, completion or HellaSwag, samples), then write the report."""
+    asked = load_config(config, overrides or [])
+    open_store(asked.store_url)
+    with _prefect(verbose):
+        from flows.pretrain import evaluate_and_report
+
+        _summary(_run_flow(evaluate_and_report, asked), asked)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let the run's newest checkpoint go on writing after a prompt."""
+    asked = load_config(config, overrides or [])
+    drawn = asked.evaluation
+    words = [sys.executable, "-m", "model.sampling", asked.store_url, asked.name, "--prompt", prompt]
+    words += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(drawn.sample_tokens)]
+    words += ["--temperature", str(drawn.temperature), "--top-k", str(drawn.top_k), "--top-p", str(drawn.top_p)]
+    raise typer.Exit(subprocess.run(words, check=False).returncode)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run's name; none: all runs and datasets.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """What is done, what is missing, what failed and why: read from the store, works with no Prefect at all."""
+    from flows import status as found
+
+    store = open_store(load_config(config, overrides or []).store_url)
+    lines = [line for name in ([run] if run else found.run_names(store)) for line in found.run_status(store, name)]
+    if run is None:
+        lines += [line for name in found.dataset_names(store) for line in found.dataset_status(store, name)]
+    for line in lines:
+        console.print(f"{line.what:<20} {line.state}", highlight=False, markup=False)
+        if line.why:
+            console.print(f"{'':<20} failed: {line.why}", highlight=False, markup=False, style="red")
+    if not lines:
+        console.print(f"{store.url} is empty. Start with: gpt2 demo", highlight=False)
+
+
+@app.command()
+def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Check versions, store, disk and server; each line is a verdict with its remedy. Exit code 1 when one is bad."""
+    from flows.doctor import examine
+
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    bad = 0
+    for verdict in examine(load_config(config, overrides or []).store_url):
+        table.add_row("[green]ok[/]" if verdict.well else "[bold red]bad[/]", verdict.what, verdict.found)
+        bad += not verdict.well
+    console.print(table)
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's UI on this host.")] = 4200,
+) -> None:
+    """Keep Prefect's server and UI running for this folder until Ctrl-C; the other verbs then use it."""
+    from flows import server
+
+    server.check_port(port)
+    with console.status("starting Prefect's server"), server.serving(port):
+        console.print(f"UI         http://127.0.0.1:{port}", highlight=False)
+        console.print("in another terminal: gpt2 demo, gpt2 pretrain, …   Ctrl-C stops", highlight=False)
+        server.wait_for_end()
+    console.print("stopped", highlight=False)
+
+
+def _pretrain(config: RunConfig, verbose: bool) -> None:
+    _check(config)
+    with _prefect(verbose):
+        from flows.pretrain import pretrain as flow
+
+        _summary(_run_flow(flow, config), config)
+
+
+def _check(config: RunConfig) -> None:
+    """Find in a moment what would end the flow after Prefect's start: the store, the source, names that are bound."""
+    from flows.preflight import check
+
+    check(config)
+
+
+@contextmanager
+def _prefect(verbose: bool) -> Iterator[None]:
+    """A server to talk to, and Prefect's own log kept off the console unless it is asked for."""
+    from flows.server import prefect_server
+
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    with console.status("starting Prefect's server"):
+        server = prefect_server()
+        url = server.__enter__()
+    try:
+        console.print(f"Prefect    {url.removesuffix('/api')}", highlight=False)
+        yield
+    finally:
+        server.__exit__(None, None, None)
+
+
+def _run_flow(flow: Any, config: RunConfig) -> Any:
+    """Run the flow in this process, show its progress, and wait until Prefect has written down what happened."""
+    from prefect.utilities.urls import url_for
+
+    from flows import progress, records
+
+    def show_page(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001  # Prefect calls it by these names
+        console.print(f"run        {url_for('flow-run', obj_id=flow_run.id)}", highlight=False)
+
+    since = datetime.now(UTC)
+    with progress.on_console(console):
+        try:
+            return flow.with_options(on_running=[show_page])(config)
+        finally:
+            records.wait(since, RECORDS_SECONDS)
+
+
+def _summary(facts: dict[str, Any], config: RunConfig) -> None:
+    """The last lines: what was made, how good it is, where to look."""
+    data, training = facts["dataset"], facts["training"]
+    rows = [
+        ("dataset", f"{data['name']}: {data['tokens']:,} tokens, {data['shards']} shards, manifest {data['manifest']}"),
+        ("training", f"{training['steps']:,} steps, loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"),
+    ]
+    for evaluation in facts["evaluations"]:
+        rows.append(
+            (evaluation["name"], ", ".join(f"{name} {value:.4f}" for name, value in evaluation["metrics"].items()))
+        )
+    if facts["samples"]:
+        written = facts["samples"][0]
+        rows.append(("sample", " ".join((written["prompt"] + written["text"]).split())))
+    rows += [
+        ("report", f"{config.store_url.rstrip('/')}/{facts['report']}"),
+        ("UI", "gpt2 serve, then http://127.0.0.1:4200"),
+    ]
+    console.print()
+    for name, text in rows:
+        console.print(f"{name:<10} {text}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()

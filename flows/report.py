@@ -1,0 +1,145 @@
+"""The last stage: one page for people about a run, made from what the store holds. Computes no metric."""
+
+import io
+import json
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.progress import say
+from model.config import RunConfig
+from model.history import checkpoints, read_metrics
+from model.run import Run, read_run
+from storage import keys
+from storage.layout import open_store
+from storage.manifest import Manifest, read_manifest
+from storage.store import Store, overwrite
+
+INK = "#010203"  # drawn with this colour, then replaced by the page's own, so that a curve is legible light and dark
+LINE = "#3b82c4"
+
+
+@task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
+def write_report(run_name: str, store_url: str) -> dict[str, Any]:
+    """Write report.html and report.md of a run. Returns the facts they show."""
+    store = open_store(store_url)
+    run = read_run(store, run_name)
+    facts = run_facts(store, run)
+    templates = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = templates.from_string(files("flows").joinpath("report.html").read_text())
+    curves = {
+        "Loss": curve(facts["metrics"], "loss", "nats a token", "val_loss"),
+        "Learning rate": curve(facts["metrics"], "learning_rate", "", None),
+    }
+    overwrite(store, keys.report(run_name, "html"), page.render(facts | {"curves": curves}).encode())
+    text = markdown(facts)
+    overwrite(store, keys.report(run_name, "md"), text.encode())
+    create_markdown_artifact(text, key="report", description=f"Report of {run_name}")
+    return {name: facts[name] for name in ("name", "dataset", "training", "evaluations", "samples")} | {
+        "report": keys.report(run_name, "html")
+    }
+
+
+@flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
+def report(config: RunConfig) -> dict[str, Any]:
+    """Write the run's report with whatever is there."""
+    facts = write_report(config.name, config.store_url)
+    say("report", f"written to {config.store_url.rstrip('/')}/{facts['report']}")
+    return facts
+
+
+def run_facts(store: Store, run: Run) -> dict[str, Any]:
+    """All that a report shows, from the store alone."""
+    manifest = read_manifest(store, run.dataset, run.manifest)
+    metrics = read_metrics(store, run.name)
+    kept = checkpoints(store, run.name)
+    found = read_evaluations(store, run.name, kept[-1].step) if kept else []
+    return {
+        "name": run.name,
+        "code_version": run.code_version,
+        "config": run.config,
+        "dataset": _dataset_card(run, manifest),
+        "metrics": metrics,
+        "training": {
+            "steps": kept[-1].step if kept else 0,
+            "max_steps": run.config["train"]["max_steps"],
+            "first_loss": metrics[0]["loss"] if metrics else None,
+            "last_loss": metrics[-1]["loss"] if metrics else None,
+        },
+        "evaluations": [evaluation for evaluation in found if evaluation["metrics"]],
+        "samples": [written for evaluation in found for written in evaluation.get("samples", [])],
+    }
+
+
+def read_evaluations(store: Store, run: str, step: int) -> list[dict[str, Any]]:
+    """The evaluations of one checkpoint that are there, sorted by name."""
+    prefix = keys.evaluation(run, step, "x").removesuffix("x.json")
+    return [json.loads(store.read(listed.key).body) for listed in store.list(prefix) if listed.key.endswith(".json")]
+
+
+def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | None) -> str:
+    """One number over the steps as an inline SVG, with the values of `points` marked where a step has them."""
+    import matplotlib as mpl  # 1 s to import, so only when a page is drawn
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.color": INK, "axes.labelcolor": INK,
+                         "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "font.size": 10}):  # fmt: skip
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        steps = [line["step"] + 1 for line in metrics]
+        axes.plot(steps, [line[name] for line in metrics], color=LINE, linewidth=1.6, label="train")
+        marked = [line for line in metrics if points and points in line]
+        if marked and points:
+            places, heights = [line["step"] + 1 for line in marked], [line[points] for line in marked]
+            axes.plot(places, heights, "o", color="#d9822b", markersize=5, label="val")
+            axes.legend(frameon=False)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2, color=INK)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    data, training = facts["dataset"], facts["training"]
+    lines = [f"# Run {facts['name']}", ""]
+    lines += [f"Dataset {data['name']}, manifest `{data['manifest']}`", ""]
+    lines += ["| split | shards | documents | tokens |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {split} | {sums['shards']:,} | {sums['documents']:,} | {sums['tokens']:,} |"
+        for split, sums in data["totals"].items()
+    ]
+    lines += ["", f"{training['steps']:,} of {training['max_steps']:,} steps"]
+    if training["last_loss"] is not None:
+        lines[-1] += f", training loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"
+    lines += ["", "| metric | value | convention |", "| --- | ---: | --- |"]
+    for evaluation in facts["evaluations"]:
+        lines += [
+            f"| {name} | {value:.4f} | {evaluation['convention']} |" for name, value in evaluation["metrics"].items()
+        ]
+    for written in facts["samples"]:
+        quoted = (written["prompt"] + written["text"]).replace("\n", "\n> ")
+        lines += ["", f"> {quoted}"]
+    return "\n".join(lines) + "\n"
+
+
+def _dataset_card(run: Run, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "name": run.dataset,
+        "manifest": manifest.digest,
+        "source": run.config["data"]["source"],
+        "totals": manifest.totals,
+        "shards": len(manifest.shard_ids),
+        "tokens": sum(sums["tokens"] for sums in manifest.totals.values()),
+        "tokenizer": manifest.tokenizer,
+    }

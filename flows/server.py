@@ -1,0 +1,177 @@
+"""A Prefect server of one's own: on a free port of this host, with its database in `.gpt2`. Knows no flow.
+
+python -m flows.server --port 4210 --parent PID      the server process; ends when its parent dies
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.parent import end_with_parent
+
+HOME = Path(".gpt2")
+SERVED = HOME / "server.json"  # where `gpt2 serve` is, while it runs
+START_SECONDS = 120.0  # the first start makes the database: 15 s on two busy cores
+SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_CLI_COLORS": "false",
+    # task runs are recorded one by one by default, 25 to 30 a second; in batches the records keep up
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+
+
+def prefect_environment(port: int | None = None) -> dict[str, str]:
+    """Prefect's settings for this project, for the server and for its clients."""
+    environment = SETTINGS | {"PREFECT_HOME": str((HOME / "prefect").absolute())}
+    if port is not None:
+        url = f"http://127.0.0.1:{port}/api"
+        # the UI asks port 4200 for its data unless it is told otherwise
+        environment |= {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
+    return environment
+
+
+@contextmanager
+def prefect_server() -> Iterator[str]:
+    """The address of a Prefect server that this process may use, put into its environment; its own is stopped again.
+
+    Taken in this order: the one PREFECT_API_URL names, the one `gpt2 serve` keeps, a new one on a free port.
+    """
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url
+        return
+    if (port := served_port()) is not None:
+        os.environ.update(prefect_environment(port))
+        yield os.environ["PREFECT_API_URL"]
+        return
+    port = free_port()
+    os.environ.update(prefect_environment(port))
+    with running_server(port):
+        yield os.environ["PREFECT_API_URL"]
+
+
+def served_port() -> int | None:
+    """The port of the server that `gpt2 serve` keeps for this folder, when it answers."""
+    try:
+        port = int(json.loads(SERVED.read_text())["port"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return port if healthy(port) else None
+
+
+@contextmanager
+def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on that port for as long as the block lasts. Raises ValueError when it does not come up."""
+    HOME.mkdir(exist_ok=True)
+    log = HOME / "server.log"
+    words = [sys.executable, "-m", "flows.server", "--port", str(port), "--parent", str(os.getpid())]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env=os.environ | prefect_environment(port),
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ValueError(
+                    f"Prefect's server was asked for on port {port}, it did not come up (exit code {process.poll()}). "
+                    f"Its log says why: {log.absolute()}"
+                )
+            time.sleep(0.2)
+        yield process
+    finally:
+        _stop(process)
+
+
+@contextmanager
+def serving(port: int) -> Iterator[None]:
+    """A server that the verbs of this folder find and use, for as long as the block lasts."""
+    with running_server(port):
+        SERVED.write_text(json.dumps({"port": port}))
+        try:
+            yield
+        finally:
+            SERVED.unlink(missing_ok=True)
+
+
+def wait_for_end() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    asked = threading.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: asked.set())
+    while not asked.wait(1):
+        pass
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise ValueError when somebody listens on the port already."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} of 127.0.0.1 was asked for, it cannot be had: {error.strerror}. "
+                f"Stop what listens there, or choose another: --port {port + 1}"
+            ) from error
+
+
+def healthy(port: int) -> bool:
+    """Whether a Prefect server answers there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2) as answer:  # http
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and all it started."""
+    for sign, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(seconds)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main() -> None:
+    """Become Prefect's server, and end with the process that asked for it."""
+    parser = argparse.ArgumentParser(prog="python -m flows.server")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    asked = parser.parse_args()
+    end_with_parent(asked.parent)
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(final=True), host="127.0.0.1", port=asked.port, timeout_keep_alive=5, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The third stage: pin the run, then train it in processes of its own, from wherever its newest checkpoint stands."""
+
+import threading
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from flows.launch import JobFailed, Processes
+from flows.progress import Bar, say
+from model.config import RunConfig
+from model.history import read_metrics
+from model.job import Job, ask, note_failure, read_result
+from model.run import Run, pin_run, pinned_run, training_job
+from storage import keys
+from storage.errors import ObjectMissing
+from storage.layout import open_store
+from storage.manifest import latest_manifest
+from storage.store import Store, read_json
+
+WATCH_SECONDS = 1.0
+
+
+def run_job(store: Store, job: Job, processes: Processes, ranks: int = 1) -> Any:
+    """Run a job in a process and return its result, from a task's thread; a job that is done is Skipped.
+
+    Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
+    """
+    if (result := read_result(store, job)) is not None:
+        return Completed(name="Skipped", message="its result was there", data=result)
+    try:
+        processes.run(ask(store, job), get_run_logger().info, ranks)
+        if (result := read_result(store, job)) is None:
+            raise JobFailed(
+                f"job {job.job_id!r} stopped before its end, as it was asked to. Run the same command again."
+            )
+    except (JobFailed, ValueError) as error:
+        note_failure(store, keys.result(job.run, job.job_id), str(error))
+        raise
+    return result
+
+
+@task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
+def train_model(job: Job, store_url: str, processes: Processes, ranks: int) -> Any:
+    """Wait for the training's processes. Returns the result: the last step and the tokens seen."""
+    return run_job(open_store(store_url), job, processes, ranks)
+
+
+@flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
+def train(config: RunConfig, manifest: str | None = None, items: str | None = None) -> dict[str, Any]:
+    """Train the run to its last step. Without a manifest, a new run takes the dataset's newest."""
+    store = open_store(config.store_url)
+    run = pinned_run(store, config) or pin_run(store, config, manifest or _newest(store, config), items)
+    job = training_job(run)
+    done_before = read_result(store, job) is not None
+    bar = Bar("train", config.train.max_steps, "steps")
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(store, run, bar, ended), daemon=True)
+    watcher.start()
+    try:
+        with Processes(config.store_url) as processes:
+            future = train_model.submit(job, config.store_url, processes, config.resources.processes)
+            processes.serve([future])  # type: ignore[list-item]  # a thread runner's future
+        result: dict[str, Any] = future.result()
+    finally:
+        ended.set()
+        watcher.join()
+        bar.close()
+    metrics = read_metrics(store, run.name)
+    say("train", f"{result['step']:,} of {config.train.max_steps:,} steps done{', found so' if done_before else ''}: "
+                 f"loss {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}")  # fmt: skip
+    _show(run, metrics)
+    return result
+
+
+def _newest(store: Store, config: RunConfig) -> str:
+    manifest = latest_manifest(store, config.data.dataset)
+    if manifest is None:
+        raise ObjectMissing(
+            f"dataset {config.data.dataset!r}: a sealed version was asked for, store {config.store_url!r} has none. "
+            f"Build it first: gpt2 dataset build"
+        )
+    return manifest.digest
+
+
+def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
+    """Follow the trainer's progress object until the training ends."""
+    while not ended.wait(WATCH_SECONDS):
+        progress: dict[str, Any] = read_json(store, keys.progress(run.name)) or {}
+        if lines := progress.get("since_checkpoint"):
+            bar.to(progress["step"], f"loss {lines[-1]['loss']:.3f}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
+
+
+def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
+    shown = metrics[:: max(len(metrics) // 20, 1)]
+    if shown[-1] is not metrics[-1]:
+        shown.append(metrics[-1])
+    lines = [
+        f"# Training of {run.name}",
+        "| step | loss | learning rate | gradient norm |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {line['step'] + 1:,} | {line['loss']:.4f} | {line['learning_rate']:.2e} | {line['gradient_norm']:.2f} |"
+        for line in shown
+    ]
+    create_markdown_artifact("\n".join(lines), key="train-metrics", description=f"Loss of {run.name}")

@@ -1,0 +1,83 @@
+"""One process of a job: `python -m model <store url> <job key>`, or `torchrun -m model …` for many ranks.
+
+`--processes N` starts torchrun's own launcher here with N ranks on this host. A process that was started by another
+one ends when that one dies, however it dies. Exit codes: 0 done or stopped at a checkpoint, 2 what a user can mend.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from model.distributed import DDPConfig
+from model.job import answer, read_job, read_result
+from model.parent import end_with_parent
+from model.scoring import evaluate
+from model.trainer import Trainer
+from storage.errors import StorageError
+from storage.layout import open_store
+
+USER_ERROR = 2
+
+
+def run_job(store_url: str, job_key: str) -> int:
+    """Do the job as this rank. Returns the exit code."""
+    ddp = DDPConfig.detect(os.environ)
+    try:
+        store = open_store(store_url)
+        job = read_job(store, job_key)
+        if read_result(store, job) is not None:
+            return 0
+        if ddp.is_main:
+            print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device}", flush=True)
+        with ddp.process_group():
+            result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
+        if not ddp.is_main:
+            return 0
+        if result is None:
+            print(f"{job.job_id}: stopped as asked, saved; the same command goes on from here", flush=True)
+            return 0
+        answer(store, job, result)
+    except (ValueError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except Exception:
+        print(f"rank {ddp.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Parse the words, then be one rank or torchrun's launcher of many."""
+    parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
+    parser.add_argument("store_url", help="the store: ./data")
+    parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
+    parser.add_argument(
+        "--processes", type=int, help="ranks on this host, by torchrun's launcher; 0: one a GPU, else 1"
+    )
+    parser.add_argument("--parent", type=int, help="end when this process, which must have started this one, dies")
+    asked = parser.parse_args()
+    if asked.parent is not None:
+        end_with_parent(asked.parent)
+    processes = 1 if asked.processes is None else asked.processes or torch.cuda.device_count() or 1
+    if processes > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))  # torchrun would take 1, and warn
+        words = ["--standalone", "--nproc-per-node", str(processes), "-m", "model", asked.store_url, asked.job_key]
+        try:
+            torchrun([*words, "--parent", str(os.getpid())])
+        except ChildFailedError as error:  # the rank has said why
+            return max(error.get_first_failure()[1].exitcode, 1)
+        except SignalException:
+            pass  # passed on to the ranks, which have saved
+        return 0
+    return run_job(asked.store_url, asked.job_key)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""The configuration: one frozen tree of settings, each with its unit, checked once. Opens no store, imports no torch.
+
+*What is computed* (`data`, `model`, `train`, `evaluation`) enters recipes; *how it runs* (`resources`, `store_url`)
+never does. Secrets and endpoints are environment, never configuration.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storage import keys
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and every unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Which text becomes which shards."""
+
+    dataset: str = Field("fineweb-edu-10b", description="The dataset's name in the store.")
+    source: str = Field(
+        "HuggingFaceFW/fineweb-edu",
+        description="A Hub dataset, or a path, folder or glob of .parquet or .jsonl files.",
+    )
+    config: str = Field("sample-10BT", description="Configuration of a Hub dataset.")
+    revision: str = Field("main", description="Revision of a Hub dataset: branch, tag or commit.")
+    text_column: str = Field("text", description="The column that holds the documents.")
+    shard_tokens: Positive = Field(10_000_000, description="Tokens in a full shard; 2 bytes each.")
+    val_shards: Positive = Field(10, description="The first shards of the first version are the val split.")
+
+
+class ModelConfig(Section):
+    """The shape of GPT-2; the defaults are the 124M model's."""
+
+    layers: Positive = Field(12, description="Transformer blocks.")
+    heads: Positive = Field(12, description="Attention heads a block; must divide the width.")
+    width: Positive = Field(768, description="Channels of the residual stream.")
+    context_tokens: Positive = Field(1_024, description="Longest sequence, in tokens: learnt positions.")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width = {self.width} cannot be divided among model.heads = {self.heads} heads. "
+                f"Try a width of {self.width // self.heads * self.heads or self.heads}."
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The optimizer, the schedule and what a step is; the defaults are the 19,073-step run of GPT-2 124M."""
+
+    sequence_tokens: Positive = Field(512, description="T: tokens of one sequence.")
+    micro_batch_sequences: Positive = Field(8, description="Sequences in one forward pass on one rank.")
+    batch_tokens: Positive = Field(524_288, description="Tokens of one step, over all ranks.")
+    max_steps: Positive = Field(19_073, description="Optimizer steps of the whole run.")
+    warmup_steps: int = Field(715, ge=0, description="Steps in which the learning rate rises to its maximum.")
+    learning_rate: float = Field(6e-4, gt=0, description="Maximum learning rate.")
+    min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine.")
+    weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; vectors have none.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped in training.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Arithmetic of the forward pass; auto: bf16 where a GPU has it, else fp32."
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on with CUDA only.")
+    seed: int = Field(1337, ge=0, description="Decides the initial weights and the order of the data.")
+    checkpoint_every_steps: Positive = Field(250, description="Steps between checkpoints.")
+    keep_last: Positive = Field(3, description="How many of the newest checkpoints are kept.")
+    keep_every_steps: int = Field(5_000, ge=0, description="Checkpoints kept for good; 0: none but the newest.")
+    validate_every_steps: int = Field(250, ge=0, description="Steps between validations inside the run; 0: none.")
+    validation_tokens: Positive = Field(10_485_760, description="Tokens of a validation inside the run, at most.")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
+        if self.batch_tokens % micro_batch_tokens:
+            nearest = max(round(self.batch_tokens / micro_batch_tokens), 1) * micro_batch_tokens
+            raise ValueError(
+                f"train.batch_tokens = {self.batch_tokens:,} cannot be made of whole micro-batches of "
+                f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
+                f"train.sequence_tokens {self.sequence_tokens:,}). Try train.batch_tokens = {nearest}."
+            )
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.warmup_steps:,} is more than train.max_steps = {self.max_steps:,}. "
+                f"Try train.warmup_steps = {self.max_steps // 10}."
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate = {self.min_learning_rate} is more than train.learning_rate = "
+                f"{self.learning_rate}. Try train.min_learning_rate = {self.learning_rate / 10:g}."
+            )
+        return self
+
+    def micro_batches(self, ranks: int) -> int:
+        """Micro-batches of one step on each of `ranks` ranks. Raises ValueError when the batch cannot be shared out."""
+        micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
+        count, rest = divmod(self.batch_tokens, micro_batch_tokens * ranks)
+        if rest:
+            raise ValueError(
+                f"train.batch_tokens = {self.batch_tokens:,} cannot be shared among {ranks} ranks in micro-batches of "
+                f"{micro_batch_tokens:,} tokens. Try train.batch_tokens = {(count + 1) * micro_batch_tokens * ranks}, "
+                f"or resources.processes = 1."
+            )
+        return count
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows of T tokens in one step, over all ranks."""
+        return self.batch_tokens // self.sequence_tokens
+
+
+class EvaluationConfig(Section):
+    """What is asked of a trained model."""
+
+    validation_tokens: int = Field(0, ge=0, description="Tokens of the val split that are scored; 0: all of them.")
+    hellaswag: str = Field(
+        "", description="A .jsonl file of HellaSwag items; empty: a completion set of val documents."
+    )
+    completion_items: Positive = Field(
+        200, description="Items of the completion set, where no HellaSwag file is given."
+    )
+    prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Beginnings of the samples.")
+    samples: Positive = Field(2, description="Samples of each prompt.")
+    sample_tokens: Positive = Field(64, description="New tokens of a sample.")
+    temperature: float = Field(0.9, ge=0, description="0: always the likeliest token; higher: more surprising.")
+    top_k: int = Field(50, ge=0, description="Only the k likeliest tokens are drawn from; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens of this total probability; 1: all.")
+
+
+class ResourcesConfig(Section):
+    """How it runs: never part of a recipe, free to differ from one run of a command to the next."""
+
+    runner: Literal["threads", "processes"] = Field("threads", description="What runs shard jobs in parallel.")
+    workers: int = Field(0, ge=0, description="Shard jobs at once; 0: one a core.")
+    processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
+    concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
+
+
+class RunConfig(Section):
+    """Everything a run is asked to be."""
+
+    name: str = Field("gpt2-124m", description="The run's name in the store.")
+    store_url: str = Field("./data", description="The store: a folder.")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        keys.check_name("name", self.name)
+        keys.check_name("data.dataset", self.data.dataset)
+        if self.train.sequence_tokens > self.model.context_tokens:
+            raise ValueError(
+                f"train.sequence_tokens = {self.train.sequence_tokens:,} is more than model.context_tokens = "
+                f"{self.model.context_tokens:,}. Try train.sequence_tokens = {self.model.context_tokens}."
+            )
+        if self.resources.processes:
+            self.train.micro_batches(self.resources.processes)
+        return self
+
+    def computed(self) -> dict[str, Any]:
+        """What is computed, as JSON values: what a run is pinned to."""
+        return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
+
+
+def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
+    """The configuration of a TOML file with `section.field=value` overrides. Raises ValueError in words for people."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except OSError as error:
+            raise ValueError(f"--config {file}: {error.strerror}. The project's own are in deploy/configs/.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"--config {file}: not TOML: {error}. Mend that line.") from error
+    for override in overrides:
+        _override(values, override)
+    _check_names(values, RunConfig, "")
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(found) for found in error.errors())) from error
+
+
+def differences(asked: dict[str, Any], pinned: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configurations of the same shape differ, in words."""
+    found = []
+    for name, ours in asked.items():
+        theirs = pinned[name]
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += differences(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            found.append(f"{prefix}{name} is {theirs!r}, asked for {ours!r}")
+    return sorted(found)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"--set {override}: a field and its value were expected. Write --set train.max_steps=200")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set data.dataset=mine
+    *sections, field = name.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {section!r} is a field, not a section. Write --set {section}=…")
+    values[field] = value
+
+
+def _check_names(values: dict[str, Any], section: type[BaseModel], prefix: str) -> None:
+    """Raise ValueError for a name that matches no field, offering the nearest one."""
+    for name, value in values.items():
+        field = section.model_fields.get(name)
+        if field is None:
+            near = difflib.get_close_matches(f"{prefix}{name}", _field_names(), n=1, cutoff=0.5)
+            raise ValueError(
+                f"there is no setting {prefix}{name!s}. "
+                f"{f'Did you mean {near[0]}?' if near else 'gpt2 pretrain --help says where they are listed.'}"
+            )
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):
+            _check_names(value, field.annotation, f"{prefix}{name}.")
+
+
+def _field_names() -> list[str]:
+    """Every setting as it is written after --set."""
+    names = []
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+        else:
+            names.append(name)
+    return names
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors as a sentence; our own messages are left as they are."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    name = ".".join(str(part) for part in error["loc"])
+    return f"{name} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}. Give another value."

@@ -1,0 +1,125 @@
+"""GPT-2: pre-norm transformer blocks with a tied head. Knows no batches, no files and no ranks.
+
+Names are those of the published weights (transformer.wte, h.0.attn.c_attn, …), so that they load.
+Shapes: B batch, T time, C channels (width), H heads, D channels of a head, V vocabulary, N rows (B*T).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.tokenizer import VOCABULARY
+
+# Rows of one chunk of head and loss: the logits of 1,024 rows are 206 MB in fp32. On 2 cores this was 1.3x faster
+# than whole logits, with 0.6 of the memory; torch's own choice ("auto") was 4x slower there.
+LOSS_CHUNK_ROWS = 1_024
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position looks at itself and what came before."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = dropout
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """Mixed values, B T C."""
+        B, T, C = x_BTC.shape
+        q_BHTD, k_BHTD, v_BHTD = self.c_attn(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+        return F.dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Four times as wide inside, with the tanh form of GELU."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.c_fc = nn.Linear(config.width, 4 * config.width)
+        self.c_proj = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """B T C again."""
+        y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh"))
+        return F.dropout(y_BTC, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy that is added to the stream."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = CausalSelfAttention(config, dropout)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config, dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """The stream after this block, B T C."""
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
+        return x_BTC + self.mlp(self.ln_2(x_BTC))
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.wte = nn.Embedding(VOCABULARY, config.width)
+        self.wpe = nn.Embedding(config.context_tokens, config.width)
+        self.h = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """The normalised stream, B T C."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTC = F.dropout(self.wte(tokens_BT) + self.wpe(positions_T), self.dropout, self.training)
+        for block in self.h:
+            x_BTC = block(x_BTC)
+        normal_BTC: Tensor = self.ln_f(x_BTC)
+        return normal_BTC
+
+
+class GPT(nn.Module):
+    """The language model. Its head is the token embedding itself, so it has no weights of its own."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, dropout)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif ".ln_" not in name:
+                # GPT-2's initialisation; the 2 L projections that add to the stream are scaled so that their sum is not
+                scale = 1 / math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(weight, std=0.02 * scale)
+
+    @property
+    def head_VC(self) -> Tensor:
+        """The tied head: the token embedding."""
+        return self.transformer.wte.weight
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """The normalised stream before the head, B T C."""
+        stream_BTC: Tensor = self.transformer(tokens_BT)
+        return stream_BTC
+
+    def logits(self, x_BTC: Tensor) -> Tensor:
+        """Scores of the next token, … V."""
+        return F.linear(x_BTC, self.head_VC)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The summed cross-entropy of the targets, in nats."""
+        x_NC = self.hidden(tokens_BT).flatten(0, 1)
+        chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK_ROWS) if self.training else None
+        return F.linear_cross_entropy(x_NC, self.head_VC, targets_BT.flatten(), reduction="sum", options=chunked)

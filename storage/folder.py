@@ -1,0 +1,190 @@
+"""A store in a plain folder: objects are files, found where their key says. Knows no dataset and no run.
+
+A new object is written beside the objects under `.store/tmp`, synced and then linked to its key: `link` fails when the
+name is taken, so of any number of writers one wins, and a process killed at any instruction leaves at most a file in
+`.store/tmp`. A swap holds a lock of the kernel's, which a dead holder cannot keep.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from storage import keys
+from storage.canonical import sha256
+from storage.errors import AlreadyExists, Conflict, ObjectMissing, StoreUnusable
+from storage.store import Body, Object, Stat
+
+OWN = ".store"  # no key begins with a dot, so nothing in here is an object
+
+
+class FolderStore:
+    """Objects as files below one folder. An etag is the sha256 of the content."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise StoreUnusable(
+                f"store {url!r}: {folder} should be a folder, found a file. "
+                f"Choose another place with --set store_url=…, or move the file away."
+            )
+        self.url = url
+        self._folder = folder
+
+    def read(self, key: str) -> Object:
+        """The whole object. Raises ObjectMissing."""
+        with self._reading(key) as path:
+            body = path.read_bytes()
+        return Object(body, sha256(body))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`, fewer where the object ends. Raises ObjectMissing."""
+        with self._reading(key) as path, path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def put_new(self, key: str, body: Body) -> str:
+        """Create the object and return its etag. Of any number of racing writers one wins; raises AlreadyExists."""
+        with self._writing(key, body) as (path, temporary):
+            try:
+                os.link(temporary, path)
+            except FileExistsError as error:
+                raise AlreadyExists(f"object {key!r} of store {self.url!r} is there already.") from error
+            _sync_folder(path.parent)
+        return sha256(body)
+
+    def swap(self, key: str, body: Body, etag: str | None) -> str:
+        """Replace the object that `etag` names (None: there is none yet), return the new etag. Raises Conflict."""
+        with self._writing(key, body) as (path, temporary), self._swap_lock():
+            found = sha256(path.read_bytes()) if path.exists() else None
+            if found != etag:
+                raise Conflict(f"object {key!r} of store {self.url!r} is not the one that was read.")
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        return sha256(body)
+
+    def stat(self, key: str) -> Stat:
+        """Size and time of the object. Raises ObjectMissing."""
+        with self._reading(key) as path:
+            found = path.stat()
+        return Stat(key, found.st_size, found.st_mtime)
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        """Every object whose key begins with `prefix`, sorted by key."""
+        folder, _, start = prefix.rpartition("/")
+        if folder:
+            keys.check_key(folder)
+        yield from sorted(_walk(self._folder / folder, f"{folder}/" if folder else "", start))
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing happens when it is not there."""
+        path = self._path(key)
+        with self._explained(key):
+            path.unlink(missing_ok=True)
+
+    def probe(self) -> None:
+        """Prove that conditional writes are honoured. Raises StoreUnusable when they are not."""
+        key = keys.probe(secrets.token_hex(8))
+        etag = self.put_new(key, b"1")
+        refused = 0
+        try:
+            self.put_new(key, b"2")
+        except AlreadyExists:
+            refused += 1
+        self.swap(key, b"2", etag)
+        try:
+            self.swap(key, b"3", etag)
+        except Conflict:
+            refused += 1
+        self.delete(key)
+        if refused != 2:
+            raise StoreUnusable(
+                f"store {self.url!r}: conditional writes were asked for, the file system ignored {2 - refused} of 2. "
+                f"Put the store on a local disk."
+            )
+
+    def local_path(self, key: str) -> Path | None:
+        """The file that holds the object."""
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / keys.check_key(key)
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[Path]:
+        try:
+            yield self._path(key)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ObjectMissing(f"store {self.url!r} has no object {key!r}.") from error
+        except OSError as error:
+            raise self._unusable(key, error) from error
+
+    @contextmanager
+    def _writing(self, key: str, body: Body) -> Iterator[tuple[Path, Path]]:
+        """The key's path, and a temporary file that holds all of the body, synced; it is gone afterwards."""
+        path = self._path(key)
+        temporary = self._folder / OWN / "tmp" / secrets.token_hex(8)
+        with self._explained(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(body)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield path, temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _swap_lock(self) -> Iterator[None]:
+        with (self._folder / OWN / "swap.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # freed by the kernel when the file closes or its holder dies
+            yield
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unusable(key, error) from error
+
+    def _unusable(self, key: str, error: OSError) -> StoreUnusable:
+        remedy = {
+            errno.ENOSPC: "The disk is full: free some space and run the same command again, it goes on from here.",
+            errno.EDQUOT: "The disk quota is used up: free some space and run the same command again.",
+            errno.EACCES: "This user may not: change the folder's owner or mode, or choose another store.",
+            errno.EPERM: "This user may not: change the folder's owner or mode, or choose another store.",
+            errno.EROFS: "The file system is read-only: mount it writable, or choose another store.",
+        }.get(error.errno or 0, "Check the disk, or choose another place with --set store_url=…")
+        return StoreUnusable(f"store {self.url!r}: object {key!r}: {error.strerror or error}. {remedy}")
+
+
+def _walk(folder: Path, prefix: str, start: str) -> Iterator[Stat]:
+    """Objects below `folder` whose key is `prefix`, then something that begins with `start`."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or not entry.name.startswith(start):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", "")
+        else:
+            try:
+                found = entry.stat()
+            except FileNotFoundError:
+                continue  # deleted since the folder was read
+            yield Stat(prefix + entry.name, found.st_size, found.st_mtime)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A name is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

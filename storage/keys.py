@@ -1,0 +1,146 @@
+"""Every key in the store is spelled here and nowhere else. Knows no store."""
+
+import re
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+FORMAT = "FORMAT"
+DATASETS = "datasets/"
+RUNS = "runs/"
+
+
+def check_name(kind: str, name: str) -> str:
+    """The name itself, when it can be one segment of a key. Raises ValueError otherwise."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{kind} {name!r} cannot be part of a key. It must begin with a letter or a digit and hold only letters, "
+            f"digits, '.', '_' and '-', 200 at most. Choose such a name."
+        )
+    return name
+
+
+def check_key(key: str) -> str:
+    """The key itself, when every segment of it is a name. Raises ValueError otherwise: no key leaves the store."""
+    for segment in key.split("/"):
+        check_name("the key", segment)
+    return key
+
+
+def probe(token: str) -> str:
+    """A key that a probe of the store writes and deletes."""
+    return f"tmp/probe-{token}"
+
+
+def source(digest: str, name: str) -> str:
+    """A source file that was copied into the store."""
+    return check_key(f"sources/{digest}/{name}")
+
+
+def dataset(name: str) -> str:
+    """The prefix of one dataset."""
+    return f"{DATASETS}{check_name('dataset', name)}/"
+
+
+def shards(name: str) -> str:
+    """The prefix of a dataset's shards and records."""
+    return f"{dataset(name)}shards/"
+
+
+def shard(name: str, shard_id: str) -> str:
+    """One shard's token ids."""
+    return f"{shards(name)}{check_name('shard', shard_id)}.bin"
+
+
+def record(name: str, shard_id: str) -> str:
+    """One shard's record."""
+    return f"{shards(name)}{check_name('shard', shard_id)}.json"
+
+
+def failure(key: str) -> str:
+    """Why the job whose record or result is at `key` failed last; gone once it succeeds."""
+    return f"{key.removesuffix('.json')}.failure.json"
+
+
+def split(name: str) -> str:
+    """The dataset's pinned val shards and what its name is bound to."""
+    return f"{dataset(name)}split.json"
+
+
+def manifest(name: str, digest: str) -> str:
+    """One version of a dataset."""
+    return f"{dataset(name)}manifests/{check_name('manifest', digest)}.json"
+
+
+def dataset_latest(name: str) -> str:
+    """The pointer to a dataset's newest manifest."""
+    return f"{dataset(name)}latest.json"
+
+
+def run(name: str) -> str:
+    """The prefix of one run."""
+    return f"{RUNS}{check_name('run', name)}/"
+
+
+def run_config(name: str) -> str:
+    """The configuration a run is pinned to."""
+    return f"{run(name)}config.json"
+
+
+def job(name: str, job_id: str) -> str:
+    """What one process is asked."""
+    return f"{run(name)}jobs/{check_name('job', job_id)}.json"
+
+
+def result(name: str, job_id: str) -> str:
+    """What a process answered; there = the job is done."""
+    return f"{run(name)}jobs/{check_name('job', job_id)}.result.json"
+
+
+def checkpoints(name: str) -> str:
+    """The prefix of a run's checkpoints."""
+    return f"{run(name)}checkpoints/"
+
+
+def checkpoint_file(name: str, step: int, attempt: str, file: str) -> str:
+    """One file of a checkpoint, as one attempt wrote it."""
+    return check_key(f"{checkpoints(name)}{step:06d}/{attempt}/{file}")
+
+
+def checkpoint_record(name: str, step: int) -> str:
+    """A checkpoint's record."""
+    return f"{checkpoints(name)}{step:06d}.json"
+
+
+def run_latest(name: str) -> str:
+    """The pointer to a run's newest complete checkpoint."""
+    return f"{run(name)}latest.json"
+
+
+def metrics(name: str, first_step: int, attempt: str) -> str:
+    """The metrics between two checkpoints, as one attempt wrote them."""
+    return check_key(f"{run(name)}metrics/{first_step:06d}-{attempt}.jsonl")
+
+
+def progress(name: str) -> str:
+    """Where a running training stands, for the live curve."""
+    return f"{run(name)}progress.json"
+
+
+def evaluations(name: str) -> str:
+    """The prefix of a run's evaluations."""
+    return f"{run(name)}evaluations/"
+
+
+def evaluation(name: str, step: int, evaluation_name: str) -> str:
+    """One evaluation of one checkpoint."""
+    return check_key(f"{evaluations(name)}{step:06d}/{evaluation_name}.json")
+
+
+def evaluation_items(name: str, step: int, evaluation_name: str) -> str:
+    """The evaluation's answers, one row an item."""
+    return check_key(f"{evaluations(name)}{step:06d}/{evaluation_name}.items.parquet")
+
+
+def report(name: str, suffix: str) -> str:
+    """The run's report for people: `html` or `md`."""
+    return f"{run(name)}report.{suffix}"

@@ -1,0 +1,234 @@
+"""A manifest: one immutable version of a dataset, named by the sha256 of its bytes. Opens no shard.
+
+It is a pure function of the records (and, in a refresh, of the manifest before it), so any number of workers, in any
+order, with any retries, seal the same one. `latest` names the newest and is swapped.
+"""
+
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from storage import keys, shards
+from storage.canonical import canonical_json, sha256
+from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, ShardCorrupt, StoreUnusable
+from storage.store import Store, read_json
+
+SCHEMA = 1
+COLUMNS = ("shard_id", "tokens", "documents", "text_bytes", "sha256", "split")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class ShardRow(NamedTuple):
+    """One shard as the manifest lists it."""
+
+    shard_id: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset's version: its digest, what made it, and its shards in order as columns."""
+
+    digest: str
+    recipe: dict[str, Any]
+    tokenizer: dict[str, Any]
+    totals: dict[str, Any]
+    parent: str | None
+    columns: dict[str, list[Any]]
+
+    @property
+    def shard_ids(self) -> list[str]:
+        """The shards in order."""
+        return self.columns["shard_id"]
+
+    @property
+    def known_tokens(self) -> dict[str, int]:
+        """Tokens by shard_id."""
+        return dict(zip(self.shard_ids, self.columns["tokens"], strict=True))
+
+    def rows(self, split: str | None = None) -> Iterator[ShardRow]:
+        """The shards in order, all of them or one split's."""
+        for values in zip(*(self.columns[name] for name in COLUMNS), strict=True):
+            row = ShardRow(*values)
+            if split in (None, row.split):
+                yield row
+
+
+def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
+    """The manifest of that digest. Raises ObjectMissing, and StoreUnusable when its bytes are not its name's."""
+    body = store.read(keys.manifest(dataset, digest)).body
+    if sha256(body) != digest:
+        raise StoreUnusable(
+            f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {sha256(body)}. "
+            f"Delete it and run gpt2 dataset build, which seals it again."
+        )
+    value = json.loads(body)
+    if value["schema"] > SCHEMA:
+        raise StoreUnusable(
+            f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
+            f"{SCHEMA}. Update gpt2-pipeline."
+        )
+    columns = value["shards"]
+    for shard_id, shard_sha256 in zip(columns["shard_id"], columns["sha256"], strict=True):
+        keys.check_name("shard", shard_id)
+        assert SHA256.fullmatch(shard_sha256), shard_id
+    fields = ("recipe", "tokenizer", "totals", "parent")
+    return Manifest(digest=digest, columns=columns, **{name: value[name] for name in fields})
+
+
+def latest_manifest(store: Store, dataset: str) -> Manifest | None:
+    """The dataset's newest version, or None when it was never sealed."""
+    pointer = read_json(store, keys.dataset_latest(dataset))
+    return None if pointer is None else read_manifest(store, dataset, str(pointer["manifest"]))
+
+
+def check_binding(store: Store, dataset: str, binding: dict[str, Any]) -> None:
+    """Raise DatasetMismatch when the dataset's name was bound to other settings at its first seal."""
+    split = read_json(store, keys.split(dataset))
+    bound = None if split is None else split["bound"]
+    if bound is None or bound == binding:
+        return
+    assert isinstance(bound, dict)
+    names = sorted(name for name in bound.keys() | binding.keys() if bound.get(name) != binding.get(name))
+    differences = "; ".join(f"{name} is {bound.get(name)!r}, asked for {binding.get(name)!r}" for name in names)
+    raise DatasetMismatch(
+        f"dataset {dataset!r} is bound to the settings it was first built with: {differences}. "
+        f"Choose another name with --set data.dataset=…, or ask for the same settings."
+    )
+
+
+def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: set[str]) -> None:
+    """Raise ShardCorrupt when a rebuilt shard's record says other bytes than the manifest that lists it."""
+    for row in manifest.rows():
+        if row.shard_id not in rebuilt:
+            continue
+        found = shards.read_record(store, dataset, row.shard_id).sha256
+        if found != row.sha256:
+            raise ShardCorrupt(
+                f"shard {row.shard_id!r} of dataset {dataset!r}: manifest {manifest.digest[:12]} says sha256 "
+                f"{row.sha256}, its record {found}. Rebuild it: gpt2 dataset verify --repair"
+            )
+
+
+def seal(
+    store: Store,
+    dataset: str,
+    planned: list[str],
+    *,
+    recipe: dict[str, Any],
+    tokenizer: dict[str, Any],
+    binding: dict[str, Any],
+    val_shards: int,
+) -> Manifest:
+    """Write the manifest of the planned shards and point `latest` at it; nothing new gives no new version.
+
+    The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever becomes of
+    their source. Raises ObjectMissing when a shard is not done, DatasetMismatch when the name is bound otherwise.
+    """
+    parent = latest_manifest(store, dataset)
+    val = _pin_split(store, dataset, planned[:val_shards], binding)
+    listed = [shard_id for shard_id in val if shard_id not in set(planned)] + planned
+    finished = shards.done(store, dataset, listed, {} if parent is None else parent.known_tokens)
+    if missing := [shard_id for shard_id in listed if shard_id not in finished]:
+        raise ObjectMissing(
+            f"dataset {dataset!r}: {len(listed):,} shards were planned, {len(missing):,} are not done, {missing[0]!r} "
+            f"first. Run gpt2 dataset build again: it makes just those."
+        )
+    columns = _columns(store, dataset, listed, set(val), parent)
+    if parent is not None and (parent.columns, parent.recipe) == (columns, recipe):
+        return parent
+    body = canonical_json(
+        {
+            "schema": SCHEMA,
+            "recipe": recipe,
+            "tokenizer": tokenizer,
+            "parent": None if parent is None else parent.digest,
+            "totals": _totals(columns),
+            "shards": columns,
+        }
+    )
+    digest = sha256(body)
+    with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
+        store.put_new(keys.manifest(dataset, digest), body)
+    _point_latest(store, dataset, digest, None if parent is None else parent.digest)
+    return read_manifest(store, dataset, digest)
+
+
+def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, Any]) -> list[str]:
+    try:
+        store.put_new(keys.split(dataset), canonical_json({"val": val, "bound": binding}))
+    except AlreadyExists:
+        check_binding(store, dataset, binding)
+    pinned = read_json(store, keys.split(dataset))
+    assert pinned is not None
+    return [str(shard_id) for shard_id in pinned["val"]]  # type: ignore[attr-defined]  # JSON of our own
+
+
+def _columns(
+    store: Store, dataset: str, listed: list[str], val: set[str], parent: Manifest | None
+) -> dict[str, list[Any]]:
+    """The shards as columns; rows that the parent already has are taken from there, so a refresh reads new records."""
+    known = {} if parent is None else {row.shard_id: row for row in parent.rows()}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    for shard_id in listed:
+        found = known.get(shard_id) or shards.read_record(store, dataset, shard_id)
+        for name in COLUMNS[:-1]:
+            columns[name].append(getattr(found, name))
+        columns["split"].append("val" if shard_id in val else "train")
+    return columns
+
+
+def _totals(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    totals = {}
+    for split in ("train", "val"):
+        sums: Counter[str] = Counter()
+        for tokens, documents, text_bytes, found in zip(
+            columns["tokens"], columns["documents"], columns["text_bytes"], columns["split"], strict=True
+        ):
+            if found == split:
+                sums.update(shards=1, tokens=tokens, documents=documents, text_bytes=text_bytes)
+        totals[split] = {name: sums[name] for name in ("shards", "tokens", "documents", "text_bytes")}
+    return totals
+
+
+def _point_latest(store: Store, dataset: str, digest: str, parent: str | None) -> None:
+    """Swap `latest` from `parent` to `digest`. The same digest there already is success: another builder's, or ours."""
+    key = keys.dataset_latest(dataset)
+    try:
+        current = store.read(key)
+        etag: str | None = current.etag
+        pointer = json.loads(current.body)
+    except ObjectMissing:
+        etag, pointer = None, {"manifest": None, "sequence": 0}
+    if pointer["manifest"] == digest:
+        return
+    if pointer["manifest"] == parent:
+        body = canonical_json(
+            {
+                "manifest": digest,
+                "sequence": pointer["sequence"] + 1,
+                "commit_id": secrets.token_hex(8),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+        try:
+            store.swap(key, body, etag)
+            return
+        except Conflict:
+            pointer = read_json(store, key) or pointer
+            if pointer["manifest"] == digest:
+                return
+    raise Conflict(
+        f"dataset {dataset!r}: another builder sealed {pointer['manifest']} while this one sealed {digest}. "
+        f"Run the command again: it seals on top of that."
+    )
