@@ -1,5 +1,6 @@
 """The fourth stage: fan out the evaluations of a checkpoint, each a tracked task and a process of its own."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, task
@@ -10,13 +11,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.launch import JobFailed, JobRefused, Processes
 from flows.progress import Bar, say
-from flows.train import run_job
+from flows.train import Trained, run_job
 from model.config import RunConfig
 from model.history import checkpoints
 from model.job import Job
 from model.run import evaluation_jobs, pinned_run
 from storage.errors import ObjectMissing
 from storage.layout import open_store
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the evaluations answered."""
+
+    results: list[dict[str, Any]]
 
 
 @task(task_run_name="{job.kind}", cache_policy=NO_CACHE)
@@ -26,7 +34,7 @@ def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
-def evaluate_flow(config: RunConfig) -> list[dict[str, Any]]:
+def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # what it waits for
     """Evaluate the newest checkpoint. One failing evaluation leaves the others; raises after all have ended."""
     store = open_store(config.store_url)
     run = pinned_run(store, config)
@@ -64,10 +72,10 @@ def evaluate_flow(config: RunConfig) -> list[dict[str, Any]]:
         raise failed[0]
     before = sum(row["state"] == "Skipped" for row in rows)
     say("evaluate", f"{len(jobs)} of {len(jobs)} evaluations done, {len(jobs) - before} made now")
-    return results
+    return Evaluated(results)
 
 
-def evaluate(config: RunConfig, **options: Any) -> Any:
+def evaluate(config: RunConfig, trained: Trained | None) -> Evaluated:
     """Run the stage with at most `resources.concurrent_evaluations` processes at once."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
-    return evaluate_flow.with_options(task_runner=runner)(config, **options)
+    return evaluate_flow.with_options(task_runner=runner)(config, trained)

@@ -53,11 +53,12 @@ class _Request:
         """Keep the last lines, and pass on the log without the steps in between."""
         assert self.process is not None and self.process.stdout is not None
         said = 0.0
-        for line in self.process.stdout:
-            self.tail.append(line.rstrip())
-            if not line.startswith("step ") or time.monotonic() - said > LOG_SECONDS:
-                said = time.monotonic()
-                self.log(line.rstrip())
+        with self.process.stdout as lines:
+            for line in lines:
+                self.tail.append(line.rstrip())
+                if not line.startswith("step ") or time.monotonic() - said > LOG_SECONDS:
+                    said = time.monotonic()
+                    self.log(line.rstrip())
         self.process.wait()
         self.ended.set()
 

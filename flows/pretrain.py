@@ -1,46 +1,50 @@
-"""The whole pipeline as one flow of five stages, and its halves. Does nothing itself: each stage asks the store."""
+"""The whole pipeline as one flow of five stages, and its halves. Does nothing itself: each stage asks the store.
+
+Each stage takes the very object that the one before returned: that is how Prefect knows, and draws, what depends on
+what. (States handed over by `wait_for` order sub-flows too, but its UI draws no arrow for them.)
+"""
 
 from typing import Any
 
-from prefect import allow_failure, flow
+from prefect import flow
 
-from flows.download import Downloaded, download
+from flows.download import download
 from flows.evaluate import evaluate
+from flows.launch import JobFailed, JobRefused
 from flows.report import report
 from flows.tokenise import tokenise
-from flows.train import train
+from flows.train import Trained, train
 from model.config import RunConfig
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Bring a run from source files to a report. Run again, it goes on where it stood."""
-    downloaded = download(config, return_state=True)
-    sources: Downloaded = downloaded.result()
-    tokenised = tokenise(config, sources, return_state=True, wait_for=[downloaded])
-    trained = train(config, tokenised.result(), sources.items, return_state=True, wait_for=[tokenised])
-    trained.result()
-    evaluated = evaluate(config, return_state=True, wait_for=[trained])
-    reported = report(config, return_state=True, wait_for=[allow_failure(evaluated)])
-    evaluated.result()  # raises what failed, after the report was written with what succeeded
-    summary: dict[str, Any] = reported.result()
-    return summary
+    downloaded = download(config)
+    version = tokenise(config, downloaded)
+    trained = train(config, version)
+    return _evaluate_and_report(config, trained)
 
 
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
-    downloaded = download(config, return_state=True)
-    tokenised = tokenise(config, downloaded.result(), return_state=True, wait_for=[downloaded])
-    digest: str = tokenised.result()
-    return digest
+    downloaded = download(config)
+    version = tokenise(config, downloaded)
+    return str(version.manifest)
 
 
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint and write its report."""
-    evaluated = evaluate(config, return_state=True)
-    reported = report(config, return_state=True, wait_for=[allow_failure(evaluated)])
-    evaluated.result()
-    summary: dict[str, Any] = reported.result()
-    return summary
+    return _evaluate_and_report(config, None)
+
+
+def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str, Any]:
+    """A failed evaluation fails the flow, after the report was written with those that succeeded."""
+    try:
+        evaluated = evaluate(config, trained)
+    except (JobFailed, JobRefused):
+        report(config, trained)
+        raise
+    return report(config, evaluated)

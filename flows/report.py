@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -10,7 +11,9 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.evaluate import Evaluated
 from flows.progress import say
+from flows.train import Trained
 from model.config import RunConfig
 from model.history import checkpoints, read_metrics
 from model.run import Run, read_run
@@ -47,7 +50,7 @@ def write_report(run_name: str, store_url: str) -> dict[str, Any]:
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
-def report(config: RunConfig) -> dict[str, Any]:
+def report(config: RunConfig, after: Evaluated | Trained | None = None) -> dict[str, Any]:  # noqa: ARG001  # what it waits for
     """Write the run's report with whatever is there."""
     facts = write_report(config.name, config.store_url)
     say("report", f"written to {config.store_url.rstrip('/')}/{facts['report']}")
@@ -79,7 +82,7 @@ def run_facts(store: Store, run: Run) -> dict[str, Any]:
 
 def read_evaluations(store: Store, run: str, step: int) -> list[dict[str, Any]]:
     """The evaluations of one checkpoint that are there, sorted by name."""
-    prefix = keys.evaluation(run, step, "x").removesuffix("x.json")
+    prefix = keys.evaluations(run, step)
     return [json.loads(store.read(listed.key).body) for listed in store.list(prefix) if listed.key.endswith(".json")]
 
 
@@ -105,7 +108,7 @@ def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | Non
         axes.grid(alpha=0.2, color=INK)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 

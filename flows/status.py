@@ -22,8 +22,9 @@ class Line:
 
 def run_names(store: Store) -> list[str]:
     """The runs that were started in this store."""
-    names = (listed.key.removeprefix(keys.RUNS).split("/") for listed in store.list(keys.RUNS))
-    return sorted({parts[0] for parts in names if parts[1:] == ["config.json"]})
+    there = {listed.key for listed in store.list(keys.RUNS)}
+    names = {key.removeprefix(keys.RUNS).split("/")[0] for key in there}
+    return sorted(name for name in names if keys.run_config(name) in there)
 
 
 def dataset_names(store: Store) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -26,6 +27,14 @@ from storage.plan import ShardJob, plan
 from storage.store import Store
 
 IN_FLIGHT = 4  # jobs submitted a worker: enough to keep all busy, few enough to keep the flow small
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A sealed manifest's digest, and the key of the HellaSwag items that came with the source."""
+
+    manifest: str
+    items: str | None
 
 
 def transient(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -72,18 +81,18 @@ def seal_dataset(planned: list[str], data: DataConfig, store_url: str) -> Manife
 
 
 @flow(name="tokenise", flow_run_name="tokenise-{config.data.dataset}", validate_parameters=False)
-def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> str:
-    """Bring the dataset to the state the sources ask for. Returns the manifest's digest."""
+def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
+    """Bring the dataset to the state the sources ask for."""
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
     manifest = _mend(store, config, run, downloaded) if run else _build(store, config, downloaded)
     _show(manifest, config.data.dataset)
-    return manifest.digest
+    return DatasetVersion(manifest.digest, downloaded.items)
 
 
-def tokenise(config: RunConfig, downloaded: Downloaded, **options: Any) -> Any:
+def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     """Run the stage on the task runner that `resources.runner` names."""
-    return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded, **options)
+    return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
 
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:

@@ -1,6 +1,7 @@
 """The third stage: pin the run, then train it in processes of its own, from wherever its newest checkpoint stands."""
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -10,6 +11,7 @@ from prefect.states import Completed
 
 from flows.launch import JobFailed, Processes
 from flows.progress import Bar, say
+from flows.tokenise import DatasetVersion
 from model.config import RunConfig
 from model.history import read_metrics
 from model.job import Job, ask, note_failure, read_result
@@ -21,6 +23,13 @@ from storage.manifest import latest_manifest
 from storage.store import Store, read_json
 
 WATCH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The step a training ended at."""
+
+    step: int
 
 
 def run_job(store: Store, job: Job, processes: Processes, ranks: int = 1) -> Any:
@@ -49,10 +58,13 @@ def train_model(job: Job, store_url: str, processes: Processes, ranks: int) -> A
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
-def train(config: RunConfig, manifest: str | None = None, items: str | None = None) -> dict[str, Any]:
-    """Train the run to its last step. Without a manifest, a new run takes the dataset's newest."""
+def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
+    """Train the run to its last step. Without a version, a new run takes the dataset's newest."""
     store = open_store(config.store_url)
-    run = pinned_run(store, config) or pin_run(store, config, manifest or _newest(store, config), items)
+    run = pinned_run(store, config)
+    if run is None:
+        version = version or _newest(store, config)
+        run = pin_run(store, config, version.manifest, version.items)
     job = training_job(run)
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
@@ -72,17 +84,17 @@ def train(config: RunConfig, manifest: str | None = None, items: str | None = No
     say("train", f"{result['step']:,} of {config.train.max_steps:,} steps done{', found so' if done_before else ''}: "
                  f"loss {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}")  # fmt: skip
     _show(run, metrics)
-    return result
+    return Trained(result["step"])
 
 
-def _newest(store: Store, config: RunConfig) -> str:
+def _newest(store: Store, config: RunConfig) -> DatasetVersion:
     manifest = latest_manifest(store, config.data.dataset)
     if manifest is None:
         raise ObjectMissing(
             f"dataset {config.data.dataset!r}: a sealed version was asked for, store {config.store_url!r} has none. "
             f"Build it first: gpt2 dataset build"
         )
-    return manifest.digest
+    return DatasetVersion(manifest.digest, None)
 
 
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:

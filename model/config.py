@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage import keys
 
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and every unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class DataConfig(Section):
@@ -66,7 +67,7 @@ class TrainingConfig(Section):
     learning_rate: float = Field(6e-4, gt=0, description="Maximum learning rate.")
     min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine.")
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; vectors have none.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped in training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -184,7 +185,7 @@ def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
             values = tomllib.loads(file.read_text())
         except OSError as error:
             raise ValueError(f"--config {file}: {error.strerror}. The project's own are in deploy/configs/.") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {file}: not TOML: {error}. Mend that line.") from error
     for override in overrides:
         _override(values, override)
@@ -228,9 +229,11 @@ def _check_names(values: dict[str, Any], section: type[BaseModel], prefix: str) 
     for name, value in values.items():
         field = section.model_fields.get(name)
         if field is None:
-            near = difflib.get_close_matches(f"{prefix}{name}", _field_names(), n=1, cutoff=0.5)
+            inner = f".{next(iter(value))}" if isinstance(value, dict) and value else ""
+            asked = f"{prefix}{name}{inner}"
+            near = difflib.get_close_matches(asked, _field_names(), n=1, cutoff=0.5)
             raise ValueError(
-                f"there is no setting {prefix}{name!s}. "
+                f"there is no setting {asked}. "
                 f"{f'Did you mean {near[0]}?' if near else 'gpt2 pretrain --help says where they are listed.'}"
             )
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):

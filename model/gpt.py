@@ -64,8 +64,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """The stream after this block, B T C."""
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC))
-        return x_BTC + self.mlp(self.ln_2(x_BTC))
+        mixed_BTC: Tensor = x_BTC + self.attn(self.ln_1(x_BTC))
+        new_BTC: Tensor = mixed_BTC + self.mlp(self.ln_2(mixed_BTC))
+        return new_BTC
 
 
 class Transformer(nn.Module):

@@ -38,8 +38,8 @@ class ShardCache:
                 f"shard {row.shard_id!r} of dataset {self._dataset!r} is not in the store. "
                 f"Rebuild it: gpt2 dataset verify --repair"
             ) from error
-        except ValueError:  # an empty file cannot be mapped
-            tokens, found = np.empty(0, DTYPE), sha256(b"")
+        except ValueError:  # a file that is empty or of odd size cannot be mapped
+            tokens, found = np.empty(0, DTYPE), sha256(path.read_bytes())
         if found != row.sha256:
             raise ShardCorrupt(
                 f"shard {row.shard_id!r} of dataset {self._dataset!r}: the manifest says sha256 {row.sha256}, found "

@@ -10,7 +10,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from storage import keys
@@ -25,7 +25,11 @@ class FolderStore:
     """Objects as files below one folder. An etag is the sha256 of the content."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        if folder.exists() and not folder.is_dir():
+        try:
+            is_file = folder.exists() and not folder.is_dir()
+        except OSError:
+            is_file = False  # nobody may look: the first read says so
+        if is_file:
             raise StoreUnusable(
                 f"store {url!r}: {folder} should be a folder, found a file. "
                 f"Choose another place with --set store_url=…, or move the file away."
@@ -59,9 +63,15 @@ class FolderStore:
         """Replace the object that `etag` names (None: there is none yet), return the new etag. Raises Conflict."""
         with self._writing(key, body) as (path, temporary), self._swap_lock():
             found = sha256(path.read_bytes()) if path.exists() else None
-            if found != etag:
-                raise Conflict(f"object {key!r} of store {self.url!r} is not the one that was read.")
-            temporary.replace(path)
+            try:
+                if found != etag:
+                    raise FileExistsError
+                if etag is None:  # a put takes no lock: a link fails where one came first
+                    os.link(temporary, path)
+                else:
+                    temporary.replace(path)
+            except FileExistsError as error:
+                raise Conflict(f"object {key!r} of store {self.url!r} is not the one that was read.") from error
             _sync_folder(path.parent)
         return sha256(body)
 
@@ -69,19 +79,23 @@ class FolderStore:
         """Size and time of the object. Raises ObjectMissing."""
         with self._reading(key) as path:
             found = path.stat()
+            if not path.is_file():
+                raise IsADirectoryError
         return Stat(key, found.st_size, found.st_mtime)
 
     def list(self, prefix: str) -> Iterator[Stat]:
         """Every object whose key begins with `prefix`, sorted by key."""
-        folder, _, start = prefix.rpartition("/")
-        if folder:
+        folder, slash, start = prefix.rpartition("/")
+        if slash:
             keys.check_key(folder)
-        yield from sorted(_walk(self._folder / folder, f"{folder}/" if folder else "", start))
+        with self._explained(prefix):
+            found = sorted(_walk(self._folder / folder, folder + slash, start))
+        yield from found
 
     def delete(self, key: str) -> None:
         """Remove the object; nothing happens when it is not there."""
         path = self._path(key)
-        with self._explained(key):
+        with self._explained(key), suppress(NotADirectoryError, IsADirectoryError):
             path.unlink(missing_ok=True)
 
     def probe(self) -> None:
@@ -90,10 +104,10 @@ class FolderStore:
         etag = self.put_new(key, b"1")
         refused = 0
         try:
-            self.put_new(key, b"2")
+            etag = self.put_new(key, b"2")
         except AlreadyExists:
             refused += 1
-        self.swap(key, b"2", etag)
+        self.swap(key, b"4", etag)
         try:
             self.swap(key, b"3", etag)
         except Conflict:

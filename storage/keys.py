@@ -126,19 +126,19 @@ def progress(name: str) -> str:
     return f"{run(name)}progress.json"
 
 
-def evaluations(name: str) -> str:
-    """The prefix of a run's evaluations."""
-    return f"{run(name)}evaluations/"
+def evaluations(name: str, step: int) -> str:
+    """The prefix of one checkpoint's evaluations."""
+    return f"{run(name)}evaluations/{step:06d}/"
 
 
 def evaluation(name: str, step: int, evaluation_name: str) -> str:
     """One evaluation of one checkpoint."""
-    return check_key(f"{evaluations(name)}{step:06d}/{evaluation_name}.json")
+    return check_key(f"{evaluations(name, step)}{evaluation_name}.json")
 
 
 def evaluation_items(name: str, step: int, evaluation_name: str) -> str:
     """The evaluation's answers, one row an item."""
-    return check_key(f"{evaluations(name)}{step:06d}/{evaluation_name}.items.parquet")
+    return check_key(f"{evaluations(name, step)}{evaluation_name}.items.parquet")
 
 
 def report(name: str, suffix: str) -> str:

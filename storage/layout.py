@@ -43,7 +43,7 @@ def _check_layout(store: Store, create: bool) -> None:
         found = store.read(keys.FORMAT).body
     try:
         layout = int(json.loads(found)["layout"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise StoreUnusable(
             f"store {store.url!r}: its {keys.FORMAT} object holds {found[:80]!r}, not a layout number. "
             f"It is no store of this program: choose another place with --set store_url=…"

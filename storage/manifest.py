@@ -89,7 +89,14 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     """The dataset's newest version, or None when it was never sealed."""
     pointer = read_json(store, keys.dataset_latest(dataset))
-    return None if pointer is None else read_manifest(store, dataset, str(pointer["manifest"]))
+    if pointer is None:
+        return None
+    if "manifest" not in pointer:
+        raise StoreUnusable(f"object {keys.dataset_latest(dataset)!r} of store {store.url!r}: no manifest is named.")
+    try:
+        return read_manifest(store, dataset, str(pointer["manifest"]))
+    except ObjectMissing:  # damaged and deleted, as its error said: it is sealed anew from the records
+        return None
 
 
 def check_binding(store: Store, dataset: str, binding: dict[str, Any]) -> None:
@@ -135,8 +142,12 @@ def seal(
     The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever becomes of
     their source. Raises ObjectMissing when a shard is not done, DatasetMismatch when the name is bound otherwise.
     """
+    check_binding(store, dataset, binding)
+    pointed = (read_json(store, keys.dataset_latest(dataset)) or {}).get("manifest")
     parent = latest_manifest(store, dataset)
-    val = _pin_split(store, dataset, planned[:val_shards], binding)
+    val = _pinned_val(store, dataset)
+    if val is None:
+        val = planned[:val_shards]
     listed = [shard_id for shard_id in val if shard_id not in set(planned)] + planned
     finished = shards.done(store, dataset, listed, {} if parent is None else parent.known_tokens)
     if missing := [shard_id for shard_id in listed if shard_id not in finished]:
@@ -144,6 +155,8 @@ def seal(
             f"dataset {dataset!r}: {len(listed):,} shards were planned, {len(missing):,} are not done, {missing[0]!r} "
             f"first. Run gpt2 dataset build again: it makes just those."
         )
+    if (pinned := _pin_split(store, dataset, val, binding)) != val:
+        raise Conflict(f"dataset {dataset!r}: another builder sealed other val shards {pinned}. Run the command again.")
     columns = _columns(store, dataset, listed, set(val), parent)
     if parent is not None and (parent.columns, parent.recipe) == (columns, recipe):
         return parent
@@ -160,8 +173,13 @@ def seal(
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
         store.put_new(keys.manifest(dataset, digest), body)
-    _point_latest(store, dataset, digest, None if parent is None else parent.digest)
+    _point_latest(store, dataset, digest, None if pointed is None else str(pointed))
     return read_manifest(store, dataset, digest)
+
+
+def _pinned_val(store: Store, dataset: str) -> list[str] | None:
+    pinned = read_json(store, keys.split(dataset))
+    return None if pinned is None else [str(shard_id) for shard_id in pinned["val"]]  # type: ignore[attr-defined]
 
 
 def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ the same bytes to the same keys. Knows no tokenizer: the function that encodes a
 import json
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +75,8 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
     except AlreadyExists:
         if store.read(key).body != body:  # damaged: no job of this recipe writes other bytes
             forget(store, dataset, job.shard_id)
-            store.put_new(key, body)
+            with suppress(AlreadyExists):  # another job of this recipe mends it, too
+                store.put_new(key, body)
     try:
         store.put_new(keys.record(dataset, job.shard_id), canonical_json(asdict(record)))
     except AlreadyExists as error:
@@ -89,7 +91,15 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:
     """The record of a finished shard. Raises ObjectMissing when the shard is not done."""
-    return Record(**json.loads(store.read(keys.record(dataset, shard_id)).body))
+    key = keys.record(dataset, shard_id)
+    body = store.read(key).body
+    try:
+        return Record(**json.loads(body))
+    except (ValueError, TypeError) as error:
+        raise ShardCorrupt(
+            f"shard {shard_id!r} of dataset {dataset!r}: its record should be JSON, found {body[:40]!r}. "
+            f"Rebuild it: gpt2 dataset verify --repair"
+        ) from error
 
 
 def failures(store: Store, dataset: str) -> dict[str, str]:

@@ -48,8 +48,10 @@ class Rows(NamedTuple):
 def find(source: str) -> list[Path]:
     """The source files that a path, a folder or a glob names, sorted. Raises ValueError when there are none."""
     place = Path(source).expanduser()
-    if place.is_dir():
-        found = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES)
+    if place.is_file():  # its name may hold what a glob would not take literally
+        found = [place]
+    elif place.is_dir():
+        found = sorted(path for path in place.iterdir() if path.suffix in SUFFIXES and path.is_file())
     else:
         matches = glob.glob(str(place), recursive=True)  # noqa: PTH207  # a pattern may be absolute
         found = sorted(Path(name) for name in matches if not Path(name).is_dir())
@@ -70,16 +72,27 @@ def find(source: str) -> list[Path]:
 def identify(path: Path) -> SourceFile:
     """The file's name, size and sha256; read only when it has changed since it was identified last."""
     path = path.absolute()
-    found = path.stat()
-    sign = digest([str(path), found.st_size, found.st_mtime_ns, found.st_ino])
-    note = REMEMBERED / sign[:2] / sign
     try:
-        sha256 = note.read_text()
-    except OSError:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        _remember(note, sha256)
+        found = path.stat()
+        sign = digest([str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
+        note = REMEMBERED / sign[:2] / sign
+        sha256 = _remembered(note, sign)
+        if sha256 is None:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            _remember(note, f"{sha256} {digest([sign, sha256])}")
+    except OSError as error:
+        raise SourceInvalid(f"{path}: cannot be read: {error.strerror}. Check the path and its mode.") from error
     return SourceFile(path.name, found.st_size, sha256, str(path))
+
+
+def _remembered(note: Path, sign: str) -> str | None:
+    """What the note says, when all of it is there: a power cut may have left an empty file."""
+    try:
+        sha256, _, check = note.read_text().partition(" ")
+    except (OSError, ValueError):
+        return None
+    return sha256 if check == digest([sign, sha256]) else None
 
 
 def _remember(note: Path, sha256: str) -> None:
@@ -98,7 +111,7 @@ def check(path: Path, text_column: str) -> None:
         return  # has no footer: `rows` reads every line before any job is started
     with _parquet(path) as file:
         _text_type(file, path, text_column)
-        column = file.schema_arrow.names.index(text_column)
+        column = _leaf(file, text_column)
         for group in range(file.num_row_groups):
             statistics = file.metadata.row_group(group).column(column).statistics
             if statistics is not None and statistics.has_null_count and statistics.null_count:
@@ -138,6 +151,11 @@ def _parquet(path: Path) -> pq.ParquetFile:
         ) from error
 
 
+def _leaf(file: pq.ParquetFile, name: str) -> int:
+    """Where a column of no nested type stands in a row group, which counts the leaves of nested ones."""
+    return next(index for index in range(len(file.schema)) if file.schema.column(index).path == name)
+
+
 def _text_type(file: pq.ParquetFile, path: Path, text_column: str) -> None:
     names = file.schema_arrow.names
     if text_column not in names:
@@ -158,17 +176,23 @@ def _parquet_tokens(path: Path, text_column: str) -> np.ndarray:
         _text_type(file, path, text_column)
         names = file.schema_arrow.names
         if "token_count" in names and pa.types.is_integer(file.schema_arrow.field("token_count").type):
-            column = file.read(columns=["token_count"]).column("token_count")
+            try:
+                column = file.read(columns=["token_count"]).column("token_count")
+            except (pa.ArrowInvalid, OSError) as error:
+                raise SourceInvalid(
+                    f"{path}: column 'token_count' was asked for, found {error}. The file is damaged: fetch it again."
+                ) from error
             if not column.null_count:
-                counts: np.ndarray = column.to_numpy().astype(np.int64)
-                return np.maximum(counts, 0) + EOT_TOKENS
+                counts: np.ndarray = np.clip(column.to_numpy(), 0, 2**31).astype(np.int64) + EOT_TOKENS
+                return counts
         estimates = [np.empty(0, np.int64)]
         for index in range(file.num_row_groups):
             group = file.metadata.row_group(index)
-            size_bytes = group.column(names.index(text_column)).total_uncompressed_size
+            size_bytes = group.column(_leaf(file, text_column)).total_uncompressed_size
             per_row = -(-size_bytes // (BYTES_PER_TOKEN * max(group.num_rows, 1)))
             estimates.append(np.full(group.num_rows, per_row + EOT_TOKENS, np.int64))
-    return np.concatenate(estimates)
+    estimated: np.ndarray = np.concatenate(estimates)
+    return estimated
 
 
 def _parquet_texts(path: Path, text_column: str, row_from: int, row_to: int) -> Iterator[str]:
@@ -185,11 +209,25 @@ def _parquet_texts(path: Path, text_column: str, row_from: int, row_to: int) -> 
                         f"{path}: row group {group} was asked for, found {error}. The file is damaged: fetch it again."
                     ) from error
                 first, last = max(row_from - start, 0), min(row_to, end) - start
-                for row, text in enumerate(column.slice(first, last - first).to_pylist(), start + first):
-                    if text is None:
-                        raise _no_text(path, row, text_column, None)
+                for row, text in enumerate(_decoded(column.slice(first, last - first)), start + first):
+                    if text is None or isinstance(text, bytes):
+                        raise _no_text(path, row, text_column, text)
                     yield text
             start = end
+
+
+def _decoded(column: pa.ChunkedArray) -> list[str | bytes | None]:
+    """The column's texts; where one is no UTF-8, those before it and then its bytes, so that its row can be named."""
+    try:
+        texts: list[str | bytes | None] = column.to_pylist()
+    except UnicodeDecodeError:
+        texts = []
+        for body in column.cast(pa.large_binary()).to_pylist():
+            try:
+                texts.append(None if body is None else body.decode())
+            except UnicodeDecodeError:
+                return [*texts, body]
+    return texts
 
 
 def _jsonl_rows(path: Path, text_column: str) -> Rows:
@@ -223,7 +261,7 @@ def _jsonl_lines(path: Path, text_column: str, row: int, start_byte: int) -> Ite
                     continue
                 try:
                     item = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise SourceInvalid(
                         f"{path}: row {row:,} should be a JSON object, found {line[:60]!r}. Mend or drop that line."
                     ) from error

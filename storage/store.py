@@ -69,11 +69,12 @@ def read_json(store: Store, key: str) -> dict[str, object] | None:
         return None
     try:
         value = json.loads(body)
+        if not isinstance(value, dict):
+            raise ValueError
     except ValueError as error:
         raise StoreUnusable(
             f"object {key!r} of store {store.url!r} should be JSON, found {body[:40]!r}. Delete it and run again."
         ) from error
-    assert isinstance(value, dict), key
     return value
 
 

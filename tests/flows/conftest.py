@@ -1,0 +1,27 @@
+"""A real Prefect server for the tests of the flows."""
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+
+from flows import server
+
+# Prefect reads its settings when it is imported, which the tests' own imports do: so here, before them.
+server.HOME = Path(mkdtemp(prefix="prefect-"))
+PORT = server.free_port()
+os.environ.update(server.prefect_environment(PORT))
+
+
+@pytest.fixture(scope="session")
+def api() -> Iterator[str]:
+    """The address of a server of the tests' own, for flows in this process and for processes that inherit it."""
+    from flows import records
+
+    since = datetime.now(UTC)
+    with server.running_server(PORT):
+        yield os.environ["PREFECT_API_URL"]
+        records.wait(since, 15)

@@ -1,0 +1,45 @@
+"""How the tests of the flows look from outside: the console as a process, Prefect's API, patience."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+def ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The server's answer to a filter (a body) or a look (none)."""
+    answer = httpx.get(f"{api}{path}") if body is None else httpx.post(f"{api}{path}", json=body)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def poll(found: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `found` answers as soon as it is true; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := found()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        threading.Event().wait(0.05)
+    return answer
+
+
+def gpt2(*words: str, cwd: Path, api: str | None = None, **options: Any) -> subprocess.Popen[str]:
+    """The console as a process and the leader of a session of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"DO_NOT_TRACK": "1"} | ({"PREFECT_API_URL": api} if api else {})
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *words], cwd=cwd, env=environment, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options,
+    )  # fmt: skip
+
+
+def run_gpt2(*words: str, cwd: Path, api: str | None = None, seconds: float = 240) -> tuple[int, str]:
+    """Exit code and all that the console printed."""
+    process = gpt2(*words, cwd=cwd, api=api)
+    said, _ = process.communicate(timeout=seconds)
+    return process.returncode, said

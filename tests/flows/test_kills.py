@@ -1,0 +1,176 @@
+"""Everything killed at once, in the middle of each stage: the next run goes on, and ends as if nothing had happened."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from model.history import checkpoints, read_metrics
+from storage import keys
+from storage.canonical import sha256
+from storage.layout import open_store
+from storage.manifest import latest_manifest
+from tests.flows.console import gpt2, poll, run_gpt2
+from tests.making import document, write_parquet
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+
+TINY = [
+    "name=tiny", "data.dataset=small", "data.source=source/*.parquet", "data.shard_tokens=500", "data.val_shards=4",
+    "resources.workers=1", "resources.processes=2", "model.layers=1", "model.heads=2", "model.width=32",
+    "model.context_tokens=64", "train.sequence_tokens=64", "train.micro_batch_sequences=2", "train.batch_tokens=512",
+    "train.max_steps=60", "train.warmup_steps=2", "train.learning_rate=1e-2", "train.checkpoint_every_steps=10",
+    "train.validate_every_steps=0", "evaluation.completion_items=8", "evaluation.sample_tokens=8",
+    "evaluation.samples=1",
+]  # fmt: skip
+PRETRAIN = ["pretrain", *(word for setting in TINY for word in ("--set", setting))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run must end with, whatever happened on the way."""
+
+    manifest: str
+    losses: list[float]
+    weights: str
+    evaluations: dict[str, str]
+
+
+def outcome(folder: Path) -> Outcome:
+    store = open_store(str(folder / "data"))
+    manifest = latest_manifest(store, "small")
+    assert manifest is not None
+    last = checkpoints(store, "tiny")[-1]
+    evaluations = {
+        listed.key: sha256(store.read(listed.key).body) for listed in store.list(keys.evaluations("tiny", 60))
+    }
+    losses = [line["loss"] for line in read_metrics(store, "tiny")]
+    return Outcome(manifest.digest, losses, last.files["model.safetensors"]["sha256"], evaluations)
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it, sessions of their own included."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # gone since the folder was read
+    found = [pid]
+    for known in found:
+        found += [child for child, parent in parents.items() if parent == known]
+    return found
+
+
+def kill_all(pid: int) -> None:
+    for member in family(pid):
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder in which everything went well, and what came of it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for index in range(4):
+        texts = [document(index * 100 + number, 100) for number in range(100)]
+        write_parquet(folder / "source" / f"file_{index}.parquet", texts)
+    code, said = run_gpt2(*PRETRAIN, cwd=folder)
+    assert code == 0, said
+    return folder, outcome(folder)
+
+
+def records(folder: Path) -> int:
+    return len(list((folder / "data" / "datasets" / "small" / "shards").glob("*.json")))
+
+
+def results(folder: Path) -> int:
+    return len(
+        [
+            path
+            for path in (folder / "data" / "runs" / "tiny" / "jobs").glob("*.result.json")
+            if "train" not in path.name
+        ]
+    )
+
+
+MOMENTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], bool]]] = {  # when to kill, and what is not done yet
+    "tokenising": (
+        lambda folder: records(folder) > 5,
+        lambda folder: not (folder / "data/datasets/small/latest.json").exists(),
+    ),
+    "training": (
+        lambda folder: len(list((folder / "data/runs/tiny/checkpoints").glob("*.json"))) > 1,
+        lambda folder: not list((folder / "data/runs/tiny/jobs").glob("train-*.result.json")),
+    ),
+    "evaluation": (lambda folder: results(folder) > 0, lambda folder: results(folder) < 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_in_the_middle_it_goes_on_to_the_same_end(
+    tmp_path: Path, undisturbed: tuple[Path, Outcome], moment: str
+) -> None:
+    calm, expected = undisturbed
+    shutil.copytree(calm / "source", tmp_path / "source")
+    reached, unfinished = MOMENTS[moment]
+    process = gpt2(*PRETRAIN, cwd=tmp_path)
+    poll(lambda: reached(tmp_path) or process.poll() is not None, 180)
+    kill_all(process.pid)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert unfinished(tmp_path), "the kill came too late to prove anything"
+    code, said = run_gpt2(*PRETRAIN, cwd=tmp_path)
+    assert code == 0, said
+    assert outcome(tmp_path) == expected
+
+
+def test_prefects_database_deleted_loses_no_work(undisturbed: tuple[Path, Outcome], tmp_path: Path) -> None:
+    calm, expected = undisturbed
+    folder = shutil.copytree(calm, tmp_path / "copy")
+    written = {
+        path: path.stat().st_mtime_ns
+        for path in (folder / "data").rglob("*")
+        if path.suffix in {".bin", ".safetensors"}
+    }
+    shutil.rmtree(folder / ".gpt2")
+    code, said = run_gpt2(*PRETRAIN, cwd=folder)
+    assert code == 0, said
+    assert "found so" in said
+    assert "0 made now" in said
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert outcome(folder) == expected
+
+
+def test_one_deleted_shard_is_one_job_and_the_same_manifest(undisturbed: tuple[Path, Outcome], tmp_path: Path) -> None:
+    calm, expected = undisturbed
+    folder = shutil.copytree(calm, tmp_path / "copy")
+    bins = sorted((folder / "data/datasets/small/shards").glob("*.bin"))
+    bins[7].unlink()
+    bins[7].with_suffix(".json").unlink()
+    written = {path: path.stat().st_mtime_ns for path in bins if path.exists()}
+    code, said = run_gpt2(*PRETRAIN, cwd=folder)
+    assert code == 0, said
+    assert f"{len(bins)} of {len(bins)} shards done, 1 made now" in said
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGKILL]], ids=["Ctrl-C", "console killed"])
+def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path, Outcome], signals: list[int]) -> None:
+    shutil.copytree(undisturbed[0] / "source", tmp_path / "source")
+    process = gpt2(*PRETRAIN, cwd=tmp_path)
+    poll(lambda: MOMENTS["training"][0](tmp_path), 180)
+    members = set(family(process.pid)) - {process.pid}
+    assert len(members) >= 4  # the server, torchrun and two ranks
+    for sign in signals:
+        process.send_signal(sign)
+    process.communicate(timeout=60)
+    poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 60)

@@ -1,0 +1,136 @@
+"""The pipeline under Prefect: five linked stages, artifacts, skipped work, and evaluations that fail alone."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.launch import JobRefused
+from flows.pretrain import evaluate_and_report, pretrain
+from flows.status import run_status
+from model.config import RunConfig
+from model.run import evaluation_jobs, read_run
+from storage import keys
+from storage.layout import open_store
+from tests.flows.console import ask, poll
+from tests.making import document, tiny_config, write_parquet
+
+
+def newest_run(api: str, name: str) -> str:
+    """The id of the newest flow run of that name."""
+    body = {"flow_runs": {"name": {"any_": [name]}}, "sort": "START_TIME_DESC", "limit": 1}
+    return str(ask(api, "/flow_runs/filter", body)[0]["id"])
+
+
+def children(api: str, flow_run: str) -> list[dict[str, Any]]:
+    """The nodes of a run's graph, in the order they started."""
+    return [node for _, node in ask(api, f"/flow_runs/{flow_run}/graph-v2")["nodes"]]
+
+
+def task_states(api: str, flow_run: str) -> dict[str, str]:
+    """State names of a flow run's tasks, once all have ended."""
+
+    def ended() -> dict[str, str] | None:
+        runs = ask(api, "/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200})
+        final = all((run["state"] or {}).get("type") in {"COMPLETED", "FAILED", "CRASHED"} for run in runs)
+        return {run["name"]: run["state"]["name"] for run in runs} if runs and final else None
+
+    found: dict[str, str] = poll(ended)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
+    """A run that was brought to its end once, and what the flow answered."""
+    folder = tmp_path_factory.mktemp("finished")
+    for index in range(2):
+        write_parquet(folder / "source" / f"file_{index}.parquet", [document(index * 40 + n, 90) for n in range(40)])
+    config = tiny_config(
+        str(folder / "store"), str(folder / "source" / "*.parquet"), "resources.concurrent_evaluations=3"
+    )
+    yield config, pretrain(config)
+
+
+def test_the_graph_is_five_stages_each_after_the_one_before(api: str, finished: tuple[RunConfig, Any]) -> None:
+    nodes = children(api, newest_run(api, "pretrain-tiny"))
+    assert [node["label"].split(" / ")[0] for node in nodes] == ["download", "tokenise", "train", "evaluate", "report"]
+    for before, after in pairwise(nodes):
+        assert before["id"] in {parent["id"] for parent in after["parents"]}, after["label"]
+
+
+def test_shards_and_evaluations_are_tasks_of_their_own(api: str, finished: tuple[RunConfig, Any]) -> None:
+    stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
+    tokenised = task_states(api, stages["tokenise"])
+    store = open_store(finished[0].store_url)
+    made = [listed.key for listed in store.list(keys.shards("small")) if listed.key.endswith(".bin")]
+    assert sum(name.startswith("shard-") for name in tokenised) == len(made) > 5
+    assert set(task_states(api, stages["evaluate"])) == {"val_loss", "completion", "samples"}
+    assert set(tokenised.values()) == {"Completed"}
+
+
+def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[RunConfig, Any]) -> None:
+    found = {artifact["key"]: artifact for artifact in ask(api, "/artifacts/latest/filter", {})}
+    assert {"tokenise-progress", "shard-status", "dataset-manifest", "train-metrics", "evaluations", "report"} <= set(
+        found
+    )
+    assert found["tokenise-progress"]["data"] == 100
+    assert {found[key]["type"] for key in ("shard-status", "evaluations")} == {"table"}
+
+
+def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Any]) -> None:
+    config, facts = finished
+    page = open_store(config.store_url).read(keys.report("tiny", "html")).body.decode()
+    assert page.count("<svg") == 2
+    assert "val_loss_t32" in page
+    assert facts["dataset"]["manifest"] in page
+    loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
+    assert [address for address in loaded if "w3.org" not in address] == []  # names of namespaces
+    assert "<script" not in page
+    assert "completion_acc_norm" in open_store(config.store_url).read(keys.report("tiny", "md")).body.decode()
+
+
+def test_the_same_run_again_does_nothing_and_says_the_same(api: str, finished: tuple[RunConfig, Any]) -> None:
+    config, facts = finished
+    assert pretrain(config) == facts
+    stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
+    assert set(task_states(api, stages["train"]).values()) == {"Skipped"}
+    assert set(task_states(api, stages["evaluate"]).values()) == {"Skipped"}
+    assert [node for node in children(api, stages["tokenise"]) if node["label"].startswith("shard-")] == []
+
+
+def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, api: str) -> None:
+    short = write_parquet(
+        tmp_path / "short.parquet", [document(number, 30) for number in range(120)]
+    )  # too short for items
+    config = tiny_config(str(tmp_path / "store"), str(short), "name=short")
+    with pytest.raises(JobRefused, match="completion set needs 4 val documents"):
+        pretrain(config)
+    stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-short"))}
+    states = task_states(api, stages["evaluate"])
+    assert states == {"val_loss": "Completed", "completion": "Failed", "samples": "Completed"}
+    store = open_store(config.store_url)
+    assert "val_loss_t32" in store.read(keys.report("short", "html")).body.decode()
+    assert [line.what.strip() for line in run_status(store, "short") if line.why] == ["completion"]
+    with pytest.raises(JobRefused):  # again: only the failed one is tried
+        evaluate_and_report(config)
+    again = task_states(api, newest_run(api, "evaluate-short"))
+    assert {name: state for name, state in again.items() if name in states} == {
+        "val_loss": "Skipped", "completion": "Failed", "samples": "Skipped",
+    }  # fmt: skip
+
+
+def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: Path, api: str, source: str) -> None:
+    item = '{"ctx": "The cat sat", "endings": ["on the mat.", "in a tree.", "by day.", "at sea."], "label": 1}\n'
+    (tmp_path / "items.jsonl").write_text(item * 3)
+    config = tiny_config(str(tmp_path / "store"), source, f"evaluation.hellaswag={tmp_path / 'items.jsonl'}")
+    facts = pretrain(config)
+    assert {evaluation["name"] for evaluation in facts["evaluations"]} == {"hellaswag", "val_loss"}
+    store = open_store(config.store_url)
+    run = read_run(store, "tiny")
+    assert run.items is not None
+    assert store.read(run.items).body == item.encode() * 3
+    assert [job.kind for job in evaluation_jobs(run, 12)] == ["val_loss", "hellaswag", "samples"]
+    (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
+    assert pretrain(config) == facts

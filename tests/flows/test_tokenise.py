@@ -1,0 +1,119 @@
+"""Tokenising under Prefect: the same bytes under every runner, and only what is missing is run."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.pretrain import build_dataset
+from flows.status import dataset_status
+from model import tokenizer
+from model.config import RunConfig
+from storage import keys, shards
+from storage.errors import DatasetMismatch, SourceInvalid
+from storage.layout import open_store
+from storage.manifest import read_manifest
+from storage.store import Store
+from tests.flows.console import ask, poll
+from tests.making import document, tiny_config, write_parquet
+
+pytestmark = pytest.mark.usefixtures("api")
+
+
+def opened(config: RunConfig) -> Store:
+    return open_store(config.store_url)
+
+
+def shard_runs(api: str) -> dict[str, str]:
+    """Every shard task run the server knows, by id, with its state's name."""
+    found = ask(api, "/task_runs/filter", {"task_runs": {"name": {"like_": "shard-"}}, "limit": 200})
+    return {run["id"]: (run["state"] or {}).get("name") for run in found}
+
+
+def runs_made_by(api: str, config: RunConfig) -> int:
+    """How many shard tasks one more build starts."""
+    before = set(shard_runs(api))
+    build_dataset(config)
+    poll(lambda: None not in shard_runs(api).values())
+    return len(set(shard_runs(api)) - before)
+
+
+@pytest.mark.parametrize(("runner", "workers"), [("threads", 1), ("threads", 2), ("threads", 7), ("processes", 2)])
+def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str, runner: str, workers: int) -> None:
+    config = tiny_config(str(tmp_path / "store"), source, f"resources.runner={runner}", f"resources.workers={workers}")
+    store, digest = open_store(config.store_url, create=True), build_dataset(config)
+    manifest = read_manifest(store, "small", digest)
+    stream = b"".join(store.read(keys.shard("small", row.shard_id)).body for row in manifest.rows())
+    texts = [text for path in sorted(Path(source).parent.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
+    encoding = tokenizer._encoding()
+    expected = np.array([i for text in texts for i in (tokenizer.EOT, *encoding.encode_ordinary(text))], np.uint16)
+    assert stream == expected.tobytes()
+    serial = tiny_config(str(tmp_path / "serial"), source, "resources.workers=1")
+    assert build_dataset(serial) == digest
+
+
+def test_a_second_build_runs_no_job_and_makes_no_version(api: str, config: RunConfig) -> None:
+    digest = build_dataset(config)
+    pointer = opened(config).read(keys.dataset_latest("small"))
+    assert runs_made_by(api, config) == 0
+    assert opened(config).read(keys.dataset_latest("small")) == pointer
+    assert build_dataset(config) == digest
+
+
+@pytest.mark.parametrize("damage", ["record", "shard and record", "cut"])
+def test_one_lost_shard_is_one_job(api: str, config: RunConfig, damage: str) -> None:
+    digest = build_dataset(config)
+    store = opened(config)
+    shard_id = read_manifest(store, "small", digest).shard_ids[3]
+    if damage == "cut":
+        path = store.local_path(keys.shard("small", shard_id))
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        store.delete(keys.record("small", shard_id))
+        if damage != "record":
+            store.delete(keys.shard("small", shard_id))
+    assert runs_made_by(api, config) == 1
+    assert build_dataset(config) == digest
+    assert all(
+        shards.verify(store, "small", row.shard_id, row.sha256) is None
+        for row in read_manifest(store, "small", digest).rows()
+    )
+
+
+def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, api: str) -> None:
+    texts: list[str | None] = [document(number) for number in range(60)]
+    texts[31] = None
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"text": texts}), path, write_statistics=False)  # no footer gives it away
+    config = tiny_config(str(tmp_path / "store"), str(path))
+    with pytest.raises(SourceInvalid, match="row 31"):
+        build_dataset(config)
+    store = opened(config)
+    assert [line.why for line in dataset_status(store, "small") if "row 31" in line.why]
+    kept = {listed.key for listed in store.list(keys.shards("small")) if listed.key.endswith(".bin")}
+    assert len(kept) > 3
+    assert list(store.list(keys.dataset("small") + "manifests/")) == []
+
+
+def test_a_name_stays_with_its_settings(tmp_path: Path, config: RunConfig, source: str) -> None:
+    build_dataset(config)
+    with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, asked for 500"):
+        build_dataset(tiny_config(config.store_url, source, "data.shard_tokens=500"))
+
+
+def test_a_new_file_makes_only_its_own_shards(api: str, config: RunConfig, source: str) -> None:
+    first = build_dataset(config)
+    write_parquet(Path(source).parent / "file_9.parquet", [document(900 + number) for number in range(20)])
+    made = runs_made_by(api, config)
+    store = opened(config)
+    manifest = read_manifest(store, "small", build_dataset(config))
+    assert manifest.parent == first
+    assert made == len(manifest.shard_ids) - len(read_manifest(store, "small", first).shard_ids) > 0
+
+
+def test_too_few_shards_for_the_split_is_refused(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.val_shards = 500"):
+        build_dataset(tiny_config(str(tmp_path / "store"), source, "data.val_shards=500"))

@@ -1,0 +1,59 @@
+"""What tests are made of: texts, source files, a tiny configuration, a dataset built without Prefect."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model import tokenizer
+from model.config import RunConfig, load_config
+from storage import shards, sources
+from storage.layout import open_store
+from storage.manifest import Manifest, seal
+from storage.plan import plan
+
+WORDS = ("the", "of", "a", "model", "learns", "to", "write", "text", "one", "token", "after", "another", "because")
+
+
+def document(number: int, words: int = 60) -> str:
+    """A text that is different for every number, and the same in every run."""
+    return f"Document {number}. " + " ".join(WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(words))
+
+
+def write_parquet(path: Path, texts: list[str], *, counted: bool = True, row_group_size: int = 10) -> Path:
+    """A parquet file with a text column and, when `counted`, gpt2's token counts."""
+    columns: dict[str, list[str] | list[int]] = {"text": texts}
+    if counted:
+        columns["token_count"] = [len(tokenizer.encode(text)) for text in texts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
+    """A run that trains in a second: 12 steps of 256 tokens, a checkpoint every 4."""
+    settings = [
+        f"store_url={store_url}", f"data.source={source}", "name=tiny", "data.dataset=small",
+        "data.shard_tokens=1000", "data.val_shards=2",
+        "model.layers=1", "model.heads=2", "model.width=16", "model.context_tokens=32",
+        "train.sequence_tokens=32", "train.micro_batch_sequences=2", "train.batch_tokens=256", "train.max_steps=12",
+        "train.warmup_steps=2", "train.learning_rate=1e-2", "train.min_learning_rate=1e-3",
+        "train.checkpoint_every_steps=4", "train.validate_every_steps=6", "train.validation_tokens=512",
+        "evaluation.completion_items=8", "evaluation.sample_tokens=4", "evaluation.samples=1",
+    ]  # fmt: skip
+    return load_config(None, [*settings, *overrides])
+
+
+def build_dataset(config: RunConfig) -> Manifest:
+    store = open_store(config.store_url, create=True)
+    data = config.data
+    files = [sources.identify(path) for path in sources.find(data.source)]
+    digest = tokenizer.identity()["sha256"]
+    jobs = list(plan(files, shard_tokens=data.shard_tokens, text_column=data.text_column, tokenizer_digest=digest))
+    for job in jobs:
+        shards.build_shard(store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
+    planned = [job.shard_id for job in jobs]
+    return seal(
+        store, data.dataset, planned, recipe={"shard_tokens": data.shard_tokens}, tokenizer=tokenizer.identity(),
+        binding={"source": data.source}, val_shards=data.val_shards,
+    )  # fmt: skip

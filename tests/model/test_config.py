@@ -1,0 +1,320 @@
+"""The configuration: every field is explained, every override typed, every impossible combination refused in words."""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from model.config import RunConfig, differences, load_config
+
+CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
+
+
+def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as it is written after --set."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def value_of(config: RunConfig, name: str) -> Any:
+    found: Any = config
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def refused(*overrides: str, facts: list[str]) -> str:
+    """The message with which the settings are refused, which holds every fact."""
+    with pytest.raises(ValueError) as found:
+        load_config(None, list(overrides))
+    assert not isinstance(found.value, ValidationError), "words for people, not pydantic's"
+    for fact in facts:
+        assert fact in str(found.value), fact
+    return str(found.value)
+
+
+# Fields
+
+
+@pytest.mark.parametrize(("name", "field"), list(fields()), ids=[name for name, _ in fields()])
+def test_every_field_says_what_it_is(name: str, field: FieldInfo) -> None:
+    assert field.description and field.description.endswith("."), name
+
+
+def test_the_default_run_is_the_124m_one() -> None:
+    config = load_config(None, [])
+    assert config == RunConfig()
+    assert (config.model.layers, config.model.heads, config.model.width, config.model.context_tokens) == (
+        12,
+        12,
+        768,
+        1024,
+    )
+    train = config.train
+    assert (train.sequence_tokens, train.micro_batch_sequences, train.batch_tokens) == (512, 8, 524_288)
+    assert (train.max_steps, train.warmup_steps) == (19_073, 715)
+    assert (train.learning_rate, train.min_learning_rate) == (6e-4, 6e-5)
+    assert (train.micro_batches(1), train.micro_batches(2), train.batch_windows) == (128, 64, 1_024)
+    assert (config.data.shard_tokens, config.data.val_shards) == (10_000_000, 10)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        RunConfig().train.max_steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_that_is_shipped_loads(file: Path) -> None:
+    config = load_config(file, [])
+    for section, values in tomllib.loads(file.read_text()).items():
+        for name, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            found = value_of(config, f"{section}.{name}" if name else section)
+            assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+def test_configs_are_shipped() -> None:
+    assert {"demo", "fineweb-edu-10b", "gpt2-medium", "gpt2-large", "gpt2-xl"} <= {
+        path.stem for path in CONFIGS.glob("*.toml")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "width"),
+    [
+        ("fineweb-edu-10b", 12, 12, 768),
+        ("gpt2-medium", 24, 16, 1024),
+        ("gpt2-large", 36, 20, 1280),
+        ("gpt2-xl", 48, 25, 1600),
+    ],
+)
+def test_the_models_have_gpt2s_shapes(name: str, layers: int, heads: int, width: int) -> None:
+    model = load_config(CONFIGS / f"{name}.toml", []).model
+    assert (model.layers, model.heads, model.width, model.context_tokens) == (layers, heads, width, 1024)
+
+
+def test_what_is_computed_holds_nothing_of_how_it_runs() -> None:
+    plain, other = load_config(None, []), load_config(None, ["resources.workers=7", "store_url=/x", "name=other"])
+    assert plain.computed() == other.computed()
+    assert set(plain.computed()) == {"data", "model", "train", "evaluation"}
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.max_steps=2_000", 2_000),
+        ("train.max_steps = 2000", 2_000),
+        ("train.learning_rate=1e-3", 1e-3),
+        ("train.learning_rate=1", 1.0),
+        ("train.betas=[0.8, 0.99]", (0.8, 0.99)),
+        ("train.precision=fp32", "fp32"),
+        ('train.precision="fp32"', "fp32"),
+        ("train.compile=off", "off"),
+        ("name=my-run", "my-run"),
+        ("store_url=./else where", "./else where"),
+        ("store_url=s3://bucket/prefix", "s3://bucket/prefix"),
+        ("data.source=/data/*.parquet", "/data/*.parquet"),
+        ("data.source=a=b", "a=b"),
+        ("evaluation.hellaswag=", ""),
+        ('evaluation.hellaswag=""', ""),
+        ('evaluation.prompts=["a", "b = c"]', ("a", "b = c")),
+        ("evaluation.prompts=[]", ()),
+        ("evaluation.top_k=0", 0),
+        ("resources.processes=2", 2),
+    ],
+)
+def test_an_override_sets_its_field(override: str, value: object) -> None:
+    found = value_of(load_config(None, [override]), override.partition("=")[0].strip())
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('name = "of-file"\n[train]\nseed = 1\nmax_steps = 900\n')
+    config = load_config(file, ["train.seed=2", "train.seed=3"])
+    assert (config.name, config.train.seed, config.train.max_steps) == ("of-file", 3, 900)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.max_step=1", "train.max_steps"),
+        ("train.lerning_rate=1", "train.learning_rate"),
+        ("max_steps=1", "train.max_steps"),
+        ("trian.max_steps=1", "train.max_steps"),
+        ("model.n_layers=1", "model.layers"),
+        ("data.shard_token=1", "data.shard_tokens"),
+        ("storeurl=x", "store_url"),
+        ("resource.workers=1", "resources.workers"),
+        ("store-url=x", "store_url"),
+    ],
+)
+def test_an_unknown_name_offers_the_nearest(override: str, nearest: str) -> None:
+    refused(override, facts=[override.partition("=")[0], nearest])
+
+
+def test_an_unknown_name_of_a_file_offers_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nmax_stepz = 3\n")
+    with pytest.raises(ValueError, match=r"train\.max_stepz.*train\.max_steps"):
+        load_config(file, [])
+
+
+def test_an_unknown_name_like_nothing_is_refused() -> None:
+    refused("qqqq=1", facts=["qqqq"])
+    refused("zz.qqqq.xx=1", facts=["zz"])
+
+
+@pytest.mark.parametrize(
+    ("override", "facts"),
+    [
+        ("train.max_steps", ["train.max_steps"]),
+        ("", []),
+        ("=", []),
+        ("train=5", ["train", "5"]),
+        ("train.seed.x=1", ["train.seed"]),
+        ("train.max_steps=many", ["train.max_steps", "many"]),
+        ("train.max_steps=1.5", ["train.max_steps", "1.5"]),
+        ("train.max_steps=0", ["train.max_steps", "0", "1"]),
+        ("train.max_steps=-1", ["train.max_steps", "-1"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "fast"]),
+        ("train.learning_rate=0", ["train.learning_rate", "0"]),
+        ("train.precision=fp8", ["train.precision", "fp8", "bf16"]),
+        ("train.dropout=1", ["train.dropout", "1"]),
+        ("train.betas=[0.9]", ["train.betas"]),
+        ("train.seed=-1", ["train.seed", "-1"]),
+        ("evaluation.top_p=1.5", ["evaluation.top_p", "1.5"]),
+        ("evaluation.prompts=7", ["evaluation.prompts", "7"]),
+        ("resources.runner=slurm", ["resources.runner", "slurm", "threads", "processes"]),
+        ("resources.workers=-2", ["resources.workers", "-2"]),
+        ("data.shard_tokens=0", ["data.shard_tokens", "0"]),
+        ("name=a/b", ["name", "a/b"]),
+        ("name=../up", ["name", "../up"]),
+        ("name=", ["name"]),
+        ("data.dataset=.hidden", ["data.dataset", ".hidden"]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(override: str, facts: list[str]) -> None:
+    refused(override, facts=facts)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.learning_rate=inf", "train.learning_rate=nan", "train.weight_decay=inf", "train.min_learning_rate=nan",
+        "evaluation.temperature=inf", "train.betas=[0.9, nan]", "train.betas=[0.9, 1.0]", "train.betas=[-0.1, 0.9]",
+        "train.betas=[2, 3]",
+    ],
+)  # fmt: skip
+def test_a_number_that_no_training_can_use_is_refused(override: str) -> None:
+    refused(override, facts=[override.partition("=")[0]])
+
+
+# Impossible combinations
+
+
+def follow(message: str, *overrides: str) -> RunConfig:
+    """The configuration that the message's advice (`field = value`, the last one in it) leads to."""
+    words = message.replace(",", "").rstrip(".").split()
+    place = len(words) - 1 - words[::-1].index("=")
+    return load_config(None, [*overrides, f"{words[place - 1]}={words[place + 1]}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["train.micro_batch_sequences=12"], ["524,288", "6,144", "12", "512", "522240"]),
+        (["train.batch_tokens=1000"], ["1,000", "4,096", "8", "512", "4096"]),
+        (["train.batch_tokens=6144"], ["6,144", "4,096"]),
+        (["train.sequence_tokens=1000"], ["524,288", "8,000", "1,000", "528000"]),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(overrides: list[str], facts: list[str]) -> None:
+    message = refused(
+        *overrides, facts=["train.batch_tokens", "train.micro_batch_sequences", "train.sequence_tokens", *facts]
+    )
+    assert follow(message, *overrides).train.micro_batches(1) >= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["train.warmup_steps=20000"], ["train.warmup_steps", "20,000", "train.max_steps", "19,073"]),
+        (["train.max_steps=100"], ["train.warmup_steps", "715", "train.max_steps", "100"]),
+        (["train.max_steps=3"], ["train.warmup_steps", "715", "train.max_steps", "3"]),
+        (["train.sequence_tokens=2048"], ["train.sequence_tokens", "2,048", "model.context_tokens", "1,024"]),
+        (["model.context_tokens=256"], ["train.sequence_tokens", "512", "model.context_tokens", "256"]),
+        (["train.min_learning_rate=1e-3"], ["train.min_learning_rate", "0.001", "train.learning_rate", "0.0006"]),
+    ],
+)
+def test_an_impossible_combination_names_both_fields_and_its_advice_works(
+    overrides: list[str], facts: list[str]
+) -> None:
+    follow(refused(*overrides, facts=facts), *overrides)
+
+
+@pytest.mark.parametrize(("width", "heads", "possible"), [(770, 12, "768"), (100, 7, "98"), (8, 12, "12")])
+def test_a_width_that_the_heads_do_not_divide_is_refused(width: int, heads: int, possible: str) -> None:
+    settings = [f"model.width={width}", f"model.heads={heads}"]
+    refused(*settings, facts=["model.width", str(width), "model.heads", str(heads), possible])
+    load_config(None, [settings[1], f"model.width={possible}"])
+
+
+@pytest.mark.parametrize("ranks", [3, 7, 256])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(ranks: int) -> None:
+    facts = ["train.batch_tokens", "524,288", str(ranks), "4,096", "resources.processes"]
+    refused(f"resources.processes={ranks}", facts=facts)
+    with pytest.raises(ValueError, match=rf"524,288.*{ranks}"):
+        RunConfig().train.micro_batches(ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 128])
+def test_ranks_share_a_batch_in_whole_micro_batches(ranks: int) -> None:
+    train = load_config(None, [f"resources.processes={ranks}"]).train
+    assert (
+        train.micro_batches(ranks) * ranks * train.micro_batch_sequences * train.sequence_tokens == train.batch_tokens
+    )
+
+
+def test_every_wrong_value_is_told_at_once() -> None:
+    refused("train.max_steps=0", "model.layers=x", facts=["train.max_steps", "model.layers"])
+
+
+# Files
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for place in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ValueError, match=str(place)):
+            load_config(place, [])
+
+
+@pytest.mark.parametrize("body", [b"[train\nx", b"name = ", b"\xff\xfe", b"[train]\nseed = 1\nseed = 2\n"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "a.toml").write_bytes(body)
+    with pytest.raises(ValueError, match=r"a\.toml"):
+        load_config(tmp_path / "a.toml", [])
+
+
+# Differences
+
+
+def test_differences_name_the_fields_and_both_values() -> None:
+    ours, theirs = RunConfig(), load_config(None, ["train.seed=9", "model.layers=3", "evaluation.prompts=[]"])
+    found = differences(ours.computed(), theirs.computed())
+    assert len(found) == 3
+    for line, facts in zip(
+        found, [("evaluation.prompts",), ("model.layers", "12", "3"), ("train.seed", "1337", "9")], strict=True
+    ):
+        assert all(fact in line for fact in facts)
+    assert differences(ours.computed(), RunConfig().computed()) == []

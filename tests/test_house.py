@@ -1,0 +1,132 @@
+"""The rules of the house that imports cannot say, and that each of them can fail."""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flows", "model", "storage")
+TOP = {
+    "flows", "model", "storage", "tests", "deploy", "pyproject.toml", "README.md", "docker-compose.yml", "Makefile",
+    "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "requirements.lock", "requirements-dev.lock", "data",
+}  # fmt: skip
+ENTRY_POINTS = {"flows/cli.py", "flows/server.py", "model/__main__.py"}
+KEY_LITERAL = re.compile(r"^(datasets|runs|sources)/|^(split|latest|progress|config)\.json$|^FORMAT$")
+VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}
+MAXIMUM_LINES = 400
+
+
+def too_long(_: str, text: str) -> bool:
+    return len(text.splitlines()) > MAXIMUM_LINES
+
+
+def without_docstring(_: str, text: str) -> bool:
+    return not ast.get_docstring(ast.parse(text))
+
+
+def spells_a_key(name: str, text: str) -> bool:
+    if name == "storage/keys.py":
+        return False
+    return any(KEY_LITERAL.search(value) for value in string_literals(ast.parse(text)))
+
+
+def reads_the_environment(name: str, text: str) -> bool:
+    if name in ENTRY_POINTS:
+        return False
+    return any(
+        isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "environb"}
+        for node in ast.walk(ast.parse(text))
+    )
+
+
+def has_a_vague_name(name: str, _: str) -> bool:
+    return bool(VAGUE.intersection(re.split(r"[_/.]", name)))
+
+
+def does_work_in_init(name: str, text: str) -> bool:
+    return name.endswith("__init__.py") and len(ast.parse(text).body) > 1
+
+
+def unpickles(_: str, text: str) -> bool:
+    tree = ast.parse(text)
+    names = {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
+    }
+    return bool(names & {"pickle", "cloudpickle", "dill", "shelve"}) or "torch.load(" in text
+
+
+def string_literals(tree: ast.Module) -> Iterator[str]:
+    """Strings of the code, and the beginnings of f-strings; docstrings are prose."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+
+
+Rule = Callable[[str, str], bool]
+RULES: list[tuple[Rule, str, str]] = [  # the rule, and a file that must break it
+    (too_long, "model/long.py", '"""Long."""\n' * (MAXIMUM_LINES + 1)),
+    (without_docstring, "model/bare.py", "x = 1\n"),
+    (spells_a_key, "model/stray.py", '"""Doc."""\nkey = f"runs/{1}/config.json"\n'),
+    (spells_a_key, "flows/stray.py", '"""Doc."""\nkey = "latest.json"\n'),
+    (reads_the_environment, "storage/env.py", '"""Doc."""\nimport os\nx = os.environ["HOME"]\n'),
+    (reads_the_environment, "flows/env.py", '"""Doc."""\nimport os\nx = os.getenv("HOME")\n'),
+    (has_a_vague_name, "storage/shard_utils.py", ""),
+    (does_work_in_init, "model/__init__.py", '"""Doc."""\nimport model.config\n'),
+    (unpickles, "model/old.py", '"""Doc."""\nimport torch\nx = torch.load("x.pt")\n'),
+]  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
+def test_every_module_keeps_the_rule(rule: Rule) -> None:
+    found = modules()
+    assert len(found) > 30
+    assert [str(path.relative_to(ROOT)) for path in found if rule(str(path.relative_to(ROOT)), path.read_text())] == []
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), RULES, ids=lambda part: getattr(part, "__name__", None))
+def test_the_rule_can_fail(rule: Rule, name: str, text: str) -> None:
+    assert rule(name, text)
+
+
+def test_nothing_else_stands_at_the_top() -> None:
+    assert {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - TOP - {
+        "gpt2_pipeline.egg-info"
+    } == set()
+
+
+def test_tests_have_no_init_that_would_shadow_the_packages() -> None:
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_test_files_are_short_too() -> None:
+    assert [path.name for path in (ROOT / "tests").rglob("*.py") if too_long("", path.read_text())] == []
+
+
+def test_locks_name_no_address() -> None:
+    for lock in ("requirements.lock", "requirements-dev.lock"):
+        text = (ROOT / lock).read_text()
+        assert "--hash=sha256:" in text
+        assert "://" not in text
+        assert "index-url" not in text
+
+
+def test_the_readme_shows_the_tree() -> None:
+    """Every module is named in the README's tree, and the tree names no module that is not there."""
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"^[│├└─ ]+(\w+\.py)\s", readme, re.MULTILINE))
+    there = {path.name for path in modules() if path.name != "__init__.py"}
+    assert named == there
