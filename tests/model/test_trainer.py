@@ -436,7 +436,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     said: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name = override.split("=")[0]
+    name, _, _ = override.partition("=")
     run = f"foreign-{name}"
     config = house.config(run, override)
     manifest = house.manifest
