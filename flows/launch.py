@@ -40,6 +40,7 @@ class _Request:
         self.words, self.log = words, log
         self.process: subprocess.Popen[str] | None = None
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.errors: dict[str, None] = {}  # each once: every rank that meets one says so
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -56,6 +57,8 @@ class _Request:
         with self.process.stdout as lines:
             for line in lines:
                 self.tail.append(line.rstrip())
+                if line.startswith("error: "):
+                    self.errors[line.rstrip().removeprefix("error: ")] = None
                 if not line.startswith("step ") or time.monotonic() - said > LOG_SECONDS:
                     said = time.monotonic()
                     self.log(line.rstrip())
@@ -101,8 +104,7 @@ class Processes:
             raise JobFailed(f"job {job_key!r} was not started: the flow is ending. Run the same command again.")
         code = request.process.returncode
         if code == USER_ERROR:
-            said = dict.fromkeys(line.removeprefix("error: ") for line in request.tail if line.startswith("error: "))
-            raise JobRefused("\n".join(said) or "\n".join(request.tail))
+            raise JobRefused("\n".join(request.errors or request.tail))
         if code:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             lines = "\n".join(request.tail)

@@ -72,11 +72,16 @@ def main() -> int:
         try:
             torchrun([*words, "--parent", str(os.getpid())])
         except ChildFailedError as error:  # the rank has said why
-            return max(error.get_first_failure()[1].exitcode, 1)
+            return USER_ERROR if any(found.exitcode == USER_ERROR for found in error.failures.values()) else 1
         except SignalException:
             pass  # passed on to the ranks, which have saved
         return 0
-    return run_job(asked.store_url, asked.job_key)
+    code = run_job(asked.store_url, asked.job_key)
+    if "RANK" in os.environ:  # a rank of torchrun's: a thread of gloo's may abort an orderly exit, rarely
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

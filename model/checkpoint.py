@@ -54,14 +54,18 @@ def save_checkpoint(
         cursor=cursor,
         metrics=metrics,
     )
+    record_key = keys.checkpoint_record(run, step)
     try:
-        store.put_new(keys.checkpoint_record(run, step), canonical_json(asdict(record)))
+        store.put_new(record_key, canonical_json(asdict(record)))
     except AlreadyExists as error:
-        raise CheckpointInvalid(
-            f"run {run!r}: step {step:,} was saved by another process meanwhile. "
-            f"Train a run in one place at a time; running again goes on from the newest checkpoint."
-        ) from error
-    pointer = {"step": step, "record": keys.checkpoint_record(run, step), "commit_id": attempt}
+        if any(found.step == step for found in checkpoints(store, run)):
+            raise CheckpointInvalid(
+                f"run {run!r}: step {step:,} was saved by another process meanwhile. "
+                f"Train a run in one place at a time; running again goes on from the newest checkpoint."
+            ) from error
+        store.delete(record_key)  # it names files that are gone or cut, so it never counted
+        store.put_new(record_key, canonical_json(asdict(record)))
+    pointer = {"step": step, "record": record_key, "commit_id": attempt}
     overwrite(store, keys.run_latest(run), canonical_json(pointer))
     return record
 

@@ -38,11 +38,12 @@ def hellaswag_items(body: bytes, name: str) -> list[Item]:
             continue
         try:
             found: dict[str, Any] = json.loads(line)
-            context, endings, label = found["ctx"], found["endings"], int(found["label"])
-            if len(endings) != ENDINGS or not 0 <= label < ENDINGS or not all(endings) or not context:
-                raise ValueError(f"{len(endings)} endings and label {label}")
+            context, endings, label = found["ctx"], found["endings"], str(found["label"])
+            texts = isinstance(endings, list) and all(isinstance(text, str) and text for text in [context, *endings])
+            if not texts or len(endings) != ENDINGS or label not in {"0", "1", "2", "3"}:
+                raise ValueError(f"context {context!r:.40}, endings {endings!r:.80}, label {label!r:.10}")
             ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
-            items.append(Item(tokenizer.encode(context).tolist(), ids, label))
+            items.append(Item(tokenizer.encode(context).tolist(), ids, int(label)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceInvalid(
                 f"{name}: line {number:,} should be a HellaSwag item (ctx, four endings, label 0 to 3), found "

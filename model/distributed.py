@@ -56,6 +56,7 @@ class DDPConfig:
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         try:
             yield
+            dist.barrier()  # nobody leaves while the main rank still writes
         finally:
             dist.destroy_process_group()
 

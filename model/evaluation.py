@@ -68,6 +68,11 @@ class Evaluator:
         self.model.eval()
         longest = max(len(ending) for ending in item.endings)
         room = self.model.config.context_tokens + 1 - longest
+        if room < 1:
+            raise ValueError(
+                f"an ending of {longest} tokens was to be scored, the model's context (model.context_tokens) is "
+                f"{self.model.config.context_tokens}. Leave that item out, or evaluate a model with a longer context."
+            )
         context = item.context[-room:]
         rows = [context + ending for ending in item.endings]
         width = len(context) + longest

@@ -90,6 +90,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     try:
+        EvaluationConfig(
+            temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, sample_tokens=asked.tokens
+        )
         model, _ = newest_model(open_store(asked.store_url), asked.run)
     except (ValueError, StorageError) as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Items with four endings: a HellaSwag file is read or its bad line is named; a set of documents is honest and seeded."""
+"""Items with four endings: a HellaSwag file is read or its bad line named; a set made of documents is honest."""
 
 import json
 from collections import Counter
