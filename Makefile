@@ -2,8 +2,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON := $(shell for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
+# Found: the first of these that is new enough. PYTHON=/path/to/python3.12 names another.
+FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c  # the last source, with the conditional-put fix
 
 .PHONY: demo test test-full check lock minio clean
@@ -47,15 +48,15 @@ $(VENV)/.dev: requirements-dev.lock pyproject.toml
 
 define install
 set -e; \
-if [ -z "$(PYTHON)" ]; then \
-	echo "Python 3.11 to 3.14 is needed, found $$(python3 --version 2>&1 || echo none). Install one, then: make demo PYTHON=/path/to/python3.12"; exit 2; fi; \
+if [ -z "$(FOUND)" ]; then \
+	echo "Python 3.11 to 3.14 is needed, found $$($(or $(PYTHON),python3) --version 2>&1). Install one, then: make demo PYTHON=/path/to/python3.12"; exit 2; fi; \
 if [ -e $(VENV) ] && ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	echo "$(VENV) has no Python 3.11 or newer in it: making it anew"; rm -rf $(VENV); fi; \
 if command -v uv >/dev/null; then uv=uv; else uv=$(BIN)/uv; fi; \
 if [ ! -e $(VENV) ]; then \
-	if [ $$uv = uv ]; then uv venv -q --python $(PYTHON) $(VENV); else \
-		$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
-		echo "$(PYTHON) cannot make an environment: its venv module is missing. Install it (Debian: apt install python3-venv) or uv (https://docs.astral.sh/uv), then run this again."; exit 2; }; fi; fi; \
+	if [ $$uv = uv ]; then uv venv -q --python $(FOUND) $(VENV); else \
+		$(FOUND) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+		echo "$(FOUND) cannot make an environment: its venv module is missing. Install it (Debian: apt install python3-venv) or uv (https://docs.astral.sh/uv), then run this again."; exit 2; }; fi; fi; \
 if [ $$uv != uv ] && [ ! -x $$uv ]; then $(BIN)/python -m pip install -q "uv>=0.9,<1" || { echo "uv could not be installed into $(VENV): see pip's message above; a network or a package mirror is needed once."; exit 2; }; fi; \
 echo "installing $(1) into $(VENV)"; \
 { $$uv pip install -q --python $(BIN)/python --require-hashes --compile-bytecode -r $(1) && $$uv pip install -q --python $(BIN)/python --no-deps -e .; } || \

@@ -12,6 +12,8 @@ from storage.manifest import Manifest
 from storage.store import Store
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
+pytest.register_assert_rewrite("tests.model.training", "tests.storage.sealing")  # they assert for the tests
+
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,21 @@
+"""A store of every kind, and the source files that the tests of manifests seal."""
+
+from pathlib import Path
+
+import pytest
+
+from storage.layout import open_store
+from tests.storage.sealing import source_file
+from tests.storage.stores import STORES
+
+
+@pytest.fixture(params=STORES)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    found = STORES[request.param](tmp_path)
+    open_store(found, create=True)
+    return found
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return [source_file(tmp_path / "source", number) for number in range(3)]

@@ -1,0 +1,79 @@
+"""What the tests of manifests seal: small source files, their shards, and a store that is watched meanwhile."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model import tokenizer
+from storage import keys, shards, sources
+from storage.manifest import Manifest, seal
+from storage.plan import ShardJob, plan
+from storage.store import Store, read_json
+from tests.making import document, write_parquet
+
+BINDING = {"source": "*.parquet", "shard_tokens": 500}
+SETTINGS: dict[str, Any] = {
+    "recipe": {"shard_tokens": 500},
+    "tokenizer": tokenizer.identity(),
+    "binding": BINDING,
+    "val_shards": 2,
+}
+
+
+def source_file(folder: Path, number: int, documents: int = 20) -> Path:
+    """A file of three to four shards."""
+    return write_parquet(
+        folder / f"file_{number}.parquet", [document(number * 1_000 + row) for row in range(documents)]
+    )
+
+
+def jobs_of(*paths: Path) -> list[ShardJob]:
+    files = [sources.identify(path) for path in paths]
+    return list(plan(files, shard_tokens=500, text_column="text", tokenizer_digest=tokenizer.identity()["sha256"]))
+
+
+def built(
+    store: Store, *paths: Path, dataset: str = "small", order: Callable[[list[ShardJob]], None] | None = None
+) -> list[str]:
+    """The planned shards of some files, made in any order."""
+    jobs = jobs_of(*paths)
+    planned = [job.shard_id for job in jobs]
+    if order:
+        order(jobs)
+    for job in jobs:
+        shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
+    return planned
+
+
+def sealed(store: Store, *paths: Path) -> Manifest:
+    return seal(store, "small", built(store, *paths), **SETTINGS)
+
+
+def pointer(store: Store, dataset: str = "small") -> dict[str, Any]:
+    found = read_json(store, keys.dataset_latest(dataset))
+    assert found is not None
+    return found
+
+
+def manifests(store: Store, dataset: str = "small") -> list[str]:
+    return [found.key for found in store.list(keys.dataset(dataset) + "manifests/")]
+
+
+class Spy:
+    """A store that notes what is read, and lets somebody else act just before the first swap."""
+
+    def __init__(self, store: Store, before_swap: Callable[[], object] | None = None) -> None:
+        self._store, self._act, self.read_keys = store, before_swap, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, key: str) -> Any:
+        self.read_keys.append(key)
+        return self._store.read(key)
+
+    def swap(self, *arguments: Any) -> str:
+        act, self._act = self._act, None
+        if act:
+            act()
+        return self._store.swap(*arguments)
