@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import RunConfig, load_config
+from model.job import JobFailed
 from storage.errors import StorageError
 from storage.layout import open_store
 
@@ -51,15 +52,12 @@ def main() -> None:
     try:
         app()
     except (ValueError, StorageError) as error:
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if type(error).__name__ != "JobFailed":
-            raise
+    except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -245,14 +243,11 @@ def _prefect(verbose: bool) -> Iterator[None]:
 
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    with console.status("starting Prefect's server"):
-        server = prefect_server()
-        url = server.__enter__()
-    try:
+    with ExitStack() as stack:
+        with console.status("starting Prefect's server"):
+            url = stack.enter_context(prefect_server())
         console.print(f"Prefect    {url.removesuffix('/api')}", highlight=False)
         yield
-    finally:
-        server.__exit__(None, None, None)
 
 
 def _run_flow(flow: Any, config: RunConfig) -> Any:

@@ -9,12 +9,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.launch import JobFailed, JobRefused, Processes
+from flows.launch import Processes
 from flows.progress import Bar, say
 from flows.train import Trained, run_job
 from model.config import RunConfig
 from model.history import checkpoints
-from model.job import Job
+from model.job import Job, JobFailed, JobRefused
 from model.run import evaluation_jobs, pinned_run
 from storage.errors import ObjectMissing
 from storage.layout import open_store

@@ -19,18 +19,12 @@ from typing import Self
 
 from prefect.futures import PrefectConcurrentFuture
 
+from model.job import JobFailed, JobRefused
+
 USER_ERROR = 2  # exit code of a process that found what a user can mend
 GRACE_SECONDS = 20.0  # for a last checkpoint; Prefect itself waits 30 s before it kills the flow
 TAIL_LINES = 40
 LOG_SECONDS = 2.0  # each relayed line is a row in Prefect's database
-
-
-class JobFailed(Exception):
-    """A process ended without a result; the message holds its last lines."""
-
-
-class JobRefused(ValueError):
-    """A process found something that a user can mend; the message is its own."""
 
 
 class _Request:

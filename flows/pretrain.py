@@ -10,11 +10,11 @@ from prefect import flow
 
 from flows.download import download
 from flows.evaluate import evaluate
-from flows.launch import JobFailed, JobRefused
 from flows.report import report
 from flows.tokenise import tokenise
 from flows.train import Trained, train
 from model.config import RunConfig
+from model.job import JobFailed, JobRefused
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")

@@ -9,12 +9,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.launch import JobFailed, Processes
+from flows.launch import Processes
 from flows.progress import Bar, say
 from flows.tokenise import DatasetVersion
 from model.config import RunConfig
 from model.history import read_metrics
-from model.job import Job, ask, note_failure, read_result
+from model.job import Job, JobFailed, ask, note_failure, read_result
 from model.run import Run, pin_run, pinned_run, training_job
 from storage import keys
 from storage.errors import ObjectMissing

@@ -14,6 +14,14 @@ from storage.errors import AlreadyExists
 from storage.store import Store, overwrite, read_json
 
 
+class JobFailed(Exception):
+    """A process ended without a result; the message holds its last lines."""
+
+
+class JobRefused(ValueError):
+    """A process found something that a user can mend; the message is its own."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A kind of work, the recipe that decides its answer, and the run it belongs to."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.launch import JobRefused
 from flows.pretrain import evaluate_and_report, pretrain
 from flows.status import run_status
 from model.config import RunConfig
+from model.job import JobRefused
 from model.run import evaluation_jobs, read_run
 from storage import keys
 from storage.layout import open_store
