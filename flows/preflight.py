@@ -38,7 +38,7 @@ def find_sources(data: DataConfig) -> list[Path]:
     except ValueError:
         if HUB_NAME.fullmatch(data.source) and not data.source.startswith("."):
             raise ValueError(
-                f"data.source = {data.source!r}: a Hub dataset was asked for, this version reads local files only. "
-                f"Download its parquet files and give their path or glob: --set data.source='…/*.parquet'"
+                f"data.source = {data.source!r}: a Hub dataset ({data.config} at {data.revision}) was asked for, this "
+                f"version reads local files only. Download its parquet files and give their path or glob: --set data.source='…/*.parquet'"
             ) from None
         raise

@@ -42,15 +42,10 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     return sorted(found, key=lambda record: record.step)
 
 
-def read_metrics(store: Store, run: str, *, live: bool = False) -> list[dict[str, Any]]:
-    """One entry a step up to the newest checkpoint, in order; with `live`, also what came since."""
+def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
+    """One entry a step up to the newest checkpoint, in order."""
     kept = checkpoints(store, run)
     lines: list[dict[str, Any]] = []
     for key in kept[-1].metrics if kept else []:
         lines += [json.loads(line) for line in store.read(key).body.splitlines()]
-    if live and (progress := read_json(store, keys.progress(run))) is not None:
-        last = lines[-1]["step"] if lines else -1
-        since = progress["since_checkpoint"]
-        assert isinstance(since, list)
-        lines += [line for line in since if line["step"] > last]
     return lines
