@@ -39,6 +39,7 @@ def find_sources(data: DataConfig) -> list[Path]:
         if HUB_NAME.fullmatch(data.source) and not data.source.startswith("."):
             raise ValueError(
                 f"data.source = {data.source!r}: a Hub dataset ({data.config} at {data.revision}) was asked for, this "
-                f"version reads local files only. Download its parquet files and give their path or glob: --set data.source='…/*.parquet'"
+                f"version reads local files only. Download its parquet files and give their path or glob: "
+                f"--set data.source='…/*.parquet'"
             ) from None
         raise
