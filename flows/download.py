@@ -1,6 +1,5 @@
 """The first stage: find the source files, identify each by its content, and bring evaluation items into the store."""
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ def identify_file(path: str, text_column: str) -> SourceFile:
 def mirror_items(path: str, store_url: str) -> str:
     """Copy a file of HellaSwag items into the store. Returns its key."""
     found = sources.identify(Path(path))
-    key = keys.source(found.sha256, re.sub(r"[^A-Za-z0-9._-]", "_", found.name).lstrip("._-"))
+    key = keys.source(found.sha256, keys.as_name(found.name))
     with suppress(AlreadyExists):  # named by its content
         open_store(store_url).put_new(key, Path(path).read_bytes())
     return key

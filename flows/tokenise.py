@@ -54,7 +54,7 @@ def transient(_task: Any, _run: Any, state: State[Any]) -> bool:
 def tokenise_shard(job: ShardJob, dataset: str, store_url: str) -> Any:
     """Make one shard and its record, or find them."""
     store = open_store(store_url)
-    if shards.done(store, dataset, [job.shard_id], {}):
+    if shards.is_done(store, dataset, job.shard_id):
         return Completed(name="Skipped", message="its record was there")
     try:
         record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
@@ -75,7 +75,7 @@ def seal_dataset(planned: list[str], data: DataConfig, store_url: str) -> Manife
         planned,
         recipe=dataset_recipe(data),
         tokenizer=tokenizer.identity(),
-        binding=dataset_recipe(data) | {"source": data.source, "config": data.config},
+        binding=dataset_binding(data),
         val_shards=data.val_shards,
     )
 
@@ -109,10 +109,15 @@ def dataset_recipe(data: DataConfig) -> dict[str, Any]:
     return recipe
 
 
+def dataset_binding(data: DataConfig) -> dict[str, Any]:
+    """What a dataset's name is bound to at its first seal."""
+    return dataset_recipe(data) | {"source": data.source, "config": data.config}
+
+
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
-    check_binding(store, data.dataset, dataset_recipe(data) | {"source": data.source, "config": data.config})
+    check_binding(store, data.dataset, dataset_binding(data))
     jobs = _plan(data, downloaded)
     if len(jobs) <= data.val_shards:
         raise ValueError(
@@ -120,7 +125,8 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
             f"tokens, so none would be left to train on. Use fewer data.val_shards or smaller data.shard_tokens."
         )
     latest = latest_manifest(store, data.dataset)
-    _run_missing(store, config, jobs, latest)
+    finished = shards.done(store, data.dataset, [job.shard_id for job in jobs], latest.known_tokens if latest else {})
+    _run_missing(config, [job for job in jobs if job.shard_id not in finished], len(jobs))
     manifest = seal_dataset([job.shard_id for job in jobs], data, config.store_url)
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")
@@ -132,16 +138,13 @@ def _mend(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> 
     manifest = read_manifest(store, run.dataset, run.manifest)
     finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.known_tokens)
     lost = set(manifest.shard_ids) - finished
-    if not lost:
-        say("tokenise", f"{len(finished):,} of {len(finished):,} shards done")
-        return manifest
-    jobs = [job for job in _plan(config.data, downloaded) if job.shard_id in lost]
+    jobs = [job for job in _plan(config.data, downloaded) if job.shard_id in lost] if lost else []
     if len(jobs) < len(lost):
         raise DatasetMismatch(
             f"run {run.name!r} needs {len(lost):,} lost shards of manifest {run.manifest[:12]}, the source gives "
             f"{len(jobs):,} of them: it has changed. Put the old source files back, or start a run of another name."
         )
-    _run_missing(store, config, jobs, None, len(finished))
+    _run_missing(config, jobs, len(manifest.shard_ids))
     check_rebuilt(store, run.dataset, manifest, lost)
     return manifest
 
@@ -159,14 +162,9 @@ def _plan(data: DataConfig, downloaded: Downloaded) -> list[ShardJob]:
     return jobs
 
 
-def _run_missing(
-    store: Store, config: RunConfig, jobs: list[ShardJob], latest: Manifest | None, others: int = 0
-) -> None:
-    """Submit the jobs that are not done, a window at a time, and show what became of each."""
+def _run_missing(config: RunConfig, missing: list[ShardJob], total: int) -> None:
+    """Submit the jobs that are missing of `total`, a window at a time, and show what became of each."""
     dataset = config.data.dataset
-    finished = shards.done(store, dataset, [job.shard_id for job in jobs], latest.known_tokens if latest else {})
-    missing = [job for job in jobs if job.shard_id not in finished]
-    total = len(jobs) + others
     say("tokenise", f"{total - len(missing):,} of {total:,} shards done")
     if not missing:
         return

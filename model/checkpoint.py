@@ -90,10 +90,8 @@ def load_optimizer(
     """Put the checkpoint's optimizer state back. Raises CheckpointInvalid when it is damaged."""
     tensors = _read(store, run, record, OPTIMIZER)
     for name, weight in model.named_parameters():
-        state = {field: tensors[f"{name}.{field}"].to(weight.device) for field in ("step", "exp_avg", "exp_avg_sq")}
-        if not optimizer.defaults.get("fused"):
-            state["step"] = state["step"].cpu()
-        optimizer.state[weight] = state
+        fields = ("step", "exp_avg", "exp_avg_sq")  # all on the weight's device, as fused AdamW wants them
+        optimizer.state[weight] = {field: tensors[f"{name}.{field}"].to(weight.device) for field in fields}
 
 
 def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:

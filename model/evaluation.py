@@ -53,7 +53,7 @@ class Evaluator:
             windows = loader.windows_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
             tokens_BT, targets_BT = inputs_and_targets(windows, self.ddp.device)
             with self.autocast():
-                sums[0] += self.model(tokens_BT, targets_BT).double().to(sums.device)
+                sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()
         total, tokens = self.ddp.sum(sums).tolist()
         unused = loader.tokens - order.epoch_windows * loader.sequence_tokens

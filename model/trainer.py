@@ -54,7 +54,6 @@ class Trainer:
         """Train up to the last step. Returns the result, or None when a SIGTERM stopped it at a checkpoint."""
         before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
-            saved = self.step
             while self.step < self.config.max_steps:
                 line, stopping = self._train_step()
                 if self.val_loader and self._due(self.config.validate_every_steps):
@@ -63,10 +62,8 @@ class Trainer:
                     self.log.add(line)
                 if stopping or self._due(self.config.checkpoint_every_steps):
                     self._save()
-                    saved = self.step
                 if stopping and self.step < self.config.max_steps:
                     return None
-            assert saved == self.step
             return {"step": self.step, "tokens": self.step * self.config.batch_tokens}
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -91,7 +88,7 @@ class Trainer:
                 loss = self.parallel(tokens_BT, targets_BT)
                 # DDP averages over ranks: with this scale the gradient is that of the mean over the whole batch
                 (loss * (self.ddp.ranks / self.config.batch_tokens)).backward()
-            sums[0] += loss.detach().double().cpu()
+            sums[0] += loss.detach().cpu().double()  # MPS has no float64
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         sums[1] = float(self._stop_asked)
         total, stop = self.ddp.sum(sums.to(self.ddp.device) if self.ddp.device.type == "cuda" else sums).tolist()

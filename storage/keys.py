@@ -19,6 +19,11 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def as_name(text: str) -> str:
+    """The text with what cannot stand in a key replaced; empty when nothing is left of it."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")
+
+
 def check_key(key: str) -> str:
     """The key itself, when every segment of it is a name. Raises ValueError otherwise: no key leaves the store."""
     for segment in key.split("/"):

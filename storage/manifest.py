@@ -148,7 +148,8 @@ def seal(
     val = _pinned_val(store, dataset)
     if val is None:
         val = planned[:val_shards]
-    listed = [shard_id for shard_id in val if shard_id not in set(planned)] + planned
+    made = set(planned)
+    listed = [shard_id for shard_id in val if shard_id not in made] + planned
     finished = shards.done(store, dataset, listed, {} if parent is None else parent.known_tokens)
     if missing := [shard_id for shard_id in listed if shard_id not in finished]:
         raise ObjectMissing(
@@ -178,8 +179,8 @@ def seal(
 
 
 def _pinned_val(store: Store, dataset: str) -> list[str] | None:
-    pinned = read_json(store, keys.split(dataset))
-    return None if pinned is None else [str(shard_id) for shard_id in pinned["val"]]  # type: ignore[attr-defined]
+    pinned: dict[str, Any] | None = read_json(store, keys.split(dataset))
+    return None if pinned is None else [str(shard_id) for shard_id in pinned["val"]]
 
 
 def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, Any]) -> list[str]:
@@ -187,9 +188,9 @@ def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, An
         store.put_new(keys.split(dataset), canonical_json({"val": val, "bound": binding}))
     except AlreadyExists:
         check_binding(store, dataset, binding)
-    pinned = read_json(store, keys.split(dataset))
+    pinned = _pinned_val(store, dataset)
     assert pinned is not None
-    return [str(shard_id) for shard_id in pinned["val"]]  # type: ignore[attr-defined]  # JSON of our own
+    return pinned
 
 
 def _columns(

@@ -4,7 +4,6 @@ Each source file is cut greedily into consecutive ranges of whole documents of a
 crosses the border of a file, so a changed or new file touches only its own shards.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from storage import sources
+from storage import keys, sources
 from storage.canonical import digest
 from storage.errors import SourceInvalid
 from storage.sources import SourceFile
@@ -79,4 +78,4 @@ def cut(tokens: np.ndarray, shard_tokens: int) -> Iterator[tuple[int, int]]:
 
 def _stem(file: SourceFile) -> str:
     """The file's name without its suffix, as it can stand in a key."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", Path(file.name).stem).lstrip("._-")[:120] or "source"
+    return keys.as_name(Path(file.name).stem)[:120] or "source"

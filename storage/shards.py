@@ -128,6 +128,14 @@ def done(store: Store, dataset: str, jobs: list[str], known_tokens: dict[str, in
     return finished
 
 
+def is_done(store: Store, dataset: str, shard_id: str) -> bool:
+    """Whether this one shard is done, without a listing: a listing by each of n jobs would be n times n objects."""
+    try:
+        return store.stat(keys.shard(dataset, shard_id)).size == read_record(store, dataset, shard_id).size_bytes
+    except ObjectMissing:
+        return False
+
+
 def forget(store: Store, dataset: str, shard_id: str) -> None:
     """Remove a shard so that its job runs again: the record first, so that at no moment a record lacks its shard."""
     store.delete(keys.record(dataset, shard_id))
