@@ -3,26 +3,22 @@
 Prefect reads its settings when it is imported, and takes 3 s for that, so the flows are imported inside the verbs.
 """
 
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
+from flows.dataset import dataset
 from model.config import RunConfig, load_config
 from model.job import JobFailed
 from storage.errors import StorageError
 from storage.layout import open_store
 
-console = Console(soft_wrap=True)
 app = typer.Typer(
     help="Pretrain GPT-2 from scratch: text to shards, training and evaluation as one pipeline.",
     epilog="Start with: gpt2 demo",
@@ -31,20 +27,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-dataset = typer.Typer(help="Build and check datasets.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="A TOML file; it holds just what differs from the defaults.", metavar="FILE"),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="One setting, as train.max_steps=200; may be given many times.", metavar="FIELD=VALUE"),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
-RECORDS_SECONDS = 15.0  # Prefect's records of task runs lag behind their end
 
 
 def main() -> None:
@@ -86,61 +71,15 @@ def pretrain(config: ConfigFile = None, overrides: Overrides = None, verbose: Ve
     _pretrain(load_config(config, overrides or []), verbose)
 
 
-@dataset.command("build")
-def dataset_build(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Make the shards that are missing and seal a new version of the dataset; nothing new gives no new version."""
-    asked = load_config(config, overrides or [])
-    _check(asked)
-    with _prefect(verbose):
-        from flows.pretrain import build_dataset
-
-        _run_flow(build_dataset, asked)
-
-
-@dataset.command("verify")
-def dataset_verify(
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete what is damaged and make it again.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Read every shard of the dataset's newest version. Exit code 1 when one is damaged or missing."""
-    from storage.manifest import latest_manifest
-    from storage.shards import forget, verify
-
-    asked = load_config(config, overrides or [])
-    store = open_store(asked.store_url)
-    manifest = latest_manifest(store, asked.data.dataset)
-    if manifest is None:
-        raise ValueError(
-            f"dataset {asked.data.dataset!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build."
-        )
-    damaged = []
-    for row in manifest.rows():
-        if (wrong := verify(store, asked.data.dataset, row.shard_id, row.sha256)) is not None:
-            console.print(f"damaged    {row.shard_id}: {wrong}", highlight=False)
-            damaged.append(row.shard_id)
-    whole = len(manifest.shard_ids) - len(damaged)
-    console.print(f"verify     {whole:,} of {len(manifest.shard_ids):,} shards are whole", highlight=False)
-    if not damaged:
-        return
-    if not repair:
-        console.print("to mend    gpt2 dataset verify --repair (with the same --config and --set)", highlight=False)
-        raise typer.Exit(1)
-    for shard_id in damaged:
-        forget(store, asked.data.dataset, shard_id)
-    dataset_build(config, overrides, verbose)
-
-
 @app.command()
 def train(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Train the run to its last step, on the dataset's newest version or the one the run is pinned to."""
     asked = load_config(config, overrides or [])
     open_store(asked.store_url)
-    with _prefect(verbose):
+    with prefect(verbose):
         from flows.train import train as flow
 
-        _run_flow(flow, asked)
+        run_flow(flow, asked)
 
 
 @app.command()
@@ -148,10 +87,10 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None, verbose: Ve
     """Evaluate the newest checkpoint (validation loss, completion or HellaSwag, samples), then write the report."""
     asked = load_config(config, overrides or [])
     open_store(asked.store_url)
-    with _prefect(verbose):
+    with prefect(verbose):
         from flows.pretrain import evaluate_and_report
 
-        _summary(_run_flow(evaluate_and_report, asked), asked)
+        _summary(run_flow(evaluate_and_report, asked), asked)
 
 
 @app.command()
@@ -207,6 +146,28 @@ def doctor(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def gc(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this nothing is changed.")] = False,
+    grace_days: Annotated[float, typer.Option(min=0, help="What was written more recently stays.")] = 7.0,
+) -> None:
+    """List what nothing refers to: orphan shards, given-up checkpoints, unfinished uploads, quarantined files."""
+    from flows import garbage
+
+    store = open_store(load_config(config, overrides or []).store_url)
+    seconds = grace_days * 86_400
+    count = size_bytes = 0
+    for found in garbage.collect(store, seconds) if delete else garbage.find(store, seconds):
+        console.print(f"{found.kind:<10} {found.name}  {found.size_bytes:,} bytes", highlight=False, markup=False)
+        count, size_bytes = count + 1, size_bytes + found.size_bytes
+    what = f"{count:,} objects and files, {size_bytes / 1e6:,.1f} MB, older than {grace_days:g} days"
+    console.print(f"gc         {what}: {'deleted' if delete else 'nothing was deleted'}", highlight=False)
+    if count and not delete:
+        console.print(f"to delete  {command('gc --delete', config, overrides or [])}", highlight=False, markup=False)
+
+
+@app.command()
 def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's UI on this host.")] = 4200,
 ) -> None:
@@ -222,49 +183,13 @@ def serve(
 
 
 def _pretrain(config: RunConfig, verbose: bool) -> None:
-    _check(config)
-    with _prefect(verbose):
-        from flows.pretrain import pretrain as flow
-
-        _summary(_run_flow(flow, config), config)
-
-
-def _check(config: RunConfig) -> None:
-    """Find in a moment what would end the flow after Prefect's start: the store, the source, names that are bound."""
     from flows.preflight import check
 
     check(config)
+    with prefect(verbose):
+        from flows.pretrain import pretrain as flow
 
-
-@contextmanager
-def _prefect(verbose: bool) -> Iterator[None]:
-    """A server to talk to, and Prefect's own log kept off the console unless it is asked for."""
-    from flows.server import prefect_server
-
-    if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    with ExitStack() as stack:
-        with console.status("starting Prefect's server"):
-            url = stack.enter_context(prefect_server())
-        console.print(f"Prefect    {url.removesuffix('/api')}", highlight=False)
-        yield
-
-
-def _run_flow(flow: Any, config: RunConfig) -> Any:
-    """Run the flow in this process, show its progress, and wait until Prefect has written down what happened."""
-    from prefect.utilities.urls import url_for
-
-    from flows import progress, records
-
-    def show_page(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001  # Prefect calls it by these names
-        console.print(f"run        {url_for('flow-run', obj_id=flow_run.id)}", highlight=False)
-
-    since = datetime.now(UTC)
-    with progress.on_console(console):
-        try:
-            return flow.with_options(on_running=[show_page])(config)
-        finally:
-            records.wait(since, RECORDS_SECONDS)
+        _summary(run_flow(flow, config), config)
 
 
 def _summary(facts: dict[str, Any], config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +11,14 @@ from pathlib import Path
 
 from flows.server import served_port
 from model import tokenizer
+from storage import cache, host_cache
 from storage.errors import StorageError
+from storage.host_cache import HostCache
 from storage.layout import open_store
+from storage.store import clock
 
-PACKAGES = ("torch", "prefect", "tiktoken", "numpy", "pyarrow", "fastapi", "sqlalchemy")
+PACKAGES = ("torch", "prefect", "tiktoken", "numpy", "pyarrow", "boto3", "fastapi", "sqlalchemy")
+SKEW_SECONDS = 60  # S3 refuses requests of 15 minutes
 FREE_BYTES = 5 * 10**9  # three checkpoints of GPT-2 124M are 4.5 GB
 
 
@@ -32,8 +37,9 @@ def examine(store_url: str) -> Iterator[Verdict]:
     for package in PACKAGES:
         yield _package(package)
     yield _tried("tokenizer", lambda: f"gpt2, {len(tokenizer.encode('hello world'))} tokens in 'hello world'")
-    yield _tried("store", lambda: _store(store_url))
+    yield from _store(store_url)
     yield _disk()
+    yield _tried("cache", _cache)
     port = served_port()
     yield Verdict(
         "server", True, f"gpt2 serve answers on port {port}" if port else "none runs here; a verb starts its own"
@@ -54,9 +60,29 @@ def _tried(what: str, look: Callable[[], str]) -> Verdict:
         return Verdict(what, False, str(error))
 
 
-def _store(url: str) -> str:
-    open_store(url, create=True).probe()
-    return f"{url}: reads, writes and honours conditional writes"
+def _store(url: str) -> Iterator[Verdict]:
+    """Reachability and credentials, conditional writes, checksums, clocks: as far as one comes."""
+    try:
+        store = open_store(url, create=True)
+        yield Verdict("store", True, f"{url}: reads and writes with these credentials")
+        found = store.probe()
+        yield Verdict("conditions", True, f"{found.server}: create-only put and compare-and-swap are honoured")
+        refused = "a body that was damaged on its way is refused"
+        stored = "a damaged body is stored; reads find it by its sha256, but later: update the server"
+        yield Verdict("checksums", found.refuses_damaged, refused if found.refuses_damaged else stored)
+        skew = abs(clock(store) - time.time())
+        well = skew < SKEW_SECONDS
+        yield Verdict("clock", well, f"{skew:.0f} s from the store's" + ("" if well else "; set it, S3 refuses 900 s"))
+    except (ValueError, OSError, StorageError) as error:
+        yield Verdict("store", False, str(error))
+
+
+def _cache() -> str:
+    host = HostCache(host_cache.FOLDER, cache.limit_bytes)
+    aside = len(host.quarantined())
+    return f"{host_cache.FOLDER}: {host.used_bytes() / 1e9:.1f} GB of shards" + (
+        f", {aside} damaged files set aside: check this disk, then gpt2 gc --delete" if aside else ""
+    )
 
 
 def _disk() -> Verdict:

@@ -83,7 +83,9 @@ def run_facts(store: Store, run: Run) -> dict[str, Any]:
 def read_evaluations(store: Store, run: str, step: int) -> list[dict[str, Any]]:
     """The evaluations of one checkpoint that are there, sorted by name."""
     prefix = keys.evaluations(run, step)
-    return [json.loads(store.read(listed.key).body) for listed in store.list(prefix) if listed.key.endswith(".json")]
+    return [
+        json.loads(store.read(listed.key).body) for listed in sorted(store.list(prefix)) if listed.key.endswith(".json")
+    ]
 
 
 def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | None) -> str:

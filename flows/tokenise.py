@@ -20,8 +20,9 @@ from model.config import DataConfig, ResourcesConfig, RunConfig
 from model.job import note_failure
 from model.run import Run, pinned_run
 from storage import keys, shards
-from storage.errors import DatasetMismatch, StorageError
+from storage.errors import DatasetMismatch, StorageError, StoreUnavailable
 from storage.layout import open_store
+from storage.lease import claim
 from storage.manifest import Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
 from storage.plan import ShardJob, plan
 from storage.store import Store
@@ -39,8 +40,7 @@ class DatasetVersion:
 
 def transient(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a failed shard job is worth another try: what the disk or the network did, never bad data."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | TimeoutError) and not isinstance(error, StorageError)
+    return isinstance(state.result(raise_on_failure=False), OSError | StoreUnavailable)
 
 
 @task(
@@ -117,6 +117,7 @@ def dataset_binding(data: DataConfig) -> dict[str, Any]:
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
+    claim(store, data.dataset, "build")
     check_binding(store, data.dataset, dataset_binding(data))
     jobs = _plan(data, downloaded)
     if len(jobs) <= data.val_shards:
@@ -126,7 +127,10 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
         )
     latest = latest_manifest(store, data.dataset)
     finished = shards.done(store, data.dataset, [job.shard_id for job in jobs], latest.known_tokens if latest else {})
-    _run_missing(config, [job for job in jobs if job.shard_id not in finished], len(jobs))
+    missing = [job for job in jobs if job.shard_id not in finished]
+    _run_missing(config, missing, len(jobs))
+    if latest:
+        check_rebuilt(store, data.dataset, latest, {job.shard_id for job in missing})
     manifest = seal_dataset([job.shard_id for job in jobs], data, config.store_url)
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")

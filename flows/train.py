@@ -72,7 +72,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     watcher = threading.Thread(target=_watch, args=(store, run, bar, ended), daemon=True)
     watcher.start()
     try:
-        with Processes(config.store_url) as processes:
+        with Processes(config.store_url, config.resources.cache_bytes) as processes:
             future = train_model.submit(job, config.store_url, processes, config.resources.processes)
             processes.serve([future])  # type: ignore[list-item]  # a thread runner's future
         result: dict[str, Any] = future.result()

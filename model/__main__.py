@@ -19,6 +19,7 @@ from model.job import answer, read_job, read_result
 from model.parent import end_with_parent
 from model.scoring import evaluate
 from model.trainer import Trainer
+from storage import cache
 from storage.errors import StorageError
 from storage.layout import open_store
 
@@ -55,13 +56,17 @@ def run_job(store_url: str, job_key: str) -> int:
 def main() -> int:
     """Parse the words, then be one rank or torchrun's launcher of many."""
     parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
-    parser.add_argument("store_url", help="the store: ./data")
+    parser.add_argument("store_url", help="the store: ./data or s3://bucket/prefix")
     parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
     parser.add_argument(
         "--processes", type=int, help="ranks on this host, by torchrun's launcher; 0: one a GPU, else 1"
     )
+    parser.add_argument(
+        "--cache-bytes", type=int, default=cache.limit_bytes, help="shards of an S3 store that this host keeps"
+    )
     parser.add_argument("--parent", type=int, help="end when this process, which must have started this one, dies")
     asked = parser.parse_args()
+    cache.limit_bytes = asked.cache_bytes
     if asked.parent is not None:
         end_with_parent(asked.parent)
     processes = 1 if asked.processes is None else asked.processes or torch.cuda.device_count() or 1
@@ -70,7 +75,7 @@ def main() -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))  # torchrun would take 1, and warn
         words = ["--standalone", "--nproc-per-node", str(processes), "-m", "model", asked.store_url, asked.job_key]
         try:
-            torchrun([*words, "--parent", str(os.getpid())])
+            torchrun([*words, "--cache-bytes", str(asked.cache_bytes), "--parent", str(os.getpid())])
         except ChildFailedError as error:  # the rank has said why
             return USER_ERROR if any(found.exitcode == USER_ERROR for found in error.failures.values()) else 1
         except SignalException:

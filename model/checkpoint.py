@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from model.gpt import GPT
-from model.history import CheckpointRecord, checkpoints
+from model.history import CheckpointRecord, checkpoints, retained
 from storage import keys
 from storage.canonical import canonical_json, sha256
 from storage.errors import AlreadyExists, CheckpointInvalid
@@ -96,9 +96,9 @@ def load_optimizer(
 
 def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
     """Delete the checkpoints that are neither among the newest `keep_last` nor at a multiple of `keep_every_steps`."""
-    for record in checkpoints(store, run)[:-keep_last]:
-        if keep_every_steps and record.step % keep_every_steps == 0:
-            continue
+    there = checkpoints(store, run)
+    kept = retained(there, keep_last, keep_every_steps)
+    for record in [record for record in there if record not in kept]:
         store.delete(keys.checkpoint_record(run, record.step))  # first: without it the rest does not count
         for name in record.files:
             store.delete(keys.checkpoint_file(run, record.step, record.attempt, name))
@@ -118,14 +118,14 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str
 
 def _read(store: Store, run: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:
     key = keys.checkpoint_file(run, record.step, record.attempt, name)
-    body = store.read(key).body
-    stated = record.files[name]["sha256"]
-    if sha256(body) != stated:
+    stated = record.files[name]
+    found = store.read(key, stated["size_bytes"])
+    if found.sha256 != stated["sha256"]:
         raise CheckpointInvalid(
-            f"run {run!r}: {key!r} should have sha256 {stated}, found {sha256(body)}. "
+            f"run {run!r}: {key!r} should have sha256 {stated['sha256']}, found {found.sha256}. "
             f"Delete {keys.checkpoint_record(run, record.step)!r} and run again: it goes on from the checkpoint before."
         )
     try:
-        return load(body)
+        return load(bytes(found.body))
     except SafetensorError as error:
         raise CheckpointInvalid(f"run {run!r}: {key!r} is no safetensors file: {error}. Delete its record.") from error

@@ -30,10 +30,10 @@ class Item:
     label: int
 
 
-def hellaswag_items(body: bytes, name: str) -> list[Item]:
+def hellaswag_items(body: bytes | bytearray, name: str) -> list[Item]:
     """The items of a HellaSwag file (JSON lines). Raises SourceInvalid, naming the line."""
     items = []
-    for number, line in enumerate(body.splitlines(), 1):
+    for number, line in enumerate(bytes(body).splitlines(), 1):
         if line.isspace() or not line:
             continue
         try:

@@ -146,13 +146,16 @@ class ResourcesConfig(Section):
     workers: int = Field(0, ge=0, description="Shard jobs at once; 0: one a core.")
     processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
     concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
+    cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")
 
 
 class RunConfig(Section):
     """Everything a run is asked to be."""
 
     name: str = Field("gpt2-124m", description="The run's name in the store.")
-    store_url: str = Field("./data", description="The store: a folder.")
+    store_url: str = Field(
+        "./data", description="The store: a folder, or s3://bucket/prefix (endpoint, secrets: AWS_*)."
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainingConfig = TrainingConfig()

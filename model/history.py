@@ -42,6 +42,15 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     return sorted(found, key=lambda record: record.step)
 
 
+def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
+    """The checkpoints to keep: the newest `keep_last` and those at a multiple of `keep_every_steps` (0: none more)."""
+    return [
+        record
+        for index, record in enumerate(records)
+        if index >= len(records) - keep_last or (keep_every_steps and record.step % keep_every_steps == 0)
+    ]
+
+
 def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
     """One entry a step up to the newest checkpoint, in order."""
     kept = checkpoints(store, run)

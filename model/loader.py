@@ -53,6 +53,17 @@ class WindowOrder:
             count -= taken
         return np.concatenate(shard_of), np.concatenate(window_of)
 
+    def soon(self, first: int) -> list[int]:
+        """The shards of the group that window `first` is in, then those of the group after it."""
+        found: list[int] = []
+        for _ in range(2):
+            epoch, place = divmod(first, self.epoch_windows)
+            ends = self._group_ends(epoch)
+            group = int(np.searchsorted(ends, place, side="right"))
+            found += self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
+            first += int(ends[group]) - place
+        return found
+
     @lru_cache(maxsize=2)  # noqa: B019  # an order lives as long as its process
     def _shards(self, epoch: int) -> np.ndarray:
         return _shuffled(len(self.windows_of_shard), self._seed, epoch)
@@ -80,11 +91,15 @@ class DataLoader:
         self._rows: list[ShardRow] = list(manifest.rows(split))
         self._cache = ShardCache(store, dataset)
         self.sequence_tokens = sequence_tokens
+        self._soon: list[int] = []
         self.tokens = sum(row.tokens for row in self._rows)
         self.order = WindowOrder([row.tokens for row in self._rows], sequence_tokens, seed)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count` of the stream, uint16, count x (T + 1)."""
+        soon = self.order.soon(first)
+        if soon != self._soon and self._cache.prefetch([self._rows[shard] for shard in soon]):
+            self._soon = soon
         return self._gather(*self.order.locate(first, count))
 
     def windows_in_file_order(self, chosen: np.ndarray) -> np.ndarray:

@@ -4,7 +4,9 @@
   - ObjectMissing      a key that should be there is not
   - AlreadyExists      a create-only put lost: the key is taken
   - Conflict           a compare-and-swap lost: the object is no longer the one that was read
-  - StoreUnusable      the store itself: not a folder, read-only, full, of a newer layout
+  - ObjectCorrupt      an object's bytes are not those that were put, or more than can be
+  - StoreUnusable      the store itself: not a folder, read-only, full, refusing its user, of a newer layout
+  - StoreUnavailable   the store does not answer; it may later
   - SourceInvalid      a source file: cut, without the text column, null or non-string text
   - ShardCorrupt       a shard's bytes are not those its record promises
   - DatasetMismatch    a dataset or run name is bound to other settings
@@ -30,8 +32,16 @@ class Conflict(StorageError):
     """A compare-and-swap found another object than the one that was read."""
 
 
+class ObjectCorrupt(StorageError):
+    """An object's bytes are not those that were put, or larger than such an object can be."""
+
+
 class StoreUnusable(StorageError):
     """The store cannot be opened, read or written at all."""
+
+
+class StoreUnavailable(StorageError):
+    """The store did not answer for as long as we wait; the same request may succeed later."""
 
 
 class SourceInvalid(StorageError):

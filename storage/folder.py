@@ -15,8 +15,8 @@ from pathlib import Path
 
 from storage import keys
 from storage.canonical import sha256
-from storage.errors import AlreadyExists, Conflict, ObjectMissing, StoreUnusable
-from storage.store import Body, Object, Stat
+from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
+from storage.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, check_conditions
 
 OWN = ".store"  # no key begins with a dot, so nothing in here is an object
 
@@ -37,11 +37,17 @@ class FolderStore:
         self.url = url
         self._folder = folder
 
-    def read(self, key: str) -> Object:
-        """The whole object. Raises ObjectMissing."""
-        with self._reading(key) as path:
-            body = path.read_bytes()
-        return Object(body, sha256(body))
+    def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
+        """The whole object. Raises ObjectMissing, and ObjectCorrupt for one of more than `limit_bytes`."""
+        with self._reading(key) as path, path.open("rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > limit_bytes:
+                raise ObjectCorrupt(
+                    f"object {key!r} of store {self.url!r}: at most {limit_bytes:,} bytes were expected, found "
+                    f"{size:,}. Something else was put there: delete it, then run the command that made it again."
+                )
+            body = file.read(limit_bytes)
+        digest = sha256(body)
+        return Object(body, digest, digest)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`, fewer where the object ends. Raises ObjectMissing."""
@@ -84,13 +90,12 @@ class FolderStore:
         return Stat(key, found.st_size, found.st_mtime)
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Every object whose key begins with `prefix`, sorted by key."""
+        """Every object whose key begins with `prefix`."""
         folder, slash, start = prefix.rpartition("/")
         if slash:
             keys.check_key(folder)
         with self._explained(prefix):
-            found = sorted(_walk(self._folder / folder, folder + slash, start))
-        yield from found
+            yield from _walk(self._folder / folder, folder + slash, start)
 
     def delete(self, key: str) -> None:
         """Remove the object; nothing happens when it is not there."""
@@ -98,26 +103,22 @@ class FolderStore:
         with self._explained(key), suppress(NotADirectoryError, IsADirectoryError):
             path.unlink(missing_ok=True)
 
-    def probe(self) -> None:
+    def probe(self) -> Capabilities:
         """Prove that conditional writes are honoured. Raises StoreUnusable when they are not."""
-        key = keys.probe(secrets.token_hex(8))
-        etag = self.put_new(key, b"1")
-        refused = 0
-        try:
-            etag = self.put_new(key, b"2")
-        except AlreadyExists:
-            refused += 1
-        self.swap(key, b"4", etag)
-        try:
-            self.swap(key, b"3", etag)
-        except Conflict:
-            refused += 1
-        self.delete(key)
-        if refused != 2:
-            raise StoreUnusable(
-                f"store {self.url!r}: conditional writes were asked for, the file system ignored {2 - refused} of 2. "
-                f"Put the store on a local disk."
-            )
+        check_conditions(self, "its file system")
+        return Capabilities("a folder", refuses_damaged=True)  # nothing lies between us and the file
+
+    def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
+        """Temporary files that were begun before a time (Unix seconds), of writers that were killed."""
+        found = []
+        with self._explained(OWN):
+            for path in sorted((self._folder / OWN / "tmp").glob("*")):
+                with suppress(FileNotFoundError):  # its writer has just ended
+                    if path.stat().st_mtime < before:
+                        found.append(f"temporary file {path.relative_to(self._folder)}")
+                        if remove:
+                            path.unlink()
+        return tuple(found)
 
     def local_path(self, key: str) -> Path | None:
         """The file that holds the object."""

@@ -7,6 +7,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 FORMAT = "FORMAT"
 DATASETS = "datasets/"
 RUNS = "runs/"
+TEMPORARY = "tmp/"
 
 
 def check_name(kind: str, name: str) -> str:
@@ -31,9 +32,14 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(text: str) -> bool:
+    """Whether every segment of the text is a name."""
+    return all(NAME.fullmatch(segment) for segment in text.split("/"))
+
+
 def probe(token: str) -> str:
-    """A key that a probe of the store writes and deletes."""
-    return f"tmp/probe-{token}"
+    """A key that a look at the store writes and deletes."""
+    return f"{TEMPORARY}{token}"
 
 
 def source(digest: str, name: str) -> str:
@@ -71,9 +77,19 @@ def split(name: str) -> str:
     return f"{dataset(name)}split.json"
 
 
+def lease(name: str) -> str:
+    """Who may change which shards of the dataset count."""
+    return f"{dataset(name)}lease.json"
+
+
+def manifests(name: str) -> str:
+    """The prefix of a dataset's versions."""
+    return f"{dataset(name)}manifests/"
+
+
 def manifest(name: str, digest: str) -> str:
     """One version of a dataset."""
-    return f"{dataset(name)}manifests/{check_name('manifest', digest)}.json"
+    return f"{manifests(name)}{check_name('manifest', digest)}.json"
 
 
 def dataset_latest(name: str) -> str:
@@ -121,9 +137,14 @@ def run_latest(name: str) -> str:
     return f"{run(name)}latest.json"
 
 
+def all_metrics(name: str) -> str:
+    """The prefix of a run's metrics."""
+    return f"{run(name)}metrics/"
+
+
 def metrics(name: str, first_step: int, attempt: str) -> str:
     """The metrics between two checkpoints, as one attempt wrote them."""
-    return check_key(f"{run(name)}metrics/{first_step:06d}-{attempt}.jsonl")
+    return check_key(f"{all_metrics(name)}{first_step:06d}-{attempt}.jsonl")
 
 
 def progress(name: str) -> str:

@@ -1,6 +1,7 @@
 """Opens a store by its URL, and refuses one whose layout is newer than this program. Knows no dataset and no run."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,21 +11,33 @@ from storage.folder import FolderStore
 from storage.store import Store
 
 LAYOUT = 1
+BUCKET = re.compile(r"([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+?))?/?")
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
-    """The store at `url`: a folder as `./data` or `file:///…`. With `create`, a store that is not there is made.
+    """The store at `url`: a folder as `./data` or `file:///…`, or `s3://bucket/prefix`. With `create`, it is made.
 
-    Raises ObjectMissing where there is none yet, StoreUnusable for a place that cannot be one and for a newer layout.
+    `s3+http://` is S3 for which a plain http endpoint is accepted beyond this host. Raises ObjectMissing where there is
+    no store yet, StoreUnusable for a place that cannot be one and for a newer layout.
     """
     scheme, separator, rest = url.partition("://")
-    if separator and scheme != "file":
+    store: Store
+    if not separator or scheme == "file":
+        store = FolderStore(Path(rest if separator else url).expanduser().absolute(), url)
+    elif scheme not in ("s3", "s3+http"):
         raise StoreUnusable(
-            f"store {url!r}: this version opens folders only, found the scheme {scheme!r}. "
+            f"store_url: a folder or s3://bucket/prefix was expected, found the scheme {scheme!r}. "
             f"Use a folder: --set store_url=./data"
         )
-    folder = Path(rest if separator else url).expanduser().absolute()
-    store = FolderStore(folder, url)
+    elif not (place := BUCKET.fullmatch(rest)) or not (place[2] is None or keys.is_key(place[2])):
+        raise StoreUnusable(  # without the URL: somebody may have written a secret into it
+            "store_url: s3://bucket/prefix was expected, with a bucket's name and a prefix of letters, digits, '.', "
+            "'_' and '-'. Put no key or secret into it: they belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    else:
+        from storage.s3 import S3Store  # boto3 takes 0.3 s to import, which a folder does not need
+
+        store = S3Store(place[1], place[2] or "", url, plain_http=scheme == "s3+http")
     _check_layout(store, create)
     return store
 

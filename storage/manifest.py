@@ -16,11 +16,20 @@ from typing import Any, NamedTuple
 
 from storage import keys, shards
 from storage.canonical import canonical_json, sha256
-from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, ShardCorrupt, StoreUnusable
+from storage.errors import (
+    AlreadyExists,
+    Conflict,
+    DatasetMismatch,
+    ObjectCorrupt,
+    ObjectMissing,
+    ShardCorrupt,
+    StoreUnusable,
+)
 from storage.store import Store, read_json
 
 SCHEMA = 1
 COLUMNS = ("shard_id", "tokens", "documents", "text_bytes", "sha256", "split")
+MOST_TOKENS = 1 << 31  # of one shard: 4 GiB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,11 +74,11 @@ class Manifest:
 
 
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
-    """The manifest of that digest. Raises ObjectMissing, and StoreUnusable when its bytes are not its name's."""
-    body = store.read(keys.manifest(dataset, digest)).body
-    if sha256(body) != digest:
-        raise StoreUnusable(
-            f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {sha256(body)}. "
+    """The manifest of that digest. Raises ObjectMissing, and ObjectCorrupt when its bytes are not its name's."""
+    body, _, found = store.read(keys.manifest(dataset, digest))
+    if found != digest:
+        raise ObjectCorrupt(
+            f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {found}. "
             f"Delete it and run gpt2 dataset build, which seals it again."
         )
     value = json.loads(body)
@@ -78,12 +87,24 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
             f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
             f"{SCHEMA}. Update gpt2-pipeline."
         )
-    columns = value["shards"]
-    for shard_id, shard_sha256 in zip(columns["shard_id"], columns["sha256"], strict=True):
-        keys.check_name("shard", shard_id)
-        assert SHA256.fullmatch(shard_sha256), shard_id
+    _check_columns(dataset, digest, value["shards"])
     fields = ("recipe", "tokenizer", "totals", "parent")
-    return Manifest(digest=digest, columns=columns, **{name: value[name] for name in fields})
+    return Manifest(digest=digest, columns=value["shards"], **{name: value[name] for name in fields})
+
+
+def _check_columns(dataset: str, digest: str, columns: dict[str, list[Any]]) -> None:
+    """Raise ObjectCorrupt unless every value is what it may be: they become keys, file names and sizes."""
+    names, tokens = columns["shard_id"], columns["tokens"]
+    wrong = [name for name in COLUMNS if len(columns[name]) != len(names)]
+    wrong += [name for name in names if not keys.NAME.fullmatch(name)]
+    wrong += [found for found in columns["sha256"] if not SHA256.fullmatch(found)]
+    wrong += [count for count in tokens if not (isinstance(count, int) and 0 < count <= MOST_TOKENS)]
+    wrong += [split for split in columns["split"] if split not in ("train", "val")]
+    if wrong:
+        raise ObjectCorrupt(
+            f"manifest {digest} of dataset {dataset!r}: columns of shard names, digests and sizes were expected, found "
+            f"{str(wrong[0])[:80]!r}. Do not use it: gpt2 dataset build seals another."
+        )
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
@@ -92,7 +113,9 @@ def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     if pointer is None:
         return None
     if "manifest" not in pointer:
-        raise StoreUnusable(f"object {keys.dataset_latest(dataset)!r} of store {store.url!r}: no manifest is named.")
+        raise ObjectCorrupt(
+            f"object {keys.dataset_latest(dataset)!r} of store {store.url!r} names no manifest. Delete it, run again."
+        )
     try:
         return read_manifest(store, dataset, str(pointer["manifest"]))
     except ObjectMissing:  # damaged and deleted, as its error said: it is sealed anew from the records
@@ -174,7 +197,7 @@ def seal(
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
         store.put_new(keys.manifest(dataset, digest), body)
-    _point_latest(store, dataset, digest, None if pointed is None else str(pointed))
+    point_latest(store, dataset, digest, None if pointed is None else str(pointed))
     return read_manifest(store, dataset, digest)
 
 
@@ -220,7 +243,7 @@ def _totals(columns: dict[str, list[Any]]) -> dict[str, Any]:
     return totals
 
 
-def _point_latest(store: Store, dataset: str, digest: str, parent: str | None) -> None:
+def point_latest(store: Store, dataset: str, digest: str, parent: str | None) -> None:
     """Swap `latest` from `parent` to `digest`. The same digest there already is success: another builder's, or ours."""
     key = keys.dataset_latest(dataset)
     try:

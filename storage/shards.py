@@ -17,7 +17,7 @@ import numpy as np
 
 from storage import keys, sources
 from storage.canonical import canonical_json, sha256
-from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid
+from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
 from storage.plan import ShardJob
 from storage.store import Store, read_json
 
@@ -73,7 +73,9 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
     try:
         store.put_new(key, body)
     except AlreadyExists:
-        if store.read(key).body != body:  # damaged: no job of this recipe writes other bytes
+        try:
+            read_shard(store, dataset, job.shard_id, record.tokens, record.sha256)
+        except (ObjectMissing, ShardCorrupt):  # no job of this recipe writes other bytes
             forget(store, dataset, job.shard_id)
             with suppress(AlreadyExists):  # another job of this recipe mends it, too
                 store.put_new(key, body)
@@ -105,7 +107,7 @@ def read_record(store: Store, dataset: str, shard_id: str) -> Record:
 def failures(store: Store, dataset: str) -> dict[str, str]:
     """Why each shard job that failed last did so, by shard_id."""
     prefix, suffix = keys.shards(dataset), keys.failure("")
-    failed = [listed.key for listed in store.list(prefix) if listed.key.endswith(suffix)]
+    failed = sorted(listed.key for listed in store.list(prefix) if listed.key.endswith(suffix))
     return {
         key.removeprefix(prefix).removesuffix(suffix): str((read_json(store, key) or {}).get("why")) for key in failed
     }
@@ -142,14 +144,23 @@ def forget(store: Store, dataset: str, shard_id: str) -> None:
     store.delete(keys.shard(dataset, shard_id))
 
 
-def verify(store: Store, dataset: str, shard_id: str, expected_sha256: str) -> str | None:
-    """What is wrong with the shard's bytes, or None."""
-    try:
-        found = sha256(store.read(keys.shard(dataset, shard_id)).body)
-        store.stat(keys.record(dataset, shard_id))
-    except ObjectMissing as error:
-        return str(error)
-    return None if found == expected_sha256 else f"expected sha256 {expected_sha256}, found {found}"
+def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
+    """The bytes of a shard, proved to be those of that sha256. Raises ObjectMissing, ShardCorrupt."""
+    rebuild = "Rebuild it: gpt2 dataset verify --repair"
+    for _ in range(2):  # bytes that were damaged on their way come whole the next time
+        try:
+            found = store.read(keys.shard(dataset, shard_id), tokens * DTYPE.itemsize)
+        except (ObjectMissing, ObjectCorrupt) as error:
+            kind = ObjectMissing if isinstance(error, ObjectMissing) else ShardCorrupt
+            raise kind(
+                f"shard {shard_id!r} of dataset {dataset!r}: expected sha256 {sha256}. {error} {rebuild}"
+            ) from error
+        if found.sha256 == sha256:
+            return found.body
+    raise ShardCorrupt(
+        f"shard {shard_id!r} of dataset {dataset!r}: expected sha256 {sha256}, found {found.sha256} "
+        f"({len(found.body) // DTYPE.itemsize:,} of {tokens:,} tokens). {rebuild}"
+    )
 
 
 def _tokenise(job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> tuple[np.ndarray, int, int]:

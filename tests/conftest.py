@@ -1,15 +1,17 @@
 """What every test may ask for: a store, source files made on the spot, a small sealed dataset, a tiny configuration."""
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from model.config import RunConfig
-from storage import sources
+from storage import host_cache, s3, s3_client, sources
 from storage.layout import open_store
 from storage.manifest import Manifest
 from storage.store import Store
+from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 pytest.register_assert_rewrite("tests.model.training", "tests.storage.sealing")  # they assert for the tests
@@ -17,8 +19,11 @@ pytest.register_assert_rewrite("tests.model.training", "tests.storage.sealing") 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes what the person who runs it has remembered of source files."""
-    monkeypatch.setattr(sources, "REMEMBERED", tmp_path_factory.mktemp("home") / "digests")
+    """No test reads or writes what the person who runs it keeps at home: digests, cached shards, AWS credentials."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(sources, "REMEMBERED", home / "digests")
+    monkeypatch.setattr(host_cache, "FOLDER", home / "shards")
 
 
 @pytest.fixture
@@ -46,3 +51,50 @@ BuildDataset = Callable[[RunConfig], Manifest]
 def build() -> BuildDataset:
     """A function that makes a configuration's dataset without Prefect."""
     return build_dataset
+
+
+S3Url = Callable[[str], str]
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], servers.Server]]:
+    """A function that gives the running server of a kind, started when it is first asked for."""
+    started: dict[str, servers.Server] = {}
+
+    def server(kind: str) -> servers.Server:
+        if kind not in started:
+            started[kind] = servers.start(kind, tmp_path_factory.mktemp(kind))
+        return started[kind]
+
+    yield server
+    for found in started.values():
+        found.stop()
+
+
+@pytest.fixture
+def forget_client() -> Iterator[Callable[[], None]]:
+    """A function after which the next S3 store reads the environment anew; called once more at the end."""
+
+    def forget() -> None:
+        if s3_client.client.cache_info().currsize:
+            s3_client.own_client().close()
+        s3_client.client.cache_clear()
+        s3.honest.clear()
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def s3_url(
+    running: Callable[[str], servers.Server], monkeypatch: pytest.MonkeyPatch, forget_client: Callable[[], None]
+) -> S3Url:
+    """A function that gives the URL of a new store on the server of a kind, which this process now talks to."""
+
+    def url(kind: str) -> str:
+        for name, value in running(kind).environment.items():
+            monkeypatch.setenv(name, value)
+        forget_client()
+        return f"s3://{servers.BUCKET}/{secrets.token_hex(6)}"
+
+    return url

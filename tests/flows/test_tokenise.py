@@ -77,10 +77,8 @@ def test_one_lost_shard_is_one_job(api: str, config: RunConfig, damage: str) -> 
             store.delete(keys.shard("small", shard_id))
     assert runs_made_by(api, config) == 1
     assert build_dataset(config) == digest
-    assert all(
-        shards.verify(store, "small", row.shard_id, row.sha256) is None
-        for row in read_manifest(store, "small", digest).rows()
-    )
+    for row in read_manifest(store, "small", digest).rows():
+        shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
 
 
 def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, api: str) -> None:

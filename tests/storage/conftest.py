@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from storage.layout import open_store
+from tests.conftest import S3Url
 from tests.storage.sealing import source_file
 from tests.storage.stores import STORES
 
 
 @pytest.fixture(params=STORES)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    found = STORES[request.param](tmp_path)
+def url(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> str:
+    found = str(tmp_path / "contract") if request.param == "folder" else s3_url(request.param)
     open_store(found, create=True)
     return found
 

@@ -1,17 +1,11 @@
 """Every kind of store that the contract is held against."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 from storage.store import Store
+from tests.servers import minio_program
 
-
-def folder_url(tmp_path: Path) -> str:
-    return str(tmp_path / "contract")
-
-
-STORES: dict[str, Callable[[Path], str]] = {"folder": folder_url}
+SERVERS = ["seaweedfs", *(["minio"] if minio_program() else [])]
+STORES = ["folder", *SERVERS]
 
 
 def listed(store: Store, prefix: str) -> list[str]:
-    return [found.key for found in store.list(prefix)]
+    return sorted(found.key for found in store.list(prefix))

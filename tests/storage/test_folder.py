@@ -295,7 +295,7 @@ def test_a_swap_that_expects_nothing_never_replaces_what_was_put_meanwhile(
 def test_a_store_that_was_moved_is_the_same_store(store: Store, tmp_path: Path) -> None:
     etag = store.put_new("a/key", b"1")
     shutil.move(tmp_path / "store", tmp_path / "moved")
-    assert open_store(str(tmp_path / "moved")).read("a/key") == (b"1", etag)
+    assert open_store(str(tmp_path / "moved")).read("a/key")[:2] == (b"1", etag)
 
 
 def test_a_probe_tells_a_file_system_that_ignores_conditions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,5 +303,5 @@ def test_a_probe_tells_a_file_system_that_ignores_conditions(store: Store, monke
         target.write_bytes(source.read_bytes())
 
     monkeypatch.setattr(os, "link", put_anyway)
-    with pytest.raises(StoreUnusable, match=r"1 of 2"):
+    with pytest.raises(StoreUnusable, match=r"ignores create-only put"):
         store.probe()

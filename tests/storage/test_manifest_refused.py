@@ -8,7 +8,7 @@ import pytest
 
 from storage import keys
 from storage.canonical import canonical_json, sha256
-from storage.errors import DatasetMismatch, ObjectMissing, ShardCorrupt, StoreUnusable
+from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
 from storage.manifest import Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
 from storage.store import Store, overwrite
 from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, sealed, source_file
@@ -89,7 +89,7 @@ def test_damaged_manifest_bytes_are_refused_with_both_digests(store: Store, file
     first = sealed(store, *files)
     found = damage(store, first)
     for ask in (lambda: read_manifest(store, "small", first.digest), lambda: latest_manifest(store, "small")):
-        with pytest.raises(StoreUnusable, match=f"{first.digest}.*{found}"):
+        with pytest.raises(ObjectCorrupt, match=f"{first.digest}.*{found}"):
             ask()
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_pointer_is_named(store: Store, files: list[Path], body: bytes
     planned = sealed(store, *files).shard_ids
     overwrite(store, keys.dataset_latest("small"), body)
     for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned, **SETTINGS)):
-        with pytest.raises(StoreUnusable, match="latest"):
+        with pytest.raises(ObjectCorrupt, match="latest"):
             ask()
 
 

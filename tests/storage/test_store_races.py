@@ -138,7 +138,10 @@ for number in itertools.count():
     body = hashlib.sha256(payload).digest() + payload
     print("begin", flush=True)
     store.put_new(f"killed/{me:02d}-{number:05d}", body)
-    etag = store.swap("pointer", body, etag)
+    try:
+        etag = store.swap("pointer", body, etag)
+    except Conflict:  # a server may end the swap of a client that is dead
+        etag = store.read("pointer").etag
     print("done", flush=True)
 """
 
@@ -152,7 +155,7 @@ def test_kill_9_at_any_instant_leaves_whole_objects_only(store: Store, url: str)
             process.stdin.write("\n")
             process.stdin.flush()
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(chance.uniform(0.03, 0.15))
+                process.wait(chance.uniform(0.03, 0.4))
             process.kill()
             printed = process.communicate()[0].split()
             caught += printed.count("begin") - printed.count("done")

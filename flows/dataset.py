@@ -1,0 +1,108 @@
+"""The verbs of `gpt2 dataset`: build, verify, copy. Each reads the configuration, asks, and says what came of it."""
+
+import json
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
+from model.config import load_config
+from storage.layout import open_store
+
+dataset = typer.Typer(help="Build, check and copy datasets.", no_args_is_help=True)
+AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while another is hashed
+
+
+@dataset.command()
+def build(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Make the shards that are missing and seal a new version of the dataset; nothing new gives no new version."""
+    from flows.preflight import check
+
+    asked = load_config(config, overrides or [])
+    check(asked)
+    with prefect(verbose):
+        from flows.pretrain import build_dataset
+
+        run_flow(build_dataset, asked)
+
+
+@dataset.command()
+def verify(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only sizes and the sums that the store keeps.")] = False,
+    deep: Annotated[int, typer.Option(min=0, help="Tokenise so many documents of the source again.", metavar="N")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that the dataset's newest version is whole; without an option every byte of it is read.
+
+    Exit code 0: it is. 1: something is damaged; the command that mends it is printed. 2: it could not be checked.
+    """
+    from flows.preflight import find_sources
+    from model import tokenizer
+    from storage import keys, sources
+    from storage.manifest import latest_manifest
+    from storage.verify import check_documents, check_fully, check_quickly, check_versions
+
+    asked = load_config(config, overrides or [])
+    store, name = open_store(asked.store_url), asked.data.dataset
+    manifest = latest_manifest(store, name)
+    if manifest is None:
+        raise ValueError(f"dataset {name!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build.")
+    files = [sources.identify(path) for path in find_sources(asked.data)] if deep else []
+    look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
+    shown = {"console": console, "disable": as_json or not console.is_terminal}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        looks = pool.map(look, manifest.rows())
+        damaged = [found for found in track(looks, "verify", len(manifest.shard_ids), **shown) if found]  # type: ignore[arg-type]
+    again = {found.name for found in damaged}
+    whole = len(manifest.shard_ids) - len(damaged)
+    damaged += [] if quick else check_versions(store, name, manifest)
+    seed = secrets.randbits(32)  # other documents each time
+    drawn = list(check_documents(store, name, manifest, files, tokenizer.encode, count=deep, seed=seed)) if deep else []
+    damaged += [found for found in drawn if found]
+    mend = command("dataset verify --repair", config, overrides or [])
+    if as_json:
+        found = [{"name": damage.name, "wrong": damage.wrong} for damage in damaged]
+        facts = {"dataset": name, "manifest": manifest.digest, "whole": whole, "documents": len(drawn)}
+        print(json.dumps(facts | {"damaged": found, "mend": mend if again else None}))
+    else:
+        for damage in damaged:
+            console.print(f"damaged    {damage.name}: {damage.wrong}", highlight=False, markup=False)
+        console.print(f"verify     {whole:,} of {len(manifest.shard_ids):,} shards are whole", highlight=False)
+        if drawn:
+            console.print(f"verify     {len(drawn):,} documents of the source compared", highlight=False)
+        if again and not repair:
+            console.print(f"to mend    {mend}", highlight=False, markup=False)
+    if repair and again:
+        find_sources(asked.data)  # before anything is given up
+        for shard_id in again:  # without its record a shard's job runs again, and replaces what it finds damaged
+            store.delete(keys.record(name, shard_id))
+        build(config, overrides, verbose)
+    if len(damaged) > (len(again) if repair else 0):
+        raise typer.Exit(1)
+
+
+@dataset.command()
+def copy(
+    to: Annotated[str, typer.Argument(help="The other store: a folder or s3://bucket/prefix.", metavar="STORE_URL")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Copy all versions of the dataset to another store, verified on the way; run again, it goes on where it stood."""
+    from storage.copy import Copying
+
+    asked = load_config(config, overrides or [])
+    copying = Copying(open_store(asked.store_url), open_store(to, create=True), asked.data.dataset)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        done = pool.map(copying.copy_shard, copying.missing)
+        list(track(done, "copy", len(copying.missing), console=console, disable=not console.is_terminal))
+    copying.finish()
+    console.print(f"copy       {len(copying.missing):,} of {copying.total:,} shards copied now", highlight=False)
+    console.print(f"copy       manifest {copying.manifest.digest} is the newest in {to}", highlight=False, markup=False)

@@ -1,0 +1,73 @@
+"""A body on its way from an S3 server, hashed while it comes. Knows no bucket, no key and no retry.
+
+boto3 neither repeats nor checks the reading of a body: a cut one is taken up here where it ended, from the same object.
+"""
+
+import hashlib
+from base64 import b64decode
+from contextlib import closing
+from typing import Any, Self
+
+from storage.errors import ObjectCorrupt
+from storage.s3_client import Passing
+
+READ_BYTES = 1 << 20  # hashed while the next is on its way
+
+
+class Incoming:
+    """The bytes that have come so far: a whole object of at most `limit_bytes`, or just that many from `start`."""
+
+    def __init__(self, limit_bytes: int, start: int | None = None) -> None:
+        self._limit_bytes, self._start = limit_bytes, start
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what has come: it is of an object that is no longer there."""
+        self.body, self.hasher = bytearray(), hashlib.sha256()
+        self.etag = ""
+        self.kept_sha256: str | None = None
+        self._come = 0
+
+    def rest(self) -> dict[str, str]:
+        """What to ask for: all of it, or the bytes that have not come, of the same object."""
+        if self._start is None and not self._come:
+            return {}
+        first = (self._start or 0) + self._come
+        last = (self._start or 0) + (len(self.body) or self._limit_bytes) - 1
+        return {"Range": f"bytes={first}-{last}"} | ({"IfMatch": self.etag} if self._come else {})
+
+    def take(self, answer: Any) -> Self:
+        """Take the body of an answer to `rest`. Raises ObjectCorrupt for too large an object, before allocating."""
+        with closing(answer["Body"]) as stream:
+            if self.rest() and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                self.restart()
+                raise Passing("a range was asked for, all of the object came")
+            if not self._come:
+                self._begin(answer)
+            view = memoryview(self.body)
+            while self._come < len(view):
+                count = stream.readinto(view[self._come : self._come + READ_BYTES])
+                if not count:
+                    raise Passing(f"the body was cut after {self._come:,} of {len(view):,} bytes")
+                self.hasher.update(view[self._come : self._come + count])
+                self._come += count
+        return self
+
+    def _begin(self, answer: Any) -> None:
+        size = answer["ContentLength"]
+        if size > self._limit_bytes:
+            raise ObjectCorrupt(
+                f"an object of at most {self._limit_bytes:,} bytes was expected, found {size:,}. Something else was "
+                f"put at its key: delete it, then run the command that made it again."
+            )
+        self.body = bytearray(size)
+        self.etag = answer["ETag"]
+        self.kept_sha256 = kept_sha256(answer)
+
+
+def kept_sha256(answer: Any) -> str | None:
+    """The sha256 that the server keeps of a whole object, in hex; of one put in parts it keeps another kind of sum."""
+    value = answer.get("ChecksumSHA256", "")
+    if not value or "-" in value or answer.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+        return None
+    return b64decode(value).hex()

@@ -1,0 +1,134 @@
+"""Real S3 servers as processes of the tests' own: SeaweedFS from its wheel, MinIO where `make minio` built it."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import boto3
+from botocore.config import Config
+
+ROOT = Path(__file__).parent.parent
+BUCKET = "contract"
+ACCESS_KEY, SECRET = "tests-access-key", secrets.token_urlsafe(24)
+READER_KEY, READER_SECRET = "tests-reader-key", secrets.token_urlsafe(24)  # SeaweedFS only: may read and list
+START_SECONDS = 60
+
+
+@dataclass
+class Server:
+    """A running server: where it answers, and its process."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client of this server has in its environment."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def stop(self) -> None:
+        self.process.kill()  # a graceful stop of SeaweedFS takes 15 s, and nothing here is kept
+        self.process.wait()
+
+
+def minio_program() -> str | None:
+    """MinIO's server, where `make minio` built it or where it is on PATH."""
+    return shutil.which("minio", path=f"{ROOT / '.tools'}{os.pathsep}{os.environ['PATH']}")
+
+
+def start(kind: str, folder: Path) -> Server:
+    """Start a server that keeps its files in the folder, and make the bucket."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = {"seaweedfs": _seaweedfs, "minio": _minio}[kind](folder)
+    client = boto3.Session().client(
+        "s3", endpoint_url=server.endpoint, aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET,
+        region_name="us-east-1", config=Config(retries={"mode": "standard", "total_max_attempts": 10}),
+    )  # fmt: skip
+    client.create_bucket(Bucket=BUCKET)
+    client.close()
+    return server
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return int(asked.getsockname()[1])
+
+
+def _minio(folder: Path) -> Server:
+    program, port = minio_program(), free_port()
+    assert program is not None, "make minio"
+    words = [program, "server", str(folder / "objects"), "--address", f"127.0.0.1:{port}", "--quiet"]
+    settings = {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"}
+    return _answering(words, settings, folder, port, "minio/health/ready")
+
+
+def _seaweedfs(folder: Path) -> Server:
+    identities = [
+        {
+            "name": "root",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+            "actions": [f"Read:{BUCKET}", f"List:{BUCKET}"],
+        },
+    ]
+    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+    ports = {name: _port_with_its_grpc() for name in ("master", "volume", "filer", "s3")}
+    weed = Path(sys.executable).with_name("weed")
+    words = [
+        str(weed), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
+        *(f"-{name}.port={port}" for name, port in ports.items()),
+        f"-s3.config={folder / 'identities.json'}", "-s3.port.iceberg=0", "-s3.iam=false",
+        "-volume.max=400", "-master.volumeSizeLimitMB=100",  # a bucket takes 7 volumes
+    ]  # fmt: skip
+    return _answering(words, {}, folder, ports["s3"], "healthz")
+
+
+def _port_with_its_grpc() -> int:
+    """A free port p for which p + 10,000, where SeaweedFS speaks gRPC, is free too."""
+    while True:
+        port = free_port()
+        with socket.socket() as other:
+            try:
+                other.bind(("127.0.0.1", port + 10_000))
+                return port
+            except (OSError, OverflowError):
+                continue
+
+
+def _answering(words: list[str], settings: dict[str, str], folder: Path, port: int, page: str) -> Server:
+    """Start the process and wait until its page answers."""
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(words, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urlopen(f"{server.endpoint}/{page}", timeout=2):  # noqa: S310  # http, ours
+                return server
+        except (URLError, OSError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                server.stop()
+                raise AssertionError((folder / "server.log").read_text()[-2000:]) from None
+            time.sleep(0.1)
