@@ -7,7 +7,7 @@ FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.1
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c  # the last source, with the conditional-put fix
 
-.PHONY: demo test test-full check lock minio clean
+.PHONY: demo test test-full stress check lock minio clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/gpt2 demo
@@ -17,6 +17,10 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/pytest
+
+stress: $(VENV)/.dev minio
+	$(BIN)/python tests/stress.py --faults 500 --server minio
+	$(BIN)/python tests/stress.py --faults 500 --server seaweedfs
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -243,6 +243,13 @@ def _totals(columns: dict[str, list[Any]]) -> dict[str, Any]:
     return totals
 
 
+def _lineage(store: Store, dataset: str, digest: str | None) -> Iterator[str]:
+    """A version and its ancestors, newest first."""
+    while digest is not None:
+        yield digest
+        digest = read_manifest(store, dataset, digest).parent
+
+
 def point_latest(store: Store, dataset: str, digest: str, parent: str | None) -> None:
     """Swap `latest` from `parent` to `digest`. The same digest there already is success: another builder's, or ours."""
     key = keys.dataset_latest(dataset)
@@ -268,8 +275,8 @@ def point_latest(store: Store, dataset: str, digest: str, parent: str | None) ->
             return
         except Conflict:
             pointer = read_json(store, key) or pointer
-            if pointer["manifest"] == digest:
-                return
+            if digest in _lineage(store, dataset, str(pointer["manifest"])):
+                return  # ours, or a builder's that has sealed on top of ours since: the answer of our swap was lost
     raise Conflict(
         f"dataset {dataset!r}: another builder sealed {pointer['manifest']} while this one sealed {digest}. "
         f"Run the command again: it seals on top of that."

@@ -6,6 +6,7 @@ cut. A write whose answer was lost is recognised by reading back: what must be t
 
 import hashlib
 import secrets
+import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,14 @@ from storage import keys
 from storage.canonical import sha256
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StorageError, StoreUnusable
 from storage.incoming import Incoming, kept_sha256
-from storage.s3_client import Answer, Passing, check_endpoint, code, own_client, patiently, status
+from storage.s3_client import DAMAGED_TRIES, Answer, Passing, check_endpoint, code, own_client, patiently, status
 from storage.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, check_conditions
 
 PART_BYTES = 1 << 25  # 32 MiB, 4 at a time: as fast as any of those measured
 PARTS_AT_ONCE = 4
 WHOLE_BYTES = 1 << 26  # one request up to here: a shard of 20 MB in parts costs five times the processor time
-DAMAGED_TRIES = 3
 CONFLICT_TRIES = 3  # a server that is settling another write answers 409 for a moment
+probing = threading.RLock()
 honest: set[tuple[str, str]] = set()  # (endpoint, bucket) whose conditions this process has seen to hold
 
 
@@ -61,12 +62,12 @@ class S3Store:
     def put_new(self, key: str, body: Body) -> str:
         """Create the object and return its etag. Of any number of racing writers one wins; raises AlreadyExists."""
         lost = AlreadyExists(f"object {key!r} of store {self.url!r} is there already.")
-        return self._write(key, body, {"IfNoneMatch": "*"}, lost)
+        return self._write(key, body, None, lost)
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
         """Replace the object that `etag` names (None: there is none yet), return the new etag. Raises Conflict."""
         lost = Conflict(f"object {key!r} of store {self.url!r} is not the one that was read.")
-        return self._write(key, body, {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}, lost)
+        return self._write(key, body, etag, lost)
 
     def stat(self, key: str) -> Stat:
         """Size, time and kept sha256 of the object. Raises ObjectMissing."""
@@ -127,45 +128,59 @@ class S3Store:
         keys.check_key(key)
         return None
 
-    def _write(self, key: str, body: Body, condition: dict[str, str], lost: StorageError) -> str:
-        """Send the body under a condition and return its etag; raise `lost` when the condition does not hold."""
+    def _write(self, key: str, body: Body, etag: str | None, lost: StorageError) -> str:
+        """Replace the object of that etag (None: none) and return the new one; raise `lost` when it is another."""
         keys.check_key(key)
-        if (self._endpoint, self._bucket) not in honest:
-            self._check_conditions(self._server())
+        with probing:  # no thread writes before the first probe has ended
+            if (self._endpoint, self._bucket) not in honest:
+                self._check_conditions(self._server())
         if len(body) <= WHOLE_BYTES:
             whole = {"Body": bytes(body), "ChecksumSHA256": _base64_sha256(body)}
-            return self._conditionally(key, body, lost, lambda: self._call("put_object", key, **whole, **condition))
+            return self._conditionally(key, body, etag, lost, partial(self._call, "put_object", key, **whole))
         upload = self._ask(
             f"begin {key!r}", lambda: self._call("create_multipart_upload", key, ChecksumAlgorithm="SHA256")
         )["UploadId"]
         try:
             parts = {"UploadId": upload, "MultipartUpload": {"Parts": self._put_parts(key, upload, memoryview(body))}}
-            return self._conditionally(
-                key, body, lost, lambda: self._call("complete_multipart_upload", key, **parts, **condition)
-            )
+            complete = partial(self._call, "complete_multipart_upload", key, **parts)
+            return self._conditionally(key, body, etag, lost, complete)
         except BaseException:
             with suppress(StorageError):
                 self._abort(key, upload)
             raise
 
-    def _conditionally(self, key: str, body: Body, lost: StorageError, send: Callable[[], Any]) -> str:
+    def _conditionally(
+        self, key: str, body: Body, etag: str | None, lost: StorageError, send: Callable[..., Any]
+    ) -> str:
+        """Send while the object at the key is the one of that etag (None: none); else it is ours already, or lost."""
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         tries = 0
 
         def request() -> str:
             nonlocal tries
             tries += 1
             try:
-                return str(send()["ETag"])
+                # Looked at before a body is sent again: MinIO refuses a long one by closing the connection.
+                if tries == 1 or self._etag(key) == etag:
+                    return str(send(**condition)["ETag"])
             except ClientError as error:
                 if status(error) not in (404, 409, 412) or code(error) == "NoSuchBucket":
                     raise
-                if tries > 1 and (etag := self._holds(key, body)):
-                    return etag  # an earlier try was stored and only its answer was lost
                 if status(error) == 409 and tries < CONFLICT_TRIES:
                     raise Passing(str(error)) from error
-                raise lost from error
+            if tries > 1 and (ours := self._holds(key, body)):
+                return ours  # an earlier try was stored and only its answer was lost
+            raise lost
 
         return self._ask(f"write {key!r}", request)
+
+    def _etag(self, key: str) -> str | None:
+        try:
+            return str(self._call("head_object", key)["ETag"])
+        except ClientError as error:
+            if status(error) != 404:
+                raise
+            return None
 
     def _put_parts(self, key: str, upload: str, body: memoryview) -> Sequence[dict[str, Any]]:
         def put(start: int) -> dict[str, Any]:

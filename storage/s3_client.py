@@ -22,10 +22,12 @@ from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
     ResponseStreamingError,
 )
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectMissing, StorageError, StoreUnavailable, StoreUnusable
@@ -38,8 +40,11 @@ LONGEST_WAIT_SECONDS = 10.0
 CONNECTIONS = 32  # at least one a thread
 PASSING = {408, 429, 500, 502, 503, 504}
 PASSING_CODES = {"RequestTimeout", "SlowDown", "InternalError"}
+DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}  # on its way to the server
+DAMAGED_TRIES = 3
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
-NETWORK = (HTTPClientError, ResponseStreamingError, HTTPError, HTTPException, OSError)
+BODY = (IncompleteReadError, ResponseStreamingError, ResponseParserError)
+NETWORK = (*BODY, HTTPClientError, HTTPError, HTTPException, OSError)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
 REMEDIES = {
     "NoSuchBucket": "Make the bucket once (aws s3 mb, or mc mb), or mend the name in store_url.",
@@ -111,7 +116,8 @@ def patiently(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
         try:
             return ask()
         except ClientError as error:
-            if status(error) not in PASSING and code(error) not in PASSING_CODES:
+            damaged = code(error) in DAMAGED_CODES and tries < DAMAGED_TRIES
+            if status(error) not in PASSING and code(error) not in PASSING_CODES and not damaged:
                 raise _in_words(url, what, error) from error
             problem: Exception = error
             asked_wait = _retry_after(error)

@@ -99,8 +99,8 @@ def _seaweedfs(folder: Path) -> Server:
     words = [
         str(weed), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
         *(f"-{name}.port={port}" for name, port in ports.items()),
-        f"-s3.config={folder / 'identities.json'}", "-s3.port.iceberg=0", "-s3.iam=false",
-        "-volume.max=400", "-master.volumeSizeLimitMB=100",  # a bucket takes 7 volumes
+        f"-s3.config={folder / 'identities.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false",
+        "-master.telemetry=false", "-volume.max=400", "-master.volumeSizeLimitMB=100",  # a bucket takes 7 volumes
     ]  # fmt: skip
     return _answering(words, {}, folder, ports["s3"], "healthz")
 

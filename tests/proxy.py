@@ -1,0 +1,156 @@
+"""A small proxy before a real S3 server that spoils chosen requests, and remembers all of them.
+
+One request a connection, bytes forwarded as they are: signatures stay valid, since they cover neither `Connection` nor
+`Expect`.
+"""
+
+import socket
+import socketserver
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+Fault = Literal[
+    "503",  # the server is busy
+    "503 later",  # busy, with Retry-After: 1
+    "429",
+    "500",
+    "409",  # another write of the key is being settled
+    "reset",  # before anything was done
+    "lost",  # done, but the answer never arrives
+    "stall",  # done, but not a byte of the answer arrives
+    "cut",  # half of the body arrives
+    "stall in body",  # half of the body arrives, then nothing
+    "flip",  # one bit of the answer's body is wrong
+    "flip up",  # one bit of the request's body is wrong
+]
+WORDS = {"503": "SlowDown", "503 later": "SlowDown", "429": "TooManyRequests", "500": "InternalError",
+         "409": "ConditionalRequestConflict"}  # fmt: skip
+
+
+class Request(NamedTuple):
+    """A request as it came: its number, method, path with query, and headers by lower-case name."""
+
+    number: int
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+Plan = Callable[[Request], Fault | None]
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Forwards to `server`; `plan` says what becomes of each request, `seen` holds all, `spoilt` the faults."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, server: str, plan: Plan) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = urlsplit(server)
+        self.plan = plan
+        self.seen: list[Request] = []
+        self.spoilt: list[Fault] = []
+        self.ended = threading.Event()
+        self.counting = threading.Lock()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def judge(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
+        with self.counting:
+            request = Request(len(self.seen), method, path, headers)
+            self.seen.append(request)
+            if (fault := self.plan(request)) is not None:
+                self.spoilt.append(fault)
+            return fault
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is none of ours."""
+
+
+@contextmanager
+def spoiling(server: str, plan: Plan) -> Iterator[Proxy]:
+    """A running proxy before the server."""
+    with Proxy(server, plan) as proxy:
+        threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield proxy
+        finally:
+            proxy.ended.set()
+            proxy.shutdown()
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        first = self.rfile.readline()
+        if not first:
+            return None
+        method, path, _ = first.decode().split(" ", 2)
+        lines = []
+        while (line := self.rfile.readline()) not in (b"\r\n", b""):
+            lines.append(line)
+        pairs = (line.decode().split(":", 1) for line in lines)
+        headers = {name.lower(): value.strip() for name, value in pairs}
+        fault = self.server.judge(method, path, headers)
+        if headers.get("expect") == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        if fault == "reset":
+            return self._reset()
+        if fault in WORDS:
+            return self._refuse(fault)
+        kept = [line for line in lines if line.split(b":")[0].lower() not in (b"connection", b"expect")]
+        spoilt = _flipped(body) if fault == "flip up" and body else body
+        answer = self._forward(first + b"".join(kept) + b"Connection: close\r\n\r\n" + spoilt)
+        if fault == "lost":
+            return self._reset()
+        if fault == "stall":
+            return self._wait()
+        head, _, content = answer.partition(b"\r\n\r\n")
+        head += b"\r\n\r\n"
+        if fault == "flip" and content:
+            content = _flipped(content)
+        if fault in ("cut", "stall in body"):
+            self.wfile.write(head + content[: len(content) // 2])
+            return self._wait() if fault == "stall in body" else self._reset()
+        self.wfile.write(head + content)
+        return None
+
+    def _forward(self, request: bytes) -> bytes:
+        address = (self.server.upstream.hostname, self.server.upstream.port)
+        with socket.create_connection(address) as upstream:
+            with suppress(ConnectionError):  # a server may answer before it has all of the body, and close
+                upstream.sendall(request)
+            return b"".join(iter(lambda: upstream.recv(1 << 20), b""))
+
+    def _refuse(self, fault: str) -> None:
+        body = f"<Error><Code>{WORDS[fault]}</Code><Message>spoilt</Message></Error>".encode()
+        later = "Retry-After: 1\r\n" if fault == "503 later" else ""
+        head = f"HTTP/1.1 {fault[:3]} Spoilt\r\nContent-Length: {len(body)}\r\n{later}Connection: close\r\n\r\n"
+        self.wfile.write(head.encode() + body)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def _wait(self) -> None:
+        """Say nothing until the client has had enough."""
+        self.connection.settimeout(0.2)
+        while not self.server.ended.is_set():
+            try:
+                if not self.connection.recv(1):
+                    return
+            except TimeoutError:
+                continue
+
+
+def _flipped(body: bytes) -> bytes:
+    place = len(body) // 2
+    return body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]

@@ -1,0 +1,150 @@
+"""Random faults between the pipeline and a real S3 server, over builds and trainings, until enough have happened.
+
+    python tests/stress.py --faults 500 --server minio        (make stress)
+
+Each round builds a dataset and trains on it in a new store. Afterwards, read without the proxy, everything must be what
+an undisturbed folder store holds, and the number of requests must be bounded by the number of faults.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import tokenizer
+from model.__main__ import run_job
+from model.job import ask
+from model.run import pin_run, training_job
+from storage import host_cache, s3, s3_client
+from storage.canonical import sha256
+from storage.layout import open_store
+from storage.manifest import Manifest
+from storage.store import Store
+from storage.verify import check_fully, check_versions
+from tests import servers
+from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.model.training import final_weights, history
+from tests.proxy import Fault, Proxy, Request, spoiling
+
+ANYWHERE: tuple[Fault, ...] = (
+    "503", "503 later", "429", "500", "reset", "lost", "stall", "cut", "stall in body", "flip",
+)  # fmt: skip
+ON_PUTS: tuple[Fault, ...] = ("409", "flip up")
+RATE = 0.1
+REQUESTS_A_FAULT = 5  # the fault's own request again, a look at the key, a read-back, and a fault in one of these
+READ_SECONDS = 0.5  # in which a stalled answer is given up
+
+
+class Outcome(NamedTuple):
+    """What a round leaves, in bytes that two rounds can be compared by."""
+
+    manifest: str
+    metrics: list[dict[str, object]]
+    weights: str
+
+
+class Figures(NamedTuple):
+    """What happened."""
+
+    rounds: int
+    requests: int
+    calm_requests: int
+    faults: Counter[str]
+
+
+def stress(server: servers.Server, folder: Path, faults: int, seed: int) -> Figures:
+    """Run rounds until so many faults have happened. Fails when anything is lost, wrong or unbounded."""
+    chance = random.Random(seed)
+    source = folder / "source"
+    for index in range(2):
+        write_parquet(source / f"file_{index}.parquet", [document(index * 40 + number) for number in range(40)])
+    expected = _round(str(folder / "calm"), source)
+    counting: list[int] = []
+
+    def plan(request: Request) -> Fault | None:
+        if len(counting) == 1 and chance.random() < RATE:
+            conditional = request.method == "PUT" and "if-none-match" in request.headers
+            return chance.choice(ANYWHERE + ON_PUTS * conditional)
+        return None
+
+    with spoiling(server.endpoint, plan) as proxy:
+        assert _on_server(server, proxy, folder, source, "calm") == expected
+        calm = len(proxy.seen)
+        counting.append(calm)
+        rounds = 0
+        while len(proxy.spoilt) < faults:
+            rounds += 1
+            assert _on_server(server, proxy, folder, source, f"{seed}-{rounds}") == expected
+        requests, happened = len(proxy.seen) - calm, Counter(proxy.spoilt)
+    assert requests <= rounds * calm + REQUESTS_A_FAULT * happened.total(), (requests, calm, happened)
+    return Figures(rounds, requests, calm, happened)
+
+
+def _on_server(server: servers.Server, proxy: Proxy, folder: Path, source: Path, name: str) -> Outcome:
+    """One round through the proxy, with a cold cache, then everything proved without it."""
+    shutil.rmtree(host_cache.FOLDER, ignore_errors=True)
+    os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+    _forget_client()
+    url = f"s3://{servers.BUCKET}/stress-{folder.name}-{name}"
+    found = _round(url, source)
+    os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
+    _forget_client()
+    store = open_store(url)
+    assert found == _outcome(store, build_dataset(tiny_config(url, f"{source}/*.parquet")))
+    return found
+
+
+def _round(url: str, source: Path) -> Outcome:
+    """Build the dataset, train on it, and say what came of it."""
+    config = tiny_config(url, f"{source}/*.parquet")
+    manifest = build_dataset(config)
+    store = open_store(url)
+    job = training_job(pin_run(store, config, manifest.digest, None))
+    assert run_job(url, ask(store, job)) == 0
+    return _outcome(store, manifest)
+
+
+def _outcome(store: Store, manifest: Manifest) -> Outcome:
+    damaged = [check_fully(store, "small", row, tokenizer.EOT) for row in manifest.rows()]
+    assert not any(damaged) and not list(check_versions(store, "small", manifest)), damaged
+    return Outcome(manifest.digest, history(store, "tiny"), sha256(final_weights(store, "tiny")))
+
+
+def _forget_client() -> None:
+    s3_client.client.cache_clear()
+    s3.honest.clear()
+
+
+def main() -> None:
+    """Start a server, put it under stress, print the figures."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--faults", type=int, default=500)
+    asked.add_argument("--server", choices=["seaweedfs", "minio"], default="seaweedfs")
+    asked.add_argument("--seed", type=int, default=int(time.time()))
+    words = asked.parse_args()
+    s3_client.READ_SECONDS = READ_SECONDS
+    with tempfile.TemporaryDirectory() as name:
+        host_cache.FOLDER = Path(name) / "cache"
+        server = servers.start(words.server, Path(name) / "server")
+        os.environ |= server.environment
+        try:
+            started = time.monotonic()
+            found = stress(server, Path(name), words.faults, words.seed)
+        finally:
+            server.stop()
+    print(f"{words.server}, seed {words.seed}: {found.faults.total()} faults in {found.requests:,} requests of "
+          f"{found.rounds} rounds ({found.calm_requests} requests undisturbed), {time.monotonic() - started:.0f} s; "
+          f"nothing lost, nothing wrong: {dict(found.faults)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
