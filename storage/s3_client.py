@@ -27,6 +27,9 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ResponseStreamingError,
 )
+from botocore.exceptions import (
+    ConnectionError as NoConnection,
+)
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
@@ -44,7 +47,7 @@ DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumM
 DAMAGED_TRIES = 3
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 BODY = (IncompleteReadError, ResponseStreamingError, ResponseParserError)
-NETWORK = (*BODY, HTTPClientError, HTTPError, HTTPException, OSError)
+NETWORK = (*BODY, NoConnection, HTTPClientError, HTTPError, HTTPException, OSError)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
 REMEDIES = {
     "NoSuchBucket": "Make the bucket once (aws s3 mb, or mc mb), or mend the name in store_url.",
