@@ -1,6 +1,7 @@
 """A body on its way from an S3 server, hashed while it comes. Knows no bucket, no key and no retry.
 
-boto3 neither repeats nor checks the reading of a body: a cut one is taken up here where it ended, from the same object.
+boto3 neither repeats nor checks the reading of a body. A shard comes in one piece, which is fastest. What was cut, and
+what is larger, comes in pieces that are kept, and is taken up where it ended, from the same object.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ from typing import Any, Self
 from storage.errors import ObjectCorrupt
 from storage.s3_client import Passing
 
-READ_BYTES = 1 << 20  # hashed while the next is on its way
+PIECE_BYTES = 1 << 20
+AT_ONCE_BYTES = 1 << 26  # pieces cost a copy: 6 ms of 20 MB, a sixth of a read
 
 
 class Incoming:
@@ -19,21 +21,23 @@ class Incoming:
 
     def __init__(self, limit_bytes: int, start: int | None = None) -> None:
         self._limit_bytes, self._start = limit_bytes, start
+        self._in_pieces = False
         self.restart()
 
     def restart(self) -> None:
         """Forget what has come: it is of an object that is no longer there."""
-        self.body, self.hasher = bytearray(), hashlib.sha256()
+        self.body: bytes | bytearray = b""
+        self.hasher = hashlib.sha256()
         self.etag = ""
         self.kept_sha256: str | None = None
-        self._come = 0
+        self._come = self._size = 0
 
     def rest(self) -> dict[str, str]:
         """What to ask for: all of it, or the bytes that have not come, of the same object."""
         if self._start is None and not self._come:
             return {}
         first = (self._start or 0) + self._come
-        last = (self._start or 0) + (len(self.body) or self._limit_bytes) - 1
+        last = (self._start or 0) + (self._size if self._come else self._limit_bytes) - 1
         return {"Range": f"bytes={first}-{last}"} | ({"IfMatch": self.etag} if self._come else {})
 
     def take(self, answer: Any) -> Self:
@@ -44,14 +48,25 @@ class Incoming:
                 raise Passing("a range was asked for, all of the object came")
             if not self._come:
                 self._begin(answer)
-            view = memoryview(self.body)
-            while self._come < len(view):
-                count = stream.readinto(view[self._come : self._come + READ_BYTES])
-                if not count:
-                    raise Passing(f"the body was cut after {self._come:,} of {len(view):,} bytes")
-                self.hasher.update(view[self._come : self._come + count])
-                self._come += count
+            if self._in_pieces or answer["ContentLength"] > AT_ONCE_BYTES:
+                self._take_pieces(stream)
+            else:
+                self._in_pieces = True  # from the next answer on, should this one be cut
+                self.body = stream.read()
+                self.hasher.update(self.body)
         return self
+
+    def _take_pieces(self, stream: Any) -> None:
+        size = self._size
+        if not self._come:
+            self.body = bytearray(size)
+        view = memoryview(self.body)
+        while self._come < size:
+            count = stream.readinto(view[self._come : self._come + PIECE_BYTES])
+            if not count:
+                raise Passing(f"the body was cut after {self._come:,} of {size:,} bytes")
+            self.hasher.update(view[self._come : self._come + count])
+            self._come += count
 
     def _begin(self, answer: Any) -> None:
         size = answer["ContentLength"]
@@ -60,7 +75,7 @@ class Incoming:
                 f"an object of at most {self._limit_bytes:,} bytes was expected, found {size:,}. Something else was "
                 f"put at its key: delete it, then run the command that made it again."
             )
-        self.body = bytearray(size)
+        self._size = size
         self.etag = answer["ETag"]
         self.kept_sha256 = kept_sha256(answer)
 

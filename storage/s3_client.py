@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from functools import lru_cache
 from http.client import HTTPException
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+from botocore.auth import AUTH_TYPE_MAPS, S3SigV4Auth
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -35,6 +37,7 @@ from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectMissing, StorageError, StoreUnavailable, StoreUnusable
 
+SIGNATURE = "s3v4-of-known-sha256"
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0  # without a byte; a shard of 20 MB takes 0.03 s on loopback, 2 s over 100 Mbit/s
 PATIENCE_SECONDS = 60.0  # for one request with all its repetitions; a server restarts within 20 s
@@ -69,15 +72,25 @@ class Passing(Exception):
     """What an answer showed to be worth asking again: damaged on the way, or a conflict that is being settled."""
 
 
+class _Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
+    """Signs the SHA-256 that a put already carries: hashing 20 MB once more would take 11 of a put's 90 ms."""
+
+    def payload(self, request: Any) -> str:
+        """The hex digest of the request's body."""
+        known = request.headers.get("x-amz-checksum-sha256")
+        return b64decode(known).hex() if known else str(super().payload(request))
+
+
 @lru_cache(maxsize=1)
 def client(_process: int) -> Any:
     """The S3 client of a process: connections that were made before a fork must not be shared (2-4 errors in 160)."""
+    AUTH_TYPE_MAPS[SIGNATURE] = _Signer
     session = boto3.Session()
     made = session.client(
         "s3",
         region_name=session.region_name or "us-east-1",
         config=Config(
-            signature_version="s3v4",
+            signature_version=SIGNATURE,
             retries={"mode": "adaptive", "total_max_attempts": 1},  # slows down when told to; `patiently` asks again
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
