@@ -2,7 +2,7 @@
 
     open ─▶ there? ─▶ locked (shared) against eviction ─▶ the caller's
              │ no
-             └─▶ folder lock ─▶ still not there? ─▶ make room ─▶ .part ─▶ fsync ─▶ rename
+             └─▶ folder lock ─▶ still not there? ─▶ make room ─▶ part ─▶ fsync ─▶ rename
 
 All locks are the kernel's (`flock`) and end with their holder, so a dead process blocks nobody. Knows no shard.
 """
@@ -51,7 +51,8 @@ class HostCache:
                         os.utime(path)  # used last: now
                         return file
                     file.close()
-                self._fetch(path, fetch)
+                if (fetched := self._fetch(path, fetch)) is not None:
+                    return fetched
         except OSError as error:
             raise StoreUnusable(
                 f"cache {self._folder}: {error.strerror or error}. Free some space, set a smaller "
@@ -76,20 +77,21 @@ class HostCache:
     def _path(self, sha256: str) -> Path:
         return self._folder / sha256[:2] / sha256
 
-    def _fetch(self, path: Path, fetch: Callable[[], Body]) -> None:
+    def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO | None:
+        """The file, fetched; None when another process has done so meanwhile."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):  # the others wait here for the one that fetches
             if path.exists():
-                return
+                return None
             body = fetch()
             self._make_room(len(body), self._limit_bytes)
             try:
-                _write(path, body)
+                return _write(path, body)
             except OSError as error:
                 if error.errno not in FULL:
                     raise
                 self._make_room(len(body), self.used_bytes())  # others fill the disk: give back as much as we need
-                _write(path, body)
+                return _write(path, body)
 
     def _make_room(self, wanted_bytes: int, limit_bytes: int) -> None:
         with _locked(self._folder):
@@ -101,25 +103,29 @@ class HostCache:
                 used -= size if _evict(path) else 0
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """When each file was used last, its size and its path; what a killed process left half-written, too."""
-        for path in self._folder.glob("[0-9a-f][0-9a-f]/*"):
+        """When each file was used last, its size and its path."""
+        for path in self._folder.glob(f"[0-9a-f][0-9a-f]/{64 * '?'}"):
             with suppress(FileNotFoundError):
                 found = path.stat()
                 yield found.st_mtime, found.st_size, path
 
 
-def _write(path: Path, body: Body) -> None:
-    part = path.with_suffix(".part")  # one writer a folder; a killed one's is written over
-    with part.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # in use: not to be evicted
-        try:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-            part.rename(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+def _write(path: Path, body: Body) -> BinaryIO:
+    """The new file, open and locked before it has its name, so that nobody can evict it in between."""
+    part = path.with_name("part")  # one writer a folder: what a killed one left is written over
+    file = part.open("w+b")
+    try:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+        fcntl.flock(file, fcntl.LOCK_SH)
+        part.rename(path)
+        file.seek(0)
+        return file
+    except OSError:
+        file.close()
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _evict(path: Path) -> bool:
