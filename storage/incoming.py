@@ -30,15 +30,15 @@ class Incoming:
         self.hasher = hashlib.sha256()
         self.etag = ""
         self.kept_sha256: str | None = None
-        self._come = self._size = 0
+        self.come = self._size = 0
 
     def rest(self) -> dict[str, str]:
         """What to ask for: all of it, or the bytes that have not come, of the same object."""
-        if self._start is None and not self._come:
+        if self._start is None and not self.come:
             return {}
-        first = (self._start or 0) + self._come
-        last = (self._start or 0) + (self._size if self._come else self._limit_bytes) - 1
-        return {"Range": f"bytes={first}-{last}"} | ({"IfMatch": self.etag} if self._come else {})
+        first = (self._start or 0) + self.come
+        last = (self._start or 0) + (self._size if self.come else self._limit_bytes) - 1
+        return {"Range": f"bytes={first}-{last}"} | ({"IfMatch": self.etag} if self.come else {})
 
     def take(self, answer: Any) -> Self:
         """Take the body of an answer to `rest`. Raises ObjectCorrupt for too large an object, before allocating."""
@@ -46,7 +46,7 @@ class Incoming:
             if self.rest() and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 self.restart()
                 raise Passing("a range was asked for, all of the object came")
-            if not self._come:
+            if not self.come:
                 self._begin(answer)
             if self._in_pieces or answer["ContentLength"] > AT_ONCE_BYTES:
                 self._take_pieces(stream)
@@ -58,15 +58,15 @@ class Incoming:
 
     def _take_pieces(self, stream: Any) -> None:
         size = self._size
-        if not self._come:
+        if not self.come:
             self.body = bytearray(size)
         view = memoryview(self.body)
-        while self._come < size:
-            count = stream.readinto(view[self._come : self._come + PIECE_BYTES])
+        while self.come < size:
+            count = stream.readinto(view[self.come : self.come + PIECE_BYTES])
             if not count:
-                raise Passing(f"the body was cut after {self._come:,} of {size:,} bytes")
-            self.hasher.update(view[self._come : self._come + count])
-            self._come += count
+                raise Passing(f"the body was cut after {self.come:,} of {size:,} bytes")
+            self.hasher.update(view[self.come : self.come + count])
+            self.come += count
 
     def _begin(self, answer: Any) -> None:
         size = answer["ContentLength"]

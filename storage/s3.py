@@ -234,7 +234,7 @@ class S3Store:
                 found.restart()
                 raise Passing("it was replaced while it was read") from error
 
-        return self._ask(f"read {key!r}", request)
+        return patiently(self.url, f"read {key!r}", request, lambda: found.come)
 
     def _call(self, verb: str, key: str, **asked: Any) -> Any:
         return getattr(own_client(), verb)(Bucket=self._bucket, Key=self._prefix + keys.check_key(key), **asked)

@@ -121,13 +121,13 @@ def check_endpoint(url: str, endpoint: str, *, plain_http: bool) -> None:
     )
 
 
-def patiently(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
-    """The answer, asked again after what may pass: time-outs, resets, 429, 5xx, for PATIENCE_SECONDS in all.
+def patiently(url: str, what: str, ask: Callable[[], Answer], come: Callable[[], int] = lambda: 0) -> Answer:
+    """The answer, asked again after what may pass: time-outs, resets, 429, 5xx, until PATIENCE_SECONDS were in vain.
 
-    A Retry-After is waited for, up to LONGEST_WAIT_SECONDS. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
+    A Retry-After is waited for, up to LONGEST_WAIT_SECONDS; bytes that have `come` are progress, after which patience
+    begins anew. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
     """
-    started = time.monotonic()
-    tries = 0
+    tries, since, had = 0, 0.0, -1
     while True:
         try:
             return ask()
@@ -140,17 +140,21 @@ def patiently(url: str, what: str, ask: Callable[[], Answer]) -> Answer:
         except NO_CREDENTIALS as error:
             raise StoreUnusable(f"store {url!r}: {what}: no credentials were found. {CREDENTIALS}") from error
         except (*NETWORK, Passing) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise StoreUnusable(f"store {url!r}: {what}: {error}. Set AWS_CA_BUNDLE to its authority.") from error
             problem, asked_wait = error, 0.0
         except BotoCoreError as error:
             raise StoreUnusable(f"store {url!r}: {what}: {error}. Check the AWS_* settings.") from error
+        now = time.monotonic()
+        if come() > had:
+            tries, since, had = 0, now, come()
         longest = min(FIRST_WAIT_SECONDS * 2**tries, LONGEST_WAIT_SECONDS)
         wait = max(random.uniform(0, longest), min(asked_wait, LONGEST_WAIT_SECONDS))  # noqa: S311  # spreads retries
         tries += 1
-        waited = time.monotonic() - started
-        if waited + wait > PATIENCE_SECONDS:
+        if now - since + wait > PATIENCE_SECONDS:
             raise StoreUnavailable(
-                f"store {url!r}: {what}: no good answer in {tries} tries and {waited:.0f} s, last: {problem}. Check "
-                f"that the server runs and that AWS_ENDPOINT_URL names it, then run the same command again."
+                f"store {url!r}: {what}: no good answer in {tries} tries and {now - since:.0f} s, last: {problem}. "
+                f"Check that the server runs and that AWS_ENDPOINT_URL names it, then run the same command again."
             ) from problem
         if tries == 5:
             log.warning("store %s: %s: %s; asking again for up to %.0f s", url, what, problem, PATIENCE_SECONDS)

@@ -210,3 +210,20 @@ def test_listing_and_deleting_are_right_after_faults(spoilt: Spoilt) -> None:
         spoilt.next = [fault]
         spoilt.store.delete("gone")
         assert listed(spoilt.store, "gone") == []
+
+
+def test_bytes_that_come_are_progress_and_patience_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, come = [0.0], [0]
+    monkeypatch.setattr(s3_client.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(s3_client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def slow(progress: int) -> None:
+        now[0] += 50
+        come[0] += progress
+        if come[0] < 10:
+            raise ConnectionResetError
+
+    s3_client.patiently("s3://x", "read", lambda: slow(1), lambda: come[0])
+    come[0] = 0
+    with pytest.raises(StoreUnavailable, match="3 tries"):
+        s3_client.patiently("s3://x", "read", lambda: slow(0), lambda: come[0])
