@@ -10,8 +10,9 @@ import typer
 from rich.progress import track
 
 from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
-from model.config import load_config
+from model.config import DataConfig, load_config
 from storage.layout import open_store
+from storage.sources import SourceFile
 
 dataset = typer.Typer(help="Build, check and copy datasets.", no_args_is_help=True)
 AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while another is hashed
@@ -55,7 +56,9 @@ def verify(
     manifest = latest_manifest(store, name)
     if manifest is None:
         raise ValueError(f"dataset {name!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build.")
-    files = [sources.identify(path) for path in find_sources(asked.data)] if deep else []
+    if as_json and repair:
+        raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
+    files = [sources.identify(path) for path in find_sources(asked.data)] if deep or repair else []
     look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
     shown = {"console": console, "disable": as_json or not console.is_terminal}
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -81,12 +84,28 @@ def verify(
         if again and not repair:
             console.print(f"to mend    {mend}", highlight=False, markup=False)
     if repair and again:
-        find_sources(asked.data)  # before anything is given up
-        for shard_id in again:  # without its record a shard's job runs again, and replaces what it finds damaged
+        _check_source(asked.data, files, again)  # before anything is given up
+        for shard_id in sorted(
+            again
+        ):  # without its record a shard's job runs again, and replaces what is damaged
             store.delete(keys.record(name, shard_id))
         build(config, overrides, verbose)
     if len(damaged) > (len(again) if repair else 0):
         raise typer.Exit(1)
+
+
+def _check_source(data: DataConfig, files: list[SourceFile], shard_ids: set[str]) -> None:
+    """Raise ValueError unless the source still gives all of these shards."""
+    from model import tokenizer
+    from storage.plan import plan
+
+    shape = {"shard_tokens": data.shard_tokens, "text_column": data.text_column}
+    digest = tokenizer.identity()["sha256"]
+    if gone := shard_ids - {job.shard_id for job in plan(files, **shape, tokenizer_digest=digest)}:  # type: ignore[arg-type]
+        raise ValueError(
+            f"--repair: {len(gone):,} damaged shards were to be made again, data.source = {data.source!r} no longer "
+            f"gives {min(gone)!r}. Put the old source files back, or build another dataset from the new ones."
+        )
 
 
 @dataset.command()

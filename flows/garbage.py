@@ -15,7 +15,7 @@ from model.run import read_run
 from storage import host_cache, keys
 from storage.errors import Conflict
 from storage.host_cache import HostCache
-from storage.lease import COLLECTING_SECONDS, claim, last_build, release
+from storage.lease import claim, holds, last_build, release
 from storage.manifest import read_manifest
 from storage.store import Stat, Store, clock
 
@@ -64,16 +64,17 @@ def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
 
 def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garbage]:
     """Delete a dataset's dead shards under a lease, records first, for as long as no build takes the lease over."""
-    until = time.monotonic() + COLLECTING_SECONDS / 2
-    claim(store, dataset, "collector", before)
+    mine = claim(store, dataset, "collector", before)
     try:
         dead = _shards(store, dataset, before, leased=True)
         for found in sorted(dead, key=lambda found: not found.key.endswith(".json")):
-            if time.monotonic() > until:
-                raise Conflict(f"dataset {dataset!r}: deleting took too long. Run gpt2 gc again: it goes on from here.")
+            if not holds(store, dataset, mine):
+                raise Conflict(
+                    f"dataset {dataset!r}: a build took over. Run gpt2 gc again when it has ended."
+                )
             yield _delete(store, "shard", found)
     finally:
-        release(store, dataset)
+        release(store, dataset, mine)
 
 
 def _shards(store: Store, dataset: str, before: float, *, leased: bool = False) -> list[Stat]:

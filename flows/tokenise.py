@@ -117,7 +117,6 @@ def dataset_binding(data: DataConfig) -> dict[str, Any]:
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
-    claim(store, data.dataset, "build")
     check_binding(store, data.dataset, dataset_binding(data))
     jobs = _plan(data, downloaded)
     if len(jobs) <= data.val_shards:
@@ -125,6 +124,7 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
             f"data.val_shards = {data.val_shards}: the source gives {len(jobs)} shards of up to {data.shard_tokens:,} "
             f"tokens, so none would be left to train on. Use fewer data.val_shards or smaller data.shard_tokens."
         )
+    claim(store, data.dataset, "build")  # before anything that is there is counted on
     latest = latest_manifest(store, data.dataset)
     finished = shards.done(store, data.dataset, [job.shard_id for job in jobs], latest.known_tokens if latest else {})
     missing = [job for job in jobs if job.shard_id not in finished]

@@ -13,12 +13,12 @@ from storage.canonical import canonical_json
 from storage.errors import Conflict, ObjectMissing
 from storage.store import Store, clock
 
-COLLECTING_SECONDS = 3600.0  # a collector stops by itself before; one that was killed blocks builds no longer than this
+COLLECTING_SECONDS = 3600.0  # after which a build takes the lease over: a collector that was killed blocks no longer
 Holder = Literal["build", "collector"]
 
 
-def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> None:
-    """Become the one who changes the dataset; builds may be many.
+def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> str:
+    """Become the one who changes the dataset; builds may be many. Returns the lease's etag.
 
     Raises Conflict while a collector is at work, and for a collector when a build began after `idle_since`.
     """
@@ -30,7 +30,7 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
             etag = None
         else:
             etag = found.etag
-            if holder == "collector" and last_build(store, dataset) > idle_since:
+            if holder == "collector" and last_build(store, dataset) >= idle_since:
                 raise Conflict(f"dataset {dataset!r}: a build has just begun. Run gpt2 gc again when it has ended.")
             if json.loads(found.body)["holder"] == "collector" and _age_seconds(store, key) < COLLECTING_SECONDS:
                 raise Conflict(
@@ -38,17 +38,25 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
                     f"done; one that was killed is in the way for {COLLECTING_SECONDS / 60:.0f} minutes at most."
                 )
         try:
-            store.swap(key, canonical_json({"holder": holder, "commit_id": secrets.token_hex(8)}), etag)
-            return
+            return store.swap(key, canonical_json({"holder": holder, "commit_id": secrets.token_hex(8)}), etag)
         except Conflict:
             if holder == "collector":
                 raise
             continue  # another build came in between
 
 
-def release(store: Store, dataset: str) -> None:
-    """End a collector's lease."""
-    store.delete(keys.lease(dataset))
+def holds(store: Store, dataset: str, etag: str) -> bool:
+    """Whether the lease of that etag still stands: nobody has taken it over."""
+    try:
+        return store.read(keys.lease(dataset)).etag == etag
+    except ObjectMissing:
+        return False
+
+
+def release(store: Store, dataset: str, etag: str) -> None:
+    """End a collector's lease, unless somebody has taken it over."""
+    if holds(store, dataset, etag):
+        store.delete(keys.lease(dataset))
 
 
 def last_build(store: Store, dataset: str) -> float:

@@ -5,8 +5,9 @@ documents of the source again and looks for them in the shards.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,6 +97,9 @@ def check_documents(
             ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
             record = read_record(store, dataset, row.shard_id)
             starts = np.flatnonzero(ids == ids[0])  # every document begins with EOT
+            if len(starts) != row.documents:
+                yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
+                continue
             file = by_sha256.get(record.recipe["source"])
             if file is None:
                 yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
@@ -116,17 +120,23 @@ def _text(path: Path, record: Record, document: int) -> str:
 
 
 def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """Shards of `val` that share rows of a source file with one of `train`. Reads the records of those files only."""
+    """Shards of `train` that share rows of a source file with one of `val`. Reads the records of those files only."""
     val: dict[str, list[tuple[str, int, int]]] = {}
-    stems = set()
-    for row in manifest.rows("val"):
-        recipe = read_record(store, dataset, row.shard_id).recipe
-        val.setdefault(recipe["source"], []).append((row.shard_id, recipe["row_from"], recipe["row_to"]))
-        stems.add(row.shard_id.rsplit("-", 2)[0])
-    for row in manifest.rows("train"):
-        if row.shard_id.rsplit("-", 2)[0] not in stems:
-            continue
-        recipe = read_record(store, dataset, row.shard_id).recipe
+    for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
+        val.setdefault(recipe["source"], []).append((shard_id, recipe["row_from"], recipe["row_to"]))
+    stems = {_stem(row.shard_id) for row in manifest.rows("val")}
+    near = [row.shard_id for row in manifest.rows("train") if _stem(row.shard_id) in stems]
+    for shard_id, recipe in _recipes(store, dataset, near):
         for name, row_from, row_to in val.get(recipe["source"], []):
             if recipe["row_from"] < row_to and row_from < recipe["row_to"]:
-                yield Damage(row.shard_id, f"shares rows of its source file with {name}, which is of split val")
+                yield Damage(shard_id, f"shares rows of its source file with {name}, which is of split val")
+
+
+def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for shard_id in shard_ids:
+        with suppress(StorageError):  # no record, no rows: `check_fully` has named it
+            yield shard_id, read_record(store, dataset, shard_id).recipe
+
+
+def _stem(shard_id: str) -> str:
+    return shard_id.rsplit("-", 2)[0]

@@ -1,239 +1,265 @@
-"""Garbage collection lists what nothing refers to, deletes only what is old, and is safe beside builds and runs."""
+"""Garbage collection removes what nothing refers to any more, and nothing else: a dry run says just what would go."""
 
 import os
-import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import pytest
 
-from flows import garbage
-from flows.garbage import Garbage
+from flows.garbage import collect, find
+from model import trainer
 from model.__main__ import run_job
 from model.config import RunConfig
-from model.history import checkpoints, read_metrics
-from model.job import ask
-from model.run import pin_run, training_job
-from storage import host_cache, keys, lease, s3_client
-from storage.errors import Conflict
+from model.history import CheckpointRecord, checkpoints, retained
+from model.job import ask, read_result
+from model.run import evaluation_jobs, pin_run, read_run, training_job
+from storage import host_cache, keys
+from storage.host_cache import HostCache
 from storage.layout import open_store
 from storage.lease import claim
-from storage.manifest import Manifest
+from storage.manifest import seal
+from storage.s3_client import own_client
 from storage.store import Store
-from storage.verify import check_fully
 from tests.conftest import S3Url
+from tests.flows.console import run_gpt2
+from tests.flows.garbage_places import HOUR, Place, holder, record_key, shard_key
 from tests.making import build_dataset, tiny_config
-from tests.storage.stores import listed
+from tests.model.training import assert_equal_runs
+from tests.storage.sealing import SETTINGS, built, source_file
 
-EVERYTHING = -3600.0  # a grace period that ends in an hour: all there is counts as old
-WEEK = 7 * 86_400.0
+KINDS = ["folder", "seaweedfs"]
 
 
-@pytest.fixture(params=["folder", "seaweedfs"])
+@pytest.fixture(params=KINDS)
 def store(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> Store:
     url = str(tmp_path / "store") if request.param == "folder" else s3_url(request.param)
     return open_store(url, create=True)
 
 
 @pytest.fixture
-def config(store: Store, source: str) -> RunConfig:
-    return tiny_config(store.url, source, "train.keep_last=2", "train.checkpoint_every_steps=2")
+def place(store: Store, tmp_path: Path) -> Place:
+    return Place(store, tmp_path)
 
 
 @pytest.fixture
-def manifest(config: RunConfig) -> Manifest:
-    return build_dataset(config)
+def in_folder(tmp_path: Path) -> Place:
+    """A place in which each object has an age of its own."""
+    return Place(open_store(str(tmp_path / "store"), create=True), tmp_path)
 
 
-@pytest.fixture
-def aged(tmp_path: Path) -> Store:
-    """A folder store: the age of its objects can be set."""
-    return open_store(str(tmp_path / "aged"), create=True)
-
-
-def age(store: Store, made: set[str]) -> None:
-    """Let the objects be as old as can be."""
-    for key in made:
-        path = store.local_path(key)
-        assert path is not None
-        os.utime(path, (0, 0))
-
-
-def collected(store: Store, grace_seconds: float) -> list[Garbage]:
-    return list(garbage.collect(store, grace_seconds))
-
-
-def names(found: list[Garbage]) -> set[str]:
-    return {one.name for one in found}
-
-
-def orphan(store: Store) -> set[str]:
-    """A shard of an abandoned build. Returns its keys."""
-    made = {keys.shard("small", "orphan-00000-aaaa"), keys.record("small", "orphan-00000-aaaa")}
-    for key in made:
-        store.put_new(key, b"{}")
-    return made
-
-
-def trained(store: Store, config: RunConfig, manifest: Manifest) -> str:
-    job = training_job(pin_run(store, config, manifest.digest, None))
-    assert run_job(store.url, ask(store, job)) == 0
-    return job.key
+def deleted(store: Store, grace_seconds: float) -> set[str]:
+    return {found.name for found in collect(store, grace_seconds)}
 
 
 # Shards
 
 
-def test_a_look_changes_nothing_and_finds_what_a_collection_deletes(store: Store, manifest: Manifest) -> None:
-    made = orphan(store)
-    before = listed(store, "")
-    assert names(garbage.find(store, EVERYTHING)) == made
-    assert listed(store, "") == before
-    assert names(collected(store, EVERYTHING)) == made
-    assert listed(store, "") == sorted(set(before) - made)
-    assert garbage.find(store, EVERYTHING) == []
-    assert all(check_fully(store, "small", row, 50256) is None for row in manifest.rows())
+def test_a_dry_run_names_what_would_go_and_deletes_nothing(place: Place) -> None:
+    before = place.there()
+    found = find(place.store, place.grace)
+    assert {one.name for one in found} == place.orphan_keys()
+    assert sum(one.size_bytes for one in found) == sum(
+        one.size for one in place.store.list("") if one.key in place.orphan_keys()
+    )
+    assert place.there() == before
+    assert holder(place.store) is None
+    assert deleted(place.store, place.grace) == place.orphan_keys()
 
 
-def test_what_is_young_stays(store: Store, manifest: Manifest) -> None:
-    orphan(store)
-    before = listed(store, "")
-    assert garbage.find(store, WEEK) == collected(store, WEEK) == []
-    assert listed(store, "") == before
+def test_orphans_go_and_the_shards_of_every_version_stay(place: Place) -> None:
+    newest = seal(place.store, "small", built(place.store, place.folder / "source" / "file_1.parquet"), **SETTINGS)
+    assert newest.parent == place.manifest.digest
+    given_up = set(place.manifest.shard_ids) - set(newest.shard_ids)
+    assert given_up  # shards that only the older version lists
+    orphans = built(place.store, source_file(place.folder / "source", 2))
+    place.store.put_new(keys.failure(record_key(orphans[0])), b'{"why": "it was killed"}')
+    place.age("")
+    before = place.there()
+    gone = deleted(place.store, place.grace)
+    expected = {key(name) for name in orphans for key in (shard_key, record_key)}
+    assert gone == expected | {keys.failure(record_key(orphans[0]))}
+    assert place.there() == before - gone
+    assert place.whole(newest)
+    assert place.whole(place.manifest)
+    assert deleted(place.store, place.grace) == set()
 
 
-def test_a_dataset_that_a_build_began_on_stays_whole(
-    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    orphan(store)
-    monkeypatch.setattr(garbage, "last_build", lambda *_: 1e12)  # began just now, whatever the age of its shards
-    assert garbage.find(store, EVERYTHING) == collected(store, EVERYTHING) == []
+def test_what_is_younger_than_the_grace_stays(store: Store, tmp_path: Path) -> None:
+    place = Place(store, tmp_path)
+    built(store, source_file(tmp_path / "source", 2))  # young
+    before = place.there()
+    assert find(store, HOUR) == []
+    assert deleted(store, HOUR) == set()
+    assert place.there() == before
 
 
-def test_one_young_shard_keeps_all_of_an_unfinished_build(aged: Store) -> None:
-    made = orphan(aged)
-    age(aged, made)
-    assert names(garbage.find(aged, WEEK)) == made
-    aged.put_new(keys.shard("small", "orphan-00001-bbbb"), b"young")
-    assert garbage.find(aged, WEEK) == []
+@pytest.mark.parametrize("young", ["shard", "record", "failure"])
+def test_one_young_orphan_keeps_all_of_its_dataset(in_folder: Place, young: str) -> None:
+    store, name = in_folder.store, in_folder.orphans[0]
+    store.put_new(keys.failure(record_key(name)), b"{}")
+    in_folder.age("")
+    key = {"shard": shard_key(name), "record": record_key(name), "failure": keys.failure(record_key(name))}[young]
+    path = store.local_path(key)
+    assert path
+    os.utime(path)
+    assert deleted(store, HOUR) == set()
+    in_folder.age("")
+    assert deleted(store, HOUR) == in_folder.orphan_keys() | {keys.failure(record_key(name))}
 
 
-def test_a_build_that_begins_while_shards_are_deleted_is_told_to_wait(store: Store, manifest: Manifest) -> None:
-    orphan(store)
-    collecting = garbage.collect(store, EVERYTHING)
-    next(collecting)
-    with pytest.raises(Conflict, match="gpt2 gc"):
-        claim(store, "small", "build")
-    assert len(list(collecting)) == 1
-    claim(store, "small", "build")
+def test_all_orphans_stay_while_a_build_began_within_the_grace(in_folder: Place) -> None:
+    claim(in_folder.store, "small", "build")
+    assert deleted(in_folder.store, HOUR) == set()
+    in_folder.age("")
+    assert deleted(in_folder.store, HOUR) == in_folder.orphan_keys()
 
 
-def test_a_collector_that_was_killed_is_in_the_way_for_an_hour_at_most(
-    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claim(store, "small", "collector", idle_since=1e12)
-    with pytest.raises(Conflict, match="60 minutes"):
-        claim(store, "small", "build")
-    monkeypatch.setattr(lease, "COLLECTING_SECONDS", -5.0)
-    claim(store, "small", "build")
-
-
-def test_a_build_that_begins_between_the_look_and_the_lease_wins(
-    aged: Store, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_dataset(tiny_config(aged.url, source))
-    made = orphan(aged)
-    age(aged, made)
-    claim(aged, "small", "build")
-    monkeypatch.setattr(garbage, "last_build", lambda *_: 0.0)  # the look came just before
-    with pytest.raises(Conflict, match="a build has just begun"):
-        collected(aged, WEEK)
-    assert made < set(listed(aged, ""))
-
-
-def test_builds_that_count_old_shards_lose_none_to_a_collection_at_the_same_time(aged: Store, source: str) -> None:
-    """Everything of an unfinished build is a week old, so it may go, or be sealed: never both."""
-    config, chance = tiny_config(aged.url, source), random.Random(2)
-    outcomes = set()
-
-    def collect() -> int:
-        threading.Event().wait(chance.uniform(0, 0.02))
-        try:
-            return len(collected(aged, WEEK))
-        except Conflict:
-            return 0
-
-    def build() -> Manifest:
-        threading.Event().wait(chance.uniform(0, 0.02))
-        while True:
-            try:
-                claim(aged, "small", "build")
-                return build_dataset(config)
-            except Conflict:
-                threading.Event().wait(0.005)
-
-    for _ in range(12):
-        manifest = build_dataset(config)
-        for key in [*listed(aged, keys.manifests("small")), keys.dataset_latest("small"), keys.lease("small")]:
-            aged.delete(key)
-        age(aged, set(listed(aged, keys.shards("small"))))
-        with ThreadPoolExecutor(2) as pool:
-            collecting, building = pool.submit(collect), pool.submit(build)
-        outcomes.add(collecting.result() > 0)
-        assert building.result() == manifest
-        assert all(check_fully(aged, "small", row, 50256) is None for row in manifest.rows())
-    assert outcomes == {True, False}, "the two were never close enough to each other"
+def test_a_build_after_the_collection_makes_again_what_it_wants(place: Place) -> None:
+    assert deleted(place.store, place.grace)
+    assert holder(place.store) is None
+    newest = seal(place.store, "small", built(place.store, place.source, place.other), **SETTINGS)
+    assert set(place.orphans) < set(newest.shard_ids)
+    assert place.whole(newest)
 
 
 # Runs
 
 
-def test_a_run_keeps_what_it_needs_and_goes_on(store: Store, config: RunConfig, manifest: Manifest) -> None:
-    trained(store, config, manifest)
-    kept, history = checkpoints(store, "tiny"), read_metrics(store, "tiny")
-    stray = keys.checkpoint_file("tiny", 6, "dead", "model.safetensors")
-    lost = keys.metrics("tiny", 4, "dead")
-    for key in (stray, lost):
-        store.put_new(key, b"of a process that was killed")
-    assert names(garbage.find(store, EVERYTHING)) == {stray, lost}
-    assert names(collected(store, EVERYTHING)) == {stray, lost}
-    assert checkpoints(store, "tiny") == kept
-    assert read_metrics(store, "tiny") == history
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next training end at this step, without a word."""
+    train_step = trainer.Trainer._train_step
+
+    def step_or_end(self: trainer.Trainer) -> object:
+        if self.step == step:
+            raise SystemExit
+        return train_step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", step_or_end)
 
 
-def test_checkpoints_that_retention_gives_up_go_record_first(
-    store: Store, config: RunConfig, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+def steps(records: list[CheckpointRecord]) -> list[int]:
+    return [record.step for record in records]
+
+
+def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
+    store: Store, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.trainer.retain", lambda *_: None)  # as when its process was killed just before
-    trained(store, config, manifest)
-    assert [record.step for record in checkpoints(store, "tiny")] == [2, 4, 6, 8, 10, 12]
-    deleted = [found.name for found in collected(store, EVERYTHING)]
-    assert [record.step for record in checkpoints(store, "tiny")] == [10, 12]
-    assert len(read_metrics(store, "tiny")) == 12
-    assert [name.endswith(".json") for name in deleted] == [True] * 4 + [False] * 8
+    words = ("train.checkpoint_every_steps=2", "train.keep_last=2", "train.keep_every_steps=4")
+    manifest = build_dataset(tiny_config(store.url, config.data.source))
+    jobs = {
+        name: training_job(
+            pin_run(store, tiny_config(store.url, config.data.source, f"name={name}", *words), manifest.digest, None)
+        )
+        for name in ("calm", "killed")
+    }
+    assert run_job(store.url, ask(store, jobs["calm"])) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "retain", lambda *_: None)  # killed before it gave anything up
+        killed_at(9, patch)
+        with pytest.raises(SystemExit):
+            run_job(store.url, ask(store, jobs["killed"]))
+    assert steps(checkpoints(store, "killed")) == [2, 4, 6, 8]
+    attempt = keys.checkpoint_file("killed", 10, "deadbeef", "model.safetensors")
+    segment = keys.metrics("killed", 8, "deadbeef")
+    store.put_new(attempt, b"as far as it came")
+    store.put_new(segment, b'{"step": 8}\n')
+    place_age(store)
+    there = {found.key for found in store.list("")}
+    grace = HOUR if store.local_path("FORMAT") else -HOUR
+    records = checkpoints(store, "killed")
+    kept = retained(records, 2, 4)
+    assert steps(kept) == [4, 6, 8]
+    expected = {attempt, segment, keys.checkpoint_record("killed", 2)}
+    expected |= {keys.checkpoint_file("killed", 2, records[0].attempt, name) for name in records[0].files}
+    assert {found.name for found in find(store, grace)} == expected
+    assert deleted(store, grace) == expected
+    assert {found.key for found in store.list("")} == there - expected
+    assert checkpoints(store, "killed") == kept
+    assert run_job(store.url, ask(store, jobs["killed"])) == 0
+    assert_equal_runs(store, "killed", "calm")
+    place_age(store)
+    deleted(store, grace)
+    evaluations = [job for job in evaluation_jobs(read_run(store, "killed"), 12) if job.kind in ("val_loss", "samples")]
+    assert len(evaluations) == 2
+    for job in evaluations:
+        assert run_job(store.url, ask(store, job)) == 0
+        assert read_result(store, job) is not None
 
 
-# The rest
+def place_age(store: Store) -> None:
+    for found in list(store.list("")):
+        if path := store.local_path(found.key):
+            os.utime(path, (time.time() - 2 * HOUR,) * 2)
 
 
-def test_probes_and_quarantined_files_go(store: Store) -> None:
-    store.put_new(keys.probe("left"), b"1")
-    aside = host_cache.FOLDER / "quarantine" / "bad"
-    aside.parent.mkdir(parents=True)
-    aside.write_bytes(b"123")
-    assert names(collected(store, EVERYTHING)) == {keys.probe("left"), "bad"}
-    assert not aside.exists()
-    assert listed(store, keys.TEMPORARY) == []
+def test_a_checkpoint_that_lost_a_file_goes_and_the_one_before_it_stays(config: RunConfig, tmp_path: Path) -> None:
+    store = open_store(config.store_url, create=True)
+    job = training_job(pin_run(store, config, build_dataset(config).digest, None))
+    assert run_job(store.url, ask(store, job)) == 0
+    *before, newest = checkpoints(store, config.name)
+    lost = keys.checkpoint_file(config.name, newest.step, newest.attempt, "optimizer.safetensors")
+    store.delete(lost)
+    place_age(store)
+    gone = deleted(store, HOUR)
+    assert keys.checkpoint_record(config.name, newest.step) in gone
+    assert checkpoints(store, config.name) == before
 
 
-def test_what_killed_writers_left_goes(store: Store) -> None:
-    if (folder := store.local_path("x")) is not None:
-        left = folder.parent / ".store" / "tmp" / "dead"
-        left.write_bytes(b"half")
+# What is no object, and what is no object of the store
+
+
+def test_unfinished_writes_go(place: Place) -> None:
+    if place.in_folder:
+        left = Path(place.store.url) / ".store" / "tmp" / "0123456789abcdef"
+        left.write_bytes(b"as far as it came")
+        assert find(place.store, HOUR) == [one for one in find(place.store, HOUR) if one.kind == "shard"]
+        os.utime(left, (0, 0))
     else:
-        bucket, prefix = store.url.removeprefix("s3://").split("/")
-        s3_client.own_client().create_multipart_upload(Bucket=bucket, Key=f"{prefix}/large")
-    assert collected(store, WEEK) == []
-    assert len(garbage.find(store, EVERYTHING)) == len(collected(store, EVERYTHING)) == 1
-    assert garbage.find(store, EVERYTHING) == []
+        bucket, prefix = place.store.url.removeprefix("s3://").split("/")
+        key = f"{prefix}/{shard_key('half')}"
+        own_client().create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="SHA256")
+        assert find(place.store, HOUR) == []
+    named = [one.name for one in find(place.store, place.grace) if one.kind == "unfinished"]
+    assert len(named) == 1
+    assert place.store.unfinished(time.time() + HOUR) == tuple(named)
+    assert [one.name for one in collect(place.store, place.grace) if one.kind == "unfinished"] == named
+    assert place.store.unfinished(time.time() + HOUR) == ()
+
+
+def test_probes_of_killed_processes_go(place: Place) -> None:
+    key = keys.probe("0123456789abcdef")
+    place.store.put_new(key, b"1")
+    assert key not in deleted(place.store, HOUR)
+    place.age(keys.TEMPORARY)
+    assert key in deleted(place.store, place.grace)
+    assert key not in place.there()
+
+
+def test_files_that_were_set_aside_go(in_folder: Place) -> None:
+    host = HostCache(host_cache.FOLDER, 1 << 30)
+    host.open("0" * 64, lambda: b"damaged").close()
+    host.open("1" * 64, lambda: b"in use").close()
+    host.set_aside("0" * 64)
+    assert "quarantine" not in {found.kind for found in collect(in_folder.store, HOUR)}
+    named = [found for found in find(in_folder.store, -HOUR) if found.kind == "quarantine"]
+    assert [found.size_bytes for found in named] == [len(b"damaged")]
+    assert [found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine"] == named
+    assert host.quarantined() == []
+    assert host.has("1" * 64)
+
+
+# The verb
+
+
+def test_the_verb_says_what_would_go_and_deletes_it_when_asked(in_folder: Place) -> None:
+    words = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.04"]
+    before = in_folder.there()
+    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
+    assert (code, "nothing was deleted" in said, "gpt2 gc --delete" in said) == (0, True, True)
+    assert all(key in said for key in in_folder.orphan_keys())
+    assert in_folder.there() == before
+    code, said = run_gpt2("gc", "--delete", *words, cwd=in_folder.folder)
+    assert (code, "nothing was deleted" in said) == (0, False)
+    assert in_folder.there() == before - in_folder.orphan_keys()
+    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
+    assert (code, "0 objects" in said, "--delete" in said) == (0, True, False)

@@ -7,10 +7,10 @@ import pytest
 from storage.layout import open_store
 from tests.conftest import S3Url
 from tests.storage.sealing import source_file
-from tests.storage.stores import STORES
+from tests.storage.stores import STORES, each
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=each(STORES))
 def url(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> str:
     found = str(tmp_path / "contract") if request.param == "folder" else s3_url(request.param)
     open_store(found, create=True)

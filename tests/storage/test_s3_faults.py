@@ -16,7 +16,7 @@ from storage.store import Store
 from tests import servers
 from tests.conftest import S3Url
 from tests.proxy import Fault, Proxy, Request, spoiling
-from tests.storage.stores import SERVERS, listed
+from tests.storage.stores import SERVERS, each, listed
 
 BODY = os.urandom(300_000)
 FAULTS = [fault for fault in get_args(Fault) if fault != "409"]
@@ -46,7 +46,7 @@ class Spoilt:
         return self.proxy.seen[before:]
 
 
-@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.full] * (kind == "minio")) for kind in SERVERS])
+@pytest.fixture(params=each(SERVERS))
 def spoilt(
     request: pytest.FixtureRequest,
     running: Callable[[str], servers.Server],

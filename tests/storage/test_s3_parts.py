@@ -14,7 +14,7 @@ from storage.store import Store
 from tests import servers
 from tests.conftest import S3Url
 from tests.proxy import Fault, Proxy, Request, spoiling
-from tests.storage.stores import SERVERS, listed
+from tests.storage.stores import SERVERS, each, listed
 
 BODY = os.urandom(5 << 20) * 3 + b"and a short last part"
 PARTS = 4
@@ -34,7 +34,7 @@ class Parts:
         return self.fault(asked)
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=each(SERVERS))
 def parts(
     request: pytest.FixtureRequest,
     running: Callable[[str], servers.Server],

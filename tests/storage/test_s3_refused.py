@@ -15,12 +15,12 @@ from storage.layout import open_store
 from tests import servers
 from tests.conftest import S3Url
 from tests.dishonest import dishonest_server
-from tests.storage.stores import SERVERS, listed
+from tests.storage.stores import SERVERS, each, listed
 
 Forget = Callable[[], None]
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=each(SERVERS))
 def url(request: pytest.FixtureRequest, s3_url: S3Url) -> str:
     return s3_url(request.param)
 

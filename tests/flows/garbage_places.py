@@ -1,0 +1,82 @@
+"""What the tests of garbage collection share: a store whose objects can be old, and a dataset with orphans in it."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from model import tokenizer
+from storage import keys, lease, shards
+from storage.manifest import Manifest, seal
+from storage.store import Store, read_json
+from storage.verify import check_fully, check_versions
+from tests.storage.sealing import SETTINGS, built, jobs_of, source_file
+
+HOUR = 3600.0
+
+
+class Place:
+    """A store with `small` sealed and orphan shards of a second source file, and the grace that makes `age` old.
+
+    A folder's objects are made old by their times. An S3 store's cannot be: there all are older than a time to come.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        self.in_folder = store.local_path(keys.FORMAT) is not None
+        self.grace = HOUR if self.in_folder else -HOUR
+        self.source, self.other = source_file(folder / "source", 0), source_file(folder / "source", 1)
+        self.manifest = seal(store, "small", built(store, self.source), **SETTINGS)
+        self.orphans = built(store, self.other)
+        self.age("")
+
+    def age(self, prefix: str) -> None:
+        """Make the objects below a prefix two hours old."""
+        for found in list(self.store.list(prefix)) if self.in_folder else []:
+            path = self.store.local_path(found.key)
+            assert path
+            os.utime(path, (time.time() - 2 * HOUR,) * 2)
+
+    def there(self) -> set[str]:
+        return {found.key for found in self.store.list("") if found.key != lease_key()}
+
+    def orphan_keys(self) -> set[str]:
+        return {key(name) for name in self.orphans for key in (shard_key, record_key)}
+
+    def whole(self, manifest: Manifest | None = None) -> bool:
+        """Whether every byte of the version is there, and no record lacks its shard."""
+        manifest = manifest or self.manifest
+        there = self.there()
+        for key in there:
+            if key.startswith(keys.shards("small")) and key.endswith(".json") and "failure" not in key:
+                assert key.removesuffix(".json") + ".bin" in there, key
+        damaged = [check_fully(self.store, "small", row, tokenizer.EOT) for row in manifest.rows()]
+        return not any(damaged) and not list(check_versions(self.store, "small", manifest))
+
+
+def lease_key() -> str:
+    return keys.lease("small")
+
+
+def shard_key(shard_id: str) -> str:
+    return keys.shard("small", shard_id)
+
+
+def record_key(shard_id: str) -> str:
+    return keys.record("small", shard_id)
+
+
+def holder(store: Store) -> object:
+    return (read_json(store, lease_key()) or {}).get("holder")
+
+
+def build(store: Store, *paths: Path, before_seal: Callable[[], object] = lambda: None) -> Manifest:
+    """What `gpt2 dataset build` does, without Prefect: claim, count what is done, make the rest, seal."""
+    lease.claim(store, "small", "build")
+    jobs = jobs_of(*paths)
+    finished = shards.done(store, "small", [job.shard_id for job in jobs], {})
+    for job in jobs:
+        if job.shard_id not in finished:
+            shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
+    before_seal()
+    return seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
