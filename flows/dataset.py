@@ -85,9 +85,7 @@ def verify(
             console.print(f"to mend    {mend}", highlight=False, markup=False)
     if repair and again:
         _check_source(asked.data, files, again)  # before anything is given up
-        for shard_id in sorted(
-            again
-        ):  # without its record a shard's job runs again, and replaces what is damaged
+        for shard_id in sorted(again):  # without its record a shard's job runs again, and replaces what is damaged
             store.delete(keys.record(name, shard_id))
         build(config, overrides, verbose)
     if len(damaged) > (len(again) if repair else 0):

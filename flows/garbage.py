@@ -69,9 +69,7 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
         dead = _shards(store, dataset, before, leased=True)
         for found in sorted(dead, key=lambda found: not found.key.endswith(".json")):
             if not holds(store, dataset, mine):
-                raise Conflict(
-                    f"dataset {dataset!r}: a build took over. Run gpt2 gc again when it has ended."
-                )
+                raise Conflict(f"dataset {dataset!r}: a build took over. Run gpt2 gc again when it has ended.")
             yield _delete(store, "shard", found)
     finally:
         release(store, dataset, mine)
