@@ -121,6 +121,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: Path, api: str, source: str) -> None:
     item = '{"ctx": "The cat sat", "endings": ["on the mat.", "in a tree.", "by day.", "at sea."], "label": 1}\n'
     (tmp_path / "items.jsonl").write_text(item * 3)

@@ -41,7 +41,7 @@ signal.pause()
 # Going on
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_three_kills_leave_no_trace(
     house: House, undisturbed: Callable[[int], str], ranks: int, tmp_path: Path
 ) -> None:

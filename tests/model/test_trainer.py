@@ -45,7 +45,7 @@ def test_a_finished_training_answers_with_its_last_step(house: House, undisturbe
     assert [line["step"] for line in history(house.store, run) if "val_loss" in line] == [5, 11]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_losses_are_the_same_for_any_number_of_ranks(
     house: House, undisturbed: Callable[[int], str], ranks: int
 ) -> None:
