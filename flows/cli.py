@@ -150,7 +150,7 @@ def gc(
     config: ConfigFile = None,
     overrides: Overrides = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this nothing is changed.")] = False,
-    grace_days: Annotated[float, typer.Option(min=0, help="What was written more recently stays.")] = 7.0,
+    grace_days: Annotated[float, typer.Option(min=0.05, help="What was written more recently stays.")] = 7.0,
 ) -> None:
     """List what nothing refers to: orphan shards, given-up checkpoints, unfinished uploads, quarantined files."""
     from flows import garbage

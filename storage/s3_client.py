@@ -59,8 +59,8 @@ REMEDIES = {
     "SignatureDoesNotMatch": f"The secret does not belong to the access key. {CREDENTIALS}",
     "ExpiredToken": "The session token has expired: fetch a new one.",
     "RequestTimeTooSkewed": "The clocks differ: set this host's, or the server's.",
-    "AuthorizationHeaderMalformed": "Set AWS_REGION to the bucket's region.",
-    "PermanentRedirect": "Set AWS_REGION to the bucket's region.",
+    "AuthorizationHeaderMalformed": "Set AWS_DEFAULT_REGION to the bucket's region.",
+    "PermanentRedirect": "Set AWS_DEFAULT_REGION to the bucket's region.",
     "XMinioStorageFull": "The server's disk is full: free some space there, then run the same command again.",
     "403": f"This identity may not, or is unknown. {CREDENTIALS}",
 }

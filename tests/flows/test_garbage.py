@@ -252,7 +252,7 @@ def test_files_that_were_set_aside_go(in_folder: Place) -> None:
 
 
 def test_the_verb_says_what_would_go_and_deletes_it_when_asked(in_folder: Place) -> None:
-    words = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.04"]
+    words = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.05"]
     before = in_folder.there()
     code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
     assert (code, "nothing was deleted" in said, "gpt2 gc --delete" in said) == (0, True, True)

@@ -1,6 +1,7 @@
 """What a store in a bucket refuses: servers that lie, clear text, strangers. No message holds a secret."""
 
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -110,6 +111,16 @@ def test_strangers_are_told_what_to_set_and_no_secret_is_shown(
         open_store(url)
     shown = "".join(traceback.format_exception(found.value))
     assert servers.SECRET not in shown and "sekret-that-is-wrong" not in shown
+
+
+@pytest.mark.parametrize("answer", ["AuthorizationHeaderMalformed", "PermanentRedirect"])
+def test_the_region_is_read_from_where_the_remedy_says(
+    answer: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    (variable,) = re.findall(r"AWS_\w+", s3_client.REMEDIES[answer])
+    monkeypatch.setenv(variable, "eu-north-1")
+    forget_client()
+    assert s3_client.own_client().meta.region_name == "eu-north-1"
 
 
 def test_who_may_only_read_reads_and_is_refused_the_rest(
