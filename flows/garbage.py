@@ -6,6 +6,7 @@ that is being built: one that a build began on, or that got a shard, within the 
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def find(store: Store, grace_seconds: float) -> list[Garbage]:
     dead += [("probe", one) for one in _old(store, keys.TEMPORARY, before)]
     found = [Garbage(kind, one.key, one.size) for kind, one in dead]
     found += [Garbage("unfinished", name, 0) for name in store.unfinished(before)]
-    return found + [Garbage("quarantine", path.name, path.stat().st_size) for path in _quarantine(before)]
+    return found + [Garbage("quarantine", path.name, size) for path, size in _quarantine(before)]
 
 
 def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
@@ -56,9 +57,8 @@ def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
         yield _delete(store, "probe", dead)
     for left in store.unfinished(before, remove=True):
         yield Garbage("unfinished", left, 0)
-    for path in _quarantine(before):
-        size = path.stat().st_size
-        path.unlink()
+    for path, size in _quarantine(before):
+        path.unlink(missing_ok=True)
         yield Garbage("quarantine", path.name, size)
 
 
@@ -109,9 +109,13 @@ def _old(store: Store, prefix: str, before: float) -> list[Stat]:
     return [found for found in store.list(prefix) if found.modified < before]
 
 
-def _quarantine(before: float) -> list[Path]:
-    host = HostCache(host_cache.FOLDER, 0)
-    return [path for path in host.quarantined() if path.stat().st_ctime < before]
+def _quarantine(before: float) -> Iterator[tuple[Path, int]]:
+    """Files that this host has set aside, and their sizes."""
+    for path in HostCache(host_cache.FOLDER, 0).quarantined():
+        with suppress(FileNotFoundError):  # another collector on this host was faster
+            found = path.stat()
+            if found.st_ctime < before:
+                yield path, found.st_size
 
 
 def _delete(store: Store, kind: str, dead: Stat) -> Garbage:

@@ -9,7 +9,7 @@ from storage import keys
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.lease import claim
 from storage.manifest import Manifest, ShardRow, latest_manifest, point_latest, read_manifest
-from storage.shards import done, read_shard
+from storage.shards import done, put_shard, read_shard
 from storage.store import Store, read_json
 
 
@@ -36,10 +36,7 @@ class Copying:
     def copy_shard(self, row: ShardRow) -> None:
         """Copy a shard, proved by its sha256, then its record. Raises ShardCorrupt, ObjectMissing."""
         body = read_shard(self._source, self._dataset, row.shard_id, row.tokens, row.sha256)
-        try:
-            self._target.put_new(keys.shard(self._dataset, row.shard_id), body)
-        except AlreadyExists:
-            read_shard(self._target, self._dataset, row.shard_id, row.tokens, row.sha256)
+        put_shard(self._target, self._dataset, row.shard_id, body, row.sha256)
         self._copy(keys.record(self._dataset, row.shard_id))
 
     def finish(self) -> None:

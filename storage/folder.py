@@ -184,8 +184,8 @@ def _walk(folder: Path, prefix: str, start: str) -> Iterator[Stat]:
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
-        if entry.name.startswith(".") or not entry.name.startswith(start):
-            continue
+        if not entry.name.startswith(start) or not keys.is_key(entry.name):
+            continue  # whatever else lies in the folder is none of our objects
         if entry.is_dir():
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", "")
         else:

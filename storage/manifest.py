@@ -81,30 +81,33 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
             f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {found}. "
             f"Delete it and run gpt2 dataset build, which seals it again."
         )
-    value = json.loads(body)
-    if value["schema"] > SCHEMA:
+    try:
+        value = json.loads(body)
+        newer, wrong = value["schema"] > SCHEMA, _wrong(value["shards"])
+        fields = {name: value[name] for name in ("recipe", "tokenizer", "totals", "parent")}
+    except (ValueError, KeyError, TypeError) as error:
+        newer, wrong = False, [error]
+    if newer:
         raise StoreUnusable(
             f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
             f"{SCHEMA}. Update gpt2-pipeline."
         )
-    _check_columns(dataset, digest, value["shards"])
-    fields = ("recipe", "tokenizer", "totals", "parent")
-    return Manifest(digest=digest, columns=value["shards"], **{name: value[name] for name in fields})
-
-
-def _check_columns(dataset: str, digest: str, columns: dict[str, list[Any]]) -> None:
-    """Raise ObjectCorrupt unless every value is what it may be: they become keys, file names and sizes."""
-    names, tokens = columns["shard_id"], columns["tokens"]
-    wrong = [name for name in COLUMNS if len(columns[name]) != len(names)]
-    wrong += [name for name in names if not keys.NAME.fullmatch(name)]
-    wrong += [found for found in columns["sha256"] if not SHA256.fullmatch(found)]
-    wrong += [count for count in tokens if not (isinstance(count, int) and 0 < count <= MOST_TOKENS)]
-    wrong += [split for split in columns["split"] if split not in ("train", "val")]
     if wrong:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: columns of shard names, digests and sizes were expected, found "
             f"{str(wrong[0])[:80]!r}. Do not use it: gpt2 dataset build seals another."
         )
+    return Manifest(digest=digest, columns=value["shards"], **fields)
+
+
+def _wrong(columns: dict[str, list[Any]]) -> list[Any]:
+    """The values that cannot be what they stand for: they become keys, file names and sizes."""
+    names, tokens = columns["shard_id"], columns["tokens"]
+    wrong: list[Any] = [name for name in COLUMNS if len(columns[name]) != len(names)]
+    wrong += [name for name in names if not keys.NAME.fullmatch(name)]
+    wrong += [found for found in columns["sha256"] if not SHA256.fullmatch(found)]
+    wrong += [count for count in tokens if not (isinstance(count, int) and 0 < count <= MOST_TOKENS)]
+    return wrong + [split for split in columns["split"] if split not in ("train", "val")]
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:

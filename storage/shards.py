@@ -19,7 +19,7 @@ from storage import keys, sources
 from storage.canonical import canonical_json, sha256
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
 from storage.plan import ShardJob
-from storage.store import Store, read_json
+from storage.store import Body, Store, read_json
 
 DTYPE = np.dtype("<u2")  # gpt2's 50,257 ids fit 16 bits; little-endian whatever the host
 
@@ -47,8 +47,8 @@ class Record:
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Safe to run any number of times, at once too.
 
-    Raises SourceInvalid when the source file changed since the plan or holds what is no text, ShardCorrupt when the
-    key already holds other bytes.
+    Raises SourceInvalid when the source file changed since the plan or holds what is no text, ShardCorrupt when its
+    record already says other bytes.
     """
     if sources.identify(Path(job.source.path)).sha256 != job.source.sha256:
         raise SourceInvalid(
@@ -69,16 +69,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")},
     )
-    key = keys.shard(dataset, job.shard_id)
-    try:
-        store.put_new(key, body)
-    except AlreadyExists:
-        try:
-            read_shard(store, dataset, job.shard_id, record.tokens, record.sha256)
-        except (ObjectMissing, ShardCorrupt):  # no job of this recipe writes other bytes
-            forget(store, dataset, job.shard_id)
-            with suppress(AlreadyExists):  # another job of this recipe mends it, too
-                store.put_new(key, body)
+    put_shard(store, dataset, job.shard_id, body, record.sha256)
     try:
         store.put_new(keys.record(dataset, job.shard_id), canonical_json(asdict(record)))
     except AlreadyExists as error:
@@ -89,6 +80,20 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
                 f"recipe gives {record.sha256} now. Rebuild it: gpt2 dataset verify --repair"
             ) from error
     return record
+
+
+def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str) -> None:
+    """Put a shard's bytes, of that sha256. Other bytes at its key are damaged ones: they and the record give way."""
+    key = keys.shard(dataset, shard_id)
+    try:
+        store.put_new(key, body)
+    except AlreadyExists:
+        try:
+            read_shard(store, dataset, shard_id, len(body) // DTYPE.itemsize, sha256)
+        except (ObjectMissing, ShardCorrupt):  # no job of this recipe writes other bytes
+            forget(store, dataset, shard_id)
+            with suppress(AlreadyExists):  # somebody else mends it, too
+                store.put_new(key, body)
 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:

@@ -1,9 +1,10 @@
-"""An S3 server of a few lines that says yes to everything: it ignores conditions and sums, as half of them do."""
+"""An S3 server of a few lines that says yes to everything: conditions, sums and ranges are nothing to it."""
 
 import hashlib
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -34,23 +35,30 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.objects.get(self._key(), b"")
         self.send_response(status)
         self.send_header("ETag", f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content) if body else 0))
+        self.send_header("Content-Length", str(len(content) if body or self.command == "HEAD" else 0))
+        self.send_header("Last-Modified", self.date_time_string())
         self.end_headers()
         if body:
             self.wfile.write(content)
+
+    def handle(self) -> None:
+        with suppress(OSError):  # a client that does not know our certificate hangs up
+            super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
         """Nobody reads it."""
 
 
 @contextmanager
-def dishonest_server() -> Iterator[tuple[str, dict[str, bytes]]]:
+def dishonest_server(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Its endpoint, and what it holds by path."""
     held: dict[str, bytes] = {}
     handler = type("Handler", (_Handler,), {"objects": held})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", held
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}", held
         finally:
             server.shutdown()

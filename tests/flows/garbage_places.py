@@ -32,10 +32,8 @@ class Place:
 
     def age(self, prefix: str) -> None:
         """Make the objects below a prefix two hours old."""
-        for found in list(self.store.list(prefix)) if self.in_folder else []:
-            path = self.store.local_path(found.key)
-            assert path
-            os.utime(path, (time.time() - 2 * HOUR,) * 2)
+        if self.in_folder:
+            make_old(self.store, prefix)
 
     def there(self) -> set[str]:
         return {found.key for found in self.store.list("") if found.key != lease_key()}
@@ -52,6 +50,13 @@ class Place:
                 assert key.removesuffix(".json") + ".bin" in there, key
         damaged = [check_fully(self.store, "small", row, tokenizer.EOT) for row in manifest.rows()]
         return not any(damaged) and not list(check_versions(self.store, "small", manifest))
+
+
+def make_old(store: Store, prefix: str) -> None:
+    for found in list(store.list(prefix)):
+        path = store.local_path(found.key)
+        assert path
+        os.utime(path, (time.time() - 2 * HOUR,) * 2)
 
 
 def lease_key() -> str:

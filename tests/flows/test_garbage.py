@@ -248,6 +248,18 @@ def test_files_that_were_set_aside_go(in_folder: Place) -> None:
     assert host.has("1" * 64)
 
 
+def test_a_file_that_another_collector_removed_first_is_no_failure(in_folder: Place) -> None:
+    host = HostCache(host_cache.FOLDER, 1 << 30)
+    for sha256 in ("0" * 64, "1" * 64):
+        host.open(sha256, lambda: b"damaged").close()
+        host.set_aside(sha256)
+    here = (found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine")
+    assert next(here).name.startswith("0")
+    for path in host.quarantined():
+        path.unlink()
+    assert list(here) == []
+
+
 # The verb
 
 

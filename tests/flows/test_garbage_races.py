@@ -11,14 +11,17 @@ import pytest
 
 from flows import garbage
 from flows.garbage import collect
+from model import tokenizer
 from storage import lease
+from storage.copy import Copying
 from storage.errors import Conflict, ObjectMissing
 from storage.layout import open_store
 from storage.lease import claim, last_build
 from storage.manifest import Manifest
 from storage.store import Store
+from storage.verify import check_fully
 from tests.conftest import S3Url
-from tests.flows.garbage_places import HOUR, Place, build, holder, lease_key
+from tests.flows.garbage_places import HOUR, Place, build, holder, lease_key, make_old
 from tests.storage.sealing import Spy, built, source_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +70,21 @@ def test_many_builds_may_hold_the_lease(place: Place) -> None:
     claim(place.store, "small", "build")
     assert place.store.read(lease_key()).etag != first
     assert holder(place.store) == "build"
+
+
+def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path) -> None:
+    """A copy that was killed left shards that no manifest lists; the next one counts them, and gc runs beside it."""
+    store = open_store(str(tmp_path / "to"), create=True)
+    killed = Copying(in_folder.store, store, "small")
+    for row in killed.missing:
+        killed.copy_shard(row)
+    make_old(store, "")
+    copying = Copying(in_folder.store, store, "small")
+    assert copying.missing == []
+    assert [found for found in collect(store, HOUR) if found.kind == "shard"] == []
+    copying.finish()
+    damaged = [check_fully(store, "small", row, tokenizer.EOT) for row in in_folder.manifest.rows()]
+    assert not any(damaged)
 
 
 def test_the_lease_of_a_killed_collector_ends_by_itself(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from storage.canonical import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
 from storage.layout import open_store
 from storage.manifest import ShardRow
-from storage.store import Body, Store, overwrite
+from storage.store import Body, Object, Store, overwrite
 from tests.conftest import S3Url
 from tests.flows.console import poll
 
@@ -224,6 +225,30 @@ def test_a_shard_that_is_damaged_in_the_store_is_named_and_not_kept(store: Store
     assert here() == []
     overwrite(store, key, np.arange(500).astype("<u2").tobytes())
     assert whole(opened.open(row), row)
+
+
+def test_bytes_that_were_damaged_on_their_way_are_fetched_again(store: Store, rows: MakeRows) -> None:
+    """Servers that keep no sum of an object leave it to the reader to notice."""
+    row = rows(1)[0]
+    damaged = Spoilt(store)
+    assert whole(ShardCache(damaged, "small").open(row), row)
+    assert damaged.reads == 2
+
+
+class Spoilt:
+    """A store whose first answer is damaged on its way."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.reads = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, key: str, limit_bytes: int) -> Object:
+        self.reads += 1
+        found = self._store.read(key, limit_bytes)
+        body = DAMAGES["flipped"](bytes(found.body)) if self.reads == 1 else found.body
+        return Object(body, found.etag, sha256(body))
 
 
 # In the background

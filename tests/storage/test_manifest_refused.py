@@ -1,6 +1,7 @@
 """What no manifest is made of and what is not taken for one: missing shards, other settings, damage."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from storage import keys
 from storage.canonical import canonical_json, sha256
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
-from storage.manifest import Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
+from storage.manifest import COLUMNS, Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
 from storage.store import Store, overwrite
 from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, sealed, source_file
 
@@ -116,6 +117,61 @@ def test_a_manifest_of_a_higher_schema_is_refused(store: Store, files: list[Path
     store.put_new(keys.manifest("small", sha256(body)), body)
     with pytest.raises(StoreUnusable, match="schema 9"):
         read_manifest(store, "small", sha256(body))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("shard_id", "../../../etc/passwd"),
+        ("shard_id", "a/b"),
+        ("shard_id", ""),
+        ("shard_id", 7),
+        ("sha256", "../" + "0" * 61),
+        ("sha256", None),
+        ("tokens", 1 << 40),
+        ("tokens", 0),
+        ("tokens", -1),
+        ("tokens", "many"),
+        ("split", "test"),
+    ],
+)
+def test_a_value_that_cannot_be_a_key_or_a_size_is_refused(
+    store: Store, files: list[Path], column: str, value: object
+) -> None:
+    def change(shards: dict[str, list[object]]) -> None:
+        shards[column][3] = value
+
+    with pytest.raises(ObjectCorrupt, match="columns of shard names"):
+        read_manifest(store, "small", crafted(store, files, change))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("change", ["shorter", "missing"])
+def test_columns_that_do_not_fit_together_are_refused(
+    store: Store, files: list[Path], column: str, change: str
+) -> None:
+    with pytest.raises(ObjectCorrupt, match="columns of shard names"):
+        read_manifest(
+            store,
+            "small",
+            crafted(store, files, lambda shards: shards[column].pop() if change == "shorter" else shards.pop(column)),
+        )
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
+def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
+    store.put_new(keys.manifest("small", sha256(body)), body)
+    with pytest.raises(ObjectCorrupt, match=sha256(body)):
+        read_manifest(store, "small", sha256(body))
+
+
+def crafted(store: Store, files: list[Path], change: Callable[[dict[str, list[object]]], object]) -> str:
+    """Put a manifest of changed columns under the digest of its bytes, as only a writer of the store can."""
+    value = json.loads(store.read(keys.manifest("small", sealed(store, *files).digest)).body)
+    change(value["shards"])
+    body = canonical_json(value)
+    store.put_new(keys.manifest("small", sha256(body)), body)
+    return sha256(body)
 
 
 def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:

@@ -2,16 +2,24 @@
 
 import os
 import re
+import ssl
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from storage import keys, s3_client
-from storage.errors import StorageError, StoreUnusable
+from storage.errors import StorageError, StoreUnavailable, StoreUnusable
 from storage.layout import open_store
 from tests import servers
 from tests.conftest import S3Url
@@ -52,12 +60,64 @@ def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(
         assert held == before
 
 
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(
+    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    s3_url("seaweedfs")
+    with dishonest_server() as (endpoint, held):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
+        forget_client()
+        held |= {f"/{servers.BUCKET}/x/{keys.FORMAT}": b'{"layout": 1}', f"/{servers.BUCKET}/x/body": b"0123456789"}
+        store = open_store(f"s3://{servers.BUCKET}/x")
+        assert store.read("body").body == b"0123456789"
+        with pytest.raises(StoreUnavailable, match="a range was asked for, all of the object came"):
+            store.read_range("body", 4, 2)
+
+
 def test_an_honest_server_is_probed_once_a_process(url: str) -> None:
     store = open_store(url, create=True)
     assert store.probe().refuses_damaged
     assert "127.0.0.1" in store.probe().server
     store.put_new("one", b"1")
     assert listed(store, "") == [keys.FORMAT, "one"]
+
+
+def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_works(
+    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
+) -> None:
+    s3_url("seaweedfs")
+    with dishonest_server(own_certificate(tmp_path / "own.pem")) as (endpoint, held):
+        held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        forget_client()
+        monkeypatch.setattr(s3_client.time, "sleep", lambda _: pytest.fail("asked again"))
+        with pytest.raises(StoreUnusable, match="AWS_CA_BUNDLE"):
+            open_store(f"s3://{servers.BUCKET}/x")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "own.pem"))
+        forget_client()
+        open_store(f"s3://{servers.BUCKET}/x")
+
+
+def own_certificate(path: Path) -> ssl.SSLContext:
+    """A certificate for this host that only its maker knows; its public half is written to `path`."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    today = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(names, critical=True)
+        .sign(key, SHA256())
+    )
+    path.write_bytes(made.public_bytes(Encoding.PEM))
+    secret = path.with_suffix(".key")
+    secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, secret)
+    return context
 
 
 # Clear text

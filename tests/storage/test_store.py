@@ -7,8 +7,9 @@ from contextlib import suppress
 
 import pytest
 
-from storage.errors import AlreadyExists, Conflict, ObjectMissing
+from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing
 from storage.layout import open_store
+from storage.s3_client import own_client
 from storage.store import Body, Store, overwrite, read_json
 from tests.storage.stores import listed
 
@@ -50,6 +51,13 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
     assert store.read("empty")[:2] == (b"", etag)
     assert store.stat("empty").size == 0
     assert store.read_range("empty", 0, 10) == b""
+
+
+def test_an_object_that_is_larger_than_it_can_be_is_refused(store: Store) -> None:
+    store.put_new("key", b"some bytes")
+    assert store.read("key", 10).body == b"some bytes"
+    with pytest.raises(ObjectCorrupt, match=r"at most 9 bytes.*found 10"):
+        store.read("key", 9)
 
 
 def test_a_second_put_is_refused_and_leaves_the_first_bytes(store: Store) -> None:
@@ -201,6 +209,24 @@ def test_a_listing_of_more_than_a_page_is_whole(store: Store) -> None:
         list(pool.map(lambda name: store.put_new(name, b"1"), names))
     assert listed(store, "many/") == names
     assert listed(store, "many/09") == names[900:1000]
+
+
+@pytest.mark.parametrize("name", ["a/two words", "a/é", "a/b~", "a/two words/c"])
+def test_what_is_none_of_our_objects_is_not_listed(store: Store, name: str) -> None:
+    store.put_new("a/key", b"1")
+    put_by_hand(store, name)
+    assert listed(store, "a/") == ["a/key"]
+
+
+def put_by_hand(store: Store, name: str) -> None:
+    """What people and other programs put beside the objects, where no key can be."""
+    if beside := store.local_path("a/key"):
+        path = beside.parent.parent / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1")
+    else:
+        bucket, prefix = store.url.removeprefix("s3://").split("/")
+        own_client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"1")
 
 
 def test_delete_of_what_is_not_there_does_nothing(store: Store) -> None:

@@ -1,0 +1,85 @@
+"""A copy of a dataset into a store that holds what a killed or damaged copy left there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model import tokenizer
+from storage import keys
+from storage.copy import Copying
+from storage.errors import ShardCorrupt
+from storage.layout import open_store
+from storage.manifest import Manifest, ShardRow, latest_manifest
+from storage.store import Store, overwrite
+from storage.verify import check_fully, check_versions
+from tests.storage.sealing import sealed
+from tests.storage.stores import listed
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "from"), create=True)
+
+
+@pytest.fixture
+def manifest(source: Store, files: list[Path]) -> Manifest:
+    return sealed(source, *files)
+
+
+@pytest.fixture
+def target(url: str) -> Store:
+    return open_store(url)
+
+
+def copied(source: Store, target: Store) -> Manifest:
+    copying = Copying(source, target, "small")
+    for row in copying.missing:
+        copying.copy_shard(row)
+    copying.finish()
+    found = latest_manifest(target, "small")
+    assert found is not None
+    return found
+
+
+SPOIL: dict[str, Callable[[bytes], bytes]] = {
+    "whole": lambda body: body,
+    "damaged": lambda body: bytes(len(body)),
+    "cut": lambda body: body[:100],
+}
+
+
+@pytest.mark.parametrize(
+    ("left", "recorded"),  # what is recorded and of the right size counts as done: damage in it is for `verify`
+    [("nothing", False), ("nothing", True), ("whole", False), ("damaged", False), ("cut", False), ("cut", True)],
+)
+def test_a_copy_is_whole_whatever_an_earlier_one_left(
+    source: Store, target: Store, manifest: Manifest, left: str, recorded: bool
+) -> None:
+    row = list(manifest.rows())[3]
+    if left != "nothing":
+        target.put_new(shard_key(row), SPOIL[left](bytes(source.read(shard_key(row)).body)))
+    if recorded:
+        target.put_new(record_key(row), source.read(record_key(row)).body)
+    found = copied(source, target)
+    assert found == manifest
+    assert [check_fully(target, "small", row, tokenizer.EOT) for row in found.rows()] == [None] * len(found.shard_ids)
+    assert list(check_versions(target, "small", found)) == []
+
+
+@pytest.mark.usefixtures("manifest")
+def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store) -> None:
+    copying = Copying(source, target, "small")
+    row = copying.missing[0]
+    overwrite(source, shard_key(row), bytes(row.tokens * 2))
+    with pytest.raises(ShardCorrupt, match=row.shard_id):
+        copying.copy_shard(row)
+    assert listed(target, keys.shards("small")) == []
+
+
+def shard_key(row: ShardRow) -> str:
+    return keys.shard("small", row.shard_id)
+
+
+def record_key(row: ShardRow) -> str:
+    return keys.record("small", row.shard_id)
