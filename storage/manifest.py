@@ -83,15 +83,15 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         )
     try:
         value = json.loads(body)
-        newer, wrong = value["schema"] > SCHEMA, _wrong(value["shards"])
+        if value["schema"] > SCHEMA:  # asked first: its columns may be others
+            raise StoreUnusable(
+                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
+                f"{SCHEMA}. Update gpt2-pipeline."
+            )
+        wrong = _wrong(value["shards"])
         fields = {name: value[name] for name in ("recipe", "tokenizer", "totals", "parent")}
     except (ValueError, KeyError, TypeError) as error:
-        newer, wrong = False, [error]
-    if newer:
-        raise StoreUnusable(
-            f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
-            f"{SCHEMA}. Update gpt2-pipeline."
-        )
+        wrong = [error]
     if wrong:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: columns of shard names, digests and sizes were expected, found "

@@ -111,12 +111,15 @@ def test_a_damaged_manifest_that_was_deleted_is_sealed_again(
     assert versions == 2 or again.digest == last.digest
 
 
-def test_a_manifest_of_a_higher_schema_is_refused(store: Store, files: list[Path]) -> None:
-    first = sealed(store, *files)
-    body = canonical_json(json.loads(store.read(keys.manifest("small", first.digest)).body) | {"schema": 9})
-    store.put_new(keys.manifest("small", sha256(body)), body)
+@pytest.mark.parametrize("shards", [None, {}, {"name": ["a column of a later version"]}])
+def test_a_manifest_of_a_higher_schema_is_refused(store: Store, files: list[Path], shards: object) -> None:
+    def change(value: dict[str, Any]) -> None:
+        value["schema"] = 9
+        if shards is not None:
+            value["shards"] = shards
+
     with pytest.raises(StoreUnusable, match="schema 9"):
-        read_manifest(store, "small", sha256(body))
+        read_manifest(store, "small", crafted(store, files, change))
 
 
 @pytest.mark.parametrize(
@@ -138,24 +141,24 @@ def test_a_manifest_of_a_higher_schema_is_refused(store: Store, files: list[Path
 def test_a_value_that_cannot_be_a_key_or_a_size_is_refused(
     store: Store, files: list[Path], column: str, value: object
 ) -> None:
-    def change(shards: dict[str, list[object]]) -> None:
-        shards[column][3] = value
+    def put_in(manifest: dict[str, Any]) -> None:
+        manifest["shards"][column][3] = value
 
     with pytest.raises(ObjectCorrupt, match="columns of shard names"):
-        read_manifest(store, "small", crafted(store, files, change))
+        read_manifest(store, "small", crafted(store, files, put_in))
+
+
+SPOILT: dict[str, Callable[[dict[str, Any], str], object]] = {
+    "shorter": lambda value, column: value["shards"][column].pop(),
+    "missing": lambda value, column: value["shards"].pop(column),
+}
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("change", ["shorter", "missing"])
-def test_columns_that_do_not_fit_together_are_refused(
-    store: Store, files: list[Path], column: str, change: str
-) -> None:
+@pytest.mark.parametrize("how", SPOILT)
+def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
     with pytest.raises(ObjectCorrupt, match="columns of shard names"):
-        read_manifest(
-            store,
-            "small",
-            crafted(store, files, lambda shards: shards[column].pop() if change == "shorter" else shards.pop(column)),
-        )
+        read_manifest(store, "small", crafted(store, files, lambda value: SPOILT[how](value, column)))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
@@ -165,10 +168,10 @@ def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
         read_manifest(store, "small", sha256(body))
 
 
-def crafted(store: Store, files: list[Path], change: Callable[[dict[str, list[object]]], object]) -> str:
-    """Put a manifest of changed columns under the digest of its bytes, as only a writer of the store can."""
+def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], object]) -> str:
+    """Put a changed manifest under the digest of its bytes, as only a writer of the store can. Returns that."""
     value = json.loads(store.read(keys.manifest("small", sealed(store, *files).digest)).body)
-    change(value["shards"])
+    change(value)
     body = canonical_json(value)
     store.put_new(keys.manifest("small", sha256(body)), body)
     return sha256(body)
