@@ -10,7 +10,7 @@ from storage import keys, lease, shards
 from storage.manifest import Manifest, seal
 from storage.store import Store, read_json
 from storage.verify import check_fully, check_versions
-from tests.storage.sealing import SETTINGS, built, jobs_of, source_file
+from tests.storage.sealing import SETTINGS, built, jobs_of, record_key, shard_key, source_file
 
 HOUR = 3600.0
 
@@ -61,14 +61,6 @@ def make_old(store: Store, prefix: str) -> None:
 
 def lease_key() -> str:
     return keys.lease("small")
-
-
-def shard_key(shard_id: str) -> str:
-    return keys.shard("small", shard_id)
-
-
-def record_key(shard_id: str) -> str:
-    return keys.record("small", shard_id)
 
 
 def holder(store: Store) -> object:

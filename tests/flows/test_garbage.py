@@ -22,10 +22,10 @@ from storage.s3_client import own_client
 from storage.store import Store
 from tests.conftest import S3Url
 from tests.flows.console import run_gpt2
-from tests.flows.garbage_places import HOUR, Place, holder, record_key, shard_key
+from tests.flows.garbage_places import HOUR, Place, holder
 from tests.making import build_dataset, tiny_config
 from tests.model.training import assert_equal_runs
-from tests.storage.sealing import SETTINGS, built, source_file
+from tests.storage.sealing import SETTINGS, built, record_key, shard_key, source_file
 
 KINDS = ["folder", "seaweedfs"]
 

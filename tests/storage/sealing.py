@@ -49,6 +49,14 @@ def sealed(store: Store, *paths: Path) -> Manifest:
     return seal(store, "small", built(store, *paths), **SETTINGS)
 
 
+def shard_key(shard_id: str) -> str:
+    return keys.shard("small", shard_id)
+
+
+def record_key(shard_id: str) -> str:
+    return keys.record("small", shard_id)
+
+
 def pointer(store: Store, dataset: str = "small") -> dict[str, Any]:
     found = read_json(store, keys.dataset_latest(dataset))
     assert found is not None

@@ -10,10 +10,10 @@ from storage import keys
 from storage.copy import Copying
 from storage.errors import ShardCorrupt
 from storage.layout import open_store
-from storage.manifest import Manifest, ShardRow, latest_manifest
+from storage.manifest import Manifest, latest_manifest
 from storage.store import Store, overwrite
 from storage.verify import check_fully, check_versions
-from tests.storage.sealing import sealed
+from tests.storage.sealing import record_key, sealed, shard_key
 from tests.storage.stores import listed
 
 
@@ -58,9 +58,9 @@ def test_a_copy_is_whole_whatever_an_earlier_one_left(
 ) -> None:
     row = list(manifest.rows())[3]
     if left != "nothing":
-        target.put_new(shard_key(row), SPOIL[left](bytes(source.read(shard_key(row)).body)))
+        target.put_new(shard_key(row.shard_id), SPOIL[left](bytes(source.read(shard_key(row.shard_id)).body)))
     if recorded:
-        target.put_new(record_key(row), source.read(record_key(row)).body)
+        target.put_new(record_key(row.shard_id), source.read(record_key(row.shard_id)).body)
     found = copied(source, target)
     assert found == manifest
     assert [check_fully(target, "small", row, tokenizer.EOT) for row in found.rows()] == [None] * len(found.shard_ids)
@@ -71,15 +71,7 @@ def test_a_copy_is_whole_whatever_an_earlier_one_left(
 def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store) -> None:
     copying = Copying(source, target, "small")
     row = copying.missing[0]
-    overwrite(source, shard_key(row), bytes(row.tokens * 2))
+    overwrite(source, shard_key(row.shard_id), bytes(row.tokens * 2))
     with pytest.raises(ShardCorrupt, match=row.shard_id):
         copying.copy_shard(row)
     assert listed(target, keys.shards("small")) == []
-
-
-def shard_key(row: ShardRow) -> str:
-    return keys.shard("small", row.shard_id)
-
-
-def record_key(row: ShardRow) -> str:
-    return keys.record("small", row.shard_id)

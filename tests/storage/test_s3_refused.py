@@ -6,8 +6,8 @@ import ssl
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -36,17 +36,30 @@ def url(request: pytest.FixtureRequest, s3_url: S3Url) -> str:
 
 # Servers that lie
 
+STORE = f"s3://{servers.BUCKET}/x"
+Lying = Callable[..., AbstractContextManager[tuple[str, dict[str, bytes]]]]
 
-def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(
-    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
-) -> None:
-    s3_url("seaweedfs")
-    with dishonest_server() as (endpoint, held):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        forget_client()
-        held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
+
+@pytest.fixture
+def lying(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget) -> Lying:
+    """A function that starts a dishonest server which holds the start of `STORE`, and lets this process talk to it."""
+
+    @contextmanager
+    def started(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+        s3_url("seaweedfs")  # some credentials
+        with dishonest_server(tls) as (endpoint, held):
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+            forget_client()
+            held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
+            yield endpoint, held
+
+    return started
+
+
+def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(lying: Lying) -> None:
+    with lying() as (endpoint, held):
         before = dict(held)
-        store = open_store(f"s3://{servers.BUCKET}/x")
+        store = open_store(STORE)
         asks: list[Callable[[], object]] = [
             store.probe,
             lambda: store.put_new("made", b"1"),
@@ -60,16 +73,11 @@ def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(
         assert held == before
 
 
-def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(
-    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
-) -> None:
-    s3_url("seaweedfs")
-    with dishonest_server() as (endpoint, held):
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
-        forget_client()
-        held |= {f"/{servers.BUCKET}/x/{keys.FORMAT}": b'{"layout": 1}', f"/{servers.BUCKET}/x/body": b"0123456789"}
-        store = open_store(f"s3://{servers.BUCKET}/x")
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(lying: Lying, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
+    with lying() as (_, held):
+        held[f"/{servers.BUCKET}/x/body"] = b"0123456789"
+        store = open_store(STORE)
         assert store.read("body").body == b"0123456789"
         with pytest.raises(StoreUnavailable, match="a range was asked for, all of the object came"):
             store.read_range("body", 4, 2)
@@ -84,19 +92,15 @@ def test_an_honest_server_is_probed_once_a_process(url: str) -> None:
 
 
 def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_works(
-    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
+    lying: Lying, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
 ) -> None:
-    s3_url("seaweedfs")
-    with dishonest_server(own_certificate(tmp_path / "own.pem")) as (endpoint, held):
-        held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        forget_client()
+    with lying(own_certificate(tmp_path / "own.pem")):
         monkeypatch.setattr(s3_client.time, "sleep", lambda _: pytest.fail("asked again"))
         with pytest.raises(StoreUnusable, match="AWS_CA_BUNDLE"):
-            open_store(f"s3://{servers.BUCKET}/x")
+            open_store(STORE)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "own.pem"))
         forget_client()
-        open_store(f"s3://{servers.BUCKET}/x")
+        open_store(STORE)
 
 
 def own_certificate(path: Path) -> ssl.SSLContext:
