@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated
@@ -13,6 +14,7 @@ from flows.console import ConfigFile, Overrides, Verbose, command, console, pref
 from model.config import DataConfig, load_config
 from storage.layout import open_store
 from storage.sources import SourceFile
+from storage.store import Store
 
 dataset = typer.Typer(help="Build, check and copy datasets.", no_args_is_help=True)
 AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while another is hashed
@@ -45,9 +47,8 @@ def verify(
 
     Exit code 0: it is. 1: something is damaged; the command that mends it is printed. 2: it could not be checked.
     """
-    from flows.preflight import find_sources
     from model import tokenizer
-    from storage import keys, sources
+    from storage import keys
     from storage.manifest import latest_manifest
     from storage.verify import check_documents, check_fully, check_quickly, check_versions
 
@@ -58,7 +59,7 @@ def verify(
         raise ValueError(f"dataset {name!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build.")
     if as_json and repair:
         raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
-    files = [sources.identify(path) for path in find_sources(asked.data)] if deep or repair else []
+    files = _files(store, asked.data) if deep or repair else []
     look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
     shown = {"console": console, "disable": as_json or not console.is_terminal}
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -84,7 +85,7 @@ def verify(
         if again and not repair:
             console.print(f"to mend    {mend}", highlight=False, markup=False)
     if repair and again:
-        _check_source(asked.data, files, again)  # before anything is given up
+        _check_source(store, asked.data, files, again)  # before anything is given up
         for shard_id in sorted(again):  # without its record a shard's job runs again, and replaces what is damaged
             store.delete(keys.record(name, shard_id))
         build(config, overrides, verbose)
@@ -92,14 +93,20 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check_source(data: DataConfig, files: list[SourceFile], shard_ids: set[str]) -> None:
+def _files(store: Store, data: DataConfig) -> Sequence[SourceFile]:
+    from storage.mirror import list_source
+
+    found, _ = list_source(store, data.source, data.config, data.revision, "train")
+    return found.files
+
+
+def _check_source(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
     """Raise ValueError unless the source still gives all of these shards."""
     from model import tokenizer
-    from storage.plan import plan
+    from storage.plan import plan_files
 
-    shape = {"shard_tokens": data.shard_tokens, "text_column": data.text_column}
-    digest = tokenizer.identity()["sha256"]
-    if gone := shard_ids - {job.shard_id for job in plan(files, **shape, tokenizer_digest=digest)}:  # type: ignore[arg-type]
+    plans = plan_files(store, data.dataset, files, data.shape(tokenizer.identity()["sha256"]))
+    if gone := shard_ids.difference(*(one.shard_ids for one in plans)):
         raise ValueError(
             f"--repair: {len(gone):,} damaged shards were to be made again, data.source = {data.source!r} no longer "
             f"gives {min(gone)!r}. Put the old source files back, or build another dataset from the new ones."

@@ -1,67 +1,172 @@
-"""The first stage: find the source files, identify each by its content, and bring evaluation items into the store."""
+"""The first stage: find the source files, bring those of the Hub into the store, plan which rows become which shard.
 
+A file whose shards are all made is neither fetched nor read again: its plan is in the store.
+"""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.preflight import find_sources
 from flows.progress import Bar, say
-from model.config import RunConfig
+from flows.tasks import in_window, passes, transient
+from model import tokenizer
+from model.config import DataConfig, RunConfig
 from model.run import pinned_run
-from storage import keys, sources
-from storage.errors import AlreadyExists
+from storage import keys
+from storage.errors import AlreadyExists, SourceInvalid
 from storage.layout import open_store
 from storage.manifest import read_manifest
+from storage.mirror import list_source, locate, mirror
+from storage.opening import open_source
+from storage.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
 from storage.shards import done
-from storage.sources import SourceFile
+from storage.sources import Listing, SourceFile, check_distinct
+from storage.store import Store
+
+FILES_AT_ONCE = 4  # connections to the Hub: it answers a crowd with 429, and four fill a line of 1 Gbit/s
+PLANS_AT_ONCE = 16  # of a bucket each is a round trip
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """The source files in order, and the key of the HellaSwag items where some are given."""
+    """The plan of each source file in order, what the Hub says of their dataset, the key of the HellaSwag items where
+    some are given, and why files could not be had."""
 
-    files: list[SourceFile]
+    plans: list[FilePlan]
+    origin: dict[str, str]
     items: str | None
+    failed: list[str]
 
 
-@task(task_run_name="file-{path}", cache_policy=NO_CACHE)
-def identify_file(path: str, text_column: str) -> SourceFile:
-    """Check the file's columns and hash its content, once as long as it stays the same."""
-    sources.check(Path(path), text_column)
-    return sources.identify(Path(path))
+@task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
+def list_files(data: DataConfig, store_url: str) -> Listing:
+    """The source's files: of the Hub one request while nothing has changed, of this host each one's digest."""
+    found, why = list_source(open_store(store_url), data.source, data.config, data.revision, "train")
+    if why:
+        say("download", f"the files of commit {found.origin['commit'][:12]} are taken, as found earlier: {why}")
+    return found
 
 
-@task(task_run_name="items-{path}", cache_policy=NO_CACHE)
-def mirror_items(path: str, store_url: str) -> str:
-    """Copy a file of HellaSwag items into the store. Returns its key."""
-    found = sources.identify(Path(path))
-    key = keys.source(found.sha256, keys.as_name(found.name))
-    with suppress(AlreadyExists):  # named by its content
-        open_store(store_url).put_new(key, Path(path).read_bytes())
-    return key
+@task(
+    task_run_name="file-{file.name}", cache_policy=NO_CACHE,
+    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
+)  # fmt: skip
+def prepare_file(file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, come: Counter[str]) -> FilePlan:
+    """Bring a file of the Hub into the store, then plan it. `come` is told the bytes that are there."""
+    store, shape = open_store(store_url), _shape(data)
+    located = mirror(store, file, partial(come.__setitem__, file.digest)) if data.mirror else locate(store, file)
+    planned = read_plan(store, data.dataset, file, shape, limit_tokens)
+    if planned is None:
+        planned = replace(plan_file(located, shape, limit_tokens), file=file)
+        keep_plan(store, data.dataset, planned, limit_tokens)
+    come[file.digest] = file.size_bytes
+    return planned
+
+
+@task(
+    task_run_name="items-{source}", cache_policy=NO_CACHE,
+    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
+)  # fmt: skip
+def mirror_items(source: str, store_url: str) -> str:
+    """Bring the file of HellaSwag items into the store. Returns its key."""
+    store = open_store(store_url)
+    found, _ = list_source(store, source, "", "main", "validation")
+    if len(found.files) != 1:
+        raise SourceInvalid(
+            f"evaluation.hellaswag = {source!r}: one file of split 'validation' was expected, found "
+            f"{len(found.files)}. Give one .jsonl or .parquet file."
+        )
+    file = mirror(store, found.files[0])
+    if not found.origin:
+        opened = open_source(file)
+        with suppress(AlreadyExists):  # named by its content
+            store.put_new(file.key, opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes))
+    return file.key
+
+
+def download(config: RunConfig) -> Downloaded:
+    """Run the stage, a few files at once."""
+    return download_flow.with_options(task_runner=_few_at_once())(config)
+
+
+def _few_at_once() -> TaskRunner[Any]:
+    return ThreadPoolTaskRunner(FILES_AT_ONCE)
 
 
 @flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False)
-def download(config: RunConfig) -> Downloaded:
-    """Identify the source files. A run that is pinned to a complete manifest needs none of them."""
+def download_flow(config: RunConfig) -> Downloaded:
+    """Find and plan the source files. A run that is pinned to a complete manifest needs none of them."""
+    data = config.data
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
     if run is not None:
         manifest = read_manifest(store, run.dataset, run.manifest)
-        if len(done(store, run.dataset, manifest.shard_ids, manifest.known_tokens)) == len(manifest.shard_ids):
+        if len(done(store, run.dataset, manifest.shard_ids, manifest.made)) == len(manifest.shard_ids):
             say("download", f"nothing to do, the run is pinned to manifest {run.manifest[:12]}")
-            return Downloaded([], run.items)
-    paths = find_sources(config.data)
-    bar = Bar("download", len(paths), "source files")
-    futures = [identify_file.submit(str(path), config.data.text_column) for path in paths]
+            return Downloaded([], {}, run.items, [])
+        data = data.model_copy(update={"revision": run.commit or data.revision})
+    found = list_files(data, config.store_url)
+    check_distinct(found.files)
+    plans, failed = _limited(config, store, found) if data.max_tokens else _all(config, store, found)
     items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
-    files = []
-    for future in futures:
-        files.append(future.result())
-        bar.advance()
+    size_bytes = sum(one.file.size_bytes for one in plans)
+    say("download", f"{len(plans):,} of {len(found.files):,} source files, {size_bytes / 1e6:,.1f} MB")
+    return Downloaded(plans, found.origin, items, failed)
+
+
+def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan], list[str]]:
+    """The plans of all files, several at once; one that cannot be had now stands in nobody's way."""
+    data, shape = config.data, _shape(config.data)
+    with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
+        known = list(pool.map(lambda file: read_plan(store, data.dataset, file, shape), found.files))
+    plans = {one.file.digest: one for one in known if one}
+    asked = [file for file in found.files if file.digest not in plans]
+    if data.mirror and found.origin:
+        there = {one.key for one in store.list(keys.shards(data.dataset))}
+        made = {
+            digest
+            for digest, one in plans.items()
+            if all(keys.record(data.dataset, shard_id) in there for shard_id in one.shard_ids)
+        }
+        asked = [file for file in found.files if file.digest not in made]
+    come: Counter[str] = Counter()
+    bar = Bar("download", sum(file.size_bytes for file in asked) // 1_000_000, f"MB of {len(asked):,} source files")
+    errors: list[BaseException] = []
+    for file, error, future in in_window(
+        asked,
+        lambda file: prepare_file.submit(file, data, config.store_url, 0, come),
+        FILES_AT_ONCE * 4,
+        lambda: bar.to(sum(come.values()) // 1_000_000),
+    ):
+        if error is None:
+            plans[file.digest] = future.result()
+        else:
+            errors.append(error)
     bar.close()
-    say("download", f"{len(files):,} source files, {sum(file.size_bytes for file in files) / 1e6:,.1f} MB")
-    return Downloaded(files, items)
+    for error in errors:
+        if len(errors) == len(found.files) or not passes(error):
+            raise error
+    return [plans[file.digest] for file in found.files if file.digest in plans], [str(error) for error in errors]
+
+
+def _limited(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan], list[str]]:
+    """The plans of the first files that hold `max_tokens`, one after the other: no file more is fetched."""
+    data = config.data
+    come: Counter[str] = Counter()
+
+    def make(file: SourceFile, limit_tokens: int) -> FilePlan:
+        return prepare_file(file, data, config.store_url, limit_tokens, come)
+
+    return list(plan_files(store, data.dataset, found.files, _shape(data), make)), []
+
+
+def _shape(data: DataConfig) -> Shape:
+    return data.shape(tokenizer.identity()["sha256"])

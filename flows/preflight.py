@@ -3,16 +3,13 @@
 Imports no Prefect, which takes 3 s and reads its settings when it is imported.
 """
 
-import re
 from pathlib import Path
 
-from model.config import DataConfig, RunConfig
+from model.config import RunConfig
 from model.run import pinned_run
 from storage import sources
 from storage.errors import ObjectMissing
 from storage.layout import open_store
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check(config: RunConfig) -> None:
@@ -22,24 +19,12 @@ def check(config: RunConfig) -> None:
     except ObjectMissing:
         run = None
     if run is None:
-        find_sources(config.data)
+        if not sources.is_on_hub(config.data.source):
+            sources.find(config.data.source)
         items = config.evaluation.hellaswag
-        if items and not Path(items).is_file():
+        if items and not sources.is_on_hub(items) and not Path(items).is_file():
             raise ValueError(
-                f"evaluation.hellaswag = {items!r}: no such file. Give a .jsonl file of items, or leave it empty."
+                f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset, a .jsonl or .parquet file of "
+                f"items, or leave it empty."
             )
     open_store(config.store_url, create=True)
-
-
-def find_sources(data: DataConfig) -> list[Path]:
-    """The source files the configuration names. Raises ValueError when there are none."""
-    try:
-        return sources.find(data.source)
-    except ValueError:
-        if HUB_NAME.fullmatch(data.source) and not data.source.startswith("."):
-            raise ValueError(
-                f"data.source = {data.source!r}: a Hub dataset ({data.config} at {data.revision}) was asked for, this "
-                f"version reads local files only. Download its parquet files and give their path or glob: "
-                f"--set data.source='…/*.parquet'"
-            ) from None
-        raise

@@ -38,7 +38,7 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
     if manifest is None:
         lines = [Line(f"dataset {dataset}", "not sealed yet: gpt2 dataset build goes on")]
     else:
-        finished = shards.done(store, dataset, manifest.shard_ids, manifest.known_tokens)
+        finished = shards.done(store, dataset, manifest.shard_ids, manifest.made)
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
@@ -55,7 +55,7 @@ def run_status(store: Store, name: str) -> list[Line]:
             f"run {name!r} is not in store {store.url!r}, found: {known}. Give one of these."
         ) from error
     manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.known_tokens)
+    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.made)
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
     lines = [

@@ -1,81 +1,92 @@
-"""The second stage: plan the shards, run just the jobs that are missing, seal the manifest."""
+"""The second stage: run just the shard jobs that are missing, seal the manifest."""
 
 import os
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.download import Downloaded
 from flows.progress import Bar, say
+from flows.tasks import in_window, passes, transient
 from model import tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
 from model.job import note_failure
 from model.run import Run, pinned_run
 from storage import keys, shards
-from storage.errors import DatasetMismatch, StorageError, StoreUnavailable
+from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
 from storage.layout import open_store
 from storage.lease import claim
 from storage.manifest import Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
-from storage.plan import ShardJob, plan
+from storage.plan import FilePlan, ShardJob
+from storage.sources import Listing
 from storage.store import Store
 
-IN_FLIGHT = 4  # jobs submitted a worker: enough to keep all busy, few enough to keep the flow small
+IN_FLIGHT = 4  # tasks submitted a worker: enough to keep all busy, few enough to keep the flow small
+MOST_TASKS = 2_000  # of one flow run: beyond, its page and Prefect's server suffer
+MOST_LINES = 1_000  # of the table of shard jobs
 
 
 @dataclass(frozen=True)
 class DatasetVersion:
-    """A sealed manifest's digest, and the key of the HellaSwag items that came with the source."""
+    """A sealed manifest's digest, the Hub's commit it was made of, and the key of the HellaSwag items."""
 
     manifest: str
+    commit: str | None
     items: str | None
 
 
-def transient(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether a failed shard job is worth another try: what the disk or the network did, never bad data."""
-    return isinstance(state.result(raise_on_failure=False), OSError | StoreUnavailable)
-
-
 @task(
-    task_run_name="shard-{job.shard_id}",
+    task_run_name="{name}",
     cache_policy=NO_CACHE,  # Prefect's cache says `Cached` even when the data is gone; the record is the truth
     retries=2,
     retry_delay_seconds=[2, 10],
     retry_jitter_factor=0.5,
     retry_condition_fn=transient,
 )
-def tokenise_shard(job: ShardJob, dataset: str, store_url: str) -> Any:
-    """Make one shard and its record, or find them."""
+def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # `name` names it
+    """Make some shards of one source file and their records, or find them; a failed one stops no other."""
     store = open_store(store_url)
+    made, errors = 0, {}
+    for job in jobs:
+        try:
+            made += _make(store, dataset, job)
+        except (ValueError, StorageError, OSError) as error:
+            note_failure(store, keys.record(dataset, job.shard_id), str(error))
+            errors[job.shard_id] = error
+    if errors:
+        passing = [error for error in errors.values() if passes(error)]  # worth another try: the shards made are kept
+        raise [*passing, *errors.values()][0]
+    return made if made else Completed(name="Skipped", message="the records were there")
+
+
+def _make(store: Store, dataset: str, job: ShardJob) -> bool:
+    """Make one shard; False when it was there."""
     if shards.is_done(store, dataset, job.shard_id):
-        return Completed(name="Skipped", message="its record was there")
-    try:
-        record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
-    except (ValueError, StorageError) as error:
-        note_failure(store, keys.record(dataset, job.shard_id), str(error))
-        raise
+        return False
+    record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
     store.delete(keys.failure(keys.record(dataset, job.shard_id)))
     get_run_logger().info("%s: %s tokens of %s documents", job.shard_id, f"{record.tokens:,}", f"{record.documents:,}")
-    return record.tokens
+    return True
 
 
 @task(task_run_name="seal-{data.dataset}", cache_policy=NO_CACHE)
-def seal_dataset(planned: list[str], data: DataConfig, store_url: str) -> Manifest:
+def seal_dataset(planned: list[str], source: dict[str, Any], data: DataConfig, store_url: str) -> Manifest:
     """Write the manifest of all planned shards and point `latest` at it."""
+    identity = tokenizer.identity()
     return seal(
         open_store(store_url),
         data.dataset,
         planned,
-        recipe=dataset_recipe(data),
-        tokenizer=tokenizer.identity(),
-        binding=dataset_binding(data),
+        recipe=data.shape(identity["sha256"]).recipe(),
+        tokenizer=identity,
+        source=source,
+        binding=data.binding(identity["sha256"]),
         val_shards=data.val_shards,
     )
 
@@ -87,7 +98,7 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     run = pinned_run(store, config)
     manifest = _mend(store, config, run, downloaded) if run else _build(store, config, downloaded)
     _show(manifest, config.data.dataset)
-    return DatasetVersion(manifest.digest, downloaded.items)
+    return DatasetVersion(manifest.digest, manifest.source.get("commit"), downloaded.items)
 
 
 def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
@@ -97,110 +108,121 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
     """What runs the shard jobs: the same task code and the same bytes under each."""
-    workers = resources.workers or (os.cpu_count() or 1)
-    return ProcessPoolTaskRunner(workers) if resources.runner == "processes" else ThreadPoolTaskRunner(workers)
+    workers = _workers(resources)
+    if resources.runner == "processes":
+        return ProcessPoolTaskRunner(workers)
+    if resources.runner == "threads":
+        return ThreadPoolTaskRunner(workers)
+    try:
+        from prefect_dask.task_runners import DaskTaskRunner  # an extra
+    except ImportError as error:
+        raise ValueError(
+            "resources.runner = 'dask': prefect-dask is not installed. Install the extra: pip install -e '.[dask]'"
+        ) from error
+    if resources.dask_address:
+        return DaskTaskRunner(address=resources.dask_address)
+    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
 
 
-def dataset_recipe(data: DataConfig) -> dict[str, Any]:
-    """What decides a dataset's bytes beside its source files; a default that is younger than a dataset stays out."""
-    recipe: dict[str, Any] = {"shard_tokens": data.shard_tokens, "tokenizer": tokenizer.identity()["sha256"]}
-    if data.text_column != "text":
-        recipe["text_column"] = data.text_column
-    return recipe
-
-
-def dataset_binding(data: DataConfig) -> dict[str, Any]:
-    """What a dataset's name is bound to at its first seal."""
-    return dataset_recipe(data) | {"source": data.source, "config": data.config}
+def _workers(resources: ResourcesConfig) -> int:
+    return resources.workers or (os.cpu_count() or 1)
 
 
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
-    check_binding(store, data.dataset, dataset_binding(data))
-    jobs = _plan(data, downloaded)
-    if len(jobs) <= data.val_shards:
-        raise ValueError(
-            f"data.val_shards = {data.val_shards}: the source gives {len(jobs)} shards of up to {data.shard_tokens:,} "
-            f"tokens, so none would be left to train on. Use fewer data.val_shards or smaller data.shard_tokens."
-        )
+    check_binding(store, data.dataset, data.binding(tokenizer.identity()["sha256"]))
+    planned = [shard_id for one in downloaded.plans for shard_id in one.shard_ids]
+    _check_planned(planned, data, downloaded)
     claim(store, data.dataset, "build")  # before anything that is there is counted on
     latest = latest_manifest(store, data.dataset)
-    finished = shards.done(store, data.dataset, [job.shard_id for job in jobs], latest.known_tokens if latest else {})
-    missing = [job for job in jobs if job.shard_id not in finished]
-    _run_missing(config, missing, len(jobs))
+    finished = shards.done(store, data.dataset, planned, latest.made if latest else {})
+    missing = set(planned) - set(finished)
+    _run_missing(config, downloaded.plans, missing, len(planned))
+    if downloaded.failed:
+        raise SourceUnavailable(
+            f"dataset {data.dataset!r}: {len(downloaded.failed):,} source files could not be had, the shards of all "
+            f"others are made. {downloaded.failed[0]}"
+        )
     if latest:
-        check_rebuilt(store, data.dataset, latest, {job.shard_id for job in missing})
-    manifest = seal_dataset([job.shard_id for job in jobs], data, config.store_url)
+        check_rebuilt(store, data.dataset, latest, missing)
+    source = Listing(tuple(one.file for one in downloaded.plans), downloaded.origin).described()
+    manifest = seal_dataset(planned, source, data, config.store_url)
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")
     return manifest
 
 
+def _check_planned(planned: list[str], data: DataConfig, downloaded: Downloaded) -> None:
+    if not planned and not downloaded.failed:
+        raise ValueError(
+            f"data.source = {data.source!r}: documents were asked for, found {len(downloaded.plans)} files without a "
+            f"single row{' that data.filters keeps' if data.filters else ''}. Give files that hold text."
+        )
+    if len(planned) <= data.val_shards and not downloaded.failed:
+        raise ValueError(
+            f"data.val_shards = {data.val_shards}: the source gives {len(planned)} shards of up to "
+            f"{data.shard_tokens:,} tokens, so none would be left to train on. Use fewer data.val_shards or smaller "
+            f"data.shard_tokens."
+        )
+
+
 def _mend(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> Manifest:
     """Make again just the shards of the run's manifest that the store has lost; a pinned run gets no new version."""
     manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.known_tokens)
-    lost = set(manifest.shard_ids) - finished
-    jobs = [job for job in _plan(config.data, downloaded) if job.shard_id in lost] if lost else []
-    if len(jobs) < len(lost):
+    lost = set(manifest.shard_ids) - set(shards.done(store, run.dataset, manifest.shard_ids, manifest.made))
+    found = lost.intersection(shard_id for one in downloaded.plans for shard_id in one.shard_ids)
+    if len(found) < len(lost):
         raise DatasetMismatch(
             f"run {run.name!r} needs {len(lost):,} lost shards of manifest {run.manifest[:12]}, the source gives "
-            f"{len(jobs):,} of them: it has changed. Put the old source files back, or start a run of another name."
+            f"{len(found):,} of them: it has changed. Put the old source files back, or start a run of another name."
         )
-    _run_missing(config, jobs, len(manifest.shard_ids))
+    _run_missing(config, downloaded.plans, lost, len(manifest.shard_ids))
     check_rebuilt(store, run.dataset, manifest, lost)
     return manifest
 
 
-def _plan(data: DataConfig, downloaded: Downloaded) -> list[ShardJob]:
-    digest = tokenizer.identity()["sha256"]
-    jobs = list(
-        plan(downloaded.files, shard_tokens=data.shard_tokens, text_column=data.text_column, tokenizer_digest=digest)
-    )
-    if not jobs:
-        raise ValueError(
-            f"data.source = {data.source!r}: documents were asked for, found {len(downloaded.files)} files without a "
-            f"single row. Give files that hold text."
-        )
-    return jobs
+def _groups(plans: list[FilePlan], missing: set[str], resources: ResourcesConfig) -> Iterator[list[ShardJob]]:
+    """The missing jobs, so many consecutive ones of a file a task."""
+    size = resources.shards_per_task or -(-len(missing) // MOST_TASKS)
+    for one in plans:
+        jobs = [job for job in one.jobs() if job.shard_id in missing]
+        yield from (jobs[start : start + size] for start in range(0, len(jobs), size))
 
 
-def _run_missing(config: RunConfig, missing: list[ShardJob], total: int) -> None:
+def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], total: int) -> None:
     """Submit the jobs that are missing of `total`, a window at a time, and show what became of each."""
     dataset = config.data.dataset
     say("tokenise", f"{total - len(missing):,} of {total:,} shards done")
     if not missing:
         return
     bar = Bar("tokenise", len(missing), "shards")
-    window = IN_FLIGHT * (config.resources.workers or (os.cpu_count() or 1))
-    rows: list[dict[str, Any]] = [{"shard": f"{total - len(missing):,} others", "state": "Done before", "why": ""}]
+    lines: list[dict[str, Any]] = [{"shards": f"{total - len(missing):,} others", "state": "Done before", "why": ""}]
     errors: list[BaseException] = []
-    pending: deque[tuple[ShardJob, PrefectFuture[Any]]] = deque()
-    for job in [*missing, None]:
-        while pending and (job is None or len(pending) >= window):
-            _settle(*pending.popleft(), rows, errors)
-            bar.advance()
-        if job is not None:
-            pending.append((job, tokenise_shard.submit(job, dataset, config.store_url)))
+    settled = 0
+    for jobs, error, future in in_window(
+        _groups(plans, missing, config.resources),
+        lambda jobs: tokenise_shards.submit(_name(jobs), jobs, dataset, config.store_url),
+        IN_FLIGHT * _workers(config.resources),
+    ):
+        settled += len(jobs)
+        bar.to(settled)
+        errors += [error] if error else []
+        if error or len(lines) < MOST_LINES:
+            lines.append({"shards": _name(jobs), "state": future.state.name, "why": str(error or "")[:300]})
     bar.close()
-    create_table_artifact(rows, key="shard-status", description=f"Shard jobs of {dataset}")
+    create_table_artifact(lines, key="shard-status", description=f"Shard jobs of {dataset}")
     if errors:
         if len(errors) > 1:
-            say("tokenise", f"{len(errors):,} of {len(missing):,} shard jobs failed; gpt2 status lists them")
+            say("tokenise", f"{len(errors):,} tasks failed, of {len(missing):,} shard jobs; gpt2 status lists them")
         raise errors[0]
     say("tokenise", f"{total:,} of {total:,} shards done, {len(missing):,} made now")
 
 
-def _settle(job: ShardJob, future: PrefectFuture[Any], rows: list[dict[str, Any]], errors: list[BaseException]) -> None:
-    future.wait()
-    state = future.state
-    why = ""
-    if not state.is_completed():
-        error = state.result(raise_on_failure=False)
-        errors.append(error if isinstance(error, BaseException) else RuntimeError(str(state.message)))
-        why = str(errors[-1])
-    rows.append({"shard": job.shard_id, "state": state.name, "why": why[:300]})
+def _name(jobs: list[ShardJob]) -> str:
+    """What a task is called: its shard, or the first and the number of them."""
+    more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+    return f"shard-{jobs[0].shard_id}{more}"
 
 
 def _show(manifest: Manifest, dataset: str) -> None:

@@ -64,7 +64,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     run = pinned_run(store, config)
     if run is None:
         version = version or _newest(store, config)
-        run = pin_run(store, config, version.manifest, version.items)
+        run = pin_run(store, config, version.manifest, version.items, version.commit)
     job = training_job(run)
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
@@ -94,7 +94,7 @@ def _newest(store: Store, config: RunConfig) -> DatasetVersion:
             f"dataset {config.data.dataset!r}: a sealed version was asked for, store {config.store_url!r} has none. "
             f"Build it first: gpt2 dataset build"
         )
-    return DatasetVersion(manifest.digest, None)
+    return DatasetVersion(manifest.digest, manifest.source.get("commit"), None)
 
 
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:

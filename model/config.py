@@ -7,11 +7,15 @@ never does. Secrets and endpoints are environment, never configuration.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storage import keys
+from storage.filters import Filter, parse
+
+if TYPE_CHECKING:
+    from storage.plan import Shape
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -29,13 +33,48 @@ class DataConfig(Section):
     dataset: str = Field("fineweb-edu-10b", description="The dataset's name in the store.")
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
-        description="A Hub dataset, or a path, folder or glob of .parquet or .jsonl files.",
+        description="A Hub dataset, or a path, folder or glob of .parquet or .jsonl files, s3:// too.",
     )
     config: str = Field("sample-10BT", description="Configuration of a Hub dataset.")
     revision: str = Field("main", description="Revision of a Hub dataset: branch, tag or commit.")
     text_column: str = Field("text", description="The column that holds the documents.")
     shard_tokens: Positive = Field(10_000_000, description="Tokens in a full shard; 2 bytes each.")
     val_shards: Positive = Field(10, description="The first shards of the first version are the val split.")
+    filters: tuple[str, ...] = Field(
+        (), description="Which documents count, all of: 'int_score >= 4', 'length >= 200' (characters)."
+    )
+    max_tokens: int = Field(0, ge=0, description="Only the first documents, of so many tokens; 0: all.")
+    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store first; else read ranges.")
+    on_bad_document: Literal["fail", "skip"] = Field(
+        "fail", description="A document that cannot be tokenised fails its shard, or is left out and counted."
+    )
+
+    @model_validator(mode="after")
+    def _filters_can_be_read(self) -> Self:
+        assert self.parsed_filters is not None  # raises what is wrong
+        return self
+
+    def shape(self, tokenizer: str) -> "Shape":
+        """What the dataset asks of its source files, with the tokenizer of that digest."""
+        from storage.plan import Shape  # pyarrow takes 0.2 s to import
+
+        return Shape(
+            shard_tokens=self.shard_tokens,
+            tokenizer=tokenizer,
+            text_column=self.text_column,
+            filters=tuple(str(one) for one in self.parsed_filters),
+            on_bad_document=self.on_bad_document,
+            max_tokens=self.max_tokens,
+        )
+
+    def binding(self, tokenizer: str) -> dict[str, Any]:
+        """What a dataset's name is bound to at its first seal."""
+        return self.shape(tokenizer).recipe() | {"source": self.source, "config": self.config}
+
+    @property
+    def parsed_filters(self) -> tuple[Filter, ...]:
+        """The filters, read."""
+        return tuple(parse(text) for text in self.filters)
 
 
 class ModelConfig(Section):
@@ -126,7 +165,8 @@ class EvaluationConfig(Section):
 
     validation_tokens: int = Field(0, ge=0, description="Tokens of the val split that are scored; 0: all of them.")
     hellaswag: str = Field(
-        "", description="A .jsonl file of HellaSwag items; empty: a completion set of val documents."
+        "Rowan/hellaswag",
+        description="A Hub dataset or a file of HellaSwag items; empty: a completion set of val documents.",
     )
     completion_items: Positive = Field(
         200, description="Items of the completion set, where no HellaSwag file is given."
@@ -142,8 +182,10 @@ class EvaluationConfig(Section):
 class ResourcesConfig(Section):
     """How it runs: never part of a recipe, free to differ from one run of a command to the next."""
 
-    runner: Literal["threads", "processes"] = Field("threads", description="What runs shard jobs in parallel.")
+    runner: Literal["threads", "processes", "dask"] = Field("threads", description="What runs shard jobs in parallel.")
     workers: int = Field(0, ge=0, description="Shard jobs at once; 0: one a core.")
+    dask_address: str = Field("", description="A standing Dask cluster, tcp://host:port; empty: one on this host.")
+    shards_per_task: int = Field(0, ge=0, description="Shards that one task makes; 0: one, more in plans above 2,000.")
     processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
     concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
     cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")

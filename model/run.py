@@ -45,9 +45,9 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     return run
 
 
-def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None) -> Run:
+def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
     """The run of that name, pinned now if it was not before."""
-    run = Run(config.name, config.computed(), None, manifest, items, version("gpt2-pipeline"))
+    run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"))
     try:
         store.put_new(keys.run_config(config.name), canonical_json(asdict(run)))
         return run

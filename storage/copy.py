@@ -29,7 +29,7 @@ class Copying:
         self._check_target()
         claim(target, dataset, "build")
         rows = {row.shard_id: row for version in self._versions for row in version.rows()}
-        there = done(target, dataset, list(rows), {row.shard_id: row.tokens for row in rows.values()})
+        there = done(target, dataset, list(rows), {row.shard_id: row.made for row in rows.values()})
         self.total = len(rows)
         self.missing = [row for row in rows.values() if row.shard_id not in there]
 

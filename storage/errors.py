@@ -7,6 +7,7 @@
   - ObjectCorrupt      an object's bytes are not those that were put, or more than can be
   - StoreUnusable      the store itself: not a folder, read-only, full, refusing its user, of a newer layout
   - StoreUnavailable   the store does not answer; it may later
+  - SourceUnavailable  where the source files are does not answer; it may later
   - SourceInvalid      a source file: cut, without the text column, null or non-string text
   - ShardCorrupt       a shard's bytes are not those its record promises
   - DatasetMismatch    a dataset or run name is bound to other settings
@@ -42,6 +43,10 @@ class StoreUnusable(StorageError):
 
 class StoreUnavailable(StorageError):
     """The store did not answer for as long as we wait; the same request may succeed later."""
+
+
+class SourceUnavailable(StorageError):
+    """The place of the source files did not answer for as long as we wait; the same request may succeed later."""
 
 
 class SourceInvalid(StorageError):

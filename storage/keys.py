@@ -47,6 +47,11 @@ def source(digest: str, name: str) -> str:
     return check_key(f"sources/{digest}/{name}")
 
 
+def listing(digest: str) -> str:
+    """What a source of the Hub held when it was asked last."""
+    return check_key(f"sources/listings/{digest}.json")
+
+
 def dataset(name: str) -> str:
     """The prefix of one dataset."""
     return f"{DATASETS}{check_name('dataset', name)}/"
@@ -70,6 +75,16 @@ def record(name: str, shard_id: str) -> str:
 def failure(key: str) -> str:
     """Why the job whose record or result is at `key` failed last; gone once it succeeds."""
     return f"{key.removesuffix('.json')}.failure.json"
+
+
+def plans(name: str) -> str:
+    """The prefix of the plans of a dataset's source files."""
+    return f"{dataset(name)}plans/"
+
+
+def plan(name: str, digest: str) -> str:
+    """Which rows of one source file become which shards."""
+    return check_key(f"{plans(name)}{digest}.json")
 
 
 def split(name: str) -> str:

@@ -7,7 +7,6 @@ order, with any retries, seal the same one. `latest` names the newest and is swa
 import json
 import re
 import secrets
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from storage.errors import (
     ShardCorrupt,
     StoreUnusable,
 )
+from storage.shards import Made
 from storage.store import Store, read_json
 
 SCHEMA = 1
-COLUMNS = ("shard_id", "tokens", "documents", "text_bytes", "sha256", "split")
+COLUMNS = ("shard_id", *Made._fields, "split")
 MOST_TOKENS = 1 << 31  # of one shard: 4 GiB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,18 +39,28 @@ class ShardRow(NamedTuple):
     shard_id: str
     tokens: int
     documents: int
+    skipped: int
     text_bytes: int
     sha256: str
     split: str
 
+    @property
+    def made(self) -> Made:
+        """The row without name and split."""
+        return Made(*self[1:-1])
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset's version: its digest, what made it, and its shards in order as columns."""
+    """A dataset's version: its digest, what made it, where its text came from, and its shards in order as columns.
+
+    `source` holds the source files as columns (name, digest, size_bytes) and what the Hub says of their dataset.
+    """
 
     digest: str
     recipe: dict[str, Any]
     tokenizer: dict[str, Any]
+    source: dict[str, Any]
     totals: dict[str, Any]
     parent: str | None
     columns: dict[str, list[Any]]
@@ -61,9 +71,9 @@ class Manifest:
         return self.columns["shard_id"]
 
     @property
-    def known_tokens(self) -> dict[str, int]:
-        """Tokens by shard_id."""
-        return dict(zip(self.shard_ids, self.columns["tokens"], strict=True))
+    def made(self) -> dict[str, Made]:
+        """What it says of each shard, by shard_id."""
+        return {row.shard_id: row.made for row in self.rows()}
 
     def rows(self, split: str | None = None) -> Iterator[ShardRow]:
         """The shards in order, all of them or one split's."""
@@ -88,8 +98,11 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
                 f"{SCHEMA}. Update gpt2-pipeline."
             )
+        if "source" not in value:  # sealed before sources and skipped documents were written down
+            value |= {"source": {}}
+            value["shards"]["skipped"] = [0] * len(value["shards"]["shard_id"])
         wrong = _wrong(value["shards"])
-        fields = {name: value[name] for name in ("recipe", "tokenizer", "totals", "parent")}
+        fields = {name: value[name] for name in ("recipe", "tokenizer", "source", "totals", "parent")}
     except (ValueError, KeyError, TypeError) as error:
         wrong = [error]
     if wrong:
@@ -160,13 +173,15 @@ def seal(
     *,
     recipe: dict[str, Any],
     tokenizer: dict[str, Any],
+    source: dict[str, Any],
     binding: dict[str, Any],
     val_shards: int,
 ) -> Manifest:
     """Write the manifest of the planned shards and point `latest` at it; nothing new gives no new version.
 
     The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever becomes of
-    their source. Raises ObjectMissing when a shard is not done, DatasetMismatch when the name is bound otherwise.
+    their source. A shard of which every document was left out is done, and in no version. Raises ObjectMissing when a
+    shard is not done, DatasetMismatch when the name is bound otherwise.
     """
     check_binding(store, dataset, binding)
     pointed = (read_json(store, keys.dataset_latest(dataset)) or {}).get("manifest")
@@ -174,9 +189,9 @@ def seal(
     val = _pinned_val(store, dataset)
     if val is None:
         val = planned[:val_shards]
-    made = set(planned)
-    listed = [shard_id for shard_id in val if shard_id not in made] + planned
-    finished = shards.done(store, dataset, listed, {} if parent is None else parent.known_tokens)
+    asked = set(planned)
+    listed = [shard_id for shard_id in val if shard_id not in asked] + planned
+    finished = shards.done(store, dataset, listed, parent.made if parent else {})
     if missing := [shard_id for shard_id in listed if shard_id not in finished]:
         raise ObjectMissing(
             f"dataset {dataset!r}: {len(listed):,} shards were planned, {len(missing):,} are not done, {missing[0]!r} "
@@ -184,7 +199,8 @@ def seal(
         )
     if (pinned := _pin_split(store, dataset, val, binding)) != val:
         raise Conflict(f"dataset {dataset!r}: another builder sealed other val shards {pinned}. Run the command again.")
-    columns = _columns(store, dataset, listed, set(val), parent)
+    made = {shard_id: finished[shard_id] for shard_id in listed}
+    columns = _columns(made, set(val))
     if parent is not None and (parent.columns, parent.recipe) == (columns, recipe):
         return parent
     body = canonical_json(
@@ -192,8 +208,9 @@ def seal(
             "schema": SCHEMA,
             "recipe": recipe,
             "tokenizer": tokenizer,
+            "source": source,
             "parent": None if parent is None else parent.digest,
-            "totals": _totals(columns),
+            "totals": _totals(made, set(val)),
             "shards": columns,
         }
     )
@@ -219,30 +236,22 @@ def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, An
     return pinned
 
 
-def _columns(
-    store: Store, dataset: str, listed: list[str], val: set[str], parent: Manifest | None
-) -> dict[str, list[Any]]:
-    """The shards as columns; rows that the parent already has are taken from there, so a refresh reads new records."""
-    known = {} if parent is None else {row.shard_id: row for row in parent.rows()}
+def _columns(made: dict[str, Made], val: set[str]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    for shard_id in listed:
-        found = known.get(shard_id) or shards.read_record(store, dataset, shard_id)
-        for name in COLUMNS[:-1]:
-            columns[name].append(getattr(found, name))
-        columns["split"].append("val" if shard_id in val else "train")
+    for shard_id, found in made.items():
+        if found.tokens:
+            row = ShardRow(shard_id, *found, "val" if shard_id in val else "train")
+            for name, value in zip(COLUMNS, row, strict=True):
+                columns[name].append(value)
     return columns
 
 
-def _totals(columns: dict[str, list[Any]]) -> dict[str, Any]:
+def _totals(made: dict[str, Made], val: set[str]) -> dict[str, dict[str, int]]:
     totals = {}
     for split in ("train", "val"):
-        sums: Counter[str] = Counter()
-        for tokens, documents, text_bytes, found in zip(
-            columns["tokens"], columns["documents"], columns["text_bytes"], columns["split"], strict=True
-        ):
-            if found == split:
-                sums.update(shards=1, tokens=tokens, documents=documents, text_bytes=text_bytes)
-        totals[split] = {name: sums[name] for name in ("shards", "tokens", "documents", "text_bytes")}
+        found = [one for shard_id, one in made.items() if (shard_id in val) == (split == "val")]
+        counts = {name: sum(getattr(one, name) for one in found) for name in Made._fields[:-1]}
+        totals[split] = {"shards": sum(one.tokens > 0 for one in found)} | counts
     return totals
 
 

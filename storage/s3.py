@@ -33,10 +33,11 @@ honest: set[tuple[str, str]] = set()  # (endpoint, bucket) whose conditions this
 
 
 class S3Store:
-    """Objects below a prefix of one bucket."""
+    """Objects below a prefix of one bucket. In a bucket that is not ours (`foreign`) every key is an object."""
 
-    def __init__(self, bucket: str, prefix: str, url: str, *, plain_http: bool) -> None:
+    def __init__(self, bucket: str, prefix: str, url: str, *, plain_http: bool, foreign: bool = False) -> None:
         self.url = url
+        self._foreign = foreign
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint = str(own_client().meta.endpoint_url)
@@ -76,14 +77,14 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[Stat]:
         """Every object whose key begins with `prefix`; SeaweedFS sorts by folder, others by key."""
-        if prefix and not keys.is_key(prefix.removesuffix("/")):
+        if prefix and not self._foreign and not keys.is_key(prefix.removesuffix("/")):
             return  # MinIO refuses such a prefix, SeaweedFS reads it as another
         asked: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
             page = self._ask(f"list {prefix!r}", partial(own_client().list_objects_v2, **asked))
             for found in page.get("Contents", []):
                 key = found["Key"].removeprefix(self._prefix)
-                if keys.is_key(key):  # whatever else lies in the bucket is none of our objects
+                if self._foreign or keys.is_key(key):  # whatever else lies in our bucket is none of our objects
                     yield Stat(key, found["Size"], found["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
@@ -237,7 +238,8 @@ class S3Store:
         return patiently(self.url, f"read {key!r}", request, lambda: found.come)
 
     def _call(self, verb: str, key: str, **asked: Any) -> Any:
-        return getattr(own_client(), verb)(Bucket=self._bucket, Key=self._prefix + keys.check_key(key), **asked)
+        key = key if self._foreign else keys.check_key(key)
+        return getattr(own_client(), verb)(Bucket=self._bucket, Key=self._prefix + key, **asked)
 
     def _ask(self, what: str, ask: Callable[[], Answer]) -> Answer:
         return patiently(self.url, what, ask)

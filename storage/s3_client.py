@@ -7,8 +7,6 @@ transfer manager is not used at all, so its CRT client, which ignores the endpoi
 
 import logging
 import os
-import random
-import time
 from base64 import b64decode
 from collections.abc import Callable
 from functools import lru_cache
@@ -36,12 +34,12 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectMissing, StorageError, StoreUnavailable, StoreUnusable
+from storage.patience import Patience, asked_seconds
 
 SIGNATURE = "s3v4-of-known-sha256"
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0  # without a byte; a shard of 20 MB takes 0.03 s on loopback, 2 s over 100 Mbit/s
 PATIENCE_SECONDS = 60.0  # for one request with all its repetitions; a server restarts within 20 s
-FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 10.0
 CONNECTIONS = 32  # at least one a thread
 PASSING = {408, 429, 500, 502, 503, 504}
@@ -127,16 +125,18 @@ def patiently(url: str, what: str, ask: Callable[[], Answer], come: Callable[[],
     A Retry-After is waited for, up to LONGEST_WAIT_SECONDS; bytes that have `come` are progress, after which patience
     begins anew. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
     """
-    tries, since, had = 0, 0.0, -1
+    patience = Patience(PATIENCE_SECONDS, LONGEST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
     while True:
         try:
             return ask()
         except ClientError as error:
-            damaged = code(error) in DAMAGED_CODES and tries < DAMAGED_TRIES
+            damaged = code(error) in DAMAGED_CODES and patience.tries < DAMAGED_TRIES
             if status(error) not in PASSING and code(error) not in PASSING_CODES and not damaged:
                 raise _in_words(url, what, error) from error
             problem: Exception = error
-            asked_wait = _retry_after(error)
+            asked_wait = asked_seconds(
+                error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
+            )
         except NO_CREDENTIALS as error:
             raise StoreUnusable(f"store {url!r}: {what}: no credentials were found. {CREDENTIALS}") from error
         except (*NETWORK, Passing) as error:
@@ -145,20 +145,14 @@ def patiently(url: str, what: str, ask: Callable[[], Answer], come: Callable[[],
             problem, asked_wait = error, 0.0
         except BotoCoreError as error:
             raise StoreUnusable(f"store {url!r}: {what}: {error}. Check the AWS_* settings.") from error
-        now = time.monotonic()
-        if come() > had:
-            tries, since, had = 0, now, come()
-        longest = min(FIRST_WAIT_SECONDS * 2**tries, LONGEST_WAIT_SECONDS)
-        wait = max(random.uniform(0, longest), min(asked_wait, LONGEST_WAIT_SECONDS))  # noqa: S311  # spreads retries
-        tries += 1
-        if now - since + wait > PATIENCE_SECONDS:
+        if not patience.waits(asked_wait, come()):
             raise StoreUnavailable(
-                f"store {url!r}: {what}: no good answer in {tries} tries and {now - since:.0f} s, last: {problem}. "
-                f"Check that the server runs and that AWS_ENDPOINT_URL names it, then run the same command again."
+                f"store {url!r}: {what}: no good answer in {patience.tries} tries and {patience.in_vain_seconds:.0f} "
+                f"s, last: {problem}. Check that the server runs and that AWS_ENDPOINT_URL names it, then run the same "
+                f"command again."
             ) from problem
-        if tries == 5:
+        if patience.tries == 5:
             log.warning("store %s: %s: %s; asking again for up to %.0f s", url, what, problem, PATIENCE_SECONDS)
-        time.sleep(wait)
 
 
 def status(error: ClientError) -> int:
@@ -177,11 +171,6 @@ def _in_words(url: str, what: str, error: ClientError) -> StorageError:
     said = f"{code(error)}: {error.response.get('Error', {}).get('Message', '')}".rstrip(".: ")
     remedy = REMEDIES.get(code(error)) or REMEDIES.get(str(status(error)), "See the server's log.")
     return StoreUnusable(f"store {url!r}: {what}: the server answered {said}. {remedy}")
-
-
-def _retry_after(error: ClientError) -> float:
-    value = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after", "")
-    return float(value) if value.isdigit() else 0.0
 
 
 def _ask_for_checksum(params: dict[str, Any], **_: Any) -> None:

@@ -6,27 +6,45 @@ the same bytes to the same keys. Knows no tokenizer: the function that encodes a
 
 import json
 import platform
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage import keys, sources
+from storage import documents, keys
 from storage.canonical import canonical_json, sha256
-from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
+from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
+from storage.mirror import locate
 from storage.plan import ShardJob
 from storage.store import Body, Store, read_json
 
 DTYPE = np.dtype("<u2")  # gpt2's 50,257 ids fit 16 bits; little-endian whatever the host
+RECORDS_AT_ONCE = 16  # of a bucket each is a round trip of 3 ms and more
+
+
+class Made(NamedTuple):
+    """What a manifest says of a shard: its counts and the sha256 of its bytes."""
+
+    tokens: int
+    documents: int
+    skipped: int
+    text_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished shard is: counts, sha256 of its bytes, the rows it came from, and what made it."""
+    """What a finished shard is: counts, sha256 of its bytes, the rows it came from, and what made it.
+
+    Of the rows of its recipe `documents` were tokenised, `skipped` could not be (which: `skipped_rows`), `filtered`
+    were left out by a filter.
+    `lengths[n]` counts the documents of 2**n up to 2**(n+1) tokens (EOT counted), `dumps` those of each crawl.
+    """
 
     shard_id: str
     tokens: int
@@ -37,37 +55,39 @@ class Record:
     source: str
     recipe: dict[str, Any]
     versions: dict[str, str]
+    filtered: int = 0
+    skipped_rows: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    dumps: dict[str, int] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         """Size of the shard's object."""
         return self.tokens * DTYPE.itemsize
 
+    @property
+    def made(self) -> Made:
+        """What a manifest says of it."""
+        return Made(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
+
 
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Safe to run any number of times, at once too.
 
-    Raises SourceInvalid when the source file changed since the plan or holds what is no text, ShardCorrupt when its
-    record already says other bytes.
+    Raises SourceInvalid when the source file changed since the plan or holds what cannot be tokenised, ShardCorrupt
+    when its record already says other bytes.
     """
-    if sources.identify(Path(job.source.path)).sha256 != job.source.sha256:
-        raise SourceInvalid(
-            f"{job.source.path}: planned with sha256 {job.source.sha256[:12]}…, it has changed since. "
-            f"Run the command again: it plans anew."
-        )
-    tokens, documents, text_bytes = _tokenise(job, encode, eot)
-    body = tokens.data.cast("B")
+    tokens, facts = _tokenise(store, job, encode, eot)
+    body = tokens.view(np.uint8).data
     record = Record(
         shard_id=job.shard_id,
         tokens=len(tokens),
-        documents=documents,
-        skipped=0,
-        text_bytes=text_bytes,
         sha256=sha256(body),
         source=job.source.name,
         recipe=job.recipe,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")},
+        **facts,
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
     try:
@@ -118,21 +138,23 @@ def failures(store: Store, dataset: str) -> dict[str, str]:
     }
 
 
-def done(store: Store, dataset: str, jobs: list[str], known_tokens: dict[str, int]) -> set[str]:
-    """Those of the shard_ids that are done: the record is there, and the shard's size is the one it states.
+def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[str, Made]) -> dict[str, Made]:
+    """Those of the shards that are done: the record is there, and the shard's size is the one it states.
 
-    One listing; a record is read only for shards that no manifest knows (`known_tokens`: tokens by shard_id).
+    One listing; a record is read only for shards that no manifest knows (`known`, by shard_id).
     """
-    prefix = keys.shards(dataset)
-    sizes = {listed.key: listed.size for listed in store.list(prefix)}
-    finished = set()
-    for shard_id in jobs:
-        if keys.record(dataset, shard_id) in sizes:
-            tokens = known_tokens.get(shard_id)
-            stated = DTYPE.itemsize * (read_record(store, dataset, shard_id).tokens if tokens is None else tokens)
-            if sizes.get(keys.shard(dataset, shard_id)) == stated:
-                finished.add(shard_id)
-    return finished
+    sizes = {listed.key: listed.size for listed in store.list(keys.shards(dataset))}
+    there = [shard_id for shard_id in shard_ids if keys.record(dataset, shard_id) in sizes]
+
+    unknown = [shard_id for shard_id in there if shard_id not in known]
+    with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
+        read = dict(zip(unknown, pool.map(lambda one: read_record(store, dataset, one).made, unknown), strict=True))
+    stated = {shard_id: known.get(shard_id) or read[shard_id] for shard_id in there}
+    return {
+        shard_id: made
+        for shard_id, made in stated.items()
+        if sizes.get(keys.shard(dataset, shard_id)) == made.tokens * DTYPE.itemsize
+    }
 
 
 def is_done(store: Store, dataset: str, shard_id: str) -> bool:
@@ -168,25 +190,46 @@ def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: s
     )
 
 
-def _tokenise(job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> tuple[np.ndarray, int, int]:
-    """Token ids with `eot` before each document, the number of documents and their bytes; one buffer a shard."""
+def _tokenise(
+    store: Store, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Token ids with `eot` before each document, and what the record says of them; one buffer a shard."""
+    file = locate(store, job.source)
     row_from, row_to = job.rows
-    path = Path(job.source.path)
     buffer = np.empty(1 << 16, DTYPE)
-    used = documents = text_bytes = 0
-    for text in sources.documents(path, job.text_column, row_from, row_to, job.start_byte):
+    used = text_bytes = kept = 0
+    skipped_rows: list[int] = []
+    lengths: list[int] = []
+    dumps: Counter[str] = Counter()
+    for row in documents.documents(
+        file, job.text_column, row_from, row_to, start_byte=job.start_byte, filters=job.filters
+    ):
+        kept += 1
         try:
-            ids = encode(text)
+            if not isinstance(row.text, str):
+                raise ValueError(documents.no_text(row, job.text_column))
+            ids = encode(row.text)
         except ValueError as error:
-            raise SourceInvalid(
-                f"{path}: row {row_from + documents:,} cannot be tokenised: {error}. Mend or drop that row."
-            ) from error
+            if not job.skips_bad_documents:
+                raise documents.bad_document(file, row, str(error)) from error
+            skipped_rows.append(row.number)
+            continue
         end = used + 1 + len(ids)
         if end > len(buffer):
             buffer = np.concatenate([buffer[:used], np.empty(max(end, 2 * len(buffer)) - used, DTYPE)])
         buffer[used] = eot
         buffer[used + 1 : end] = ids
+        lengths.append(end - used)
         used = end
-        documents += 1
-        text_bytes += len(text.encode(errors="surrogatepass"))
-    return buffer[:used], documents, text_bytes
+        text_bytes += len(row.text) if row.text.isascii() else len(row.text.encode(errors="surrogatepass"))
+        if row.dump is not None:
+            dumps[str(row.dump)] += 1
+    return buffer[:used], {
+        "documents": len(lengths),
+        "skipped": len(skipped_rows),
+        "skipped_rows": skipped_rows,
+        "filtered": row_to - row_from - kept,
+        "text_bytes": text_bytes,
+        "lengths": np.bincount(np.log2(np.array(lengths, np.int64)).astype(np.int64)).tolist() if lengths else [],
+        "dumps": dict(dumps),
+    }

@@ -4,17 +4,18 @@ Three depths: `quick` believes the store's listing and the sums it keeps, `full`
 documents of the source again and looks for them in the shards.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage import keys, sources
+from storage import keys
 from storage.errors import ObjectMissing, StorageError
+from storage.lineage import source_rows
 from storage.manifest import Manifest, ShardRow, read_manifest
-from storage.shards import DTYPE, Record, read_record, read_shard
+from storage.mirror import locate
+from storage.shards import DTYPE, Made, read_record, read_shard
 from storage.sources import SourceFile
 from storage.store import Store
 
@@ -48,7 +49,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
         record = read_record(store, dataset, row.shard_id)
     except StorageError as error:
         return Damage(row.shard_id, str(error))
-    for name in ("tokens", "documents", "text_bytes", "sha256"):
+    for name in Made._fields:
         if getattr(record, name) != getattr(row, name):
             return Damage(
                 row.shard_id,
@@ -78,14 +79,14 @@ def check_documents(
     store: Store,
     dataset: str,
     manifest: Manifest,
-    files: list[SourceFile],
+    files: Iterable[SourceFile],
     encode: Callable[[str], np.ndarray],
     *,
     count: int,
     seed: int,
 ) -> Iterator[Damage | None]:
     """Tokenise `count` documents of the source again, drawn by `seed`, and compare: a Damage or None for each."""
-    by_sha256 = {file.sha256: file for file in files}
+    by_digest = {file.digest: file for file in files}
     rows = list(manifest.rows())
     ends = np.cumsum([row.documents for row in rows])
     chosen = np.sort(np.random.default_rng(seed).choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
@@ -100,23 +101,17 @@ def check_documents(
             if len(starts) != row.documents:
                 yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
                 continue
-            file = by_sha256.get(record.recipe["source"])
+            file = by_digest.get(record.recipe["source"])
             if file is None:
                 yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
                 continue
-            for document in here:
-                found = ids[starts[document] :][: np.append(starts, len(ids))[document + 1] - starts[document]]
-                expected = encode(_text(Path(file.path), record, int(document)))
-                same = np.array_equal(found[1:], expected)
+            stops = np.append(starts[1:], len(ids))
+            for document, text in source_rows(locate(store, file), record, here.tolist()):
+                found = ids[starts[document] + 1 : stops[document]]
+                same = np.array_equal(found, encode(text.text))
                 yield None if same else Damage(row.shard_id, f"document {document:,} is not what its source gives now")
         except StorageError as error:
             yield Damage(row.shard_id, str(error))
-
-
-def _text(path: Path, record: Record, document: int) -> str:
-    column, row = str(record.recipe.get("text_column", "text")), record.recipe["row_from"] + document
-    starts = sources.rows(path, column).starts if path.suffix == ".jsonl" else None  # parquet finds its rows itself
-    return next(sources.documents(path, column, row, row + 1, 0 if starts is None else int(starts[row])))
 
 
 def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.config import RunConfig
-from storage import host_cache, s3, s3_client, sources
+from storage import host_cache, mirror, s3, s3_client, sources
 from storage.layout import open_store
 from storage.manifest import Manifest
 from storage.store import Store
@@ -24,6 +24,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(sources, "REMEMBERED", home / "digests")
     monkeypatch.setattr(host_cache, "FOLDER", home / "shards")
+    monkeypatch.setattr(mirror, "FOLDER", home / "incoming")
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from model.config import RunConfig, load_config
-from storage import shards, sources
+from storage import shards
 from storage.layout import open_store
 from storage.manifest import Manifest, seal
-from storage.plan import plan
+from storage.mirror import list_source
+from storage.plan import plan_files
 
 WORDS = ("the", "of", "a", "model", "learns", "to", "write", "text", "one", "token", "after", "another", "because")
 
@@ -39,21 +40,23 @@ def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
         "train.sequence_tokens=32", "train.micro_batch_sequences=2", "train.batch_tokens=256", "train.max_steps=12",
         "train.warmup_steps=2", "train.learning_rate=1e-2", "train.min_learning_rate=1e-3",
         "train.checkpoint_every_steps=4", "train.validate_every_steps=6", "train.validation_tokens=512",
-        "evaluation.completion_items=8", "evaluation.sample_tokens=4", "evaluation.samples=1",
+        "evaluation.hellaswag=", "evaluation.completion_items=8", "evaluation.sample_tokens=4", "evaluation.samples=1",
     ]  # fmt: skip
     return load_config(None, [*settings, *overrides])
 
 
 def build_dataset(config: RunConfig) -> Manifest:
+    """What `gpt2 dataset build` leaves, without its seconds of Prefect."""
     store = open_store(config.store_url, create=True)
     data = config.data
-    files = [sources.identify(path) for path in sources.find(data.source)]
-    digest = tokenizer.identity()["sha256"]
-    jobs = list(plan(files, shard_tokens=data.shard_tokens, text_column=data.text_column, tokenizer_digest=digest))
-    for job in jobs:
+    identity = tokenizer.identity()
+    shape = data.shape(identity["sha256"])
+    found, _ = list_source(store, data.source, data.config, data.revision, "train")
+    plans = list(plan_files(store, data.dataset, found.files, shape))
+    for job in (job for one in plans for job in one.jobs()):
         shards.build_shard(store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
-    planned = [job.shard_id for job in jobs]
+    planned = [shard_id for one in plans for shard_id in one.shard_ids]
     return seal(
-        store, data.dataset, planned, recipe={"shard_tokens": data.shard_tokens}, tokenizer=tokenizer.identity(),
-        binding={"source": data.source}, val_shards=data.val_shards,
+        store, data.dataset, planned, recipe=shape.recipe(), tokenizer=identity, source=found.described(),
+        binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
     )  # fmt: skip

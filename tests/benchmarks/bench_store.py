@@ -153,7 +153,7 @@ def bench_put(bodies: list[bytes], threads: int) -> None:
 
 def bench_get(bodies: list[bytes], folder: Path) -> None:
     plain, caches = plain_client(), dict[int, cache.ShardCache]()  # one a thread
-    shard_rows = [ShardRow(f"{n:06d}", len(body) // 2, 1, 1, sha256(body), "train") for n, body in enumerate(bodies)]
+    shard_rows = [ShardRow(f"{n:06d}", len(body) // 2, 1, 0, 1, sha256(body), "train") for n, body in enumerate(bodies)]
     host_cache.FOLDER = folder
 
     def empty() -> None:
@@ -267,7 +267,7 @@ def pass_through(url: str, folder: Path, size: int) -> list[tuple[float, float]]
         body = os.urandom(size)
         store.put_new(shard_keys[n], body)
         assert store.read(shard_keys[n]).body == body
-        opened.open(ShardRow(f"{n:06d}", size // 2, 1, 1, sha256(body), "train"))
+        opened.open(ShardRow(f"{n:06d}", size // 2, 1, 0, 1, sha256(body), "train"))
         if n in (9, 99):
             found.append((megabytes_of("VmHWM"), megabytes_of("RssFile")))
     return found

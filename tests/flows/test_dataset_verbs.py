@@ -9,38 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from flows.tokenise import dataset_binding, dataset_recipe
 from model import tokenizer
 from model.__main__ import run_job
-from model.config import RunConfig
 from model.job import ask
 from model.run import pin_run, training_job
-from storage import keys, shards, sources
+from storage import keys
 from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest, seal
-from storage.plan import plan
+from storage.manifest import Manifest, latest_manifest
 from storage.store import Store, overwrite
 from storage.verify import check_fully
 from tests import servers
 from tests.conftest import S3Url
 from tests.flows.console import gpt2, poll, run_gpt2
-from tests.making import document, tiny_config, write_parquet
+from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training import STEPS, final_weights, history
 from tests.storage.stores import SERVERS
-
-
-def build(config: RunConfig) -> Manifest:
-    """What `gpt2 dataset build` leaves, without its seconds of Prefect."""
-    store, data = open_store(config.store_url, create=True), config.data
-    files = [sources.identify(path) for path in sources.find(data.source)]
-    digest = tokenizer.identity()["sha256"]
-    jobs = list(plan(files, shard_tokens=data.shard_tokens, text_column="text", tokenizer_digest=digest))
-    for job in jobs:
-        shards.build_shard(store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
-    return seal(
-        store, data.dataset, [job.shard_id for job in jobs], recipe=dataset_recipe(data),
-        tokenizer=tokenizer.identity(), binding=dataset_binding(data), val_shards=data.val_shards,
-    )  # fmt: skip
 
 
 class Built:
@@ -53,7 +36,7 @@ class Built:
             write_parquet(folder / "source" / f"file_{index}.parquet", texts)
         self.config = tiny_config(url, "source/*.parquet")
         with _inside(folder):
-            self.manifest = build(self.config)
+            self.manifest = build_dataset(self.config)
         self.store = open_store(url if url.startswith("s3") else str(folder / url))
         self.rows = list(self.manifest.rows())
 
@@ -216,7 +199,7 @@ def outcome(url: str, built: Built) -> tuple[object, bytes | bytearray | memoryv
 def test_a_copy_of_a_copy_is_the_same_version_and_trains_to_the_same_losses(built: Built, stops: list[str]) -> None:
     with _inside(built.folder):
         write_parquet(built.folder / "source" / "file_2.parquet", [document(number) for number in range(80, 100)])
-        built.manifest = build(built.config)  # a second version, whose parent is copied, too
+        built.manifest = build_dataset(built.config)  # a second version, whose parent is copied, too
     url = str(built.folder / "data")
     total = len(built.manifest.shard_ids)
     expected = outcome(url, built)
@@ -282,7 +265,7 @@ def test_another_dataset_of_that_name_is_left_alone(built: Built, tmp_path: Path
     with suppress(FileNotFoundError):
         (tmp_path / "other" / "source" / "file_0.parquet").unlink()
     with _inside(other.folder):
-        changed = build(other.config)
+        changed = build_dataset(other.config)
     assert changed.digest != built.manifest.digest
     before = {found.key: found.modified for found in other.store.list(keys.DATASETS)}
     code, said = copy(built, "data", str(other.folder / "data"))

@@ -7,7 +7,7 @@ from typing import Any
 from model import tokenizer
 from storage import keys, shards, sources
 from storage.manifest import Manifest, seal
-from storage.plan import ShardJob, plan
+from storage.plan import FilePlan, Shape, ShardJob, plan_file
 from storage.store import Store, read_json
 from tests.making import document, write_parquet
 
@@ -15,6 +15,7 @@ BINDING = {"source": "*.parquet", "shard_tokens": 500}
 SETTINGS: dict[str, Any] = {
     "recipe": {"shard_tokens": 500},
     "tokenizer": tokenizer.identity(),
+    "source": {},
     "binding": BINDING,
     "val_shards": 2,
 }
@@ -27,9 +28,14 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
     )
 
 
-def jobs_of(*paths: Path) -> list[ShardJob]:
-    files = [sources.identify(path) for path in paths]
-    return list(plan(files, shard_tokens=500, text_column="text", tokenizer_digest=tokenizer.identity()["sha256"]))
+def plans_of(*paths: Path, **shape: Any) -> list[FilePlan]:
+    """The plans of some files: shards of 500 tokens, unless another shape is asked for."""
+    asked = Shape(**{"shard_tokens": 500, "tokenizer": tokenizer.identity()["sha256"]} | shape)
+    return [plan_file(sources.identify(str(path)), asked) for path in paths]
+
+
+def jobs_of(*paths: Path, **shape: Any) -> list[ShardJob]:
+    return [job for one in plans_of(*paths, **shape) for job in one.jobs()]
 
 
 def built(

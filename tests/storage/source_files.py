@@ -7,15 +7,34 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import sources
+from model import tokenizer
+from storage import documents, shards, sources
+from storage.documents import Rows
+from storage.filters import parse
+from storage.folder import FolderStore
+from storage.plan import ShardJob
 
 TEXTS = ["one", "", "two words", "żółć 🙂", "a\r\nb\u2028c\x00d", "<|endoftext|>"]
 Ask = Callable[[Path], object]
-LOOKS: list[Ask] = [
-    lambda path: sources.check(path, "text"),
-    lambda path: sources.rows(path, "text"),
-    lambda path: list(sources.documents(path, "text", 0, 2)),
-]
+
+
+def rows(path: Path, column: str = "text", *written: str, strict: bool = True) -> Rows:
+    """What a plan needs of the file, with some filters."""
+    return documents.rows(sources.identify(path), column, tuple(parse(text) for text in written), strict=strict)
+
+
+def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:
+    """The texts that a shard of these rows is made of, decoded from it."""
+    job = ShardJob(
+        "a", {"row_from": row_from, "row_to": row_to, "text_column": column}, sources.identify(path), start_byte
+    )
+    store = FolderStore(path.parent / f"{row_from}-{row_to}", "texts")
+    found: list[str] = []
+    shards.build_shard(store, "a", job, lambda text: found.append(text) or tokenizer.encode(text), tokenizer.EOT)
+    return found
+
+
+LOOKS: list[Ask] = [rows, lambda path: texts_of(path, 0, 2)]
 
 
 def write_lines(path: Path, *lines: str | bytes) -> Path:

@@ -43,7 +43,7 @@ ShardCache._read = noting
 opened = ShardCache(open_store(url), "small")
 print("ready", flush=True)
 sys.stdin.readline()
-print(sha256(opened.open(ShardRow(shard_id, int(tokens), 1, 1, digest, "train")).data), flush=True)
+print(sha256(opened.open(ShardRow(shard_id, int(tokens), 1, 0, 1, digest, "train")).data), flush=True)
 """
 
 
@@ -64,7 +64,7 @@ def rows(store: Store) -> MakeRows:
         for number in range(count):
             body = np.arange(number, number + 500).astype("<u2").tobytes()
             store.put_new(keys.shard("small", f"shard-{number}"), body)
-            found.append(ShardRow(f"shard-{number}", 500, 1, 500, sha256(body), "train"))
+            found.append(ShardRow(f"shard-{number}", 500, 1, 0, 500, sha256(body), "train"))
         return found
 
     return made

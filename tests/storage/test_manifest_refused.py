@@ -161,6 +161,15 @@ def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[
         read_manifest(store, "small", crafted(store, files, lambda value: SPOILT[how](value, column)))
 
 
+def test_a_manifest_from_before_sources_were_written_down_is_read(store: Store, files: list[Path]) -> None:
+    def as_before(value: dict[str, Any]) -> None:
+        del value["source"], value["shards"]["skipped"]
+
+    found = read_manifest(store, "small", crafted(store, files, as_before))
+    assert found.source == {}
+    assert {row.skipped for row in found.rows()} == {0}
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
 def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
     store.put_new(keys.manifest("small", sha256(body)), body)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model import tokenizer
 from storage import keys, shards, sources
 from storage.errors import SourceInvalid
-from storage.plan import ShardJob, cut, plan
+from storage.plan import Shape, ShardJob, cut, plan_file, plan_files
 from storage.store import Store
 from tests.making import document, write_parquet
 
@@ -25,8 +25,13 @@ COUNTS = [0, 15, 16, 17, 33, 100]
 def planned(
     *paths: Path, shard_tokens: int = 1_000, text_column: str = "text", digest: str = TOKENIZER
 ) -> list[ShardJob]:
-    files = [sources.identify(path) for path in paths]
-    return list(plan(files, shard_tokens=shard_tokens, text_column=text_column, tokenizer_digest=digest))
+    shape = Shape(shard_tokens, digest, text_column)
+    return [job for path in paths for job in plan_file(sources.identify(path), shape).jobs()]
+
+
+def ranges_of(tokens: np.ndarray, shard_tokens: int) -> list[tuple[int, int]]:
+    ends = list(cut(tokens, shard_tokens))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def ids(jobs: list[ShardJob]) -> list[str]:
@@ -53,7 +58,7 @@ def bodies(store: Store, jobs: list[ShardJob]) -> Iterator[bytes]:
 @settings(deadline=None, database=None, max_examples=300)
 @given(st.lists(st.integers(1, 60), max_size=80), st.integers(1, 100))
 def test_a_cut_covers_every_row_once_and_is_greedy(tokens: list[int], shard_tokens: int) -> None:
-    ranges = list(cut(np.array(tokens, np.int64), shard_tokens))
+    ranges = ranges_of(np.array(tokens, np.int64), shard_tokens)
     assert [row for start, end in ranges for row in range(start, end)] == list(range(len(tokens)))
     for start, end in ranges:
         assert end > start
@@ -63,7 +68,7 @@ def test_a_cut_covers_every_row_once_and_is_greedy(tokens: list[int], shard_toke
 
 def test_a_cut_of_an_internet_of_rows_does_not_overflow() -> None:
     tokens = np.full(100_000, 2**31 - 1, np.int64)
-    ranges = list(cut(tokens, 2**32))
+    ranges = ranges_of(tokens, 2**32)
     assert ranges[0] == (0, 2)
     assert ranges[-1] == (99_998, 100_000)
     assert len(ranges) == 50_000
@@ -206,14 +211,14 @@ def test_any_file_name_gives_names_that_are_keys(tmp_path: Path, name: str) -> N
 # Refused
 
 
-def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
+def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
     path = write_parquet(tmp_path / "a.parquet", [document(1)])
     copy = tmp_path / "copy" / "a.parquet"
     copy.parent.mkdir()
     shutil.copy(path, copy)
     for paths in ((path, path), (path, copy)):
         with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
-            planned(*paths)
+            list(plan_files(store, "small", [sources.identify(one) for one in paths], Shape(1_000, TOKENIZER)))
 
 
 def test_a_file_that_is_no_source_is_refused_before_any_job(tmp_path: Path) -> None:
@@ -225,5 +230,5 @@ def test_a_file_that_is_no_source_is_refused_before_any_job(tmp_path: Path) -> N
 
 def test_where_a_job_reads_is_no_part_of_its_recipe(tmp_path: Path) -> None:
     (job,) = planned(write_parquet(tmp_path / "a.parquet", ["text"]))
-    moved = replace(job, source=replace(job.source, path="/elsewhere"), start_byte=5)
+    moved = replace(job, source=replace(job.source, place="/elsewhere"), start_byte=5)
     assert (moved.recipe, moved.shard_id) == (job.recipe, job.shard_id)

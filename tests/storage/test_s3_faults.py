@@ -9,7 +9,7 @@ from typing import get_args
 import boto3
 import pytest
 
-from storage import incoming, s3_client
+from storage import incoming, patience, s3_client
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnavailable
 from storage.layout import open_store
 from storage.store import Store
@@ -214,8 +214,8 @@ def test_listing_and_deleting_are_right_after_faults(spoilt: Spoilt) -> None:
 
 def test_bytes_that_come_are_progress_and_patience_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     now, come = [0.0], [0]
-    monkeypatch.setattr(s3_client.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(s3_client.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
     def slow(progress: int) -> None:
         now[0] += 50

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from storage import keys, s3_client
+from storage import keys, patience, s3_client
 from storage.errors import StorageError, StoreUnavailable, StoreUnusable
 from storage.layout import open_store
 from tests import servers
@@ -95,7 +95,7 @@ def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_wo
     lying: Lying, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
 ) -> None:
     with lying(own_certificate(tmp_path / "own.pem")):
-        monkeypatch.setattr(s3_client.time, "sleep", lambda _: pytest.fail("asked again"))
+        monkeypatch.setattr(patience.time, "sleep", lambda _: pytest.fail("asked again"))
         with pytest.raises(StoreUnusable, match="AWS_CA_BUNDLE"):
             open_store(STORE)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "own.pem"))

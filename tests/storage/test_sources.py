@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from storage import sources
 from storage.errors import SourceInvalid
 from tests.making import write_parquet
-from tests.storage.source_files import TEXTS, write_jsonl, write_lines, write_table
+from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write_lines, write_table
 
 # Found
 
@@ -42,30 +43,30 @@ def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) ->
         (tmp_path / name).touch()
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "d.parquet").touch()
-    assert [path.name for path in sources.find(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
+    assert [Path(place).name for place in sources.find(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
 
 
 def test_a_folder_that_is_named_like_a_file_is_no_source_file(tmp_path: Path) -> None:
     (tmp_path / "spark.parquet").mkdir()
     (tmp_path / "a.parquet").touch()
     for source in (str(tmp_path), f"{tmp_path}/*.parquet"):
-        assert [path.name for path in sources.find(source)] == ["a.parquet"]
+        assert [Path(place).name for place in sources.find(source)] == ["a.parquet"]
     (tmp_path / "spark.parquet" / "part-0.parquet").touch()
-    assert [path.name for path in sources.find(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
+    assert [Path(place).name for place in sources.find(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
 
 
 def test_globs_are_sorted_and_may_be_recursive(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.jsonl", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [str(path.relative_to(tmp_path)) for path in sources.find(f"{tmp_path}/**/*.jsonl")]
+    found = [str(Path(place).relative_to(tmp_path)) for place in sources.find(f"{tmp_path}/**/*.jsonl")]
     assert found == ["a/1.jsonl", "b/2.jsonl", "c.jsonl"]
 
 
 def test_a_path_that_looks_like_a_glob_is_found(tmp_path: Path) -> None:
     path = tmp_path / "data[1].parquet"
     path.touch()
-    assert sources.find(str(path)) == [path]
+    assert sources.find(str(path)) == [str(path)]
 
 
 # Identified
@@ -75,8 +76,8 @@ def test_identify_says_name_size_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
     found = sources.identify(path)
-    assert (found.name, found.size_bytes, found.path) == ("a.jsonl", 5, str(path))
-    assert found.sha256 == hashlib.sha256(b"12345").hexdigest()
+    assert (found.name, found.size_bytes, found.place) == ("a.jsonl", 5, str(path))
+    assert found.digest == hashlib.sha256(b"12345").hexdigest()
 
 
 def old(path: Path) -> Path:
@@ -90,10 +91,11 @@ def test_identify_reads_an_unchanged_file_once(tmp_path: Path, monkeypatch: pyte
     path = old(tmp_path / "a.jsonl")
     first = sources.identify(path)
 
-    def never(*_: object) -> None:
+    def never(*_: object) -> Iterator[bytes]:
         pytest.fail("the file was read again")
+        yield b""
 
-    monkeypatch.setattr(hashlib, "file_digest", never)
+    monkeypatch.setattr(sources, "_pieces", never)
     assert sources.identify(path) == first
 
 
@@ -101,7 +103,7 @@ def test_identify_notices_a_file_of_other_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for body in (b"1", b"12", b"1"):
         path.write_bytes(body)
-        assert sources.identify(path).sha256 == hashlib.sha256(body).hexdigest()
+        assert sources.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 def test_identify_notices_a_file_of_other_time(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_identify_notices_a_file_of_other_time(tmp_path: Path) -> None:
     path.write_bytes(b"1")
     sources.identify(old(path))
     path.write_bytes(b"2")
-    assert sources.identify(path).sha256 == hashlib.sha256(b"2").hexdigest()
+    assert sources.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) 
     os.utime(other, ns=(10**18, 10**18))
     sources.identify(path)
     other.replace(path)
-    assert sources.identify(path).sha256 == hashlib.sha256(b"2").hexdigest()
+    assert sources.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -
     for number in range(200):
         body = b"%03d" % number
         path.write_bytes(body)
-        assert sources.identify(path).sha256 == hashlib.sha256(body).hexdigest()
+        assert sources.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 @pytest.mark.parametrize("damage", [b"", b"0123", b"\xff\xfe", b"x" * 64])
@@ -148,7 +150,7 @@ def test_a_home_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypat
     monkeypatch.setattr(sources, "REMEMBERED", tmp_path / "home" / "digests")
     (tmp_path / "a.jsonl").write_bytes(b"1")
     for _ in range(2):
-        assert sources.identify(tmp_path / "a.jsonl").sha256 == hashlib.sha256(b"1").hexdigest()
+        assert sources.identify(tmp_path / "a.jsonl").digest == hashlib.sha256(b"1").hexdigest()
 
 
 def test_a_source_file_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_rows_past_the_end_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     write_parquet(path, TEXTS) if name == "a.parquet" else write_jsonl(path, TEXTS)
     with pytest.raises(SourceInvalid, match=rf"{name}.*{len(TEXTS) + 3}.*{len(TEXTS)}"):
-        list(sources.documents(path, "text", 0, len(TEXTS) + 3))
+        texts_of(path, 0, len(TEXTS) + 3)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
@@ -174,6 +176,6 @@ def test_another_column_may_hold_the_text(tmp_path: Path, name: str) -> None:
         write_table(path, {"text": [1, 2], "content": ["one", "two"]})
     else:
         write_lines(path, '{"text": 1, "content": "one"}', '{"text": 2, "content": "two"}')
-    sources.check(path, "content")
-    assert len(sources.rows(path, "content").tokens) == 2
-    assert list(sources.documents(path, "content", 0, 2)) == ["one", "two"]
+    rows(path, "content")
+    assert len(rows(path, "content").tokens) == 2
+    assert texts_of(path, 0, 2, column="content") == ["one", "two"]

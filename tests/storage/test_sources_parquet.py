@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import sources
 from storage.errors import SourceInvalid
 from tests.making import document, write_parquet
-from tests.storage.source_files import LOOKS, TEXTS, Ask, write_table
+from tests.storage.source_files import LOOKS, TEXTS, Ask, rows, texts_of, write_table
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -44,7 +43,7 @@ def test_a_text_column_of_another_type_is_refused(tmp_path: Path, values: list[o
 def test_null_text_is_seen_in_the_footer(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b", None, "d"]}, row_group_size=2)
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*'text'.*null"):
-        sources.check(path, "text")
+        rows(path)
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -53,30 +52,30 @@ def test_null_text_is_refused_where_it_is_read(tmp_path: Path, statistics: bool)
         tmp_path / "a.parquet", {"text": ["a", "b", None, "d"]}, row_group_size=2, write_statistics=statistics
     )
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*row 2.*null"):
-        list(sources.documents(path, "text", 0, 4))
-    assert list(sources.documents(path, "text", 0, 2)) == ["a", "b"]
-    assert list(sources.documents(path, "text", 3, 4)) == ["d"]
+        texts_of(path, 0, 4)
+    assert texts_of(path, 0, 2) == ["a", "b"]
+    assert texts_of(path, 3, 4) == ["d"]
 
 
 def test_nulls_of_another_column_are_nobodys_business(tmp_path: Path) -> None:
     meta = [{"a": 1, "b": None}, {"a": None, "b": None}]  # a nested column: two leaves before `text`
     path = write_table(tmp_path / "a.parquet", {"meta": meta, "url": [None, "b"], "text": ["one", "two"]})
-    sources.check(path, "text")
-    assert list(sources.documents(path, "text", 0, 2)) == ["one", "two"]
+    rows(path)
+    assert texts_of(path, 0, 2) == ["one", "two"]
 
 
 def test_nulls_are_seen_behind_a_nested_column(tmp_path: Path) -> None:
     meta = [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
     path = write_table(tmp_path / "a.parquet", {"meta": meta, "text": ["one", None]})
     with pytest.raises(SourceInvalid, match="null"):
-        sources.check(path, "text")
+        rows(path)
 
 
 def test_the_estimate_is_of_the_text_column_behind_a_nested_one(tmp_path: Path) -> None:
     texts = [document(number) for number in range(20)]
     plain = write_table(tmp_path / "a.parquet", {"text": texts})
     nested = write_table(tmp_path / "b.parquet", {"meta": [{"a": 1, "b": 2}] * 20, "text": texts})
-    assert list(sources.rows(nested, "text").tokens) == list(sources.rows(plain, "text").tokens)
+    assert list(rows(nested).tokens) == list(rows(plain).tokens)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
@@ -85,7 +84,7 @@ def test_any_range_of_rows_is_read(tmp_path: Path, kind: pa.DataType, row_group_
     path = write_table(tmp_path / "a.parquet", {"text": pa.array(TEXTS, kind)}, row_group_size=row_group_size)
     for start in range(len(TEXTS) + 1):
         for end in range(start, len(TEXTS) + 1):
-            assert list(sources.documents(path, "text", start, end)) == TEXTS[start:end]
+            assert texts_of(path, start, end) == TEXTS[start:end]
 
 
 def test_bytes_that_are_no_utf8_in_a_string_column_are_refused(tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_bytes_that_are_no_utf8_in_a_string_column_are_refused(tmp_path: Path) -
     texts = pa.StringArray.from_buffers(2, offsets, body)
     path = write_table(tmp_path / "a.parquet", {"text": texts})
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*row 1"):
-        list(sources.documents(path, "text", 0, 2))
+        texts_of(path, 0, 2)
 
 
 @pytest.mark.parametrize("column", ["text", "token_count"])
@@ -107,18 +106,18 @@ def test_a_damaged_page_is_refused(tmp_path: Path, column: str) -> None:
     body[start : start + 40] = b"\xff" * 40
     path.write_bytes(body)
     with pytest.raises(SourceInvalid, match=r"a\.parquet"):
-        sources.rows(path, "text") if column == "token_count" else list(sources.documents(path, "text", 0, 200))
+        rows(path) if column == "token_count" else texts_of(path, 0, 200)
 
 
 def test_a_token_count_steers_by_its_own_number_and_eot(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b", "c"], "token_count": [0, 5, 7]})
-    assert list(sources.rows(path, "text").tokens) == [1, 6, 8]
+    assert list(rows(path).tokens) == [1, 6, 8]
 
 
 @pytest.mark.parametrize("counts", [[1, None, 3], [1.5, 2.5, 3.5], ["1", "2", "3"]])
 def test_a_token_count_that_cannot_be_used_is_estimated(tmp_path: Path, counts: list[object]) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a" * 400] * 3, "token_count": counts})
-    found = sources.rows(path, "text").tokens
+    found = rows(path).tokens
     assert len(found) == 3
     assert all(found >= 1)
 
@@ -126,11 +125,11 @@ def test_a_token_count_that_cannot_be_used_is_estimated(tmp_path: Path, counts: 
 @pytest.mark.parametrize("count", [-5, 2**62, 2**63 - 1])
 def test_a_token_count_of_any_size_makes_no_row_cost_nothing(tmp_path: Path, count: int) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b"], "token_count": [count, count]})
-    assert all(sources.rows(path, "text").tokens >= 1)
+    assert all(rows(path).tokens >= 1)
 
 
 def test_a_parquet_file_without_rows_has_no_documents(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": pa.array([], pa.string())})
-    sources.check(path, "text")
-    assert len(sources.rows(path, "text").tokens) == 0
-    assert list(sources.documents(path, "text", 0, 0)) == []
+    rows(path)
+    assert len(rows(path).tokens) == 0
+    assert texts_of(path, 0, 0) == []

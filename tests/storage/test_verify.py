@@ -17,7 +17,7 @@ from storage import keys, shards, sources
 from storage.canonical import canonical_json, sha256
 from storage.layout import open_store
 from storage.manifest import Manifest, ShardRow, seal
-from storage.plan import ShardJob, plan
+from storage.plan import ShardJob
 from storage.shards import DTYPE, Record, build_shard, read_record
 from storage.store import Store, overwrite
 from storage.verify import Damage, check_documents, check_fully, check_quickly, check_versions
@@ -222,8 +222,7 @@ def test_a_deep_look_finds_the_lines_of_jsonl(store: Store, tmp_path: Path) -> N
     texts = [document(number) for number in range(30)]
     lines = [f'{{"body": "{text}"}}' for text in texts]
     path = write_lines(tmp_path / "lines.jsonl", *(line for text in lines for line in (text, "  ")))  # blank ones, too
-    digest = tokenizer.identity()["sha256"]
-    jobs = list(plan([sources.identify(path)], shard_tokens=500, text_column="body", tokenizer_digest=digest))
+    jobs = jobs_of(path, text_column="body")
     manifest = sealed_with(store, jobs, lambda job: made(store, job, lambda text: tokenizer.encode(text + "!")))
     found = deeply(store, manifest, path)
     assert len(found) == len(texts)
@@ -270,16 +269,14 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
 
 
 def test_rows_that_are_in_train_and_in_val_are_found(store: Store, files: list[Path]) -> None:
-    digest = tokenizer.identity()["sha256"]
-    identified = [sources.identify(path) for path in files[:2]]
-    others = list(plan(identified, shard_tokens=300, text_column="text", tokenizer_digest=digest))
+    others = jobs_of(*files[:2], shard_tokens=300)
     for job in others:
         made(store, job)
     val = jobs_of(*files[:2])[:2]
     built(store, *files[:2])
     manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], **SETTINGS)
     last = max(job.rows[1] for job in val)
-    expected = {job.shard_id for job in others if job.source == identified[0] and job.rows[0] < last}
+    expected = {job.shard_id for job in others if job.source == val[0].source and job.rows[0] < last}
     assert {found.name for found in check_versions(store, "small", manifest)} == expected
     assert 0 < len(expected) < len(others)
     assert fully(store, manifest) == []
