@@ -5,10 +5,13 @@ is that of its own tokens; `acc` chooses by the sum, `acc_norm` by the mean a to
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from model import tokenizer
 from storage.cache import ShardCache
@@ -31,13 +34,11 @@ class Item:
 
 
 def hellaswag_items(body: bytes | bytearray, name: str) -> list[Item]:
-    """The items of a HellaSwag file (JSON lines). Raises SourceInvalid, naming the line."""
+    """The items of a HellaSwag file, JSON lines or parquet as on the Hub. Raises SourceInvalid, naming the line."""
     items = []
-    for number, line in enumerate(bytes(body).splitlines(), 1):
-        if line.isspace() or not line:
-            continue
+    for number, line in _lines(body, name):
         try:
-            found: dict[str, Any] = json.loads(line)
+            found: dict[str, Any] = line if isinstance(line, dict) else json.loads(line)
             context, endings, label = found["ctx"], found["endings"], str(found["label"])
             texts = isinstance(endings, list) and all(isinstance(text, str) and text for text in [context, *endings])
             if not texts or len(endings) != ENDINGS or label not in {"0", "1", "2", "3"}:
@@ -52,6 +53,20 @@ def hellaswag_items(body: bytes | bytearray, name: str) -> list[Item]:
     if not items:
         raise SourceInvalid(f"{name}: HellaSwag items were asked for, found none. Mend evaluation.hellaswag.")
     return items
+
+
+def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
+    """Numbered from 1: lines that are not blank, or a parquet file's rows."""
+    if not name.endswith(".parquet"):
+        yield from ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())
+        return
+    try:
+        rows = pq.read_table(pa.BufferReader(body)).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceInvalid(
+            f"{name}: a parquet file was asked for, found {error}. Mend evaluation.hellaswag."
+        ) from error
+    yield from enumerate(rows, 1)
 
 
 def document_items(store: Store, dataset: str, manifest: Manifest, count: int, seed: int) -> list[Item]:

@@ -27,7 +27,7 @@ from storage.errors import SourceInvalid, SourceUnavailable
 from storage.patience import Patience, asked_seconds
 from storage.sources import SourceFile
 
-SCHEME = "hf://"
+SCHEME = "hf://datasets/"
 PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PASSING = {408, 429, 500, 502, 503, 504}
@@ -84,7 +84,7 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
     folder = _common_folder(names)
     entries = _patiently(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, folder))
     return tuple(
-        SourceFile(name, entries[name].size, _published(entries[name]), f"{SCHEME}datasets/{dataset}@{commit}/{name}")
+        SourceFile(name, entries[name].size, _published(entries[name]), f"{SCHEME}{dataset}@{commit}/{name}")
         for name in names
     )
 
@@ -138,7 +138,7 @@ def _take(file: SourceFile, body: BinaryIO, come: Callable[[int], None]) -> None
             if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # all of it comes, from the beginning
                 body.seek(0)
                 body.truncate()
-            for piece in response.iter_bytes(PIECE_BYTES):
+            for piece in response.iter_bytes():  # as it comes: a piece that waits to be full is lost with a connection
                 body.write(piece)
                 come(body.tell())
     if body.tell() != file.size_bytes:

@@ -77,13 +77,17 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """The shards of one source file: the row after the last of each, and for JSON lines where each begins."""
+    """The shards of one source file: the row after the last of each, and for JSON lines where each begins.
+
+    `limited` says that a limit left rows of the file out.
+    """
 
     file: SourceFile
     shape: Shape
     row_ends: tuple[int, ...]
     start_bytes: tuple[int, ...] | None
     tokens: int
+    limited: bool
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
@@ -119,12 +123,12 @@ def plan_file(file: SourceFile, shape: Shape, limit_tokens: int = 0) -> FilePlan
     found = documents.rows(file, shape.text_column, asked, strict=shape.on_bad_document == "fail")
     tokens = found.tokens
     if limit_tokens:
-        tokens = tokens[: max(int(np.searchsorted(np.cumsum(tokens), limit_tokens, side="right")), 1)]
+        tokens = tokens[: int(np.searchsorted(np.cumsum(tokens), limit_tokens, side="right"))]
     row_ends = tuple(cut(tokens, shape.shard_tokens))
     starts = None
     if found.starts is not None:
         starts = tuple(int(found.starts[row]) for row in (0, *row_ends[:-1])) if row_ends else ()
-    return FilePlan(file, shape, row_ends, starts, int(tokens.sum()))
+    return FilePlan(file, shape, row_ends, starts, int(tokens.sum()), len(tokens) < len(found.tokens))
 
 
 def cut(tokens: np.ndarray, shard_tokens: int) -> Iterator[int]:
@@ -162,7 +166,7 @@ def plan_files(
         yield planned
         if shape.max_tokens:
             left -= planned.tokens
-            if left <= 0:
+            if planned.limited or not left:
                 return
 
 
@@ -176,9 +180,8 @@ def read_plan(store: Store, dataset: str, file: SourceFile, shape: Shape, limit_
     try:
         found = json.loads(body)
         starts = found["start_bytes"]
-        return FilePlan(
-            file, shape, tuple(found["row_ends"]), None if starts is None else tuple(starts), int(found["tokens"])
-        )
+        starts = None if starts is None else tuple(starts)
+        return FilePlan(file, shape, tuple(found["row_ends"]), starts, int(found["tokens"]), bool(found["limited"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectCorrupt(
             f"object {key!r} of store {store.url!r} should be a plan, found {body[:40]!r}. Delete it and run again."
@@ -187,7 +190,8 @@ def read_plan(store: Store, dataset: str, file: SourceFile, shape: Shape, limit_
 
 def keep_plan(store: Store, dataset: str, planned: FilePlan, limit_tokens: int = 0) -> None:
     """Put the plan where `read_plan` finds it."""
-    found = {"row_ends": planned.row_ends, "start_bytes": planned.start_bytes, "tokens": planned.tokens}
+    names = ("row_ends", "start_bytes", "tokens", "limited")
+    found = {name: getattr(planned, name) for name in names}
     with suppress(AlreadyExists):  # a pure function of what its key names
         store.put_new(
             _key(dataset, planned.file, planned.shape, limit_tokens),

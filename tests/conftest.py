@@ -1,10 +1,23 @@
 """What every test may ask for: a store, source files made on the spot, a small sealed dataset, a tiny configuration."""
 
+import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import hub as stand_in
+
+# The Hub's client reads these when it is imported: whatever a test does, it speaks to the stand-in.
+os.environ |= {
+    "HF_ENDPOINT": stand_in.ENDPOINT,
+    "HF_HOME": tempfile.mkdtemp(prefix="hf-"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+}
+os.environ.pop("HF_TOKEN", None)
 
 from model.config import RunConfig
 from storage import host_cache, mirror, s3, s3_client, sources
@@ -99,3 +112,16 @@ def s3_url(
         return f"s3://{servers.BUCKET}/{secrets.token_hex(6)}"
 
     return url
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[stand_in.Hub]:
+    with stand_in.serving() as found:
+        yield found
+
+
+@pytest.fixture
+def hub(running_hub: stand_in.Hub) -> stand_in.Hub:
+    """The stand-in for the Hub, without a dataset, a fault or a request."""
+    running_hub.reset()
+    return running_hub

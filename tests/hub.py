@@ -28,7 +28,12 @@ Fault = Literal[
     "short",  # a body that is shorter, and says so: nothing in HTTP tells
     "wrong",  # as many bytes, one bit of them wrong
     "whole",  # a range was asked for, all comes
+    "hang",  # half of the body comes, the rest never does: until `let_go`
 ]
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    PORT: int = probe.getsockname()[1]
+ENDPOINT = f"http://127.0.0.1:{PORT}"
 PAGE = 3  # entries of one page of a listing: the hub's 1,000 would never need a second one here
 TOKEN = "hf_" + "x" * 34  # what the tests sign in with
 
@@ -72,11 +77,29 @@ class Hub:
     """The stand-in's state: repositories by name, what it was asked, and the faults that are still to come."""
 
     def __init__(self) -> None:
-        self.url = ""
         self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all."""
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.faults: list[tuple[str, Fault]] = []
+        self._held = threading.Event()
+
+    def let_go(self) -> None:
+        """End the answers that hang."""
+        self._held.set()
+
+    def hold(self) -> None:
+        self._held.wait()
+
+    def dataset(self, name: str, files: dict[str, bytes], **card: Any) -> Repository:
+        """A new dataset of one commit; its configuration `default` has the files below `data/` as split `train`."""
+        made = Repository({"license": "odc-by", "configs": {"default": {"train": "data/*"}}} | card)
+        made.commit(files)
+        self.repositories[name] = made
+        return made
 
     def spoil(self, path: str, *faults: Fault) -> None:
         """Spoil the next requests whose path matches the pattern, one fault each."""
@@ -192,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         more = {}
         if start + PAGE < len(found):
             flags = "&".join(f"{name}={value[0]}" for name, value in query.items() if name != "cursor")
-            more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?{flags}&cursor={start + PAGE}>; rel="next"'}
+            more = {"Link": f'<{ENDPOINT}{urlsplit(self.path).path}?{flags}&cursor={start + PAGE}>; rel="next"'}
         self._json(found[start : start + PAGE], 200, more)
 
     def _resolve(self, repository: Repository, rest: str) -> None:
@@ -211,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._body(files[file], headers)
             return
         name = next(name for name, one in self.hub.repositories.items() if one is repository)
-        other_host = self.hub.url.replace("127.0.0.1", "localhost")
+        other_host = ENDPOINT.replace("127.0.0.1", "localhost")
         headers |= {"X-Linked-Size": str(facts["size"]), "X-Linked-ETag": f'"{facts["lfs"]["oid"]}"'}
         headers["Location"] = f"{other_host}/stored/{name}/{commit}/{file}"
         self._json({}, 302, headers)
@@ -236,8 +259,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if self._fault == "cut" else body)
-        if self._fault == "cut":
+            self.wfile.write(body[: len(body) // 2] if self._fault in ("cut", "hang") else body)
+        if self._fault == "hang":
+            self.hub.hold()
+        if self._fault in ("cut", "hang"):
             self.close_connection = True
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -252,14 +277,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away in the middle is part of the tests."""
+
+
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers on a free port of this host while the block lasts."""
+    """The stand-in, answering at ENDPOINT while the block lasts."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    with _Server(("127.0.0.1", PORT), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

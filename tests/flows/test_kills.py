@@ -24,8 +24,8 @@ TINY = [
     "resources.workers=1", "resources.processes=2", "model.layers=1", "model.heads=2", "model.width=32",
     "model.context_tokens=64", "train.sequence_tokens=64", "train.micro_batch_sequences=2", "train.batch_tokens=512",
     "train.max_steps=60", "train.warmup_steps=2", "train.learning_rate=1e-2", "train.checkpoint_every_steps=10",
-    "train.validate_every_steps=0", "evaluation.completion_items=8", "evaluation.sample_tokens=8",
-    "evaluation.samples=1",
+    "train.validate_every_steps=0", "evaluation.hellaswag=", "evaluation.completion_items=8",
+    "evaluation.sample_tokens=8", "evaluation.samples=1",
 ]  # fmt: skip
 PRETRAIN = ["pretrain", *(word for setting in TINY for word in ("--set", setting))]
 

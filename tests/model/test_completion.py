@@ -12,7 +12,7 @@ from model.completion import CONTEXT_TOKENS, ENDING_TOKENS, Item, document_items
 from storage import keys
 from storage.canonical import sha256
 from storage.errors import SourceInvalid
-from storage.manifest import Manifest
+from storage.manifest import COLUMNS, Manifest
 from storage.store import Store
 
 WHOLE = CONTEXT_TOKENS + ENDING_TOKENS
@@ -101,18 +101,16 @@ def made_document(number: int, tokens: int = 100) -> list[int]:
 
 def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]] | None = None) -> Manifest:
     """A dataset of shards of documents, `<|endoftext|>` before each."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("shard_id", "tokens", "documents", "text_bytes", "sha256", "split")
-    }
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     splits = [("val", shard) for shard in val] + [("train", shard) for shard in train or []]
     for index, (split, documents) in enumerate(splits):
         ids = [token for document in documents for token in (tokenizer.EOT, *document)]
         body = np.array(ids, "<u2").tobytes()
         store.put_new(keys.shard("made", f"shard-{index}"), body)
-        row = (f"shard-{index}", len(ids), len(documents), len(ids), sha256(body), split)
+        row = (f"shard-{index}", len(ids), len(documents), 0, len(ids), sha256(body), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    return Manifest("0" * 64, {}, tokenizer.identity(), {}, None, columns)
+    return Manifest("0" * 64, {}, tokenizer.identity(), {}, {}, None, columns)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from model.trainer import Trainer
 from storage import keys
 from storage.canonical import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
-from storage.manifest import Manifest
+from storage.manifest import COLUMNS, Manifest
 from storage.store import Store
 from tests.making import tiny_config
 
@@ -39,19 +39,17 @@ def built(config: RunConfig, build: Callable[[RunConfig], Manifest]) -> tuple[Ru
 
 def made_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[Manifest, list[np.ndarray]]:
     """A dataset of shards of exactly these sizes, put without a source: every token id says where it stands."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("shard_id", "tokens", "documents", "text_bytes", "sha256", "split")
-    }
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     shards, at = [], 0
     for index, size in enumerate(sizes):
         ids = np.arange(at, at + size).astype("<u2")
         at += size
         shards.append(ids)
         store.put_new(keys.shard("made", f"shard-{index}"), ids.tobytes())
-        row = (f"shard-{index}", size, 1, size, sha256(ids.tobytes()), split)
+        row = (f"shard-{index}", size, 1, 0, size, sha256(ids.tobytes()), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    return Manifest("0" * 64, {}, tokenizer.identity(), {}, None, columns), shards
+    return Manifest("0" * 64, {}, tokenizer.identity(), {}, {}, None, columns), shards
 
 
 def pairs(order: WindowOrder, first: int, count: int) -> list[tuple[int, int]]:

@@ -90,7 +90,7 @@ def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
         store.put_new(keys.shard("small", f"shard-{number}"), body)
         rows.append(ShardRow(f"shard-{number}", 3 * T + 1, 1, 0, 1, sha256(body), "train"))
     columns = {name: list(values) for name, values in zip(ShardRow._fields, zip(*rows, strict=True), strict=True)}
-    reading = loader_of(store, Manifest("0" * 64, {}, {}, {}, None, columns))
+    reading = loader_of(store, Manifest("0" * 64, {}, {}, {}, {}, None, columns))
     asked: list[list[str]] = []
     prefetch = ShardCache.prefetch
 

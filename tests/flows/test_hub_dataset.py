@@ -1,0 +1,198 @@
+"""A dataset of the Hub under Prefect: only what changed is fetched, and what came is made whatever else fails."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows import download
+from flows.pretrain import build_dataset
+from flows.tokenise import tokenise_shards
+from model.config import RunConfig
+from storage import hub as client
+from storage import keys
+from storage.errors import SourceInvalid, SourceUnavailable
+from storage.layout import open_store
+from storage.manifest import Manifest, latest_manifest, read_manifest
+from tests.hub import Hub
+from tests.making import document, tiny_config, write_parquet
+
+pytestmark = pytest.mark.usefixtures("api")
+
+
+def body_of(folder: Path, number: int, documents: int = 40) -> bytes:
+    path = write_parquet(folder / "published.parquet", [document(number * 1_000 + row) for row in range(documents)])
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request has a second, a task no second try: its delays of 5 and 30 seconds are Prefect's to prove."""
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(download, "prepare_file", download.prepare_file.with_options(retries=0))
+
+
+@pytest.fixture
+def files(tmp_path: Path, hub: Hub) -> dict[str, bytes]:
+    """What is published: three files, at the first commit of org/edu."""
+    made = {f"data/part-{number}.parquet": body_of(tmp_path, number) for number in range(3)}
+    hub.dataset("org/edu", made)
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path, files: dict[str, bytes]) -> RunConfig:
+    return tiny_config(str(tmp_path / "store"), "org/edu", "data.config=default", "data.shard_tokens=600")
+
+
+def changed(config: RunConfig, **fields: object) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update=fields)})
+
+
+def sealed(config: RunConfig) -> Manifest:
+    digest = build_dataset(config)
+    return read_manifest(open_store(config.store_url), "small", digest)
+
+
+def stored(hub: Hub) -> list[str]:
+    """The files whose bytes were asked for."""
+    return [request.path.rpartition("/")[2] for request in hub.asked("/stored/*")]
+
+
+def shard_ids(manifest: Manifest) -> set[str]:
+    return set(manifest.shard_ids)
+
+
+def test_a_hub_dataset_gives_the_shards_of_its_files(
+    tmp_path: Path, config: RunConfig, files: dict[str, bytes]
+) -> None:
+    found = sealed(config)
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for name, body in files.items():
+        (folder / Path(name).name).write_bytes(body)
+    local = sealed(tiny_config(str(tmp_path / "other"), str(folder), "data.shard_tokens=600"))
+    assert local.columns == found.columns
+    assert found.source["dataset"] == "org/edu"
+    assert found.source["licence"] == "odc-by"
+    assert found.source["files"]["name"] == list(files)
+    assert local.source["files"]["digest"] == found.source["files"]["digest"]
+
+
+def test_a_mirror_or_none_gives_the_same_manifest(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
+    digest = build_dataset(config)
+    assert sorted(stored(hub)) == ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
+    hub.requests.clear()
+    other = changed(config, mirror=False).model_copy(update={"store_url": str(tmp_path / "other")})
+    assert build_dataset(other) == digest
+    assert {request.headers["range"][:6] for request in hub.asked("/stored/*")} == {"bytes="}
+    assert list(open_store(other.store_url).list("sources/")) != []  # the listing
+    assert [found for found in open_store(other.store_url).list("sources/") if found.key.endswith("parquet")] == []
+
+
+def test_a_refresh_without_a_change_is_one_request(config: RunConfig, hub: Hub) -> None:
+    digest = build_dataset(config)
+    store = open_store(config.store_url)
+    for found in store.list("sources/"):
+        if found.key.endswith(".parquet"):
+            store.delete(found.key)  # nobody will miss them
+    hub.requests.clear()
+    assert build_dataset(config) == digest
+    assert [(request.method, request.path) for request in hub.requests] == [
+        ("GET", "/api/datasets/org/edu/revision/main")
+    ]
+
+
+def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
+    digest = build_dataset(config)
+    hub.repositories["org/edu"].commit(files | {"notes.txt": b"new"})
+    hub.requests.clear()
+    assert build_dataset(config) == digest
+    assert stored(hub) == []
+
+
+@pytest.mark.parametrize("how", ["new", "changed", "removed"])
+def test_a_refresh_makes_the_shards_of_what_changed(
+    tmp_path: Path, config: RunConfig, hub: Hub, files: dict[str, bytes], how: str
+) -> None:
+    first = sealed(config)
+    hub.requests.clear()
+    changes: dict[str, Callable[[], dict[str, bytes]]] = {
+        "new": lambda: files | {"data/part-3.parquet": body_of(tmp_path, 3)},
+        "changed": lambda: files | {"data/part-1.parquet": body_of(tmp_path, 7)},
+        "removed": lambda: {name: body for name, body in files.items() if "part-1" not in name},
+    }
+    hub.repositories["org/edu"].commit(changes[how]())
+    second = sealed(config)
+    assert second.parent == first.digest
+    assert list(second.rows("val")) == list(first.rows("val"))
+    fetched = {"new": ["part-3.parquet"], "changed": ["part-1.parquet"], "removed": []}
+    assert stored(hub) == fetched[how]
+    of = {
+        name: {one for one in shard_ids(first) | shard_ids(second) if one.startswith(name)}
+        for name in ("part-1", "part-3")
+    }
+    if how == "new":
+        assert shard_ids(second) - shard_ids(first) == of["part-3"] != set()
+    else:
+        assert shard_ids(first) ^ shard_ids(second) == of["part-1"] != set()
+
+
+def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub: Hub) -> None:
+    hub.spoil("/stored/*/data/part-1.parquet", *["500"] * 1_000)  # type: ignore[arg-type]
+    with pytest.raises(SourceUnavailable, match=r"'small': 1 source files could not be had.*part-1"):
+        build_dataset(config)
+    store = open_store(config.store_url)
+    made = {found.key.rpartition("/")[2][:6] for found in store.list(keys.shards("small"))}
+    assert made == {"part-0", "part-2"}
+    assert latest_manifest(store, "small") is None
+    hub.faults.clear()
+    hub.requests.clear()
+    assert len(sealed(config).source["files"]["name"]) == 3
+    assert stored(hub) == ["part-1.parquet"]
+
+
+def test_a_hub_that_went_away_leaves_what_was_mirrored(
+    config: RunConfig, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = build_dataset(config)
+    store = open_store(config.store_url)
+    for found in list(store.list(keys.dataset("small"))):
+        store.delete(found.key)
+    hub.spoil("*", *["reset"] * 10_000)  # type: ignore[arg-type]
+    assert build_dataset(config) == digest
+
+
+def test_a_limit_fetches_no_more_files_than_it_needs(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
+    few = changed(config, max_tokens=2_000, dataset="few")
+    found = read_manifest(open_store(config.store_url, create=True), "few", build_dataset(few))
+    assert stored(hub) == ["part-0.parquet"]
+    assert found.source["files"]["name"] == ["data/part-0.parquet"]
+    assert 1_800 < sum(row.tokens for row in found.rows()) <= 2_000
+    more = changed(config, max_tokens=4_000, dataset="more")
+    build_dataset(more)
+    assert stored(hub) == ["part-0.parquet", "part-1.parquet"]
+    assert build_dataset(few) == found.digest
+
+
+def test_a_file_that_is_no_parquet_stops_the_build_at_once(
+    config: RunConfig, hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/edu"].commit(files | {"data/part-1.parquet": b"PAR1 not"})
+    monkeypatch.setattr(tokenise_shards, "submit", lambda *_: pytest.fail("shards were made"))
+    with pytest.raises(SourceInvalid, match=r"part-1\.parquet"):
+        build_dataset(config)
+
+
+def test_hellaswag_of_the_hub_is_mirrored(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
+    item = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": "1"}
+    pq.write_table(pa.Table.from_pylist([item]), tmp_path / "items.parquet")
+    body = (tmp_path / "items.parquet").read_bytes()
+    hub.dataset("org/swag", {"data/validation-0.parquet": body}, configs={"default": {"validation": "data/v*"}})
+    asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"hellaswag": "org/swag"})})
+    found = download.download(asked)
+    assert found.items is not None
+    assert found.items.endswith("/validation-0.parquet")
+    assert open_store(config.store_url).read(found.items).body == body
