@@ -146,7 +146,9 @@ def check_binding(store: Store, dataset: str, binding: dict[str, Any]) -> None:
         return
     assert isinstance(bound, dict)
     names = sorted(name for name in bound.keys() | binding.keys() if bound.get(name) != binding.get(name))
-    differences = "; ".join(f"{name} is {bound.get(name)!r}, asked for {binding.get(name)!r}" for name in names)
+    shown = [{name: repr(values[name]) for name in values} for values in (bound, binding)]
+    was, asked = ({name: values.get(name, "its default") for name in names} for values in shown)
+    differences = "; ".join(f"{name} is {was[name]}, asked for {asked[name]}" for name in names)
     raise DatasetMismatch(
         f"dataset {dataset!r} is bound to the settings it was first built with: {differences}. "
         f"Choose another name with --set data.dataset=…, or ask for the same settings."

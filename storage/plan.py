@@ -39,10 +39,12 @@ class Shape:
 
     def recipe(self) -> dict[str, Any]:
         """The settings that have no default or differ from it: adding a setting renames no old work."""
-        asked = dataclasses.asdict(self)
-        return {
-            field.name: asked[field.name] for field in dataclasses.fields(self) if asked[field.name] != field.default
+        asked = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
         }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}  # as JSON
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ def runs_made_by(api: str, config: RunConfig) -> int:
     return len(set(shard_runs(api)) - before)
 
 
-@pytest.mark.parametrize(("runner", "workers"), [("threads", 1), ("threads", 2), ("threads", 7), ("processes", 2)])
+@pytest.mark.parametrize(
+    ("runner", "workers"), [("threads", 1), ("threads", 2), ("threads", 7), ("processes", 2), ("dask", 2)]
+)
 def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str, runner: str, workers: int) -> None:
     config = tiny_config(str(tmp_path / "store"), source, f"resources.runner={runner}", f"resources.workers={workers}")
     store, digest = open_store(config.store_url, create=True), build_dataset(config)
@@ -100,6 +102,34 @@ def test_a_name_stays_with_its_settings(tmp_path: Path, config: RunConfig, sourc
     build_dataset(config)
     with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, asked for 500"):
         build_dataset(tiny_config(config.store_url, source, "data.shard_tokens=500"))
+
+
+def test_filters_and_limits_are_part_of_what_a_name_means(api: str, tmp_path: Path, source: str) -> None:
+    settings = [
+        'data.filters=["token_count >= 60", "length < 9000"]',
+        "data.max_tokens=3000",
+        "data.on_bad_document=skip",
+    ]
+    config = tiny_config(str(tmp_path / "store"), source, *settings)
+    digest = build_dataset(config)
+    assert runs_made_by(api, config) == 0
+    assert build_dataset(config) == digest
+    found = read_manifest(opened(config), "small", digest)
+    assert 2_000 < sum(row.tokens for row in found.rows()) <= 3_000
+    assert found.recipe["filters"] == ["token_count >= 60", "length < 9000"]
+    for setting in ("data.filters=[]", "data.max_tokens=0", "data.on_bad_document=fail"):
+        name = setting.partition("=")[0].removeprefix("data.")
+        with pytest.raises(DatasetMismatch, match=f"{name} is .*Choose another name"):
+            build_dataset(tiny_config(config.store_url, source, *settings, setting))
+    other = tiny_config(config.store_url, source, "data.dataset=other")
+    assert runs_made_by(api, other) == 6
+
+
+def test_groups_of_shards_make_the_same(api: str, tmp_path: Path, source: str) -> None:
+    grouped = tiny_config(str(tmp_path / "store"), source, "resources.shards_per_task=2")
+    assert runs_made_by(api, grouped) == 4  # two of each file, which has three shards
+    single = tiny_config(str(tmp_path / "single"), source)
+    assert build_dataset(grouped) == build_dataset(single)
 
 
 def test_a_new_file_makes_only_its_own_shards(api: str, config: RunConfig, source: str) -> None:
