@@ -28,10 +28,10 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
     )
 
 
-def plans_of(*paths: Path, **shape: Any) -> list[FilePlan]:
+def plans_of(*paths: Path | str, **shape: Any) -> list[FilePlan]:
     """The plans of some files: shards of 500 tokens, unless another shape is asked for."""
     asked = Shape(**{"shard_tokens": 500, "tokenizer": tokenizer.identity()["sha256"]} | shape)
-    return [plan_file(sources.identify(str(path)), asked) for path in paths]
+    return [plan_file(sources.identify(path), asked) for path in paths]
 
 
 def jobs_of(*paths: Path, **shape: Any) -> list[ShardJob]:
