@@ -92,9 +92,9 @@ def mirror_items(source: str, store_url: str) -> str:
     return file.key
 
 
-def download(config: RunConfig) -> Downloaded:
-    """Run the stage, a few files at once."""
-    return download_flow.with_options(task_runner=_few_at_once())(config)
+def download(config: RunConfig, *, with_items: bool = True) -> Downloaded:
+    """Run the stage, a few files at once; a dataset alone needs no items to evaluate with."""
+    return download_flow.with_options(task_runner=_few_at_once())(config, with_items)
 
 
 def _few_at_once() -> TaskRunner[Any]:
@@ -102,7 +102,7 @@ def _few_at_once() -> TaskRunner[Any]:
 
 
 @flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False)
-def download_flow(config: RunConfig) -> Downloaded:
+def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
     """Find and plan the source files. A run that is pinned to a complete manifest needs none of them."""
     data = config.data
     store = open_store(config.store_url, create=True)
@@ -116,7 +116,8 @@ def download_flow(config: RunConfig) -> Downloaded:
     found = list_files(data, config.store_url)
     check_distinct(found.files)
     plans, failed = _limited(config, store, found) if data.max_tokens else _all(config, store, found)
-    items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
+    wanted = config.evaluation.hellaswag if with_items else ""
+    items = mirror_items(wanted, config.store_url) if wanted else None
     size_bytes = sum(one.file.size_bytes for one in plans)
     say("download", f"{len(plans):,} of {len(found.files):,} source files, {size_bytes / 1e6:,.1f} MB")
     return Downloaded(plans, found.origin, items, failed)
@@ -127,16 +128,16 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
     data, shape = config.data, _shape(config.data)
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         known = list(pool.map(lambda file: read_plan(store, data.dataset, file, shape), found.files))
-    plans = {one.file.digest: one for one in known if one}
-    asked = [file for file in found.files if file.digest not in plans]
+    plans = {one.file: one for one in known if one}
+    asked = [file for file in found.files if file not in plans]
     if data.mirror and found.origin:
         there = {one.key for one in store.list(keys.shards(data.dataset))}
         made = {
-            digest
-            for digest, one in plans.items()
+            file
+            for file, one in plans.items()
             if all(keys.record(data.dataset, shard_id) in there for shard_id in one.shard_ids)
         }
-        asked = [file for file in found.files if file.digest not in made]
+        asked = [file for file in found.files if file not in made]
     come: Counter[str] = Counter()
     bar = Bar("download", sum(file.size_bytes for file in asked) // 1_000_000, f"MB of {len(asked):,} source files")
     errors: list[BaseException] = []
@@ -147,14 +148,14 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
         lambda: bar.to(sum(come.values()) // 1_000_000),
     ):
         if error is None:
-            plans[file.digest] = future.result()
+            plans[file] = future.result()
         else:
             errors.append(error)
     bar.close()
     for error in errors:
         if len(errors) == len(found.files) or not passes(error):
             raise error
-    return [plans[file.digest] for file in found.files if file.digest in plans], [str(error) for error in errors]
+    return [plans[file] for file in found.files if file in plans], [str(error) for error in errors]
 
 
 def _limited(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan], list[str]]:

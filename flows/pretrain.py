@@ -29,7 +29,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
-    downloaded = download(config)
+    downloaded = download(config, with_items=False)
     version = tokenise(config, downloaded)
     return str(version.manifest)
 

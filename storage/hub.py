@@ -174,8 +174,8 @@ def _patiently(what: str, ask: Callable[[], Answer], come: Callable[[], int] = l
             raise ValueError(f"{what}: there is no such revision. Name a branch, a tag or a commit.") from error
         except RepositoryNotFoundError as error:
             raise ValueError(
-                f"{what}: the Hub knows no such dataset, or shows it to its members only. Check data.source; for a "
-                f"private one set HF_TOKEN."
+                f"{what}: nothing on this host is called so, and the Hub knows no such dataset, or shows it to its "
+                f"members only. Check the name or the path; for a private dataset set HF_TOKEN."
             ) from error
         except OfflineModeIsEnabled as error:
             raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids asking the Hub. Unset it.") from error

@@ -125,6 +125,16 @@ def test_filters_and_limits_are_part_of_what_a_name_means(api: str, tmp_path: Pa
     assert runs_made_by(api, other) == 6
 
 
+def test_the_same_content_under_two_names_is_two_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_parquet(tmp_path / "twice" / f"{name}.parquet", [document(number) for number in range(40)])
+    config = tiny_config(str(tmp_path / "store"), str(tmp_path / "twice"))
+    digest = build_dataset(config)
+    found = read_manifest(opened(config), "small", digest).shard_ids
+    assert {name[0] for name in found} == {"a", "b"}
+    assert len(set(found)) == len(found) == 6
+
+
 def test_groups_of_shards_make_the_same(api: str, tmp_path: Path, source: str) -> None:
     grouped = tiny_config(str(tmp_path / "store"), source, "resources.shards_per_task=2")
     assert runs_made_by(api, grouped) == 4  # two of each file, which has three shards
