@@ -16,7 +16,8 @@ from model import tokenizer, trainer
 from model.config import RunConfig
 from model.distributed import DDPConfig
 from model.job import Job
-from model.loader import DataLoader, WindowOrder, inputs_and_targets
+from model.loader import DataLoader, inputs_and_targets
+from model.order import WindowOrder
 from model.run import pin_run, training_job
 from model.trainer import Trainer
 from storage import keys

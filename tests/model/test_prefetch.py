@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import loader
+from model import order as order_module
 from model.config import RunConfig
-from model.loader import GROUP_SHARDS, DataLoader, WindowOrder
+from model.loader import DataLoader
+from model.order import GROUP_SHARDS, WindowOrder
 from storage import host_cache, keys
 from storage.cache import ShardCache
 from storage.canonical import sha256
@@ -37,7 +38,7 @@ def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> DataLoader:
 
 def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[list[int]]:
     """The groups of an epoch that hold a window, the plain way: all shards shuffled, cut every GROUP_SHARDS."""
-    shuffled = loader._shuffled(len(sizes), seed, epoch).tolist()
+    shuffled = order_module._shuffled(len(sizes), seed, epoch).tolist()
     cut = [shuffled[at : at + GROUP_SHARDS] for at in range(0, len(shuffled), GROUP_SHARDS)]
     return [group for group in cut if any(order.windows_of_shard[shard] for shard in group)]
 

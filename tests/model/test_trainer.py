@@ -13,7 +13,7 @@ from model.checkpoint import WEIGHTS
 from model.distributed import DDPConfig
 from model.history import checkpoints
 from model.job import Job, read_job, read_result
-from model.loader import WindowOrder
+from model.order import WindowOrder
 from model.trainer import Trainer
 from storage import keys
 from storage.store import read_json

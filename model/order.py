@@ -1,0 +1,87 @@
+"""One global order of windows: which T + 1 tokens the training sees when. Opens no shard, imports no torch.
+
+The epoch is a seeded order of all windows of T + 1 tokens of all train shards, T apart. Step k takes the next G
+windows whatever the number of ranks, so the batch of step k is the same for 1 rank or 8, and the whole state is
+(manifest, seed, next window):
+
+    window index ─▶ epoch, place ─▶ group of shards ─▶ shard, start ─▶ T + 1 tokens
+
+Shards are shuffled, then cut into groups of GROUP_SHARDS; windows are shuffled within a group. So reads stay within a
+few shards at a time, and no array is longer than a group has windows.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+GROUP_SHARDS = 8  # 8 full shards are 156,250 windows of T = 512: well mixed, and 160 MB of mapped files
+
+
+class WindowOrder:
+    """The order of an endless stream of windows: a pure function of the shards' lengths, T and the seed."""
+
+    def __init__(self, shard_tokens: list[int], sequence_tokens: int, seed: int) -> None:
+        self.windows_of_shard = np.array([max(tokens - 1, 0) // sequence_tokens for tokens in shard_tokens], np.int64)
+        self.epoch_windows = int(self.windows_of_shard.sum())
+        self._seed = seed
+        if not self.epoch_windows:
+            raise ValueError(
+                f"train.sequence_tokens = {sequence_tokens:,}: no shard holds a window of {sequence_tokens + 1:,} "
+                f"tokens, the longest has {max(shard_tokens, default=0):,}. Use a smaller train.sequence_tokens, "
+                f"or larger data.shard_tokens."
+            )
+
+    def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard index and window-in-shard of the windows `first` to `first + count` of the stream."""
+        shard_of, window_of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        while count:
+            epoch, place = divmod(first, self.epoch_windows)
+            ends = self._group_ends(epoch)
+            group = int(np.searchsorted(ends, place, side="right"))
+            start = place - (int(ends[group - 1]) if group else 0)
+            shards, windows = self._group(epoch, group)
+            taken = min(count, len(shards) - start)
+            shard_of.append(shards[start : start + taken])
+            window_of.append(windows[start : start + taken])
+            first += taken
+            count -= taken
+        return np.concatenate(shard_of), np.concatenate(window_of)
+
+    def soon(self, first: int) -> list[int]:
+        """The shards of the group that window `first` is in, then those of the group after it."""
+        found: list[int] = []
+        for _ in range(2):
+            epoch, place = divmod(first, self.epoch_windows)
+            ends = self._group_ends(epoch)
+            group = int(np.searchsorted(ends, place, side="right"))
+            found += self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
+            first += int(ends[group]) - place
+        return found
+
+    def in_file_order(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard index and window-in-shard of the chosen windows, counted shard by shard."""
+        ends = np.cumsum(self.windows_of_shard)
+        shard_of = np.searchsorted(ends, chosen, side="right")
+        return shard_of, chosen - (ends - self.windows_of_shard)[shard_of]
+
+    @lru_cache(maxsize=2)  # noqa: B019  # an order lives as long as its process
+    def _shards(self, epoch: int) -> np.ndarray:
+        return _shuffled(len(self.windows_of_shard), self._seed, epoch)
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _group_ends(self, epoch: int) -> np.ndarray:
+        ends = np.cumsum(self.windows_of_shard[self._shards(epoch)])
+        return ends[[*range(GROUP_SHARDS - 1, len(ends) - 1, GROUP_SHARDS), len(ends) - 1]]
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def _group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS]
+        counts = self.windows_of_shard[shards]
+        windows = np.concatenate([np.arange(count) for count in counts])
+        order = _shuffled(len(windows), self._seed, epoch, group)
+        return np.repeat(shards, counts)[order], windows[order]
+
+
+def _shuffled(count: int, *seed: int) -> np.ndarray:
+    """A permutation of `count` that is the same in every version of numpy: raw bits of PCG64, sorted."""
+    return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")
