@@ -58,6 +58,14 @@ class WindowOrder:
             first += int(ends[group]) - place
         return found
 
+    def shards_before(self, first: int) -> list[int]:
+        """The shards of which a window comes before window `first` of the stream, whole groups of them."""
+        epoch, place = divmod(first, self.epoch_windows)
+        if epoch:
+            return [shard for shard, count in enumerate(self.windows_of_shard) if count]
+        groups = int(np.searchsorted(self._group_ends(0), place, side="left")) + 1 if place else 0
+        return [int(shard) for shard in sorted(self._shards(0)[: groups * GROUP_SHARDS])]
+
     def in_file_order(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard index and window-in-shard of the chosen windows, counted shard by shard."""
         ends = np.cumsum(self.windows_of_shard)

@@ -22,7 +22,7 @@ BYTES_PER_TOKEN = (
 )
 EOT_TOKENS = 1  # each document costs one more token than its text
 ROWS_AT_ONCE = 1_000  # as many as a row group of FineWeb-Edu; other files have groups of a million
-DUMP, ID = "dump", "id"  # columns that name a document's crawl, and the document
+DUMP, ID, URL = "dump", "id", "url"  # columns that name a document's crawl, the document, and where it was found
 
 
 class Rows(NamedTuple):
@@ -36,12 +36,13 @@ class Rows(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row that counts: its number, its text (or what stands there instead), and its dump and id where it has them."""
+    """A row that counts: its number, its text (or what stands there instead), and what names it where it has that."""
 
     number: int
     text: Any
     dump: Any
     id: Any
+    url: Any = None
 
 
 def rows(file: SourceFile, text_column: str, filters: tuple[Filter, ...] = (), *, strict: bool = True) -> Rows:
@@ -70,18 +71,25 @@ def documents(
     *,
     start_byte: int = 0,
     filters: tuple[Filter, ...] = (),
+    left_out: frozenset[int] = frozenset(),
+    names: tuple[str, ...] = (DUMP, ID),
 ) -> Iterator[Row]:
-    """Those of the rows `row_from` up to `row_to` that count. Raises SourceInvalid when the file ends before."""
+    """Those of the rows `row_from` up to `row_to` that count, with the columns that name them.
+
+    Raises SourceInvalid when the file ends before.
+    """
     number = row_from - 1
     found = (
         _jsonl_items(file, text_column, row_from, row_to, start_byte)
         if file.place.endswith(".jsonl")
-        else _parquet_items(file, text_column, row_from, row_to, filters)
+        else _parquet_items(file, text_column, row_from, row_to, filters, names)
     )
     for number, item in enumerate(found, row_from):
         text = item[text_column]
+        if number in left_out:
+            continue
         if not filters or _kept(item | {LENGTH: len(text) if isinstance(text, str) else None}, filters):
-            yield Row(number, text, item.get(DUMP), item.get(ID))
+            yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
         raise SourceInvalid(
             f"{file.place}: rows up to {row_to:,} were asked for, it ends at {number + 1:,}. Run the command again."
@@ -175,13 +183,18 @@ def _parquet_tokens(parquet: pq.ParquetFile, text_column: str) -> np.ndarray:
 
 
 def _parquet_items(
-    file: SourceFile, text_column: str, row_from: int, row_to: int, filters: tuple[Filter, ...]
+    file: SourceFile,
+    text_column: str,
+    row_from: int,
+    row_to: int,
+    filters: tuple[Filter, ...],
+    names: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     with _parquet(file) as parquet:
-        names = parquet.schema_arrow.names
+        there = parquet.schema_arrow.names
         _check_text(parquet, file.place, text_column, strict=False)
-        check_columns(filters, names, file.place)
-        asked = dict.fromkeys([text_column, DUMP, ID, *(one.column for one in filters)])
+        check_columns(filters, there, file.place)
+        asked = dict.fromkeys([text_column, *names, *(one.column for one in filters)])
         groups: list[int] = []
         start = first = 0
         for group in range(parquet.num_row_groups):
@@ -190,7 +203,7 @@ def _parquet_items(
                 first = first if groups else start
                 groups.append(group)
             start = end
-        for part in _batches(parquet, [name for name in asked if name in names], groups):
+        for part in _batches(parquet, [name for name in asked if name in there], groups):
             wanted = part.slice(max(row_from - first, 0), max(row_to - max(row_from, first), 0))
             first += part.num_rows
             if not wanted.num_rows and first > row_to:

@@ -107,6 +107,16 @@ def manifest(name: str, digest: str) -> str:
     return f"{manifests(name)}{check_name('manifest', digest)}.json"
 
 
+def audit(name: str, digest: str) -> str:
+    """The leak report of one version."""
+    return check_key(f"{dataset(name)}audits/{digest}.json")
+
+
+def dataset_asked(name: str) -> str:
+    """The configuration with which the dataset was asked for last."""
+    return f"{dataset(name)}asked.json"
+
+
 def dataset_latest(name: str) -> str:
     """The pointer to a dataset's newest manifest."""
     return f"{dataset(name)}latest.json"
@@ -120,6 +130,11 @@ def run(name: str) -> str:
 def run_config(name: str) -> str:
     """The configuration a run is pinned to."""
     return f"{run(name)}config.json"
+
+
+def run_asked(name: str) -> str:
+    """The configuration with which the run was asked for last, before it is pinned."""
+    return f"{run(name)}asked.json"
 
 
 def job(name: str, job_id: str) -> str:

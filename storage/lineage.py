@@ -1,13 +1,36 @@
 """From tokens back to text: which row of which source file a document of a shard is. Knows no tokenizer."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
+from typing import Any, NamedTuple
 
-from storage import documents
-from storage.documents import Row
+import numpy as np
+
+from storage import documents, hub
+from storage.documents import ID, URL, Row
+from storage.errors import StorageError
 from storage.filters import parse
-from storage.shards import Record
+from storage.manifest import Manifest, ShardRow
+from storage.mirror import locate
+from storage.shards import Record, read_record
 from storage.sources import SourceFile
+from storage.store import Store
+
+
+class Traced(NamedTuple):
+    """A document, or the part of it that was asked for: where it lies, where it came from, and its token ids.
+
+    `row`, `id` and `url` are None, and `why` says so, where the source file cannot be read now.
+    """
+
+    shard_id: str
+    document: int
+    source: str
+    row: int | None
+    id: Any
+    url: Any
+    why: str
+    ids: np.ndarray
 
 
 def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> Iterator[tuple[int, Row]]:
@@ -17,19 +40,71 @@ def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> It
     """
     column = str(record.recipe.get("text_column", "text"))
     row_from, row_to = record.recipe["row_from"], record.recipe["row_to"]
+    names = (ID, URL)
     if not wanted:
         return
     if record.filtered or record.skipped_rows or file.place.endswith(".jsonl"):
         # JSON lines have no index: those before are read, too.
         first = 0 if file.place.endswith(".jsonl") else row_from
         asked = tuple(parse(text) for text in record.recipe.get("filters", []))
-        left_out = set(record.skipped_rows)
-        rows = documents.documents(file, column, first, row_to, filters=asked)
-        made = (row for row in rows if row.number >= row_from and row.number not in left_out)
+        left_out = frozenset([*record.skipped_rows, *record.recipe.get("left_out", ())])
+        rows = documents.documents(file, column, first, row_to, filters=asked, left_out=left_out, names=names)
+        made = (row for row in rows if row.number >= row_from)
         for number, row in enumerate(islice(made, max(wanted) + 1)):
             if number in wanted:
                 yield number, row
     else:
         for number in sorted(wanted):
             row = row_from + number
-            yield from ((number, found) for found in documents.documents(file, column, row, row + 1))
+            found = documents.documents(file, column, row, row + 1, names=names)
+            yield from ((number, one) for one in found)
+
+
+def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
+    """A version's source files by digest, where it was made of a Hub dataset: its commit says where they are."""
+    origin = manifest.source
+    if "commit" not in origin:
+        return {}
+    place = f"{hub.SCHEME}{origin['dataset']}@{origin['commit']}/"
+    columns = (origin["files"][name] for name in ("name", "size_bytes", "digest"))
+    found = (SourceFile(name, size, digest, place + name) for name, size, digest in zip(*columns, strict=True))
+    return {file.digest: file for file in found}
+
+
+def trace(
+    store: Store,
+    dataset: str,
+    row: ShardRow,
+    ids: np.ndarray,
+    spans: list[tuple[int, int]],
+    files: Mapping[str, SourceFile],
+) -> Iterator[Traced]:
+    """The documents that some spans of a shard (first token, token after the last) are made of, a span after another.
+
+    `files` are the source files that are at hand, by digest.
+    """
+    record = read_record(store, dataset, row.shard_id)
+    starts = np.flatnonzero(ids == ids[0])  # every document begins with EOT
+    stops = np.append(starts[1:], len(ids))
+    touched = [
+        range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, stop, side="left")))
+        for first, stop in spans
+    ]
+    rows, why = _rows(store, record, {number for numbers in touched for number in numbers}, files)
+    for (first, stop), numbers in zip(spans, touched, strict=True):
+        for number in numbers:
+            part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
+            found = rows.get(number, Row(None, None, None, None))  # type: ignore[arg-type]  # not at hand
+            yield Traced(row.shard_id, number, record.source, found.number, found.id, found.url, why, part)
+
+
+def _rows(
+    store: Store, record: Record, wanted: set[int], files: Mapping[str, SourceFile]
+) -> tuple[dict[int, Row], str]:
+    file = files.get(record.recipe["source"])
+    if file is None:
+        return {}, f"{record.source} is not among the files of data.source"
+    try:
+        return dict(source_rows(locate(store, file), record, wanted)), ""
+    except StorageError as error:
+        return {}, str(error)

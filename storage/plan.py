@@ -72,6 +72,11 @@ class ShardJob:
         return tuple(filters.parse(text) for text in self.recipe.get("filters", []))
 
     @property
+    def left_out(self) -> frozenset[int]:
+        """Rows that no shard may hold: documents of val that occur in train."""
+        return frozenset(self.recipe.get("left_out", ()))
+
+    @property
     def skips_bad_documents(self) -> bool:
         """Whether what cannot be tokenised is left out and counted, instead of an error."""
         return self.recipe.get("on_bad_document") == "skip"

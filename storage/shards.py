@@ -42,7 +42,7 @@ class Record:
     """What a finished shard is: counts, sha256 of its bytes, the rows it came from, and what made it.
 
     Of the rows of its recipe `documents` were tokenised, `skipped` could not be (which: `skipped_rows`), `filtered`
-    were left out by a filter.
+    were left out by a filter, or as a leak of val into train.
     `lengths[n]` counts the documents of 2**n up to 2**(n+1) tokens (EOT counted), `dumps` those of each crawl.
     """
 
@@ -202,7 +202,13 @@ def _tokenise(
     lengths: list[int] = []
     dumps: Counter[str] = Counter()
     for row in documents.documents(
-        file, job.text_column, row_from, row_to, start_byte=job.start_byte, filters=job.filters
+        file,
+        job.text_column,
+        row_from,
+        row_to,
+        start_byte=job.start_byte,
+        filters=job.filters,
+        left_out=job.left_out,
     ):
         kept += 1
         try:
