@@ -11,12 +11,14 @@ import typer
 from rich.progress import track
 
 from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
+from flows.versions import add_to
 from model.config import DataConfig, load_config
 from storage.layout import open_store
 from storage.sources import SourceFile
 from storage.store import Store
 
 dataset = typer.Typer(help="Build, check and copy datasets.", no_args_is_help=True)
+add_to(dataset)
 AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while another is hashed
 
 

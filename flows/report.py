@@ -1,17 +1,14 @@
 """The last stage: one page for people about a run, made from what the store holds. Computes no metric."""
 
-import io
 import json
-import re
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.evaluate import Evaluated
+from flows.pages import LINE, MARK, draw, render
 from flows.progress import say
 from flows.train import Trained
 from model.config import RunConfig
@@ -22,9 +19,6 @@ from storage.layout import open_store
 from storage.manifest import Manifest, read_manifest
 from storage.store import Store, overwrite
 
-INK = "#010203"  # drawn with this colour, then replaced by the page's own, so that a curve is legible light and dark
-LINE = "#3b82c4"
-
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
 def write_report(run_name: str, store_url: str) -> dict[str, Any]:
@@ -32,15 +26,11 @@ def write_report(run_name: str, store_url: str) -> dict[str, Any]:
     store = open_store(store_url)
     run = read_run(store, run_name)
     facts = run_facts(store, run)
-    templates = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = templates.from_string(files("flows").joinpath("report.html").read_text())
     curves = {
         "Loss": curve(facts["metrics"], "loss", "nats a token", "val_loss"),
         "Learning rate": curve(facts["metrics"], "learning_rate", "", None),
     }
-    overwrite(store, keys.report(run_name, "html"), page.render(facts | {"curves": curves}).encode())
+    overwrite(store, keys.report(run_name, "html"), render("report.html", facts | {"curves": curves}))
     text = markdown(facts)
     overwrite(store, keys.report(run_name, "md"), text.encode())
     create_markdown_artifact(text, key="report", description=f"Report of {run_name}")
@@ -90,28 +80,24 @@ def read_evaluations(store: Store, run: str, step: int) -> list[dict[str, Any]]:
 
 def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | None) -> str:
     """One number over the steps as an inline SVG, with the values of `points` marked where a step has them."""
-    import matplotlib as mpl  # 1 s to import, so only when a page is drawn
-    from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.color": INK, "axes.labelcolor": INK,
-                         "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "font.size": 10}):  # fmt: skip
-        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        steps = [line["step"] + 1 for line in metrics]
-        axes.plot(steps, [line[name] for line in metrics], color=LINE, linewidth=1.6, label="train")
+    def plot(axes: Any) -> None:
+        axes.plot(
+            [line["step"] + 1 for line in metrics],
+            [line[name] for line in metrics],
+            color=LINE,
+            linewidth=1.6,
+            label="train",
+        )
         marked = [line for line in metrics if points and points in line]
         if marked and points:
             places, heights = [line["step"] + 1 for line in marked], [line[points] for line in marked]
-            axes.plot(places, heights, "o", color="#d9822b", markersize=5, label="val")
+            axes.plot(places, heights, "o", color=MARK, markersize=5, label="val")
             axes.legend(frameon=False)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, color=INK)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+    return draw(name, plot)
 
 
 def markdown(facts: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from storage.errors import ObjectMissing, StorageError
 from storage.lineage import Traced
 from storage.manifest import Manifest, read_manifest
 from storage.mirror import list_source
+from storage.shards import read_record
 from storage.sources import SourceFile
 from storage.store import Store, read_json
 from storage.versions import newest
@@ -68,15 +69,15 @@ def windows(
     shard_of, window_of = located
     cache = ShardCache(store, one.dataset)
     length = one.train.sequence_tokens
-    found: dict[int, list[Traced]] = {}
+    found: list[list[Traced]] = [[] for _ in range(count)]
     for shard in np.unique(shard_of):  # each shard is opened, and its source read, once
-        numbers = np.flatnonzero(shard_of == shard)
-        spans = [(int(window) * length, int(window) * length + length + 1) for window in window_of[numbers]]
-        ids = cache.open(rows[shard])
-        for number, span in zip(numbers, spans, strict=True):
-            found[int(number)] = list(lineage.trace(store, one.dataset, rows[shard], ids, [span], files))
-    for number in range(count):
-        yield from ((first + number, document) for document in found[number])
+        here = np.flatnonzero(shard_of == shard).tolist()
+        spans = [(window * length, window * length + length + 1) for window in window_of[here].tolist()]
+        documents = lineage.trace(store, one.dataset, rows[shard], cache.open(rows[shard]), spans, files)
+        for number, document in documents:
+            found[here[number]].append(document)
+    for number, documents_of in enumerate(found):
+        yield from ((first + number, document) for document in documents_of)
 
 
 def _files(store: Store, config: RunConfig, one: Asked) -> dict[str, SourceFile]:
@@ -118,7 +119,7 @@ def ancestry(store: Store, one: Asked, checkpoint: int | None, evaluation: str |
     else:
         used = list(range(len(rows)))
     source = one.manifest.source
-    records = [lineage.read_record(store, one.dataset, rows[shard].shard_id) for shard in used]
+    records = [read_record(store, one.dataset, rows[shard].shard_id) for shard in used]
     digests = {record.recipe["source"]: record.source for record in records}
     return facts | {
         "dataset": one.dataset,
@@ -136,7 +137,7 @@ def _evaluation(store: Store, run: Run, step: int, name: str) -> dict[str, Any]:
         prefix = keys.evaluations(run.name, step)
         there = sorted(one.key.removeprefix(prefix).removesuffix(".json") for one in store.list(prefix))
         raise ObjectMissing(
-            f"run {run.name!r} has no evaluation {name!r} of step {step:,}, found {', '.join(there) or 'none'}. Give one "
-            f"of these."
+            f"run {run.name!r} has no evaluation {name!r} of step {step:,}, found {', '.join(there) or 'none'}. "
+            f"Give one of these."
         )
     return {"evaluation": name, "metrics": found["metrics"], "items": run.items if name == "hellaswag" else None}

@@ -78,8 +78,8 @@ def trace(
     ids: np.ndarray,
     spans: list[tuple[int, int]],
     files: Mapping[str, SourceFile],
-) -> Iterator[Traced]:
-    """The documents that some spans of a shard (first token, token after the last) are made of, a span after another.
+) -> Iterator[tuple[int, Traced]]:
+    """The documents that some spans of a shard (first token, token after the last) are made of, each with its span.
 
     `files` are the source files that are at hand, by digest.
     """
@@ -91,11 +91,11 @@ def trace(
         for first, stop in spans
     ]
     rows, why = _rows(store, record, {number for numbers in touched for number in numbers}, files)
-    for (first, stop), numbers in zip(spans, touched, strict=True):
+    for span, ((first, stop), numbers) in enumerate(zip(spans, touched, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
             found = rows.get(number, Row(None, None, None, None))  # type: ignore[arg-type]  # not at hand
-            yield Traced(row.shard_id, number, record.source, found.number, found.id, found.url, why, part)
+            yield span, Traced(row.shard_id, number, record.source, found.number, found.id, found.url, why, part)
 
 
 def _rows(
