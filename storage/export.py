@@ -21,6 +21,7 @@ from storage.store import Store
 FORMATS = ("nanogpt", "llmc")
 # llm.c, dev/data/data_common.py and llmc/dataloader.h: 256 int32, of which the first three say magic, version, tokens
 LLMC_HEADER, LLMC_MAGIC, LLMC_VERSION = 256, 20240520, 1
+LLMC_TOKENS = 100_000_000  # about so many a file, as its own dev/data/fineweb.py writes them
 DONE = "export.json"
 
 
@@ -61,8 +62,16 @@ def _names(manifest: Manifest, dataset: str, layout: str) -> Iterator[tuple[str,
         rows = list(manifest.rows(split))
         if layout == "nanogpt":
             yield f"{split}.bin", rows
-        else:  # llm.c globs for the split's name, and takes the files in the order of their names
-            yield from ((f"{dataset}_{split}_{number:06d}.bin", [row]) for number, row in enumerate(rows))
+            continue
+        # llm.c globs for the split's name, and wants a batch of all ranks in each file: no short ones.
+        total = sum(row.tokens for row in rows)
+        count = max(round(total / LLMC_TOKENS), 1)
+        groups: list[list[ShardRow]] = [[] for _ in range(count)]
+        start = 0
+        for row in rows:
+            groups[start * count // total].append(row)
+            start += row.tokens
+        yield from ((f"{dataset}_{split}_{number:06d}.bin", group) for number, group in enumerate(groups) if group)
 
 
 def _write(

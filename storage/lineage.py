@@ -60,6 +60,13 @@ def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> It
             yield from ((number, one) for one in found)
 
 
+def row_numbers(file: SourceFile, record: Record, wanted: Collection[int]) -> dict[int, int]:
+    """The row of each of some documents of a shard; the file is read only where rows were left out between them."""
+    if record.filtered or record.skipped_rows:
+        return {number: row.number for number, row in source_rows(file, record, wanted)}
+    return {number: record.recipe["row_from"] + number for number in wanted}
+
+
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     """A version's source files by digest, where it was made of a Hub dataset: its commit says where they are."""
     origin = manifest.source

@@ -7,7 +7,7 @@ order, with any retries, seal the same one. `latest` names the newest and is swa
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -178,6 +178,7 @@ def seal(
     source: dict[str, Any],
     binding: dict[str, Any],
     val_shards: int,
+    left_out: Mapping[str, list[int]] | None = None,
 ) -> Manifest:
     """Write the manifest of the planned shards and point `latest` at it; nothing new gives no new version.
 
@@ -199,7 +200,7 @@ def seal(
             f"dataset {dataset!r}: {len(listed):,} shards were planned, {len(missing):,} are not done, {missing[0]!r} "
             f"first. Run gpt2 dataset build again: it makes just those."
         )
-    if (pinned := _pin_split(store, dataset, val, binding)) != val:
+    if (pinned := _pin_split(store, dataset, val, binding, left_out or {})) != val:
         raise Conflict(f"dataset {dataset!r}: another builder sealed other val shards {pinned}. Run the command again.")
     made = {shard_id: finished[shard_id] for shard_id in listed}
     columns = _columns(made, set(val))
@@ -228,14 +229,25 @@ def _pinned_val(store: Store, dataset: str) -> list[str] | None:
     return None if pinned is None else [str(shard_id) for shard_id in pinned["val"]]
 
 
-def _pin_split(store: Store, dataset: str, val: list[str], binding: dict[str, Any]) -> list[str]:
+def pinned_left_out(store: Store, dataset: str) -> dict[str, list[int]] | None:
+    """Rows that the val shards lack since they are in train, by the shard_id of a shard that held them; None when the
+    split is not pinned yet.
+    """
+    pinned: dict[str, Any] | None = read_json(store, keys.split(dataset))
+    return None if pinned is None else dict(pinned.get("left_out", {}))
+
+
+def _pin_split(
+    store: Store, dataset: str, val: list[str], binding: dict[str, Any], left_out: Mapping[str, list[int]]
+) -> list[str]:
+    pinned: dict[str, Any] = {"val": val, "bound": binding}
     try:
-        store.put_new(keys.split(dataset), canonical_json({"val": val, "bound": binding}))
+        store.put_new(keys.split(dataset), canonical_json(pinned | ({"left_out": dict(left_out)} if left_out else {})))
     except AlreadyExists:
         check_binding(store, dataset, binding)
-    pinned = _pinned_val(store, dataset)
-    assert pinned is not None
-    return pinned
+    found = _pinned_val(store, dataset)
+    assert found is not None
+    return found
 
 
 def _columns(made: dict[str, Made], val: set[str]) -> dict[str, list[Any]]:

@@ -7,9 +7,9 @@ the next build of the same dataset reads nothing of a file that has not changed.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ class Shape:
     filters: tuple[str, ...] = ()
     on_bad_document: str = "fail"
     max_tokens: int = 0
+    drop_val_leaks: bool = False
 
     def recipe(self) -> dict[str, Any]:
         """The settings that have no default or differ from it: adding a setting renames no old work."""
@@ -86,7 +87,8 @@ class ShardJob:
 class FilePlan:
     """The shards of one source file: the row after the last of each, and for JSON lines where each begins.
 
-    `limited` says that a limit left rows of the file out.
+    `limited` says that a limit left rows of the file out; `left_out` names rows that a shard must not hold, by the
+    shard_id that it would have with them.
     """
 
     file: SourceFile
@@ -95,6 +97,7 @@ class FilePlan:
     start_bytes: tuple[int, ...] | None
     tokens: int
     limited: bool
+    left_out: Mapping[str, list[int]] = field(default_factory=dict)
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
@@ -119,7 +122,11 @@ class FilePlan:
                 "dtype": "<u2",
             }
             recipe |= shared
-            shard_id = f"{self.file.stem}-{index:05d}-{digest(recipe)[:12]}"
+            name = f"{self.file.stem}-{index:05d}"
+            shard_id = f"{name}-{digest(recipe)[:12]}"
+            if shard_id in self.left_out:
+                recipe["left_out"] = self.left_out[shard_id]
+                shard_id = f"{name}-{digest(recipe)[:12]}"
             yield ShardJob(shard_id, recipe, self.file, self.start_bytes[index] if self.start_bytes else 0)
             row_from = row_to
 
@@ -159,10 +166,11 @@ def plan_files(
     files: Sequence[SourceFile],
     shape: Shape,
     make: Callable[[SourceFile, int], FilePlan] | None = None,
+    left_out: Mapping[str, list[int]] | None = None,
 ) -> Iterator[FilePlan]:
     """The plans of a dataset's files in order, those of an earlier build read; with `max_tokens` only of the first.
 
-    `make` plans a file that has no plan yet, or its first tokens.
+    `make` plans a file that has no plan yet, or its first tokens; `left_out` is what no shard may hold.
     """
     check_distinct(files)
     left = shape.max_tokens
@@ -170,7 +178,7 @@ def plan_files(
         planned = read_plan(store, dataset, file, shape, left)
         if planned is None:
             planned = make(file, left) if make else replace(plan_file(locate(store, file), shape, left), file=file)
-        yield planned
+        yield replace(planned, left_out=left_out or {})
         if shape.max_tokens:
             left -= planned.tokens
             if planned.limited or not left:
