@@ -65,7 +65,7 @@ def leak_line(report: dict[str, Any] | None) -> str:
         return line
     return (
         f"{line}; of {items['count']:,} HellaSwag items {items['contexts']:,} share {items['words']} words of their "
-        f"context with train, {items['endings']:,} of an ending"
+        f"context with train, {items['endings']:,} of an ending ({items['shorter']:,} contexts are shorter than that)"
     )
 
 

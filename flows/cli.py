@@ -13,11 +13,13 @@ import typer
 from rich.table import Table
 
 from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
-from flows.dataset import dataset
-from model.config import RunConfig, load_config
+from flows.dataset import build_dataset, dataset
+from model.config import RunConfig, config_of, load_config
 from model.job import JobFailed
+from storage import keys
 from storage.errors import StorageError
 from storage.layout import open_store
+from storage.store import read_json
 
 app = typer.Typer(
     help="Pretrain GPT-2 from scratch: text to shards, training and evaluation as one pipeline.",
@@ -69,6 +71,30 @@ def pretrain(config: ConfigFile = None, overrides: Overrides = None, verbose: Ve
     Settings come from --config FILE (see deploy/configs/) and from any number of --set section.field=value.
     """
     _pretrain(load_config(config, overrides or []), verbose)
+
+
+@app.command()
+def retry(
+    name: Annotated[str, typer.Argument(help="A run, or a dataset that was built alone.", metavar="NAME")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Ask again for what was asked for last under that name: just what is missing is run.
+
+    --config says where the store is; --set changes what differs now, as resources.workers=1.
+    """
+    store_url = load_config(config, overrides or []).store_url
+    store = open_store(store_url)
+    for key, is_run in ((keys.run_asked(name), True), (keys.dataset_asked(name), False)):
+        if (asked := read_json(store, key)) is not None:
+            wanted = config_of(asked | {"store_url": store_url}, overrides or [])
+            _pretrain(wanted, verbose) if is_run else build_dataset(wanted, verbose)
+            return
+    raise ValueError(
+        f"retry {name!r}: neither a run nor a dataset of that name was asked for in {store_url}. gpt2 status lists "
+        f"what is there; start with gpt2 pretrain or gpt2 dataset build."
+    )
 
 
 @app.command()

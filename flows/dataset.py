@@ -12,7 +12,7 @@ from rich.progress import track
 
 from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
 from flows.versions import add_to
-from model.config import DataConfig, load_config
+from model.config import DataConfig, RunConfig, load_config
 from storage.layout import open_store
 from storage.sources import SourceFile
 from storage.store import Store
@@ -25,14 +25,18 @@ AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while ano
 @dataset.command()
 def build(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Make the shards that are missing and seal a new version of the dataset; nothing new gives no new version."""
+    build_dataset(load_config(config, overrides or []), verbose)
+
+
+def build_dataset(config: RunConfig, verbose: bool) -> None:
+    """Run the flow of the same name."""
     from flows.preflight import check
 
-    asked = load_config(config, overrides or [])
-    check(asked)
+    check(config)
     with prefect(verbose):
-        from flows.pretrain import build_dataset
+        from flows.pretrain import build_dataset as flow
 
-        run_flow(build_dataset, asked)
+        run_flow(flow, config)
 
 
 @dataset.command()
@@ -105,14 +109,31 @@ def _files(store: Store, data: DataConfig) -> Sequence[SourceFile]:
 def _check_source(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
     """Raise ValueError unless the source still gives all of these shards."""
     from model import tokenizer
+    from storage.manifest import pinned_left_out
     from storage.plan import plan_files
 
-    plans = plan_files(store, data.dataset, files, data.shape(tokenizer.identity()["sha256"]))
+    shape = data.shape(tokenizer.identity()["sha256"])
+    plans = plan_files(store, data.dataset, files, shape, left_out=pinned_left_out(store, data.dataset))
     if gone := shard_ids.difference(*(one.shard_ids for one in plans)):
         raise ValueError(
             f"--repair: {len(gone):,} damaged shards were to be made again, data.source = {data.source!r} no longer "
             f"gives {min(gone)!r}. Put the old source files back, or build another dataset from the new ones."
         )
+
+
+@dataset.command()
+def audit(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Look for leaks: documents of val in train, documents twice in train, HellaSwag items that train shows.
+
+    The report lies beside the manifest and is part of `gpt2 dataset show`. Without a network: --set
+    evaluation.hellaswag="" or a file of items.
+    """
+    asked = load_config(config, overrides or [])
+    open_store(asked.store_url)
+    with prefect(verbose):
+        from flows.audit import audit_dataset
+
+        run_flow(audit_dataset, asked)
 
 
 @dataset.command()

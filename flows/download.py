@@ -23,7 +23,7 @@ from model.run import pinned_run
 from storage import keys
 from storage.errors import AlreadyExists, SourceInvalid
 from storage.layout import open_store
-from storage.manifest import read_manifest
+from storage.manifest import pinned_left_out, read_manifest
 from storage.mirror import list_source, locate, mirror
 from storage.opening import open_source
 from storage.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
@@ -128,7 +128,8 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
     data, shape = config.data, _shape(config.data)
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         known = list(pool.map(lambda file: read_plan(store, data.dataset, file, shape), found.files))
-    plans = {one.file: one for one in known if one}
+    left_out = pinned_left_out(store, data.dataset) or {}
+    plans = {one.file: replace(one, left_out=left_out) for one in known if one}
     asked = [file for file in found.files if file not in plans]
     if data.mirror and found.origin:
         there = {one.key for one in store.list(keys.shards(data.dataset))}
@@ -148,7 +149,7 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
         lambda: bar.to(sum(come.values()) // 1_000_000),
     ):
         if error is None:
-            plans[file] = future.result()
+            plans[file] = replace(future.result(), left_out=left_out)
         else:
             errors.append(error)
     bar.close()
@@ -166,7 +167,8 @@ def _limited(config: RunConfig, store: Store, found: Listing) -> tuple[list[File
     def make(file: SourceFile, limit_tokens: int) -> FilePlan:
         return prepare_file(file, data, config.store_url, limit_tokens, come)
 
-    return list(plan_files(store, data.dataset, found.files, _shape(data), make)), []
+    left_out = pinned_left_out(store, data.dataset)
+    return list(plan_files(store, data.dataset, found.files, _shape(data), make, left_out)), []
 
 
 def _shape(data: DataConfig) -> Shape:

@@ -15,11 +15,17 @@ from flows.tokenise import tokenise
 from flows.train import Trained, train
 from model.config import RunConfig
 from model.job import JobFailed, JobRefused
+from model.run import note_asked, pinned_run
+from storage import keys
+from storage.layout import open_store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Bring a run from source files to a report. Run again, it goes on where it stood."""
+    store = open_store(config.store_url, create=True)
+    pinned_run(store, config)  # refuses other settings before they are kept
+    note_asked(store, keys.run_asked(config.name), config)
     downloaded = download(config)
     version = tokenise(config, downloaded)
     trained = train(config, version)
@@ -29,7 +35,8 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
-    downloaded = download(config, with_items=False)
+    note_asked(open_store(config.store_url, create=True), keys.dataset_asked(config.data.dataset), config)
+    downloaded = download(config, with_items=config.resources.audit)  # of these only a leak report has need
     version = tokenise(config, downloaded)
     return str(version.manifest)
 

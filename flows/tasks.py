@@ -3,6 +3,7 @@
 A window keeps every worker busy and the flow small.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -10,10 +11,16 @@ from typing import Any, TypeVar
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectWrappedFuture
 
+from model.config import ResourcesConfig
 from storage.errors import SourceUnavailable, StoreUnavailable
 
 Asked = TypeVar("Asked")
 LOOK_SECONDS = 0.5
+
+
+def workers(resources: ResourcesConfig) -> int:
+    """How many things at once `resources` asks for."""
+    return resources.workers or (os.cpu_count() or 1)
 
 
 def passes(error: object) -> bool:

@@ -1,8 +1,7 @@
 """The second stage: run just the shard jobs that are missing, seal the manifest."""
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -11,10 +10,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from flows.audit import audit_version, find_leaks
 from flows.download import Downloaded
 from flows.progress import Bar, say
-from flows.tasks import in_window, passes, transient
-from model import tokenizer
+from flows.tasks import in_window, passes, transient, workers
+from model import fast_tokenizer, tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
 from model.job import note_failure
 from model.run import Run, pinned_run
@@ -22,8 +22,17 @@ from storage import keys, shards
 from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
 from storage.layout import open_store
 from storage.lease import claim
-from storage.manifest import Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
+from storage.manifest import (
+    Manifest,
+    check_binding,
+    check_rebuilt,
+    latest_manifest,
+    pinned_left_out,
+    read_manifest,
+    seal,
+)
 from storage.plan import FilePlan, ShardJob
+from storage.shards import Record
 from storage.sources import Listing
 from storage.store import Store
 
@@ -49,13 +58,13 @@ class DatasetVersion:
     retry_jitter_factor=0.5,
     retry_condition_fn=transient,
 )
-def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # `name` names it
+def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str, fast: bool = False) -> Any:  # noqa: ARG001  # `name` names it
     """Make some shards of one source file and their records, or find them; a failed one stops no other."""
     store = open_store(store_url)
     made, errors = 0, {}
     for job in jobs:
         try:
-            made += _make(store, dataset, job)
+            made += _make(store, dataset, job, fast)
         except (ValueError, StorageError, OSError) as error:
             note_failure(store, keys.record(dataset, job.shard_id), str(error))
             errors[job.shard_id] = error
@@ -65,18 +74,30 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
     return made if made else Completed(name="Skipped", message="the records were there")
 
 
-def _make(store: Store, dataset: str, job: ShardJob) -> bool:
+def _make(store: Store, dataset: str, job: ShardJob, fast: bool) -> bool:
     """Make one shard; False when it was there."""
     if shards.is_done(store, dataset, job.shard_id):
         return False
-    record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
+    record = _fast(store, dataset, job) if fast else None
+    record = record or shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
     store.delete(keys.failure(keys.record(dataset, job.shard_id)))
     get_run_logger().info("%s: %s tokens of %s documents", job.shard_id, f"{record.tokens:,}", f"{record.documents:,}")
     return True
 
 
+def _fast(store: Store, dataset: str, job: ShardJob) -> Record | None:
+    """Make one shard with riptoken; None when tiktoken disagrees."""
+    try:
+        return shards.build_shard(store, dataset, job, fast_tokenizer.encoder(), tokenizer.EOT, "riptoken")
+    except fast_tokenizer.Differs as error:
+        get_run_logger().warning("%s is made with tiktoken: %s", job.shard_id, error)
+        return None
+
+
 @task(task_run_name="seal-{data.dataset}", cache_policy=NO_CACHE)
-def seal_dataset(planned: list[str], source: dict[str, Any], data: DataConfig, store_url: str) -> Manifest:
+def seal_dataset(
+    planned: list[str], source: dict[str, Any], data: DataConfig, store_url: str, left_out: dict[str, list[int]]
+) -> Manifest:
     """Write the manifest of all planned shards and point `latest` at it."""
     identity = tokenizer.identity()
     return seal(
@@ -88,6 +109,7 @@ def seal_dataset(planned: list[str], source: dict[str, Any], data: DataConfig, s
         source=source,
         binding=data.binding(identity["sha256"]),
         val_shards=data.val_shards,
+        left_out=left_out,
     )
 
 
@@ -98,6 +120,8 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     run = pinned_run(store, config)
     manifest = _mend(store, config, run, downloaded) if run else _build(store, config, downloaded)
     _show(manifest, config.data.dataset)
+    if config.resources.audit:
+        audit_version(config.data.dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
     return DatasetVersion(manifest.digest, manifest.source.get("commit"), downloaded.items)
 
 
@@ -108,11 +132,11 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
     """What runs the shard jobs: the same task code and the same bytes under each."""
-    workers = _workers(resources)
+    count = workers(resources)
     if resources.runner == "processes":
-        return ProcessPoolTaskRunner(workers)
+        return ProcessPoolTaskRunner(count)
     if resources.runner == "threads":
-        return ThreadPoolTaskRunner(workers)
+        return ThreadPoolTaskRunner(count)
     try:
         from prefect_dask.task_runners import DaskTaskRunner  # an extra
     except ImportError as error:
@@ -121,24 +145,21 @@ def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
         ) from error
     if resources.dask_address:
         return DaskTaskRunner(address=resources.dask_address)
-    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
-
-
-def _workers(resources: ResourcesConfig) -> int:
-    return resources.workers or (os.cpu_count() or 1)
+    return DaskTaskRunner(cluster_kwargs={"n_workers": count, "threads_per_worker": 1, "dashboard_address": None})
 
 
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
     check_binding(store, data.dataset, data.binding(tokenizer.identity()["sha256"]))
-    planned = [shard_id for one in downloaded.plans for shard_id in one.shard_ids]
+    plans = downloaded.plans
+    planned = [shard_id for one in plans for shard_id in one.shard_ids]
     _check_planned(planned, data, downloaded)
     claim(store, data.dataset, "build")  # before anything that is there is counted on
     latest = latest_manifest(store, data.dataset)
     finished = shards.done(store, data.dataset, planned, latest.made if latest else {})
     missing = set(planned) - set(finished)
-    _run_missing(config, downloaded.plans, missing, len(planned))
+    _run_missing(config, plans, missing, len(planned))
     if downloaded.failed:
         raise SourceUnavailable(
             f"dataset {data.dataset!r}: {len(downloaded.failed):,} source files could not be had, the shards of all "
@@ -146,11 +167,30 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
         )
     if latest:
         check_rebuilt(store, data.dataset, latest, missing)
-    source = Listing(tuple(one.file for one in downloaded.plans), downloaded.origin).described()
-    manifest = seal_dataset(planned, source, data, config.store_url)
+    left_out = pinned_left_out(store, data.dataset)
+    if left_out is None and data.drop_val_leaks:
+        plans, left_out = _without_leaks(store, config, plans, planned)
+        planned = [shard_id for one in plans for shard_id in one.shard_ids]
+    source = Listing(tuple(one.file for one in plans), downloaded.origin).described()
+    manifest = seal_dataset(planned, source, data, config.store_url, left_out or {})
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")
     return manifest
+
+
+def _without_leaks(
+    store: Store, config: RunConfig, plans: list[FilePlan], planned: list[str]
+) -> tuple[list[FilePlan], dict[str, list[int]]]:
+    """The plans with the val shards that lack what is in train, those shards made, and the rows they lack."""
+    data = config.data
+    made = shards.done(store, data.dataset, planned, {})
+    left_out = find_leaks(data.dataset, plans, made, planned[: data.val_shards], config.resources, config.store_url)
+    count = sum(len(rows) for rows in left_out.values())
+    say("leaks", f"{count:,} documents of {len(left_out):,} val shards are in train too: left out of val")
+    plans = [replace(one, left_out=left_out) for one in plans]
+    again = {shard_id for one in plans for shard_id in one.shard_ids} - set(planned)
+    _run_missing(config, plans, again - set(shards.done(store, data.dataset, again, {})), len(planned))
+    return plans, left_out
 
 
 def _check_planned(planned: list[str], data: DataConfig, downloaded: Downloaded) -> None:
@@ -202,8 +242,10 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
     settled = 0
     for jobs, error, future in in_window(
         _groups(plans, missing, config.resources),
-        lambda jobs: tokenise_shards.submit(_name(jobs), jobs, dataset, config.store_url),
-        IN_FLIGHT * _workers(config.resources),
+        lambda jobs: tokenise_shards.submit(
+            _name(jobs), jobs, dataset, config.store_url, config.resources.fast_tokenizer
+        ),
+        IN_FLIGHT * workers(config.resources),
     ):
         settled += len(jobs)
         bar.to(settled)

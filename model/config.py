@@ -230,6 +230,10 @@ class RunConfig(Section):
 
 def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
     """The configuration of a TOML file with `section.field=value` overrides. Raises ValueError in words for people."""
+    return config_of(_read(file), overrides)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if file is not None:
         try:
@@ -238,6 +242,11 @@ def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
             raise ValueError(f"--config {file}: {error.strerror}. The project's own are in deploy/configs/.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {file}: not TOML: {error}. Mend that line.") from error
+    return values
+
+
+def config_of(values: dict[str, Any], overrides: list[str]) -> RunConfig:
+    """The configuration of these values and overrides. Raises ValueError in words for people."""
     for override in overrides:
         _override(values, override)
     _check_names(values, RunConfig, "")

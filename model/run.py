@@ -10,7 +10,7 @@ from model.job import Job
 from storage import keys
 from storage.canonical import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch
-from storage.store import Store, read_json
+from storage.store import Store, overwrite, read_json
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
         pinned = pinned_run(store, config)
         assert pinned is not None
         return pinned
+
+
+def note_asked(store: Store, key: str, config: RunConfig) -> None:
+    """Keep what was asked for last, so that `gpt2 retry` can ask for it again."""
+    overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
 
 
 def read_run(store: Store, name: str) -> Run:

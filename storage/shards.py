@@ -71,11 +71,18 @@ class Record:
         return Made(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
 
 
-def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> Record:
+def build_shard(
+    store: Store,
+    dataset: str,
+    job: ShardJob,
+    encode: Callable[[str], np.ndarray],
+    eot: int,
+    encoder: str = "tiktoken",
+) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Safe to run any number of times, at once too.
 
     Raises SourceInvalid when the source file changed since the plan or holds what cannot be tokenised, ShardCorrupt
-    when its record already says other bytes.
+    when its record already says other bytes. `encoder` is the package whose version the record names.
     """
     tokens, facts = _tokenise(store, job, encode, eot)
     body = tokens.view(np.uint8).data
@@ -86,7 +93,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
         source=job.source.name,
         recipe=job.recipe,
         versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")},
+        | {name: version(name) for name in ("gpt2-pipeline", "numpy", encoder)},
         **facts,
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
