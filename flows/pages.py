@@ -32,6 +32,7 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
         plot(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, color=INK)
+        axes.set_axisbelow(True)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue(), flags=re.DOTALL)
@@ -46,6 +47,7 @@ def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
     def standing(axes: Any) -> None:
         axes.bar(labels, heights, color=LINE)
         axes.set_ylabel(unit)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
 
     return draw(name, standing)
 
@@ -53,4 +55,5 @@ def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
 def _lying(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
     axes.barh(labels, heights, color=LINE)
     axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(unit)
