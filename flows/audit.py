@@ -91,8 +91,9 @@ def find_leaks(
     store_url: str,
 ) -> dict[str, list[int]]:
     """The rows of each of the shards `val` that occur in another shard: what val is to be made without."""
+    chosen = set(val)
     rows = [
-        ShardRow(shard_id, *one, "val" if shard_id in set(val) else "train")
+        ShardRow(shard_id, *one, "val" if shard_id in chosen else "train")
         for shard_id, one in made.items()
         if one.tokens
     ]

@@ -20,14 +20,13 @@ from flows.tasks import in_window, passes, transient
 from model import tokenizer
 from model.config import DataConfig, RunConfig
 from model.run import pinned_run
-from storage import keys
 from storage.errors import AlreadyExists, SourceInvalid
 from storage.layout import open_store
 from storage.manifest import pinned_left_out, read_manifest
 from storage.mirror import list_source, locate, mirror
 from storage.opening import open_source
 from storage.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
-from storage.shards import done
+from storage.shards import done, recorded
 from storage.sources import Listing, SourceFile, check_distinct
 from storage.store import Store
 
@@ -132,12 +131,8 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
     plans = {one.file: replace(one, left_out=left_out) for one in known if one}
     asked = [file for file in found.files if file not in plans]
     if data.mirror and found.origin:
-        there = {one.key for one in store.list(keys.shards(data.dataset))}
-        made = {
-            file
-            for file, one in plans.items()
-            if all(keys.record(data.dataset, shard_id) in there for shard_id in one.shard_ids)
-        }
+        there = recorded(store, data.dataset)
+        made = {file for file, one in plans.items() if there.issuperset(one.shard_ids)}
         asked = [file for file in found.files if file not in made]
     come: Counter[str] = Counter()
     bar = Bar("download", sum(file.size_bytes for file in asked) // 1_000_000, f"MB of {len(asked):,} source files")

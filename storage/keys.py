@@ -72,6 +72,12 @@ def record(name: str, shard_id: str) -> str:
     return f"{shards(name)}{check_name('shard', shard_id)}.json"
 
 
+def shard_of(name: str, key: str) -> tuple[str | None, bool]:
+    """The shard whose token ids or record lie at the key (None: neither does), and whether it is the record."""
+    shard_id, _, suffix = key.removeprefix(shards(name)).rpartition(".")
+    return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
+
+
 def failure(key: str) -> str:
     """Why the job whose record or result is at `key` failed last; gone once it succeeds."""
     return f"{key.removesuffix('.json')}.failure.json"

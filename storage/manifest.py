@@ -206,22 +206,19 @@ def seal(
     columns = _columns(made, set(val))
     if parent is not None and (parent.columns, parent.recipe) == (columns, recipe):
         return parent
-    body = canonical_json(
-        {
-            "schema": SCHEMA,
-            "recipe": recipe,
-            "tokenizer": tokenizer,
-            "source": source,
-            "parent": None if parent is None else parent.digest,
-            "totals": _totals(made, set(val)),
-            "shards": columns,
-        }
-    )
+    facts: dict[str, Any] = {
+        "recipe": recipe,
+        "tokenizer": tokenizer,
+        "source": source,
+        "parent": None if parent is None else parent.digest,
+        "totals": _totals(made, set(val)),
+    }
+    body = canonical_json(facts | {"schema": SCHEMA, "shards": columns})
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
         store.put_new(keys.manifest(dataset, digest), body)
     point_latest(store, dataset, digest, None if pointed is None else str(pointed))
-    return read_manifest(store, dataset, digest)
+    return Manifest(digest=digest, columns=columns, **facts)
 
 
 def _pinned_val(store: Store, dataset: str) -> list[str] | None:
