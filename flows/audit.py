@@ -1,6 +1,5 @@
 """The leak report of a version: a task, whose result lies beside the manifest; and what is left out of val."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,21 +36,30 @@ def audit_version(
     """The leak report of one version, made unless it is there: `items` is the key of the HellaSwag items, if any."""
     store = open_store(store_url)
     key = keys.audit(dataset, manifest)
-    if (known := read_json(store, key)) is not None and known["asked"] == items:
-        return known
+    report = read_json(store, key)
+    if report is None or report["asked"] != items:
+        overwrite(store, key, canonical_json(_report(store, dataset, manifest, items, resources)))
+        report = read_json(store, key)
+    assert report is not None
+    say("audit", leak_line(report))
+    create_markdown_artifact(leak_line(report), key="leaks", description=f"Leaks in {dataset}")
+    return report
+
+
+def _report(store: Store, dataset: str, manifest: str, items: str | None, resources: ResourcesConfig) -> dict[str, Any]:
     rows = list(read_manifest(store, dataset, manifest).rows())
     found = hellaswag_items(store.read(items).body, items) if items else []
     contexts, endings = [_grams(item, ending=False) for item in found], [_grams(item, ending=True) for item in found]
     wanted = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
     bar = Bar("audit", len(rows), "shards")
-    repeated, hits = audit(store_url, dataset, rows, tokenizer.decode_bytes, wanted, workers(resources), bar.advance)
+    repeated, hits = audit(store.url, dataset, rows, tokenizer.decode_bytes, wanted, workers(resources), bar.advance)
     bar.close()
     counts = {split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")}
     in_train = {
         kind: [number for number, grams in enumerate(asked) if np.isin(grams, hits).any()]
         for kind, asked in (("contexts", contexts), ("endings", endings))
     }
-    report = {
+    return {
         "dataset": dataset,
         "manifest": manifest,
         "asked": items,
@@ -65,9 +73,6 @@ def audit_version(
         if items
         else None,
     }
-    overwrite(store, key, canonical_json(report))
-    written: dict[str, Any] = json.loads(store.read(key).body)
-    return written
 
 
 @flow(name="audit", flow_run_name="audit-{config.data.dataset}", validate_parameters=False)
@@ -75,10 +80,8 @@ def audit_dataset(config: RunConfig) -> dict[str, Any]:
     """Look for leaks in the dataset's newest version."""
     data, store = config.data, open_store(config.store_url)
     items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
-    report = audit_version(data.dataset, newest(store, data.dataset).digest, items, config.resources, config.store_url)
-    say("audit", leak_line(report))
-    create_markdown_artifact(leak_line(report), key="leaks", description=f"Leaks in {data.dataset}")
-    return report
+    manifest = newest(store, data.dataset).digest
+    return audit_version(data.dataset, manifest, items, config.resources, config.store_url)
 
 
 @task(task_run_name="leaks-{dataset}", cache_policy=NO_CACHE)
