@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.pages import bars, render
 
@@ -37,7 +38,7 @@ def print_card(console: Console, card: dict[str, Any]) -> None:
 
 def page(card: dict[str, Any]) -> bytes:
     """The card as an HTML page."""
-    files = {one["name"].rpartition("/")[2]: one["tokens"] for one in card["files"]}
+    files = {one["name"]: one["tokens"] for one in card["files"]}
     counted = {
         "Documents by length, in tokens": (_lengths(card), "documents"),
         "Documents by dump": (card["dumps"], "documents"),
@@ -77,11 +78,11 @@ def _lengths(card: dict[str, Any]) -> dict[str, int]:
 
 def _table(first: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column(first)
+    table.add_column(first, overflow="fold")  # names of a crawl's files differ at their ends
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows[:MOST_LINES]:
-        table.add_row(row[first], *(f"{row[name]:,}" for name in numbers))
+        table.add_row(Text(row[first]), *(f"{row[name]:,}" for name in numbers))
     if len(rows) > MOST_LINES:
         table.add_row(f"and {len(rows) - MOST_LINES:,} more: --json or --html has them all")
     return table
@@ -94,5 +95,5 @@ def _histogram(title: str, counts: dict[str, int]) -> Table:
     table.add_column("")
     highest = max([*counts.values(), 1])
     for name, count in list(counts.items())[:MOST_BARS]:
-        table.add_row(name, f"{count:,}", "█" * round(BAR_CELLS * count / highest))
+        table.add_row(Text(name), f"{count:,}", "█" * round(BAR_CELLS * count / highest))
     return table

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.color": INK, "axes.labelcolor": INK,
-                         "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "font.size": 10}):  # fmt: skip
+                         "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "font.size": 10,
+                         "text.parse_math": False}):  # fmt: skip  # a file may be called $x$.parquet
         figure = Figure(figsize=(7.2, height), layout="constrained")
         axes = figure.add_subplot()
         plot(axes)
@@ -34,7 +36,9 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
         axes.grid(alpha=0.2, color=INK)
         axes.set_axisbelow(True)
         drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has it
+            figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
