@@ -79,9 +79,10 @@ def _shards(store: Store, dataset: str, before: float, *, leased: bool = False) 
     """What no version of the dataset lists, unless a build may still want it."""
     there = list(store.list(keys.shards(dataset)))  # before the manifests: what is sealed meanwhile is none of these
     prefix, suffix = keys.manifests(dataset), ".json"
-    live = set()
+    live: set[str] = set()
     for found in store.list(prefix):
-        live.update(read_manifest(store, dataset, found.key.removeprefix(prefix).removesuffix(suffix)).shard_ids)
+        version = read_manifest(store, dataset, found.key.removeprefix(prefix).removesuffix(suffix))
+        live.update(version.shard_ids, version.empty)
     dead = [found for found in there if _shard_id(dataset, found.key) not in live]
     newest = max([found.modified for found in dead] + ([] if leased else [last_build(store, dataset)]), default=0.0)
     return dead if newest < before else []

@@ -25,6 +25,8 @@ from storage.sources import SourceFile
 from storage.store import Store, read_json
 from storage.versions import newest
 
+OF_VAL = ("val_loss", "completion")  # evaluations that read the val split; the others read only what was learnt
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -111,7 +113,7 @@ def ancestry(store: Store, one: Asked, checkpoint: int | None, evaluation: str |
     split, windows_used = "train", int(found[step].cursor["next_window"])
     if evaluation:
         facts |= _evaluation(store, run, step, evaluation)
-        split = "val"
+        split = "val" if evaluation in OF_VAL else split
     order, rows = one.order(split), list(one.manifest.rows(split))
     if split == "train":
         facts |= {"windows": windows_used, "epochs": round(windows_used / order.epoch_windows, 4)}
@@ -135,7 +137,8 @@ def _evaluation(store: Store, run: Run, step: int, name: str) -> dict[str, Any]:
     found = read_json(store, keys.evaluation(run.name, step, name))
     if found is None:
         prefix = keys.evaluations(run.name, step)
-        there = sorted(one.key.removeprefix(prefix).removesuffix(".json") for one in store.list(prefix))
+        names = (one.key.removeprefix(prefix) for one in store.list(prefix))
+        there = sorted(one.removesuffix(".json") for one in names if one.endswith(".json"))
         raise ObjectMissing(
             f"run {run.name!r} has no evaluation {name!r} of step {step:,}, found {', '.join(there) or 'none'}. "
             f"Give one of these."

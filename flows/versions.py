@@ -98,7 +98,9 @@ def show(
         found = card(store, asked.data.dataset, find(store, asked.data.dataset, version))
     if html is not None:
         try:
-            html.write_bytes(page(found))
+            part = html.with_name(f"{html.name}.part")
+            part.write_bytes(page(found))
+            part.replace(html)
         except OSError as error:
             raise ValueError(
                 f"--html {html}: {error.strerror}. Give a file in a folder that can be written."
@@ -153,10 +155,12 @@ def trace(
         text = tokenizer.decode([token for token in found.ids.tolist() if token != tokenizer.EOT])
         if as_json:
             facts = found._asdict() | {"ids": found.ids.tolist(), "text": text, "window": number}
-            print(json.dumps(facts))
+            print(json.dumps(facts, default=str))  # ids may be of any type
             continue
         where = found.source + (f" row {found.row:,}" if found.row is not None else f" ({found.why})")
-        named = "".join(f", {name} {value}" for name, value in (("id", found.id), ("url", found.url)) if value)
+        named = "".join(
+            f", {name} {value}" for name, value in (("id", found.id), ("url", found.url)) if value is not None
+        )
         _say(f"window {number}", f"{where}{named}; document {found.document:,} of shard {found.shard_id}")
         shown = text if window is not None else " ".join(text.split())[:160]
         console.print(shown, highlight=False, markup=False, style="dim")
@@ -176,8 +180,8 @@ def export(
     store, asked = _opened(config, overrides)
     manifest = find(store, asked.data.dataset, version)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("export", total=len(manifest.shard_ids))
-        files = write(store, asked.data.dataset, manifest, to, layout, lambda _: progress.advance(bar))
+        bar = progress.add_task("export", total=sum(row.tokens for row in manifest.rows()))
+        files = write(store, asked.data.dataset, manifest, to, layout, lambda tokens: progress.advance(bar, tokens))
     for file in files[:2]:
         _say("export", str(file))
     _say("export", f"{len(files):,} files of {len(manifest.shard_ids):,} shards, manifest {manifest.digest[:12]}")

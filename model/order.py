@@ -64,7 +64,8 @@ class WindowOrder:
         if epoch:
             return [shard for shard, count in enumerate(self.windows_of_shard) if count]
         groups = int(np.searchsorted(self._group_ends(0), place, side="left")) + 1 if place else 0
-        return [int(shard) for shard in sorted(self._shards(0)[: groups * GROUP_SHARDS])]
+        chosen = sorted(self._shards(0)[: groups * GROUP_SHARDS])
+        return [int(shard) for shard in chosen if self.windows_of_shard[shard]]
 
     def in_file_order(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard index and window-in-shard of the chosen windows, counted shard by shard."""

@@ -16,13 +16,17 @@ COUNTED = ("tokens", "documents", "skipped", "filtered", "text_bytes")
 def card(store: Store, dataset: str, manifest: Manifest) -> dict[str, Any]:
     """Totals, each source file's part, documents by dump and by length, what was left out, and the leak report.
 
+    Rows are those of its shards: a file of which a filter keeps nothing has none.
+
     `lengths[n]` counts documents of 2**n up to 2**(n+1) tokens. Raises ObjectMissing when a record is gone.
     """
     files: dict[str, Counter[str]] = {}
     dumps: Counter[str] = Counter()
     lengths: list[int] = []
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
-        for record in pool.map(lambda shard_id: read_record(store, dataset, shard_id), manifest.shard_ids):
+        for record in pool.map(
+            lambda shard_id: read_record(store, dataset, shard_id), [*manifest.shard_ids, *manifest.empty]
+        ):
             _count(record, files.setdefault(record.source, Counter()))
             dumps.update(record.dumps)
             lengths = [ours + theirs for ours, theirs in zip_longest(lengths, record.lengths, fillvalue=0)]
@@ -50,6 +54,6 @@ def card(store: Store, dataset: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _count(record: Record, counts: Counter[str]) -> None:
-    counts["shards"] += 1
+    counts["shards"] += record.tokens > 0
     for name in COUNTED:
         counts[name] += getattr(record, name)

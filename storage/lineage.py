@@ -38,26 +38,23 @@ def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> It
 
     Raises SourceInvalid when the file is not what the shard was made of.
     """
-    column = str(record.recipe.get("text_column", "text"))
-    row_from, row_to = record.recipe["row_from"], record.recipe["row_to"]
-    names = (ID, URL)
     if not wanted:
         return
-    if record.filtered or record.skipped_rows or file.place.endswith(".jsonl"):
-        # JSON lines have no index: those before are read, too.
-        first = 0 if file.place.endswith(".jsonl") else row_from
-        asked = tuple(parse(text) for text in record.recipe.get("filters", []))
-        left_out = frozenset([*record.skipped_rows, *record.recipe.get("left_out", ())])
-        rows = documents.documents(file, column, first, row_to, filters=asked, left_out=left_out, names=names)
-        made = (row for row in rows if row.number >= row_from)
-        for number, row in enumerate(islice(made, max(wanted) + 1)):
-            if number in wanted:
-                yield number, row
-    else:
-        for number in sorted(wanted):
-            row = row_from + number
-            found = documents.documents(file, column, row, row + 1, names=names)
-            yield from ((number, one) for one in found)
+    column = str(record.recipe.get("text_column", "text"))
+    row_from, row_to = record.recipe["row_from"], record.recipe["row_to"]
+    asked = tuple(parse(text) for text in record.recipe.get("filters", []))
+    left_out = frozenset([*record.skipped_rows, *record.recipe.get("left_out", ())])
+    start = 0  # the first document that is read
+    first, last = row_from, row_to
+    if not (record.filtered or record.skipped_rows):  # then row and document go together
+        start = min(wanted)
+        first, last = row_from + start, row_from + max(wanted) + 1
+    read_from = 0 if file.place.endswith(".jsonl") else first  # JSON lines have no index: those before are read, too
+    rows = documents.documents(file, column, read_from, last, filters=asked, left_out=left_out, names=(ID, URL))
+    made = (row for row in rows if row.number >= first)
+    for number, row in enumerate(islice(made, max(wanted) + 1 - start), start):
+        if number in wanted:
+            yield number, row
 
 
 def row_numbers(file: SourceFile, record: Record, wanted: Collection[int]) -> dict[int, int]:
@@ -113,5 +110,5 @@ def _rows(
         return {}, f"{record.source} is not among the files of data.source"
     try:
         return dict(source_rows(locate(store, file), record, wanted)), ""
-    except StorageError as error:
+    except (StorageError, ValueError) as error:  # also a dataset that the Hub shows no more
         return {}, str(error)

@@ -54,7 +54,8 @@ class ShardRow(NamedTuple):
 class Manifest:
     """A dataset's version: its digest, what made it, where its text came from, and its shards in order as columns.
 
-    `source` holds the source files as columns (name, digest, size_bytes) and what the Hub says of their dataset.
+    `source` holds the source files as columns (name, digest, size_bytes) and what the Hub says of their dataset;
+    `empty` are shards of which every document was left out: their records count for the card.
     """
 
     digest: str
@@ -64,6 +65,7 @@ class Manifest:
     totals: dict[str, Any]
     parent: str | None
     columns: dict[str, list[Any]]
+    empty: tuple[str, ...] = ()
 
     @property
     def shard_ids(self) -> list[str]:
@@ -110,7 +112,7 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
             f"manifest {digest} of dataset {dataset!r}: columns of shard names, digests and sizes were expected, found "
             f"{str(wrong[0])[:80]!r}. Do not use it: gpt2 dataset build seals another."
         )
-    return Manifest(digest=digest, columns=value["shards"], **fields)
+    return Manifest(digest=digest, columns=value["shards"], empty=tuple(value.get("empty", ())), **fields)
 
 
 def _wrong(columns: dict[str, list[Any]]) -> list[Any]:
@@ -213,12 +215,13 @@ def seal(
         "parent": None if parent is None else parent.digest,
         "totals": _totals(made, set(val)),
     }
-    body = canonical_json(facts | {"schema": SCHEMA, "shards": columns})
+    empty = tuple(shard_id for shard_id, found in made.items() if not found.tokens)
+    body = canonical_json(facts | {"schema": SCHEMA, "shards": columns} | ({"empty": empty} if empty else {}))
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
         store.put_new(keys.manifest(dataset, digest), body)
     point_latest(store, dataset, digest, None if pointed is None else str(pointed))
-    return Manifest(digest=digest, columns=columns, **facts)
+    return Manifest(digest=digest, columns=columns, empty=empty, **facts)
 
 
 def _pinned_val(store: Store, dataset: str) -> list[str] | None:

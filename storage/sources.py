@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,14 @@ def find(source: str) -> list[str]:
 def identify(place: str | Path) -> SourceFile:
     """The file's name, size and sha256; read only when it has changed since it was identified last."""
     return _identify_object(str(place)) if BUCKET.match(str(place)) else _identify_path(Path(place).absolute())
+
+
+def apart(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """The files, each named from the folder that holds them all: two called the same can be told apart."""
+    if len({file.name for file in files}) == len(files):
+        return tuple(files)
+    common = os.path.commonpath([PurePosixPath(file.place).parent for file in files])
+    return tuple(replace(file, name=str(PurePosixPath(file.place).relative_to(common))) for file in files)
 
 
 def check_distinct(files: Sequence[SourceFile]) -> None:

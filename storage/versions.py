@@ -36,9 +36,8 @@ def find(store: Store, dataset: str, named: str) -> Manifest:
         known = ", ".join(sorted(digest[:12] for digest in there)) or "none"
         raise ObjectMissing(f"dataset {dataset!r} has no version {named!r}, found {known}. See gpt2 dataset log.")
     if len(matching) > 1:
-        raise ValueError(
-            f"version {named!r} of dataset {dataset!r} is one of {len(matching)}. Give more of its digest."
-        )
+        several = ", ".join(sorted(digest[:12] for digest in matching))
+        raise ValueError(f"version {named!r} of dataset {dataset!r} may be {several}. Give more of its digest.")
     return read_manifest(store, dataset, matching[0])
 
 

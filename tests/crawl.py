@@ -1,0 +1,152 @@
+"""Source files as a crawl publishes them (id, url, dump, score), and what a dataset must hold of them.
+
+What is expected is found from the rows alone, in plain Python: it shares nothing with plans, records and shards.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model import tokenizer
+from model.config import RunConfig
+from storage import keys, shards
+from storage.layout import open_store
+from storage.manifest import Manifest, seal
+from storage.mirror import list_source
+from storage.plan import plan_files
+from storage.store import Store
+from tests.making import WORDS, tiny_config
+
+DUMPS = ("CC-MAIN-2024-10", None, "CC-MAIN-2021-04", "CC-MAIN-2024-10", "CC-MAIN-2013-20")
+FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "int_score >= 2": lambda row: row["int_score"] >= 2,
+    "length >= 150": lambda row: row["text"] is not None and len(row["text"]) >= 150,
+}
+GOOD, LONG = (f'data.filters=["{text}"]' for text in FILTERS)
+SKIPPING = "data.on_bad_document=skip"
+BARE = "data.text_column=body"  # of a file that has no other column
+
+
+class Kept(NamedTuple):
+    """A row that counts: its source file's name, its number there, and its columns."""
+
+    source: str
+    row: int
+    columns: dict[str, Any]
+
+    @property
+    def text(self) -> Any:
+        """The document, or what stands there instead."""
+        return self.columns["body" if "body" in self.columns else "text"]
+
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens in a shard."""
+        return [tokenizer.EOT, *tokenizer.encode(self.text).tolist()]
+
+
+def crawled(file: int, number: int, *, bad: bool = False) -> dict[str, Any]:
+    """A row: no two hold the same text, lengths spread over several powers of two, when `bad` some hold none."""
+    words = [WORDS[(file + number * 7 + place * place) % len(WORDS)] for place in range(1 + number * 37 % 120)]
+    return {
+        "id": f"<urn:{file}:{number}>",
+        "text": None if bad and number % 9 == 4 else f"Page {number} of {file}: żółć " + " ".join(words),
+        "url": f"https://example.org/{file}/{number}",
+        "dump": DUMPS[number % len(DUMPS)],
+        "int_score": number % 7,
+    }
+
+
+def write_crawl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as a parquet file of several row groups, or as JSON lines with blank lines between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" + "\n" * (number % 3) for number, row in enumerate(rows)))
+    return path
+
+
+class Crawl:
+    """Some source files with their rows, the configuration of a dataset of them, and its store."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *settings: str,
+        kind: str = "parquet",
+        names: tuple[str, ...] = ("file_0", "file_1"),
+        count: int = 40,
+        bad: bool = False,
+    ) -> None:
+        self.source = folder / "source"
+        self.config: RunConfig = tiny_config(str(folder / "store"), f"{self.source}/**/*.{kind}", *settings)
+        self.store: Store = open_store(self.config.store_url, create=True)
+        self.left_out: set[tuple[str, int]] = set()
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        for file, name in enumerate(names):
+            rows = [crawled(file, number, bad=bad) for number in range(count)]
+            self.write(f"{name}.{kind}", [{"body": row["text"]} for row in rows] if BARE in settings else rows)
+
+    def write(self, name: str, rows: list[dict[str, Any]] | None) -> None:
+        """Let the file hold these rows; None: let it be gone."""
+        if rows is None:
+            del self.rows[name]
+            (self.source / name).unlink()
+        else:
+            self.rows[name] = rows
+            write_crawl(self.source / name, rows)
+
+    def build(self, leaks: Callable[[int, int], list[int]] | None = None) -> Manifest:
+        """Make and seal the dataset; `leaks` names, of a val shard's first row and row to, those that it must lack."""
+        data, identity = self.config.data, tokenizer.identity()
+        shape = data.shape(identity["sha256"])
+        found, _ = list_source(self.store, data.source, data.config, data.revision, "train")
+        jobs = [job for one in plan_files(self.store, data.dataset, found.files, shape) for job in one.jobs()]
+        left_out = {job.shard_id: leaks(*job.rows) for job in jobs[: data.val_shards]} if leaks else {}
+        self.left_out = {(job.source.name, row) for job in jobs for row in left_out.get(job.shard_id, [])}
+        plans = plan_files(self.store, data.dataset, found.files, shape, left_out=left_out)
+        jobs = [job for one in plans for job in one.jobs()]
+        for job in jobs:
+            if not shards.is_done(self.store, data.dataset, job.shard_id):
+                shards.build_shard(self.store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
+        return seal(
+            self.store, data.dataset, [job.shard_id for job in jobs], recipe=shape.recipe(), tokenizer=identity,
+            source=found.described(), binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
+            left_out=left_out,
+        )  # fmt: skip
+
+    def kept(self) -> list[Kept]:
+        """The documents that the dataset must hold, in order."""
+        return [one for one in self._counting() if one.text is not None]
+
+    def skipped(self) -> list[Kept]:
+        """The rows that count and hold no text."""
+        return [one for one in self._counting() if one.text is None]
+
+    def _counting(self) -> list[Kept]:
+        filters = [FILTERS[text] for text in self.config.data.filters]
+        return [
+            Kept(Path(name).name, number, row)
+            for name, rows in sorted(self.rows.items())
+            for number, row in enumerate(rows)
+            if (Path(name).name, number) not in self.left_out and all(keeps(row) for keeps in filters)
+        ]
+
+    def shard_documents(self, manifest: Manifest) -> dict[str, list[Kept]]:
+        """The documents of each shard of a first version: the manifest says only how many."""
+        kept, found = iter(self.kept()), {}
+        for row in manifest.rows():
+            found[row.shard_id] = [next(kept) for _ in range(row.documents)]
+        assert next(kept, None) is None
+        return found
+
+    def ids(self, manifest: Manifest, split: str) -> np.ndarray:
+        """The tokens of a split in order, read from the files of its shards."""
+        names = [keys.shard(self.config.data.dataset, row.shard_id) for row in manifest.rows(split)]
+        return np.concatenate([np.fromfile(str(self.store.local_path(name)), "<u2") for name in names])
