@@ -5,6 +5,7 @@ of 13 words are what GPT-3 was cleaned by (arXiv:2005.14165, appendix C).
 """
 
 import hashlib
+from functools import cache
 
 import numpy as np
 
@@ -13,19 +14,18 @@ DIGEST_BYTES = 16
 BLOCK_BYTES = 1 << 20  # of a text that is hashed at once: 3 arrays of 8 MB
 OVERLAP_BYTES = 1 << 12  # of neighbouring blocks: more than 13 words are long
 BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
+INVERSE = pow(BASE, -1, 1 << 64)
 FILTER_BITS = 24
 _KEPT = bytes(range(ord("0"), ord("9") + 1)) + bytes(range(ord("a"), ord("z") + 1)) + bytes(range(0x80, 0x100))
 _TABLE = bytes(byte if byte in _KEPT else ord(" ") for byte in bytes(range(256)).lower())
 
 
-def _powers(base: int, count: int) -> np.ndarray:
-    powers = np.full(count, base, np.uint64)
+@cache
+def _powers(base: int) -> np.ndarray:
+    """The base to the power of 0, 1, 2, …, as far as a block goes: 8 MB."""
+    powers = np.full(BLOCK_BYTES + OVERLAP_BYTES + 1, base, np.uint64)
     powers[0] = 1
     return np.multiply.accumulate(powers)
-
-
-_UP = _powers(BASE, BLOCK_BYTES + OVERLAP_BYTES + 1)
-_DOWN = _powers(pow(BASE, -1, 1 << 64), BLOCK_BYTES + OVERLAP_BYTES + 1)
 
 
 def normalised(text: bytes) -> bytes:
@@ -59,8 +59,8 @@ def _of_block(words: bytes) -> np.ndarray:
     stops = np.append(spaces, len(letters))[WORDS - 1 :]
     sums = np.empty(len(letters) + 1, np.uint64)
     sums[0] = 0
-    np.cumsum(letters * _UP[: len(letters)], out=sums[1:])
-    hashes: np.ndarray = (sums[stops] - sums[starts]) * _DOWN[starts]
+    np.cumsum(letters * _powers(BASE)[: len(letters)], out=sums[1:])
+    hashes: np.ndarray = (sums[stops] - sums[starts]) * _powers(INVERSE)[starts]
     return hashes
 
 
