@@ -12,7 +12,6 @@ import numpy as np
 WORDS = 13
 DIGEST_BYTES = 16
 BLOCK_BYTES = 1 << 20  # of a text that is hashed at once: 3 arrays of 8 MB
-OVERLAP_BYTES = 1 << 12  # of neighbouring blocks: more than 13 words are long
 BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 INVERSE = pow(BASE, -1, 1 << 64)
 FILTER_BITS = 24
@@ -21,9 +20,9 @@ _TABLE = bytes(byte if byte in _KEPT else ord(" ") for byte in bytes(range(256))
 
 
 @cache
-def _powers(base: int) -> np.ndarray:
-    """The base to the power of 0, 1, 2, …, as far as a block goes: 8 MB."""
-    powers = np.full(BLOCK_BYTES + OVERLAP_BYTES + 1, base, np.uint64)
+def _powers(base: int, count: int) -> np.ndarray:
+    """The base to the power of 0, 1, 2, …"""
+    powers = np.full(count, base, np.uint64)
     powers[0] = 1
     return np.multiply.accumulate(powers)
 
@@ -44,10 +43,30 @@ def ngrams(words: bytes) -> np.ndarray:
     A hash is the run's bytes as a number to a fixed base, modulo 2**64: two different runs have the same one in about
     one of 2**64 pairs.
     """
-    if len(words) <= BLOCK_BYTES:
-        return _of_block(words)
-    starts = range(0, len(words), BLOCK_BYTES)  # a word that is cut at a block's border is in the overlap whole
-    return np.concatenate([_of_block(words[start : start + BLOCK_BYTES + OVERLAP_BYTES]) for start in starts])
+    parts, start = [], 0
+    while True:
+        stop = _end(words, start)
+        parts.append(_of_block(words[start:stop]))
+        if stop == len(words):
+            return np.concatenate(parts)
+        start = stop
+        for _ in range(WORDS - 1):  # the next block begins with the last twelve words of this one
+            start = words.rindex(b" ", 0, start)
+        start += 1
+
+
+def _end(words: bytes, start: int) -> int:
+    """Where a block ends: behind a word, BLOCK_BYTES on, or further where that is not twice 13 words."""
+    if len(words) - start <= BLOCK_BYTES:
+        return len(words)
+    stop = words.rfind(b" ", start, start + BLOCK_BYTES)
+    if stop < 0 or words.count(b" ", start, stop) < 2 * WORDS:
+        stop = start
+        for _ in range(2 * WORDS):
+            stop = words.find(b" ", stop + 1)
+            if stop < 0:
+                return len(words)
+    return stop
 
 
 def _of_block(words: bytes) -> np.ndarray:
@@ -57,10 +76,11 @@ def _of_block(words: bytes) -> np.ndarray:
         return np.empty(0, np.uint64)
     starts = np.append(0, spaces + 1)[: len(spaces) - WORDS + 2]
     stops = np.append(spaces, len(letters))[WORDS - 1 :]
+    count = 1 << len(letters).bit_length()  # of few sizes, so that the tables are made once
     sums = np.empty(len(letters) + 1, np.uint64)
     sums[0] = 0
-    np.cumsum(letters * _powers(BASE)[: len(letters)], out=sums[1:])
-    hashes: np.ndarray = (sums[stops] - sums[starts]) * _powers(INVERSE)[starts]
+    np.cumsum(letters * _powers(BASE, count)[: len(letters)], out=sums[1:])
+    hashes: np.ndarray = (sums[stops] - sums[starts]) * _powers(INVERSE, count)[starts]
     return hashes
 
 
