@@ -152,7 +152,8 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make what the sources need and the store lacks, then seal; nothing new gives no new version."""
     data = config.data
     check_binding(store, data.dataset, data.binding(tokenizer.identity()["sha256"]))
-    plans = downloaded.plans
+    left_out = pinned_left_out(store, data.dataset)
+    plans = [replace(one, left_out=left_out or {}) for one in downloaded.plans]
     planned = [shard_id for one in plans for shard_id in one.shard_ids]
     _check_planned(planned, data, downloaded)
     claim(store, data.dataset, "build")  # before anything that is there is counted on
@@ -167,7 +168,6 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
         )
     if latest:
         check_rebuilt(store, data.dataset, latest, missing)
-    left_out = pinned_left_out(store, data.dataset)
     if left_out is None and data.drop_val_leaks:
         plans, left_out = _without_leaks(store, config, plans, planned)
         planned = [shard_id for one in plans for shard_id in one.shard_ids]

@@ -83,7 +83,7 @@ def _looks(
     # Not forked: the process that asks has threads, and may hold a lock of one of them.
     context = multiprocessing.get_context("spawn")
     asked = (store_url, dataset, decode, grams)
-    with ProcessPoolExecutor(min(workers, len(rows)), context, initializer=_begin, initargs=asked) as pool:
+    with ProcessPoolExecutor(max(min(workers, len(rows)), 1), context, initializer=_begin, initargs=asked) as pool:
         for start in range(0, len(rows), WINDOW):
             yield from pool.map(_look, rows[start : start + WINDOW])
 

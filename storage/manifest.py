@@ -194,6 +194,10 @@ def seal(
     val = _pinned_val(store, dataset)
     if val is None:
         val = planned[:val_shards]
+    elif pinned_left_out(store, dataset) != (left_out or {}):  # a shard as this builder made it would be of train
+        raise Conflict(
+            f"dataset {dataset!r}: another builder sealed a val split that lacks other rows. Run the command again."
+        )
     asked = set(planned)
     listed = [shard_id for shard_id in val if shard_id not in asked] + planned
     finished = shards.done(store, dataset, listed, parent.made if parent else {})
