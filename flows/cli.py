@@ -84,7 +84,9 @@ def retry(
 
     --config says where the store is; --set changes what differs now, as resources.workers=1.
     """
-    store_url = load_config(config, overrides or []).store_url
+    # The other settings need not fit the defaults, only what was asked for.
+    place = [override for override in overrides or [] if override.partition("=")[0].strip() == "store_url"]
+    store_url = load_config(config, place).store_url
     store = open_store(store_url)
     for key, is_run in ((keys.run_asked(name), True), (keys.dataset_asked(name), False)):
         if (asked := read_json(store, key)) is not None:

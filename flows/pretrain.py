@@ -13,18 +13,22 @@ from flows.evaluate import evaluate
 from flows.report import report
 from flows.tokenise import tokenise
 from flows.train import Trained, train
+from model import tokenizer
 from model.config import RunConfig
 from model.job import JobFailed, JobRefused
 from model.run import note_asked, pinned_run
 from storage import keys
 from storage.layout import open_store
+from storage.manifest import check_binding
+from storage.store import Store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Bring a run from source files to a report. Run again, it goes on where it stood."""
     store = open_store(config.store_url, create=True)
-    pinned_run(store, config)  # refuses other settings before they are kept
+    if pinned_run(store, config) is None:  # refuses other settings before they are kept
+        _check_binding(store, config)
     note_asked(store, keys.run_asked(config.name), config)
     downloaded = download(config)
     version = tokenise(config, downloaded)
@@ -35,7 +39,9 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
-    note_asked(open_store(config.store_url, create=True), keys.dataset_asked(config.data.dataset), config)
+    store = open_store(config.store_url, create=True)
+    _check_binding(store, config)
+    note_asked(store, keys.dataset_asked(config.data.dataset), config)
     downloaded = download(config, with_items=config.resources.audit)  # of these only a leak report has need
     version = tokenise(config, downloaded)
     return str(version.manifest)
@@ -45,6 +51,10 @@ def build_dataset(config: RunConfig) -> str:
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint and write its report."""
     return _evaluate_and_report(config, None)
+
+
+def _check_binding(store: Store, config: RunConfig) -> None:
+    check_binding(store, config.data.dataset, config.data.binding(tokenizer.identity()["sha256"]))
 
 
 def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str, Any]:
