@@ -15,6 +15,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,25 +89,30 @@ def postgresql(folder: Path) -> Iterator[str]:
     folder.mkdir()
     folder.parent.chmod(0o755)  # of another user, who has to get in
     (folder / "password").write_text(password := secrets.token_hex(16))
-    as_user = []
+    words = ["setpriv", "--pdeathsig=INT"]  # it ends with the benchmark, however that ends
     if os.geteuid() == 0:
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        words += ["--reuid=postgres", "--regid=postgres", "--clear-groups"]
         for path in (folder, folder / "password"):
             shutil.chown(path, "postgres", "postgres")
-
-    def run(program: str, *words: str) -> None:
-        done = subprocess.run([*as_user, programs / program, *words], cwd=folder, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-
     data, port = str(folder / "data"), free_port()
-    run("initdb", "-D", data, "-U", "prefect", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync",
-        f"--pwfile={folder / 'password'}")  # fmt: skip
-    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories="
-    run("pg_ctl", "-D", data, "-l", str(folder / "log"), "-w", "-o", options, "start")
+    initialise = [programs / "initdb", "-D", data, "-U", "prefect", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync"]
+    done = subprocess.run([*words, *initialise, f"--pwfile={folder / 'password'}"], cwd=folder, capture_output=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
+    options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([*words, programs / "postgres", "-D", data, *options], cwd=folder, stderr=log)
     try:
+        while subprocess.run(
+            [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)], check=False
+        ).returncode:
+            assert server.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
         yield f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/postgres"
     finally:
-        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        server.send_signal(signal.SIGINT)  # a fast shutdown
+        server.wait()
 
 
 def open_manifest(url: str, digest: str) -> tuple[Phase, int]:
