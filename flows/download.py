@@ -115,11 +115,29 @@ def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
     found = list_files(data, config.store_url)
     check_distinct(found.files)
     plans, failed = _limited(config, store, found) if data.max_tokens else _all(config, store, found)
+    if run is None and not failed:
+        _check_planned(data, plans)
     wanted = config.evaluation.hellaswag if with_items else ""
     items = mirror_items(wanted, config.store_url) if wanted else None
     size_bytes = sum(one.file.size_bytes for one in plans)
     say("download", f"{len(plans):,} of {len(found.files):,} source files, {size_bytes / 1e6:,.1f} MB")
     return Downloaded(plans, found.origin, items, failed)
+
+
+def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
+    """Raise ValueError when the source gives too few shards: before anything of it is kept or made."""
+    planned = sum(len(one.row_ends) for one in plans)
+    if not planned:
+        raise ValueError(
+            f"data.source = {data.source!r}: documents were asked for, found {len(plans)} files without a "
+            f"single row{' that data.filters keeps' if data.filters else ''}. Give files that hold text."
+        )
+    if planned <= data.val_shards:
+        raise ValueError(
+            f"data.val_shards = {data.val_shards}: the source gives {planned} shards of up to "
+            f"{data.shard_tokens:,} tokens, so none would be left to train on. Use fewer data.val_shards or smaller "
+            f"data.shard_tokens."
+        )
 
 
 def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan], list[str]]:

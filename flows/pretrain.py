@@ -29,8 +29,8 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses other settings before they are kept
         _check_binding(store, config)
-    note_asked(store, keys.run_asked(config.name), config)
     downloaded = download(config)
+    note_asked(store, keys.run_asked(config.name), config)  # a source that cannot be read leaves nothing behind
     version = tokenise(config, downloaded)
     trained = train(config, version)
     return _evaluate_and_report(config, trained)
@@ -41,8 +41,8 @@ def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
     store = open_store(config.store_url, create=True)
     _check_binding(store, config)
-    note_asked(store, keys.dataset_asked(config.data.dataset), config)
     downloaded = download(config, with_items=config.resources.audit)  # of these only a leak report has need
+    note_asked(store, keys.dataset_asked(config.data.dataset), config)
     version = tokenise(config, downloaded)
     return str(version.manifest)
 

@@ -155,7 +155,6 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     left_out = pinned_left_out(store, data.dataset)
     plans = [replace(one, left_out=left_out or {}) for one in downloaded.plans]
     planned = [shard_id for one in plans for shard_id in one.shard_ids]
-    _check_planned(planned, data, downloaded)
     claim(store, data.dataset, "build")  # before anything that is there is counted on
     latest = latest_manifest(store, data.dataset)
     finished = shards.done(store, data.dataset, planned, latest.made if latest else {})
@@ -191,20 +190,6 @@ def _without_leaks(
     again = {shard_id for one in plans for shard_id in one.shard_ids} - set(planned)
     _run_missing(config, plans, again - set(shards.done(store, data.dataset, again, {})), len(planned))
     return plans, left_out
-
-
-def _check_planned(planned: list[str], data: DataConfig, downloaded: Downloaded) -> None:
-    if not planned and not downloaded.failed:
-        raise ValueError(
-            f"data.source = {data.source!r}: documents were asked for, found {len(downloaded.plans)} files without a "
-            f"single row{' that data.filters keeps' if data.filters else ''}. Give files that hold text."
-        )
-    if len(planned) <= data.val_shards and not downloaded.failed:
-        raise ValueError(
-            f"data.val_shards = {data.val_shards}: the source gives {len(planned)} shards of up to "
-            f"{data.shard_tokens:,} tokens, so none would be left to train on. Use fewer data.val_shards or smaller "
-            f"data.shard_tokens."
-        )
 
 
 def _mend(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> Manifest:

@@ -26,6 +26,7 @@ from storage.plan import ShardJob
 from storage.store import Body, Store, read_json
 
 DTYPE = np.dtype("<u2")  # gpt2's 50,257 ids fit 16 bits; little-endian whatever the host
+BUFFER_TOKENS = 1 << 24  # more than a full shard has: growing would hold two copies
 RECORDS_AT_ONCE = 16  # of a bucket each is a round trip of 3 ms and more
 RECORDS_IN_FLIGHT = 1_000  # asked for at once: 130,000 futures would take 200 MB
 
@@ -231,7 +232,7 @@ def _tokenise(
     """Token ids with `eot` before each document, and what the record says of them; one buffer a shard."""
     file = locate(store, job.source)
     row_from, row_to = job.rows
-    buffer = np.empty(1 << 16, DTYPE)
+    buffer = np.empty(BUFFER_TOKENS, DTYPE)  # memory that nobody touches is none
     used = text_bytes = kept = 0
     skipped_rows: list[int] = []
     lengths: list[int] = []

@@ -71,7 +71,7 @@ def forget_prefect(api: str) -> None:
 
 
 def killed(*_: Any) -> None:
-    raise KeyboardInterrupt
+    raise RuntimeError("killed before the seal")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
         for number, part in enumerate((texts()[:30], texts()[30:])):
             write_parquet(folder / "source" / f"file_{number}.parquet", part)
         config = tiny_config(str(folder / "store"), str(folder / "source"), *SETTINGS, "resources.workers=1")
-        with patch.context() as dying, pytest.raises(KeyboardInterrupt):
+        with patch.context() as dying, pytest.raises(RuntimeError, match="killed"):
             dying.setattr(stage, "seal_dataset", killed)
             build_dataset(config)
         assert latest_manifest(open_store(config.store_url), DATASET) is None
