@@ -4,9 +4,10 @@ A file whose shards are all made is neither fetched nor read again: its plan is 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,17 @@ FILES_AT_ONCE = 4  # connections to the Hub: it answers a crowd with 429, and fo
 PLANS_AT_ONCE = 16  # of a bucket each is a round trip
 
 
-@dataclass(frozen=True)
 class Downloaded:
     """The plan of each source file in order, what the Hub says of their dataset, the key of the HellaSwag items where
-    some are given, and why files could not be had."""
+    some are given, and why files could not be had.
 
-    plans: list[FilePlan]
-    origin: dict[str, str]
-    items: str | None
-    failed: list[str]
+    No dataclass: Prefect would write all of it into the flow run's parameters, which it limits to 512 KiB.
+    """
+
+    __slots__ = ("failed", "items", "origin", "plans")
+
+    def __init__(self, plans: list[FilePlan], origin: dict[str, str], items: str | None, failed: list[str]) -> None:
+        self.plans, self.origin, self.items, self.failed = plans, origin, items, failed
 
 
 @task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
@@ -58,15 +61,17 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
     task_run_name="file-{file.name}", cache_policy=NO_CACHE,
     retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
 )  # fmt: skip
-def prepare_file(file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, come: Counter[str]) -> FilePlan:
+def prepare_file(
+    file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, come: Callable[[str, int], None]
+) -> FilePlan:
     """Bring a file of the Hub into the store, then plan it. `come` is told the bytes that are there."""
     store, shape = open_store(store_url), _shape(data)
-    located = mirror(store, file, partial(come.__setitem__, file.digest)) if data.mirror else locate(store, file)
+    located = mirror(store, file, partial(come, file.digest)) if data.mirror else locate(store, file)
     planned = read_plan(store, data.dataset, file, shape, limit_tokens)
     if planned is None:
         planned = replace(plan_file(located, shape, limit_tokens), file=file)
         keep_plan(store, data.dataset, planned, limit_tokens)
-    come[file.digest] = file.size_bytes
+    come(file.digest, file.size_bytes)
     return planned
 
 
@@ -157,9 +162,9 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
     errors: list[BaseException] = []
     for file, error, future in in_window(
         asked,
-        lambda file: prepare_file.submit(file, data, config.store_url, 0, come),
+        lambda file: prepare_file.submit(file, data, config.store_url, 0, come.__setitem__),
         FILES_AT_ONCE * 4,
-        lambda: bar.to(sum(come.values()) // 1_000_000),
+        lambda: bar.to(sum(list(come.values())) // 1_000_000),
     ):
         if error is None:
             plans[file] = replace(future.result(), left_out=left_out)
@@ -178,7 +183,7 @@ def _limited(config: RunConfig, store: Store, found: Listing) -> tuple[list[File
     come: Counter[str] = Counter()
 
     def make(file: SourceFile, limit_tokens: int) -> FilePlan:
-        return prepare_file(file, data, config.store_url, limit_tokens, come)
+        return prepare_file(file, data, config.store_url, limit_tokens, come.__setitem__)
 
     left_out = pinned_left_out(store, data.dataset)
     return list(plan_files(store, data.dataset, found.files, _shape(data), make, left_out)), []

@@ -1,4 +1,4 @@
-"""The extra `fast`: riptoken's ids, 2.2 times as fast as tiktoken's. In every shard some are compared with tiktoken's.
+"""The extra `fast`: riptoken's ids, faster than tiktoken's. In every shard some are compared with tiktoken's.
 
 tiktoken decides: where one document differs, the whole shard is made with tiktoken.
 """
@@ -12,6 +12,11 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
 
+# riptoken 0.2.4 merges pieces of more than 500 bytes in another order than tiktoken; a piece may begin with a space.
+LONG_WORD, LONG_SPACE = b"x" * 499, b" " * 499
+_WHITE = b" \t\n\r\x0b\x0c"
+_WORDS = bytes(ord(" ") if byte in _WHITE else ord("x") for byte in range(256))
+_SPACES = bytes(ord(" ") if byte in _WHITE or byte > 127 else ord("x") for byte in range(256))  # U+00A0 and others, too
 COMPARED = 64  # of a shard: documents 1, 2, 4, 8, …, and every 64th: 3 % more work
 
 
@@ -29,6 +34,9 @@ def encoder() -> Callable[[str], np.ndarray]:
     def encode(text: str) -> np.ndarray:
         nonlocal number
         number += 1
+        body = text.encode(errors="surrogatepass")
+        if LONG_WORD in body.translate(_WORDS) or LONG_SPACE in body.translate(_SPACES):
+            return tokenizer.encode(text)
         try:
             ids = np.array(core.encode_ordinary(text), np.uint32)
         except UnicodeEncodeError:  # a lone surrogate, which tiktoken takes

@@ -139,7 +139,8 @@ def _batches(parquet: pq.ParquetFile, columns: list[str], groups: list[int] | No
 
 def _leaf(parquet: pq.ParquetFile, name: str) -> int:
     """Where a column of no nested type stands in a row group, which counts the leaves of nested ones."""
-    return next(index for index in range(len(parquet.schema)) if parquet.schema.column(index).path == name)
+    group = parquet.metadata.row_group(0)  # `parquet.schema` keeps the footer, 8 MB, until Python collects garbage
+    return next(index for index in range(group.num_columns) if group.column(index).path_in_schema == name)
 
 
 def _check_text(parquet: pq.ParquetFile, place: str, text_column: str, *, strict: bool) -> None:
@@ -156,8 +157,10 @@ def _check_text(parquet: pq.ParquetFile, place: str, text_column: str, *, strict
             f"{place}: column {text_column!r} should hold strings, found {found}. "
             f"Name the right one: --set data.text_column=… (found {', '.join(names)})."
         )
-    for group in range(parquet.num_row_groups if strict else 0):
-        statistics = parquet.metadata.row_group(group).column(_leaf(parquet, text_column)).statistics
+    groups = parquet.num_row_groups if strict else 0
+    leaf = _leaf(parquet, text_column) if groups else 0
+    for group in range(groups):
+        statistics = parquet.metadata.row_group(group).column(leaf).statistics
         if statistics is not None and statistics.has_null_count and statistics.null_count:
             raise SourceInvalid(
                 f"{place}: column {text_column!r} should hold text in every row, found {statistics.null_count} null in "
@@ -168,10 +171,15 @@ def _check_text(parquet: pq.ParquetFile, place: str, text_column: str, *, strict
 def _parquet_tokens(parquet: pq.ParquetFile, text_column: str) -> np.ndarray:
     names = parquet.schema_arrow.names
     if "token_count" in names and pa.types.is_integer(parquet.schema_arrow.field("token_count").type):
-        counts = [part.column(0) for part in _batches(parquet, ["token_count"])]
-        if not any(part.null_count for part in counts):
-            known = [np.empty(0, np.int64), *(part.to_numpy() for part in counts)]
-            counted: np.ndarray = np.clip(np.concatenate(known), 0, 2**31).astype(np.int64) + EOT_TOKENS
+        counted, row = np.empty(parquet.metadata.num_rows, np.int64), 0
+        for part in _batches(parquet, ["token_count"]):
+            if part.column(0).null_count:
+                break
+            counted[row : row + part.num_rows] = part.column(0).to_numpy()
+            row += part.num_rows
+        else:
+            np.clip(counted, 0, 2**31, out=counted)
+            counted += EOT_TOKENS
             return counted
     estimates = [np.empty(0, np.int64)]
     for index in range(parquet.num_row_groups):

@@ -46,7 +46,7 @@ class FolderStore:
                     f"object {key!r} of store {self.url!r}: at most {limit_bytes:,} bytes were expected, found "
                     f"{size:,}. Something else was put there: delete it, then run the command that made it again."
                 )
-            body = file.read(limit_bytes)
+            body = file.read(size)  # a buffer is made for what is asked, 64 MiB if that is the limit
         digest = sha256(body)
         return Object(body, digest, digest)
 

@@ -25,6 +25,7 @@ SUFFIXES = (".parquet", ".jsonl")
 REMEMBERED = Path.home() / ".cache" / "gpt2-pipeline" / "digests"
 BUCKET = re.compile(r"(s3(?:\+http)?)://([^/]+)/(.+)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PIECE_BYTES = 1 << 20  # of a file of this host
 READ_BYTES = 1 << 25  # a request of a bucket: 32 MiB
 
 
@@ -159,7 +160,7 @@ def _identify_path(path: Path) -> SourceFile:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
+        while piece := file.read(PIECE_BYTES):
             yield piece
 
 
