@@ -55,14 +55,12 @@ def verify(
     """
     from model import tokenizer
     from storage import keys
-    from storage.manifest import latest_manifest
     from storage.verify import check_documents, check_fully, check_quickly, check_versions
+    from storage.versions import newest
 
     asked = load_config(config, overrides or [])
     store, name = open_store(asked.store_url), asked.data.dataset
-    manifest = latest_manifest(store, name)
-    if manifest is None:
-        raise ValueError(f"dataset {name!r} was never sealed in {asked.store_url!r}. Run gpt2 dataset build.")
+    manifest = newest(store, name)
     if as_json and repair:
         raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
     files = _files(store, asked.data) if deep or repair else []

@@ -19,6 +19,7 @@ from storage.host_cache import HostCache
 from storage.lease import claim, holds, last_build, release
 from storage.manifest import read_manifest
 from storage.store import Stat, Store, clock
+from storage.versions import digests
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
 def _shards(store: Store, dataset: str, before: float, *, leased: bool = False) -> list[Stat]:
     """What no version of the dataset lists, unless a build may still want it."""
     there = list(store.list(keys.shards(dataset)))  # before the manifests: what is sealed meanwhile is none of these
-    prefix, suffix = keys.manifests(dataset), ".json"
     live: set[str] = set()
-    for found in store.list(prefix):
-        version = read_manifest(store, dataset, found.key.removeprefix(prefix).removesuffix(suffix))
+    for digest in digests(store, dataset):
+        version = read_manifest(store, dataset, digest)
         live.update(version.shard_ids, version.empty)
     dead = [found for found in there if _shard_id(dataset, found.key) not in live]
     newest = max([found.modified for found in dead] + ([] if leased else [last_build(store, dataset)]), default=0.0)

@@ -133,6 +133,7 @@ def trace(
     name (--set name=…); where none was started, its settings on the dataset's newest version.
     """
     from flows import trace as lineage
+    from model import tokenizer
 
     store, wanted = _opened(config, overrides)
     one = lineage.asked(store, wanted)
@@ -150,8 +151,6 @@ def trace(
     size = one.train.batch_windows
     first, count = (window, 1) if window is not None else ((step or 0) * size, size)
     for number, found in lineage.windows(store, wanted, one, split, first, count):
-        from model import tokenizer
-
         text = tokenizer.decode([token for token in found.ids.tolist() if token != tokenizer.EOT])
         if as_json:
             facts = found._asdict() | {"ids": found.ids.tolist(), "text": text, "window": number}

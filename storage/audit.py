@@ -17,7 +17,7 @@ from storage import likeness
 from storage.layout import open_store
 from storage.likeness import Wanted
 from storage.manifest import ShardRow
-from storage.shards import DTYPE, read_shard
+from storage.shards import DTYPE, document_bounds, read_shard
 from storage.store import Store
 
 Decode = Callable[[list[int]], bytes]
@@ -42,16 +42,13 @@ class Repeated(NamedTuple):
 def look(store: Store, dataset: str, row: ShardRow, decode: Decode, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
     """A shard's documents as SEEN (an empty one is like no other), and the wanted hashes that occur in it."""
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
-    starts = np.flatnonzero(ids == ids[0])  # every document begins with EOT
-    seen, hits = np.zeros(len(starts), SEEN), []
-    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
-        words = likeness.normalised(decode(ids[start + 1 : stop].tolist()))
-        name = likeness.digest_of(words)
-        seen[number] = (int.from_bytes(name[:8], "little"), int.from_bytes(name[8:], "little"), 0, number)
-        if not words:
-            seen[number]["document"] = np.iinfo(np.uint32).max
-        hits.append(wanted.among(likeness.ngrams(words)))
-    return seen[seen["document"] != np.iinfo(np.uint32).max], np.unique(np.concatenate(hits))
+    seen, hits = [], [np.empty(0, np.uint64)]
+    for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
+        if words := likeness.normalised(decode(ids[start + 1 : stop].tolist())):
+            name = likeness.digest_of(words)
+            seen.append((int.from_bytes(name[:8], "little"), int.from_bytes(name[8:], "little"), 0, number))
+            hits.append(wanted.among(likeness.ngrams(words)))
+    return np.array(seen, SEEN), np.unique(np.concatenate(hits))
 
 
 def audit(

@@ -6,11 +6,12 @@ The order is the one of a build: what is named comes before what names it, so a 
 from contextlib import suppress
 
 from storage import keys
-from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
+from storage.errors import AlreadyExists, DatasetMismatch
 from storage.lease import claim
-from storage.manifest import Manifest, ShardRow, latest_manifest, point_latest, read_manifest
+from storage.manifest import ShardRow, point_latest
 from storage.shards import done, put_shard, read_shard
 from storage.store import Store, read_json
+from storage.versions import history
 
 
 class Copying:
@@ -21,11 +22,8 @@ class Copying:
 
     def __init__(self, source: Store, target: Store, dataset: str) -> None:
         self._source, self._target, self._dataset = source, target, dataset
-        newest = latest_manifest(source, dataset)
-        if newest is None:
-            raise ObjectMissing(f"dataset {dataset!r} was never sealed in {source.url!r}. Run gpt2 dataset build.")
-        self.manifest = newest
-        self._versions = [newest, *_ancestors(source, dataset, newest)]
+        self._versions = list(history(source, dataset))
+        self.manifest = self._versions[0]
         self._check_target()
         claim(target, dataset, "build")
         rows = {row.shard_id: row for version in self._versions for row in version.rows()}
@@ -62,10 +60,3 @@ class Copying:
     def _copy(self, key: str) -> None:
         with suppress(AlreadyExists):  # create-only, so it is the same: `_check_target` has looked
             self._target.put_new(key, self._source.read(key).body)
-
-
-def _ancestors(store: Store, dataset: str, manifest: Manifest) -> list[Manifest]:
-    found: list[Manifest] = []
-    while (parent := (found[-1] if found else manifest).parent) is not None:
-        found.append(read_manifest(store, dataset, parent))
-    return found

@@ -84,9 +84,14 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
     folder = _common_folder(names)
     entries = _patiently(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, folder))
     return tuple(
-        SourceFile(name, entries[name].size, _published(entries[name]), f"{SCHEME}{dataset}@{commit}/{name}")
+        SourceFile(name, entries[name].size, _published(entries[name]), place_of(dataset, commit, name))
         for name in names
     )
+
+
+def place_of(dataset: str, commit: str, name: str) -> str:
+    """Where a file of a dataset lies at a commit."""
+    return f"{SCHEME}{dataset}@{commit}/{name}"
 
 
 def read_range(place: str, start: int, length: int) -> bytes:

@@ -12,7 +12,7 @@ from storage.errors import StorageError
 from storage.filters import parse
 from storage.manifest import Manifest, ShardRow
 from storage.mirror import locate
-from storage.shards import Record, read_record
+from storage.shards import Record, document_bounds, read_record
 from storage.sources import SourceFile
 from storage.store import Store
 
@@ -69,10 +69,11 @@ def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     origin = manifest.source
     if "commit" not in origin:
         return {}
-    place = f"{hub.SCHEME}{origin['dataset']}@{origin['commit']}/"
     columns = (origin["files"][name] for name in ("name", "size_bytes", "digest"))
-    found = (SourceFile(name, size, digest, place + name) for name, size, digest in zip(*columns, strict=True))
-    return {file.digest: file for file in found}
+    return {
+        digest: SourceFile(name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name))
+        for name, size_bytes, digest in zip(*columns, strict=True)
+    }
 
 
 def trace(
@@ -88,8 +89,7 @@ def trace(
     `files` are the source files that are at hand, by digest.
     """
     record = read_record(store, dataset, row.shard_id)
-    starts = np.flatnonzero(ids == ids[0])  # every document begins with EOT
-    stops = np.append(starts[1:], len(ids))
+    starts, stops = document_bounds(ids)
     touched = [
         range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, stop, side="left")))
         for first, stop in spans

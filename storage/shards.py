@@ -162,19 +162,21 @@ def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[st
     reference of each shard: a flow over 130,000 of them stays small.
     """
     asked = {shard_id: number for number, shard_id in enumerate(shard_ids)}
-    sizes, recorded = np.full(len(asked), -1, np.int64), np.zeros(len(asked), bool)
+    sizes, has_record = np.full(len(asked), -1, np.int64), np.zeros(len(asked), bool)
     for shard_id, is_record, size_bytes in _listed(store, dataset):
         number = asked.get(shard_id)
         if number is not None and is_record:
-            recorded[number] = True
+            has_record[number] = True
         elif number is not None:
             sizes[number] = size_bytes
     found: dict[str, Made] = {}
-    there = (shard_id for shard_id, number in asked.items() if recorded[number])
+    there = (shard_id for shard_id, number in asked.items() if has_record[number])
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         while window := list(islice(there, RECORDS_IN_FLIGHT)):
-            read = pool.map(lambda one: known.get(one) or read_record(store, dataset, one).made, window)
-            for shard_id, made in zip(window, read, strict=True):
+            unknown = [shard_id for shard_id in window if shard_id not in known]
+            read = dict(zip(unknown, pool.map(lambda one: read_record(store, dataset, one).made, unknown), strict=True))
+            for shard_id in window:
+                made = known.get(shard_id) or read[shard_id]
                 if sizes[asked[shard_id]] == made.tokens * DTYPE.itemsize:
                     found[shard_id] = made
     return found
@@ -224,6 +226,12 @@ def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: s
         f"shard {shard_id!r} of dataset {dataset!r}: expected sha256 {sha256}, found {found.sha256} "
         f"({len(found.body) // DTYPE.itemsize:,} of {tokens:,} tokens). {rebuild}"
     )
+
+
+def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each document of a shard begins, at the EOT that all of them begin with, and where it ends."""
+    starts = np.flatnonzero(ids == ids[0])
+    return starts, np.append(starts[1:], len(ids))
 
 
 def _tokenise(

@@ -15,7 +15,7 @@ from storage.errors import ObjectMissing, StorageError
 from storage.lineage import source_rows
 from storage.manifest import Manifest, ShardRow, read_manifest
 from storage.mirror import locate
-from storage.shards import DTYPE, Made, read_record, read_shard
+from storage.shards import DTYPE, Made, document_bounds, read_record, read_shard
 from storage.sources import SourceFile
 from storage.store import Store
 
@@ -97,7 +97,7 @@ def check_documents(
         try:
             ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
             record = read_record(store, dataset, row.shard_id)
-            starts = np.flatnonzero(ids == ids[0])  # every document begins with EOT
+            starts, stops = document_bounds(ids)
             if len(starts) != row.documents:
                 yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
                 continue
@@ -105,7 +105,6 @@ def check_documents(
             if file is None:
                 yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
                 continue
-            stops = np.append(starts[1:], len(ids))
             for document, text in source_rows(locate(store, file), record, here.tolist()):
                 found = ids[starts[document] + 1 : stops[document]]
                 same = np.array_equal(found, encode(text.text))

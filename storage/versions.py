@@ -17,20 +17,31 @@ def newest(store: Store, dataset: str) -> Manifest:
     return found
 
 
-def line(store: Store, dataset: str) -> Iterator[tuple[Manifest, float]]:
-    """The newest version and its ancestors, newest first, each with the time (Unix seconds) when it was sealed."""
+def history(store: Store, dataset: str) -> Iterator[Manifest]:
+    """The newest version and its ancestors, newest first. Raises ObjectMissing when the dataset was never sealed."""
     version: Manifest | None = newest(store, dataset)
     while version is not None:
-        yield version, store.stat(keys.manifest(dataset, version.digest)).modified
+        yield version
         version = read_manifest(store, dataset, version.parent) if version.parent else None
+
+
+def line(store: Store, dataset: str) -> Iterator[tuple[Manifest, float]]:
+    """The same, each with the time (Unix seconds) when it was sealed."""
+    for version in history(store, dataset):
+        yield version, store.stat(keys.manifest(dataset, version.digest)).modified
+
+
+def digests(store: Store, dataset: str) -> list[str]:
+    """Every version that lies in the store, of whatever line, in no order."""
+    prefix = keys.manifests(dataset)
+    return [found.key.removeprefix(prefix).removesuffix(".json") for found in store.list(prefix)]
 
 
 def find(store: Store, dataset: str, named: str) -> Manifest:
     """The version whose digest begins so; `latest` is the newest. Raises ObjectMissing, and ValueError for several."""
     if named == "latest":
         return newest(store, dataset)
-    prefix = keys.manifests(dataset)
-    there = [found.key.removeprefix(prefix).removesuffix(".json") for found in store.list(prefix)]
+    there = digests(store, dataset)
     matching = [digest for digest in there if digest.startswith(named)]
     if not matching:
         known = ", ".join(sorted(digest[:12] for digest in there)) or "none"

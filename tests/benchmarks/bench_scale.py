@@ -43,6 +43,7 @@ from storage.shards import Record
 from storage.store import Store
 from tests.benchmarks import phases
 from tests.benchmarks.phases import Phase, build_alone, surroundings
+from tests.flows.console import poll
 
 DATASET, SOURCE = "edu", "org/edu"
 SHARD_TOKENS = 10_000_000
@@ -104,11 +105,9 @@ def postgresql(folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([*words, programs / "postgres", "-D", data, *options], cwd=folder, stderr=log)
     try:
-        while subprocess.run(
-            [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)], check=False
-        ).returncode:
-            assert server.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
+        ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+        poll(lambda: server.poll() is not None or subprocess.run(ready, check=False).returncode == 0)
+        assert server.poll() is None, (folder / "log").read_text()
         yield f"postgresql+asyncpg://prefect:{password}@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)  # a fast shutdown
