@@ -14,7 +14,7 @@ from flows.audit import audit_version, find_leaks
 from flows.download import Downloaded
 from flows.progress import Bar, say
 from flows.tasks import in_window, passes, transient, workers
-from model import fast_tokenizer, tokenizer
+from model import tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
 from model.job import note_failure
 from model.run import Run, pinned_run
@@ -32,7 +32,6 @@ from storage.manifest import (
     seal,
 )
 from storage.plan import FilePlan, ShardJob
-from storage.shards import Record
 from storage.sources import Listing
 from storage.store import Store
 
@@ -58,13 +57,13 @@ class DatasetVersion:
     retry_jitter_factor=0.5,
     retry_condition_fn=transient,
 )
-def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str, fast: bool = False) -> Any:  # noqa: ARG001  # `name` names it
+def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # `name` names it
     """Make some shards of one source file and their records, or find them; a failed one stops no other."""
     store = open_store(store_url)
     made, errors = 0, {}
     for job in jobs:
         try:
-            made += _make(store, dataset, job, fast)
+            made += _make(store, dataset, job)
         except (ValueError, StorageError, OSError) as error:
             note_failure(store, keys.record(dataset, job.shard_id), str(error))
             errors[job.shard_id] = error
@@ -74,24 +73,14 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
     return made if made else Completed(name="Skipped", message="the records were there")
 
 
-def _make(store: Store, dataset: str, job: ShardJob, fast: bool) -> bool:
+def _make(store: Store, dataset: str, job: ShardJob) -> bool:
     """Make one shard; False when it was there."""
     if shards.is_done(store, dataset, job.shard_id):
         return False
-    record = _fast(store, dataset, job) if fast else None
-    record = record or shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
+    record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
     store.delete(keys.failure(keys.record(dataset, job.shard_id)))
     get_run_logger().info("%s: %s tokens of %s documents", job.shard_id, f"{record.tokens:,}", f"{record.documents:,}")
     return True
-
-
-def _fast(store: Store, dataset: str, job: ShardJob) -> Record | None:
-    """Make one shard with riptoken; None when tiktoken disagrees."""
-    try:
-        return shards.build_shard(store, dataset, job, fast_tokenizer.encoder(), tokenizer.EOT, "riptoken")
-    except fast_tokenizer.Differs as error:
-        get_run_logger().warning("%s is made with tiktoken: %s", job.shard_id, error)
-        return None
 
 
 @task(task_run_name="seal-{data.dataset}", cache_policy=NO_CACHE)
@@ -227,9 +216,7 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
     settled = 0
     for jobs, error, future in in_window(
         _groups(plans, missing, config.resources),
-        lambda jobs: tokenise_shards.submit(
-            _name(jobs), jobs, dataset, config.store_url, config.resources.fast_tokenizer
-        ),
+        lambda jobs: tokenise_shards.submit(_name(jobs), jobs, dataset, config.store_url),
         IN_FLIGHT * workers(config.resources),
     ):
         settled += len(jobs)

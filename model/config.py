@@ -189,9 +189,6 @@ class ResourcesConfig(Section):
     dask_address: str = Field("", description="A standing Dask cluster, tcp://host:port; empty: one on this host.")
     shards_per_task: int = Field(0, ge=0, description="Shards that one task makes; 0: one, more in plans above 2,000.")
     audit: bool = Field(False, description="Look for leaks (gpt2 dataset audit) after each build.")
-    fast_tokenizer: bool = Field(
-        False, description="Tokenise with riptoken (the extra `fast`), checked against tiktoken in every shard."
-    )
     processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
     concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
     cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")

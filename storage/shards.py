@@ -75,18 +75,11 @@ class Record:
         return Made(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
 
 
-def build_shard(
-    store: Store,
-    dataset: str,
-    job: ShardJob,
-    encode: Callable[[str], np.ndarray],
-    eot: int,
-    encoder: str = "tiktoken",
-) -> Record:
+def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Safe to run any number of times, at once too.
 
     Raises SourceInvalid when the source file changed since the plan or holds what cannot be tokenised, ShardCorrupt
-    when its record already says other bytes. `encoder` is the package whose version the record names.
+    when its record already says other bytes.
     """
     tokens, facts = _tokenise(store, job, encode, eot)
     body = tokens.view(np.uint8).data
@@ -96,7 +89,7 @@ def build_shard(
         sha256=sha256(body),
         source=job.source.name,
         recipe=job.recipe,
-        versions=_versions(encoder),
+        versions=_versions(),
         **facts,
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
@@ -113,9 +106,9 @@ def build_shard(
 
 
 @cache
-def _versions(encoder: str) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """What made a shard; asking the installed packages takes 9 ms, as long as 30,000 tokens."""
-    found = {name: version(name) for name in ("gpt2-pipeline", "numpy", encoder)}
+    found = {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")}
     return {"python": platform.python_version()} | found
 
 

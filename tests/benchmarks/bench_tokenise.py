@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -40,7 +40,6 @@ import pyarrow.parquet as pq
 
 from flows import server
 from model import tokenizer
-from model.config import load_config
 from tests.benchmarks import contest, tokenise_peers
 from tests.benchmarks.contest import Outcome
 
@@ -61,11 +60,11 @@ class Contender(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-def contenders(peers: str | None, fast: str) -> list[Contender]:
+def contenders(peers: str | None) -> list[Contender]:
     found = [
         Contender(KERNEL_THREADS, [sys.executable, str(OURS), "threads"], "kernel"),
         Contender(KERNEL_PROCESSES, [sys.executable, str(OURS), "processes"], "kernel"),
-        *ours(fast),
+        *ours(),
         Contender("plain pool: imap of encode_ordinary, parent saves", [sys.executable, str(OURS), "pool"], "peer"),
     ]
     if peers:
@@ -79,18 +78,10 @@ def contenders(peers: str | None, fast: str) -> list[Contender]:
     return found
 
 
-def ours(fast: str) -> Iterator[Contender]:
-    words = [sys.executable, str(OURS), "build"]
-    kinds = {"": ()}
-    try:
-        load_config(None, [fast])
-    except ValueError as error:
-        print(f"left out: ours with {fast} ({error})\n")
-    else:
-        kinds[f", {fast.removeprefix('resources.')}"] = (fast,)
-    for what, settings in kinds.items():
-        for runner in ("threads", "processes"):
-            yield Contender(f"ours, {runner}{what}", words, "ours", (f"resources.runner={runner}", *settings))
+def ours() -> Iterator[Contender]:
+    for runner in ("threads", "processes"):
+        words = [sys.executable, str(OURS), "build"]
+        yield Contender(f"ours, {runner}", words, "ours", (f"resources.runner={runner}",))
 
 
 def write_corpus(source: Path, folder: Path, tokens: int, documents: int, fewest_files: int) -> tuple[int, int]:
@@ -197,9 +188,8 @@ def table(everyone: list[Contender], memory: dict[str, Outcome], rounds: list[di
             late = median(one.result["after_last_record_seconds"] for one in outcomes)
             served = median(one.server_seconds for one in outcomes)
             made = outcomes[0].result
-            print(f"{who.name}: {made['shards']} shards proved whole, {made['made_by_riptoken']} of them made by "
-                  f"riptoken; of its work {late:.2f} s after the last record; Prefect's server took {served:.2f} s of "
-                  f"processor meanwhile")  # fmt: skip
+            print(f"{who.name}: {made['shards']} shards proved whole; of its work {late:.2f} s after the last record; "
+                  f"Prefect's server took {served:.2f} s of processor meanwhile")  # fmt: skip
 
 
 def check(rounds: list[dict[str, Outcome]]) -> None:
@@ -211,13 +201,7 @@ def check(rounds: list[dict[str, Outcome]]) -> None:
 
 
 def versions(peers: str | None) -> str:
-    found = {}
-    for name in ("tiktoken", "prefect", "pyarrow", "numpy", "riptoken"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    text = ", ".join(f"{name} {version(name)}" for name in ("tiktoken", "prefect", "pyarrow", "numpy"))
     if peers:
         asked = subprocess.run([peers, str(PEERS), "versions"], capture_output=True, text=True, check=False)
         if asked.returncode:
@@ -243,13 +227,12 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a folder of parquet files with a text column")
     parser.add_argument("--peers", help="the Python of an environment that has the peers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fast", default="resources.fast_tokenizer=true", help="a setting that ours is also run with")
     parser.add_argument("--only", nargs="+", default=[""], help="contenders whose name holds one of these")
     parser.add_argument("--memory", action="store_true", help="ours only: large shards, peak memory beside its limit")
     asked = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {1 if asked.memory else asked.rounds} rounds, "
           f"Python {platform.python_version()}, {versions(asked.peers)}")  # fmt: skip
-    everyone = list(ours(asked.fast)) if asked.memory else contenders(asked.peers, asked.fast)
+    everyone = list(ours()) if asked.memory else contenders(asked.peers)
     everyone = [who for who in everyone if any(part in who.name for part in asked.only)]
     with tempfile.TemporaryDirectory(prefix="bench-tokenise-") as name:
         folder, shape = Path(name), (MEMORY_TOKENS, 15 * DOCUMENTS, 1) if asked.memory else (

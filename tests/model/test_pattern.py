@@ -1,0 +1,116 @@
+"""The regrouped pattern gives the ids of the published one, whatever the text."""
+
+import random
+import sys
+import sysconfig
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from model import tokenizer
+
+STRINGS = 100_000
+PUBLISHED = tiktoken.Encoding(
+    "gpt2", pat_str=r50k_pat_str, mergeable_ranks=tokenizer.ranks(), special_tokens={"<|endoftext|>": tokenizer.EOT}
+)
+PIECES = [
+    " ", "  ", "\t", "\n", "\r\n", "\r", "\x0b", "\x0c", "\x85", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff",
+    "\u2028", "\u2029", "\u1680", "\x1c", "'s", "'S", "’s", "'t", "'re", "'RE", "'ll", "'d", "'m", "'ve", "'", "''",
+    "don't", "I'm", " '", "'ſ", "<|endoftext|>", "<|endoftext", "|>", "a", "A", "ß", "İ", "ﬁ", "ǅ", "the", " The", "0",
+    "123", "١٢٣", "४५", "Ⅻ", "½", "²", "五", "漢字", "한국", "e\u0301", "\u0301", "\u0e33", "ก็", "़", "🙂", "👩\u200d💻",
+    "👨\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "🇩🇪", "❤\ufe0f", "\u200d", "\x00", "\x1b", "\x7f", "\u202e", "\ufffd",
+    "\uffff", "\U0010ffff", "\ue000", "𝒳", "...", "—", "#!", "/**/", "=====", "\\n", "$", "_", "ــ",
+]  # fmt: skip
+RUNS = ["a", " ", "\u00a0", "\n", ".", "7", "=", "-", "—", "漢", "\u0301", "🙂", "ha", "!?", "!\x1c", " a", "ab\n"]
+SURROGATES = ["\ud800", "\udfff", "\ude42\ud83d", "\ud83d"]
+
+
+def by_category() -> dict[str, list[str]]:
+    """Some characters of each Unicode category."""
+    found: dict[str, list[str]] = {}
+    for code in range(sys.maxunicode + 1):
+        if not 0xD800 <= code < 0xE000:
+            found.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
+    return {name: characters[:: max(len(characters) // 300, 1)] for name, characters in found.items()}
+
+
+def generated(count: int) -> Iterator[str]:
+    """Short strings of all that the pattern tells apart, and of what it might confuse; now and then a long run."""
+    drawn = random.Random(7)
+    categories = list(by_category().values())
+    anything: list[Callable[[], str]] = [
+        lambda: drawn.choice(PIECES),
+        lambda: drawn.choice(PIECES) * drawn.randrange(2, 9),
+        lambda: drawn.choice(drawn.choice(categories)),
+        lambda: "".join(drawn.choice(drawn.choice(categories)) for _ in range(3)),
+        lambda: "".join(drawn.choices("abcXYZ 019'\n", k=drawn.randrange(12))),
+    ]
+    for number in range(count):
+        parts = [drawn.choice(anything)() for _ in range(drawn.randrange(1, 9))]
+        if number % 50 == 0:
+            parts.insert(drawn.randrange(len(parts)), drawn.choice(SURROGATES))
+        if number % 200 == 1:
+            one, other = drawn.choice(PIECES), drawn.choice(drawn.choice(categories))
+            run = drawn.choices([one, one, other], k=drawn.randrange(100, 2_000)) if number % 400 == 1 else [one] * 900
+            parts.insert(drawn.randrange(len(parts)), "".join(run))
+        yield "".join(parts)
+
+
+def differing(texts: Iterable[str]) -> list[str]:
+    """The beginnings of texts that have other ids than the published pattern gives."""
+    return [
+        f"{len(text):,} characters: {text[:60]!a}"
+        for text in texts
+        if tokenizer.encode(text).tolist() != PUBLISHED.encode_ordinary(text)
+    ]
+
+
+def test_ids_are_the_same_for_what_nobody_writes() -> None:
+    found = differing(generated(STRINGS))
+    assert found == [], len(found)
+
+
+def test_ids_are_the_same_for_what_people_write() -> None:
+    """The language's help topics, and modules of the standard library with their documentation."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [*topics.values(), *(path.read_text("utf-8") for path in sorted(library.glob("*.py"))[::2])]
+    assert len(texts) > 150
+    assert differing(texts) == []
+
+
+def test_ids_are_the_same_for_long_runs_of_one_kind() -> None:
+    """As a line of a table, a number, or a language that sets no spaces."""
+    runs = [one * (length_bytes // len(one.encode())) for one in RUNS for length_bytes in (501, 1_003, 20_001)]
+    assert differing([*runs, *(f"x {run} x" for run in runs)]) == []
+
+
+@pytest.mark.parametrize("white", [" ", "\n", "\u3000"])
+def test_the_same_documents_are_too_much(white: str) -> None:
+    """fancy-regex's stack holds a million characters of white space before a word; at a text's end it needs none."""
+    run = white * 1_100_000
+    assert differing([f"x{run}", f"{run[:900_000]}x"]) == []
+    for encode in (tokenizer.encode, PUBLISHED.encode):
+        with pytest.raises(ValueError, match="stack size exceeded"):
+            encode(f"{run}x")
+
+
+def test_every_thread_has_an_encoding_of_its_own() -> None:
+    """The regex of a shared one lets all but one thread wait."""
+    with ThreadPoolExecutor(2) as pool:
+        both = threading.Barrier(2)
+
+        def own() -> tiktoken.Encoding:
+            both.wait()
+            assert tokenizer.encode("hello world").tolist() == [31373, 995]
+            return tokenizer._encoding()
+
+        first, second = (future.result() for future in [pool.submit(own), pool.submit(own)])
+    assert len({first, second, tokenizer._encoding()}) == 3
+    assert tokenizer._encoding() is tokenizer._encoding()
