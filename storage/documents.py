@@ -175,7 +175,7 @@ def _parquet_tokens(parquet: pq.ParquetFile, text_column: str) -> np.ndarray:
         for part in _batches(parquet, ["token_count"]):
             if part.column(0).null_count:
                 break
-            counted[row : row + part.num_rows] = part.column(0).to_numpy()
+            counted[row : row + part.num_rows] = np.from_dlpack(part.column(0))  # to_numpy imports pandas
             row += part.num_rows
         else:
             np.clip(counted, 0, 2**31, out=counted)
@@ -203,20 +203,18 @@ def _parquet_items(
         _check_text(parquet, file.place, text_column, strict=False)
         check_columns(filters, there, file.place)
         asked = dict.fromkeys([text_column, *names, *(one.column for one in filters)])
-        groups: list[int] = []
-        start = first = 0
+        columns = [name for name in asked if name in there]
+        first = 0
         for group in range(parquet.num_row_groups):
-            end = start + parquet.metadata.row_group(group).num_rows
-            if start < row_to and end > row_from:
-                first = first if groups else start
-                groups.append(group)
-            start = end
-        for part in _batches(parquet, [name for name in asked if name in there], groups):
-            wanted = part.slice(max(row_from - first, 0), max(row_to - max(row_from, first), 0))
-            first += part.num_rows
-            if not wanted.num_rows and first > row_to:
-                return
-            yield from _across({name: _decoded(wanted.column(name)) for name in wanted.schema.names})
+            end = first + parquet.metadata.row_group(group).num_rows
+            if first < row_to and end > row_from:
+                for part in _batches(parquet, columns, [group]):  # several at once are all held, 4 MB each
+                    wanted = part.slice(max(row_from - first, 0), max(row_to - max(row_from, first), 0))
+                    first += part.num_rows
+                    yield from _across({name: _decoded(wanted.column(name)) for name in columns})
+                    if first >= row_to:
+                        return
+            first = end
 
 
 def _decoded(column: pa.Array) -> list[Any]:
