@@ -63,6 +63,9 @@ def verify(
     manifest = newest(store, name)
     if as_json and repair:
         raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
+    if (commit := manifest.source.get("commit")) and asked.data.source == manifest.source["dataset"]:
+        overrides = [*(overrides or []), f"data.revision={commit}"]  # the files it was made of, whatever came since
+        asked = load_config(config, overrides)
     files = _files(store, asked.data) if deep or repair else []
     look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
     shown = {"console": console, "disable": as_json or not console.is_terminal}

@@ -130,7 +130,7 @@ def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
 
 
 def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
-    """Raise ValueError when the source gives too few shards: before anything of it is kept or made."""
+    """Raise ValueError when the source gives too few shards: before anything of it is made."""
     planned = sum(len(one.row_ends) for one in plans)
     if not planned:
         raise ValueError(

@@ -35,6 +35,7 @@ def dataset_names(store: Store) -> list[str]:
 def dataset_status(store: Store, dataset: str) -> list[Line]:
     """The dataset's newest version, and the shard jobs that failed last."""
     manifest = latest_manifest(store, dataset)
+    failures = shards.failures(store, dataset)
     if manifest is None:
         lines = [Line(f"dataset {dataset}", "not sealed yet: gpt2 dataset build goes on")]
     else:
@@ -42,7 +43,8 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
-    return lines + [Line(f"  shard {name}", "failed", why) for name, why in shards.failures(store, dataset).items()]
+        failures = {name: why for name, why in failures.items() if name not in finished}  # made since
+    return lines + [Line(f"  shard {name}", "failed", why) for name, why in failures.items()]
 
 
 def run_status(store: Store, name: str) -> list[Line]:

@@ -161,6 +161,8 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
         planned = [shard_id for one in plans for shard_id in one.shard_ids]
     source = Listing(tuple(one.file for one in plans), downloaded.origin).described()
     manifest = seal_dataset(planned, source, data, config.store_url, left_out or {})
+    for shard_id in shards.failures(store, data.dataset) if missing else ():  # of jobs that nobody asks for any more
+        store.delete(keys.failure(keys.record(data.dataset, shard_id)))
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")
     return manifest

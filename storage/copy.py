@@ -6,7 +6,7 @@ The order is the one of a build: what is named comes before what names it, so a 
 from contextlib import suppress
 
 from storage import keys
-from storage.errors import AlreadyExists, DatasetMismatch
+from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.lease import claim
 from storage.manifest import ShardRow, point_latest
 from storage.shards import done, put_shard, read_shard
@@ -38,11 +38,19 @@ class Copying:
         self._copy(keys.record(self._dataset, row.shard_id))
 
     def finish(self) -> None:
-        """Copy the split and the manifests, oldest first, and point the other store's `latest` at the newest."""
+        """Copy the split and the manifests, oldest first, and point the other store's `latest` at the newest.
+
+        With each goes what belongs to it: the records of shards of which nothing was kept, and its leak report.
+        """
         self._copy(keys.split(self._dataset))
         for version in reversed(self._versions):
+            for shard_id in version.empty:
+                self._copy(keys.shard(self._dataset, shard_id))
+                self._copy(keys.record(self._dataset, shard_id))
             self._copy(keys.manifest(self._dataset, version.digest))
-        point_latest(self._target, self._dataset, self.manifest.digest, self._check_target())
+            with suppress(ObjectMissing):  # nobody asked for one
+                self._copy(keys.audit(self._dataset, version.digest))
+        point_latest(self._target, self._dataset, self.manifest, self._check_target())
 
     def _check_target(self) -> str | None:
         """The version that the other store's `latest` names; it and the split must be ours."""

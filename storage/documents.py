@@ -20,6 +20,7 @@ from storage.sources import SourceFile
 BYTES_PER_TOKEN = (
     4  # English web text holds about 4.4 bytes a gpt2 token; 4 keeps estimated shards just below the limit
 )
+MOST_TOKENS = 1 << 31  # of a document: what a column says beyond is wrong, and would overflow sums
 EOT_TOKENS = 1  # each document costs one more token than its text
 ROWS_AT_ONCE = 250  # of a row group of 1,000 and more: 1,000 would take 30 MB more a worker, and no time less
 DUMP, ID, URL = "dump", "id", "url"  # columns that name a document's crawl, the document, and where it was found
@@ -178,7 +179,7 @@ def _parquet_tokens(parquet: pq.ParquetFile, text_column: str) -> np.ndarray:
             counted[row : row + part.num_rows] = np.from_dlpack(part.column(0))  # to_numpy imports pandas
             row += part.num_rows
         else:
-            np.clip(counted, 0, 2**31, out=counted)
+            np.clip(counted, 0, MOST_TOKENS, out=counted)
             counted += EOT_TOKENS
             return counted
     estimates = [np.empty(0, np.int64)]
@@ -241,7 +242,7 @@ def _jsonl_rows(file: SourceFile, text_column: str, filters: tuple[Filter, ...],
             row = Row(number, text, None, item.get(ID))
             raise bad_document(file, row, no_text(row, text_column))
         if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-            counted.append(count + EOT_TOKENS)
+            counted.append(min(count, MOST_TOKENS) + EOT_TOKENS)
         size_bytes = len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0
         estimated.append(-(-size_bytes // BYTES_PER_TOKEN) + EOT_TOKENS)
         starts.append(start)

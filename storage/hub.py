@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.patience import Patience, asked_seconds
-from storage.sources import SourceFile
+from storage.sources import SUFFIXES, SourceFile
 
 SCHEME = "hf://datasets/"
 PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
@@ -81,6 +81,12 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
             f"Choose another configuration: --set data.config=…"
         )
     names = [_taken_apart(place)[2] for place in data_files[split]]
+    if other := [name for name in names if not name.endswith(SUFFIXES)]:
+        raise ValueError(
+            f"{dataset} ({config}) at {commit}: {' or '.join(SUFFIXES)} files were asked for, found {other[0]!r}. "
+            f"Choose another configuration (--set data.config=…), or one of the Hub's parquet copies: "
+            f"--set data.revision=refs/convert/parquet"
+        )
     folder = _common_folder(names)
     entries = _patiently(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, folder))
     return tuple(

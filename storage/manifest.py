@@ -91,7 +91,8 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     if found != digest:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {found}. "
-            f"Delete it and run gpt2 dataset build, which seals it again."
+            f"Delete it and run gpt2 dataset build, which seals the newest version again; an older one comes back only "
+            f"from another store: gpt2 dataset copy"
         )
     try:
         value = json.loads(body)
@@ -100,9 +101,6 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, this version reads up to "
                 f"{SCHEMA}. Update gpt2-pipeline."
             )
-        if "source" not in value:  # sealed before sources and skipped documents were written down
-            value |= {"source": {}}
-            value["shards"]["skipped"] = [0] * len(value["shards"]["shard_id"])
         wrong = _wrong(value["shards"])
         fields = {name: value[name] for name in ("recipe", "tokenizer", "source", "totals", "parent")}
     except (ValueError, KeyError, TypeError) as error:
@@ -189,7 +187,7 @@ def seal(
     shard is not done, DatasetMismatch when the name is bound otherwise.
     """
     check_binding(store, dataset, binding)
-    pointed = (read_json(store, keys.dataset_latest(dataset)) or {}).get("manifest")
+    pointer: dict[str, Any] = read_json(store, keys.dataset_latest(dataset)) or {}
     parent = latest_manifest(store, dataset)
     val = _pinned_val(store, dataset)
     if val is None:
@@ -203,8 +201,13 @@ def seal(
     finished = shards.done(store, dataset, listed, parent.made if parent else {})
     if missing := [shard_id for shard_id in listed if shard_id not in finished]:
         raise ObjectMissing(
-            f"dataset {dataset!r}: {len(listed):,} shards were planned, {len(missing):,} are not done, {missing[0]!r} "
-            f"first. Run gpt2 dataset build again: it makes just those."
+            f"dataset {dataset!r}: {len(listed):,} shards were asked for, {len(missing):,} are not done, "
+            f"{missing[0]!r} first. "
+            + (
+                "Run gpt2 dataset build again: it makes just those."
+                if missing[0] in asked
+                else "It is of the pinned val split and the source no longer gives it: put its source file back."
+            )
         )
     if (pinned := _pin_split(store, dataset, val, binding, left_out or {})) != val:
         raise Conflict(f"dataset {dataset!r}: another builder sealed other val shards {pinned}. Run the command again.")
@@ -216,7 +219,7 @@ def seal(
         "recipe": recipe,
         "tokenizer": tokenizer,
         "source": source,
-        "parent": None if parent is None else parent.digest,
+        "parent": pointer.get("parent") if parent is None else parent.digest,  # a lost one is sealed as it was
         "totals": _totals(made, set(val)),
     }
     empty = tuple(shard_id for shard_id, found in made.items() if not found.tokens)
@@ -224,8 +227,9 @@ def seal(
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
         store.put_new(keys.manifest(dataset, digest), body)
-    point_latest(store, dataset, digest, None if pointed is None else str(pointed))
-    return Manifest(digest=digest, columns=columns, empty=empty, **facts)
+    sealed = Manifest(digest=digest, columns=columns, empty=empty, **facts)
+    point_latest(store, dataset, sealed, pointer.get("manifest"))
+    return sealed
 
 
 def _pinned_val(store: Store, dataset: str) -> list[str] | None:
@@ -280,9 +284,9 @@ def _lineage(store: Store, dataset: str, digest: str | None) -> Iterator[str]:
         digest = read_manifest(store, dataset, digest).parent
 
 
-def point_latest(store: Store, dataset: str, digest: str, parent: str | None) -> None:
-    """Swap `latest` from `parent` to `digest`. The same digest there already is success: another builder's, or ours."""
-    key = keys.dataset_latest(dataset)
+def point_latest(store: Store, dataset: str, manifest: Manifest, pointed: str | None) -> None:
+    """Swap `latest`, which names the digest `pointed`, to the manifest. There already is success: another builder's."""
+    key, digest = keys.dataset_latest(dataset), manifest.digest
     try:
         current = store.read(key)
         etag: str | None = current.etag
@@ -291,10 +295,11 @@ def point_latest(store: Store, dataset: str, digest: str, parent: str | None) ->
         etag, pointer = None, {"manifest": None, "sequence": 0}
     if pointer["manifest"] == digest:
         return
-    if pointer["manifest"] == parent:
+    if pointer["manifest"] == pointed:
         body = canonical_json(
             {
                 "manifest": digest,
+                "parent": manifest.parent,
                 "sequence": pointer["sequence"] + 1,
                 "commit_id": secrets.token_hex(8),
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),

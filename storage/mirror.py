@@ -92,8 +92,13 @@ def mirror(store: Store, file: SourceFile, come: Callable[[int], None] = lambda 
 
 
 def _put(store: Store, file: SourceFile, body: Any) -> None:
-    with suppress(AlreadyExists):  # named by its content
+    try:
         store.put_new(file.key, body)
+    except AlreadyExists:
+        if store.stat(file.key).size != file.size_bytes:  # named by its content, which this is not
+            store.delete(file.key)
+            with suppress(AlreadyExists):  # somebody else mends it, too
+                store.put_new(file.key, body)
 
 
 def _remembered(found: dict[str, Any] | None) -> Listing | None:

@@ -58,7 +58,8 @@ def open_source(file: SourceFile) -> Path | RangeFile:
         if found != file.digest:
             raise SourceInvalid(
                 f"{file.place}: planned with sha256 {file.digest[:12]}…, it has changed since. "
-                f"Run the command again: it plans anew."
+                + ("Delete that copy. " if file.place.endswith(file.key) else "")
+                + "Run the command again."
             )
     if not sources.BUCKET.match(file.place):
         return Path(file.place)

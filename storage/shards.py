@@ -93,16 +93,33 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
         **facts,
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
+    _put_record(store, dataset, record)
+    return record
+
+
+def _put_record(store: Store, dataset: str, record: Record) -> None:
+    """Put a record. One that is there and cannot be read gives way, one that says other bytes does not."""
+    key, body = keys.record(dataset, record.shard_id), canonical_json(asdict(record))
     try:
-        store.put_new(keys.record(dataset, job.shard_id), canonical_json(asdict(record)))
+        store.put_new(key, body)
     except AlreadyExists as error:
-        found = read_record(store, dataset, job.shard_id)
-        if found.sha256 != record.sha256:
+        found = _made(store, dataset, record.shard_id)
+        if found is None:
+            store.delete(key)
+            store.put_new(key, body)
+        elif found.sha256 != record.sha256:
             raise ShardCorrupt(
-                f"shard {job.shard_id!r} of dataset {dataset!r}: its record says sha256 {found.sha256}, the same "
+                f"shard {record.shard_id!r} of dataset {dataset!r}: its record says sha256 {found.sha256}, the same "
                 f"recipe gives {record.sha256} now. Rebuild it: gpt2 dataset verify --repair"
             ) from error
-    return record
+
+
+def _made(store: Store, dataset: str, shard_id: str) -> Made | None:
+    """What the record says, None when it cannot be read: then the job makes both again."""
+    try:
+        return read_record(store, dataset, shard_id).made
+    except ShardCorrupt:
+        return None
 
 
 @cache
@@ -167,10 +184,10 @@ def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[st
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         while window := list(islice(there, RECORDS_IN_FLIGHT)):
             unknown = [shard_id for shard_id in window if shard_id not in known]
-            read = dict(zip(unknown, pool.map(lambda one: read_record(store, dataset, one).made, unknown), strict=True))
+            read = dict(zip(unknown, pool.map(lambda one: _made(store, dataset, one), unknown), strict=True))
             for shard_id in window:
                 made = known.get(shard_id) or read[shard_id]
-                if sizes[asked[shard_id]] == made.tokens * DTYPE.itemsize:
+                if made and sizes[asked[shard_id]] == made.tokens * DTYPE.itemsize:
                     found[shard_id] = made
     return found
 
@@ -192,7 +209,7 @@ def is_done(store: Store, dataset: str, shard_id: str) -> bool:
     """Whether this one shard is done, without a listing: a listing by each of n jobs would be n times n objects."""
     try:
         return store.stat(keys.shard(dataset, shard_id)).size == read_record(store, dataset, shard_id).size_bytes
-    except ObjectMissing:
+    except (ObjectMissing, ShardCorrupt):
         return False
 
 

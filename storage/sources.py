@@ -49,7 +49,8 @@ class SourceFile:
     @property
     def key(self) -> str:
         """Where a copy of it lies in a store."""
-        return keys.source(self.digest, keys.as_name(PurePosixPath(self.name).name) or "source")
+        path = PurePosixPath(self.name)
+        return keys.source(self.digest, self.stem + path.suffix)
 
 
 @dataclass(frozen=True)

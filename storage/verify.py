@@ -118,8 +118,10 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
         val.setdefault(recipe["source"], []).append((shard_id, recipe["row_from"], recipe["row_to"]))
-    stems = {_stem(row.shard_id) for row in manifest.rows("val")}
-    near = [row.shard_id for row in manifest.rows("train") if _stem(row.shard_id) in stems]
+    files = manifest.source["files"]
+    named = zip(files["name"], files["size_bytes"], files["digest"], strict=True)
+    stems = {SourceFile(*file, place="").stem for file in named if file[-1] in val}  # renamed ones, too
+    near = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
     for shard_id, recipe in _recipes(store, dataset, near):
         for name, row_from, row_to in val.get(recipe["source"], []):
             if recipe["row_from"] < row_to and row_from < recipe["row_to"]:
@@ -130,7 +132,3 @@ def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple
     for shard_id in shard_ids:
         with suppress(StorageError):  # no record, no rows: `check_fully` has named it
             yield shard_id, read_record(store, dataset, shard_id).recipe
-
-
-def _stem(shard_id: str) -> str:
-    return shard_id.rsplit("-", 2)[0]

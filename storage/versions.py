@@ -79,6 +79,6 @@ def difference(old: Manifest, new: Manifest) -> dict[str, Any]:
 
 
 def _files(manifest: Manifest) -> dict[str, str]:
-    """Digests of the source files by name; a version sealed before they were written down has none."""
-    files = manifest.source.get("files", {"name": [], "digest": []})
+    """Digests of the source files by name."""
+    files = manifest.source["files"]
     return dict(zip(files["name"], files["digest"], strict=True))

@@ -1,5 +1,6 @@
 """What tests are made of: texts, source files, a tiny configuration, a dataset built without Prefect."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,3 +61,9 @@ def build_dataset(config: RunConfig) -> Manifest:
         store, data.dataset, planned, recipe=shape.recipe(), tokenizer=identity, source=found.described(),
         binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
     )  # fmt: skip
+
+
+def words(config: RunConfig) -> list[str]:
+    """The settings as they are written after --set."""
+    data = config.data.model_dump(mode="json", exclude={"mirror", "revision"})
+    return [f"store_url={config.store_url}", *(f"data.{name}={json.dumps(value)}" for name, value in data.items())]

@@ -8,16 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import download
+from flows.dataset import verify
 from flows.pretrain import build_dataset
+from flows.status import dataset_status
 from flows.tokenise import tokenise_shards
 from model.config import RunConfig
+from model.job import note_failure
 from storage import hub as client
-from storage import keys
+from storage import keys, shards
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.layout import open_store
 from storage.manifest import Manifest, latest_manifest, read_manifest
 from tests.hub import Hub
-from tests.making import document, tiny_config, write_parquet
+from tests.making import document, tiny_config, words, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -103,6 +106,30 @@ def test_a_refresh_without_a_change_is_one_request(config: RunConfig, hub: Hub) 
     assert [(request.method, request.path) for request in hub.requests] == [
         ("GET", "/api/datasets/org/edu/revision/main")
     ]
+
+
+def test_a_repair_reads_the_commit_that_the_version_was_made_of(
+    config: RunConfig, hub: Hub, files: dict[str, bytes]
+) -> None:
+    """Whatever came since: the file of the damaged shard is gone from the Hub's main."""
+    before = sealed(config)
+    store, lost = open_store(config.store_url), before.shard_ids[-1]
+    hub.repositories["org/edu"].commit({name: body for name, body in files.items() if "part-2" not in name})
+    for found in store.list("sources/"):
+        store.delete(found.key)
+    shards.forget(store, "small", lost)
+    verify(overrides=words(config), repair=True, verbose=True)
+    assert latest_manifest(store, "small") == before
+    assert shards.is_done(store, "small", lost)
+
+
+def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) -> None:
+    """Of a job that nobody asks for any more, as after a mended file or with bad documents skipped."""
+    store = open_store(config.store_url, create=True)
+    note_failure(store, keys.record("small", "part-0-00000-000000000000"), "row 3: no text")
+    assert "failed" in {line.state for line in dataset_status(store, "small")}
+    build_dataset(config)
+    assert shards.failures(store, "small") == {}
 
 
 def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:

@@ -26,7 +26,7 @@ from storage.store import Store, overwrite
 from tests.flows.console import ask
 from tests.flows.jobs import Jobs, counted
 from tests.leaks import documents, leaks_of, one_word_other, shouted, story
-from tests.making import tiny_config, write_parquet
+from tests.making import tiny_config, words, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -132,12 +132,6 @@ def opened(config: RunConfig) -> tuple[Store, Manifest]:
     manifest = latest_manifest(store, DATASET)
     assert manifest is not None
     return store, manifest
-
-
-def words(config: RunConfig) -> list[str]:
-    """The settings as they are written after --set."""
-    data = config.data.model_dump(mode="json", exclude={"mirror", "revision"})
-    return [f"store_url={config.store_url}", *(f"data.{name}={json.dumps(value)}" for name, value in data.items())]
 
 
 def lose(store: Store, shard_id: str) -> bytes:

@@ -15,7 +15,7 @@ BINDING = {"source": "*.parquet", "shard_tokens": 500}
 SETTINGS: dict[str, Any] = {
     "recipe": {"shard_tokens": 500},
     "tokenizer": tokenizer.identity(),
-    "source": {},
+    "source": {"files": {"name": [], "size_bytes": [], "digest": []}},
     "binding": BINDING,
     "val_shards": 2,
 }

@@ -10,10 +10,12 @@ from storage import keys
 from storage.copy import Copying
 from storage.errors import ShardCorrupt
 from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest
+from storage.manifest import Manifest, latest_manifest, seal
+from storage.shards import build_shard, read_record
 from storage.store import Store, overwrite
 from storage.verify import check_fully, check_versions
-from tests.storage.sealing import record_key, sealed, shard_key
+from tests.making import document, write_parquet
+from tests.storage.sealing import SETTINGS, jobs_of, record_key, sealed, shard_key
 from tests.storage.stores import listed
 
 
@@ -65,6 +67,21 @@ def test_a_copy_is_whole_whatever_an_earlier_one_left(
     assert found == manifest
     assert [check_fully(target, "small", row, tokenizer.EOT) for row in found.rows()] == [None] * len(found.shard_ids)
     assert list(check_versions(target, "small", found)) == []
+
+
+def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
+    source: Store, target: Store, files: list[Path]
+) -> None:
+    longest = write_parquet(files[0].with_name("longest.parquet"), [document(1)])
+    jobs = [*jobs_of(*files), *jobs_of(longest, filters=("length > 100_000",))]
+    for job in jobs:
+        build_shard(source, "small", job, tokenizer.encode, tokenizer.EOT)
+    manifest = seal(source, "small", [job.shard_id for job in jobs], **SETTINGS)
+    assert manifest.empty == (jobs[-1].shard_id,)
+    source.put_new(keys.audit("small", manifest.digest), b"{}")
+    assert copied(source, target) == manifest
+    assert read_record(target, "small", manifest.empty[0]) == read_record(source, "small", manifest.empty[0])
+    assert target.read(keys.audit("small", manifest.digest)).body == b"{}"
 
 
 @pytest.mark.usefixtures("manifest")

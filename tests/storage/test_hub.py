@@ -64,6 +64,14 @@ def test_files_come_in_order_with_what_the_hub_publishes_of_them(hub: Hub) -> No
         assert fetched(file) == FILES[file.name]
 
 
+@pytest.mark.parametrize("name", ["data/part-0.csv", "data/part-0.json.gz"])
+def test_files_of_another_kind_are_refused_before_any_comes(hub: Hub, name: str) -> None:
+    made = hub.dataset("org/edu", FILES | {name: b"text\nhello\n"}, configs={"ten": {"train": "data/*"}})
+    with pytest.raises(ValueError, match=r"org/edu.*\.parquet or \.jsonl.*part-0.*data\.config"):
+        client.list_files("org/edu", "ten", next(iter(made.commits)), "train")
+    assert hub.asked("/stored/*") == []
+
+
 def test_a_small_file_has_gits_id_as_its_digest(hub: Hub) -> None:
     made = hub.dataset("org/edu", {"data/a.jsonl": b'{"text": "a"}\n'})
     (file,) = client.list_files("org/edu", "default", next(iter(made.commits)), "train")

@@ -12,6 +12,7 @@ from storage.layout import open_store
 from storage.manifest import latest_manifest, read_manifest, seal
 from storage.shards import Made
 from storage.store import Store
+from storage.versions import history
 from tests.storage.sealing import SETTINGS, Spy, built, jobs_of, manifests, pointer, sealed, source_file
 
 # A pure function of the records
@@ -99,6 +100,15 @@ def test_a_new_file_gives_a_new_version_with_only_new_train_shards(
     assert {row.split for row in list(second.rows())[len(first.shard_ids) :]} == {"train"}
     assert (pointer(store)["manifest"], pointer(store)["sequence"]) == (second.digest, 2)
     assert read_manifest(store, "small", first.digest) == first
+
+
+def test_a_lost_newest_version_is_sealed_again_as_it_was(store: Store, tmp_path: Path, files: list[Path]) -> None:
+    """With its parent: runs that are pinned to it find it again, and the line of versions is whole."""
+    first = sealed(store, *files)
+    second = sealed(store, *files, source_file(tmp_path / "source", 9))
+    store.delete(keys.manifest("small", second.digest))
+    assert sealed(store, *files, source_file(tmp_path / "source", 9)) == second
+    assert [version.digest for version in history(store, "small")] == [second.digest, first.digest]
 
 
 def test_a_new_file_before_the_others_leaves_val_as_it_was(store: Store, tmp_path: Path, files: list[Path]) -> None:

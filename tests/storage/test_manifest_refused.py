@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storage import keys
+from storage import keys, shards
 from storage.canonical import canonical_json, sha256
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
 from storage.manifest import COLUMNS, Manifest, check_binding, check_rebuilt, latest_manifest, read_manifest, seal
@@ -161,15 +161,6 @@ def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[
         read_manifest(store, "small", crafted(store, files, lambda value: SPOILT[how](value, column)))
 
 
-def test_a_manifest_from_before_sources_were_written_down_is_read(store: Store, files: list[Path]) -> None:
-    def as_before(value: dict[str, Any]) -> None:
-        del value["source"], value["shards"]["skipped"]
-
-    found = read_manifest(store, "small", crafted(store, files, as_before))
-    assert found.source == {}
-    assert {row.skipped for row in found.rows()} == {0}
-
-
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
 def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
     store.put_new(keys.manifest("small", sha256(body)), body)
@@ -184,6 +175,14 @@ def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], 
     body = canonical_json(value)
     store.put_new(keys.manifest("small", sha256(body)), body)
     return sha256(body)
+
+
+def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store: Store, files: list[Path]) -> None:
+    first = sealed(store, *files)
+    shards.forget(store, "small", first.shard_ids[0])
+    with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put its source file back"):
+        seal(store, "small", built(store, *files[1:]), **SETTINGS)
+    assert latest_manifest(store, "small") == first
 
 
 def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:

@@ -53,6 +53,25 @@ def test_a_file_is_fetched_once_and_read_from_the_store(store: Store, hub: Hub) 
     assert list(mirrors.FOLDER.iterdir()) == []
 
 
+@pytest.mark.parametrize("left", [b"", b"A" * 299_999])
+def test_a_copy_of_another_size_is_replaced(store: Store, hub: Hub, left: bytes) -> None:
+    hub.dataset("org/edu", FILES)
+    file = listed(store).files[0]
+    store.put_new(file.key, left)
+    assert mirror(store, file) == locate(store, file) != file
+    assert store.read(file.key).body == FILES[file.name]
+    assert len(hub.asked(STORED)) == 1
+
+
+def test_a_copy_whose_bytes_changed_is_to_be_deleted(tmp_path: Path, hub: Hub) -> None:
+    hub.dataset("org/edu", FILES)
+    store = open_store(str(tmp_path / "changed"), create=True)
+    copied = mirror(store, listed(store).files[0])
+    Path(copied.place).write_bytes(bytes(copied.size_bytes))
+    with pytest.raises(SourceInvalid, match=r"Delete that copy\. Run the command again"):
+        open_source(copied)
+
+
 def test_a_file_without_a_copy_is_read_where_it_is(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import SourceInvalid
+from storage.plan import cut
 from tests.storage.source_files import LOOKS, TEXTS, Ask, rows, texts_of, write_lines
 
 
@@ -17,6 +18,12 @@ def test_a_line_that_is_no_json_is_refused_and_named(tmp_path: Path, line: str |
     path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', line)
     with pytest.raises(SourceInvalid, match=r"a\.jsonl.*row 1\b"):
         look(path)
+
+
+@pytest.mark.parametrize("count", [2**62, 10**30])
+def test_a_count_that_no_document_has_steers_the_cut_and_no_more(tmp_path: Path, count: int) -> None:
+    path = write_lines(tmp_path / "a.jsonl", *[f'{{"text": "a", "token_count": {count}}}'] * 3)
+    assert list(cut(rows(path).tokens, 500)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("look", LOOKS)

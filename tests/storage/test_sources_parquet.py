@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage import documents
 from storage.errors import SourceInvalid
 from tests.making import document, write_parquet
 from tests.storage.source_files import LOOKS, TEXTS, Ask, rows, texts_of, write_table
@@ -80,7 +81,11 @@ def test_the_estimate_is_of_the_text_column_behind_a_nested_one(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 @pytest.mark.parametrize("row_group_size", [1, 4, 100])
-def test_any_range_of_rows_is_read(tmp_path: Path, kind: pa.DataType, row_group_size: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_any_range_of_rows_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType, row_group_size: int, at_once: int
+) -> None:
+    monkeypatch.setattr(documents, "ROWS_AT_ONCE", at_once)
     path = write_table(tmp_path / "a.parquet", {"text": pa.array(TEXTS, kind)}, row_group_size=row_group_size)
     for start in range(len(TEXTS) + 1):
         for end in range(start, len(TEXTS) + 1):

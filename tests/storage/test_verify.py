@@ -4,6 +4,7 @@
 not; what a disk has changed beneath a store is for `full` to find.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from storage.layout import open_store
 from storage.manifest import Manifest, ShardRow, seal
 from storage.plan import ShardJob
 from storage.shards import DTYPE, Record, build_shard, read_record
+from storage.sources import Listing
 from storage.store import Store, overwrite
 from storage.verify import Damage, check_documents, check_fully, check_quickly, check_versions
 from tests.conftest import S3Url
@@ -269,16 +271,20 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
 
 
 def test_rows_that_are_in_train_and_in_val_are_found(store: Store, files: list[Path]) -> None:
-    others = jobs_of(*files[:2], shard_tokens=300)
+    """As another cut of a file, or the file under another name, gives them."""
+    renamed = Path(shutil.copy(files[0], files[0].with_name("renamed.parquet")))
+    others = [*jobs_of(*files[:2], shard_tokens=300), *jobs_of(renamed)]
     for job in others:
         made(store, job)
     val = jobs_of(*files[:2])[:2]
     built(store, *files[:2])
-    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], **SETTINGS)
+    source = Listing(tuple(sources.identify(path) for path in [*files[:2], renamed]), {}).described()
+    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], **SETTINGS | {"source": source})
     last = max(job.rows[1] for job in val)
-    expected = {job.shard_id for job in others if job.source == val[0].source and job.rows[0] < last}
+    expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and job.rows[0] < last}
     assert {found.name for found in check_versions(store, "small", manifest)} == expected
-    assert 0 < len(expected) < len(others)
+    assert {name.split("-")[0] for name in expected} == {"file_0", "renamed"}
+    assert len(expected) < len(others)
     assert fully(store, manifest) == []
 
 
