@@ -176,6 +176,11 @@ def _without_leaks(
     made = shards.done(store, data.dataset, planned, {})
     left_out = find_leaks(data.dataset, plans, made, planned[: data.val_shards], config.resources, config.store_url)
     count = sum(len(rows) for rows in left_out.values())
+    if count == sum(made[shard_id].documents for shard_id in planned[: data.val_shards]):
+        raise ValueError(
+            f"data.drop_val_leaks: a val split without what is in train was asked for, found all of its {count:,} "
+            f"documents in train. Give more data.val_shards, or leave data.drop_val_leaks out."
+        )
     say("leaks", f"{count:,} documents of {len(left_out):,} val shards are in train too: left out of val")
     plans = [replace(one, left_out=left_out) for one in plans]
     again = {shard_id for one in plans for shard_id in one.shard_ids} - set(planned)

@@ -134,6 +134,15 @@ def opened(config: RunConfig) -> tuple[Store, Manifest]:
     return store, manifest
 
 
+def test_a_val_split_that_is_all_in_train_is_refused(tmp_path: Path) -> None:
+    """It would be empty, and stay so."""
+    write_parquet(tmp_path / "source" / "a.parquet", [story(number) for number in range(10)] * 6)
+    config = tiny_config(str(tmp_path / "store"), str(tmp_path / "source"), *SETTINGS)
+    with pytest.raises(ValueError, match=r"data\.drop_val_leaks.*all of its \d+ documents.*data\.val_shards"):
+        build_dataset(config)
+    assert latest_manifest(open_store(config.store_url), DATASET) is None
+
+
 def lose(store: Store, shard_id: str) -> bytes:
     """Delete a shard and its record. Returns what it held."""
     body = bytes(store.read(keys.shard(DATASET, shard_id)).body)
