@@ -40,7 +40,7 @@ def card(store: Store, dataset: str, manifest: Manifest) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "tokenizer": manifest.tokenizer,
         "origin": {name: value for name, value in manifest.source.items() if name != "files"},
-        "totals": {split: {"skipped": 0} | sums for split, sums in manifest.totals.items()},  # the oldest say nothing
+        "totals": manifest.totals,
         "files": [
             {"name": name} | {what: counts[what] for what in ("shards", *COUNTED)} for name, counts in files.items()
         ],

@@ -106,7 +106,8 @@ def _put_record(store: Store, dataset: str, record: Record) -> None:
         found = _made(store, dataset, record.shard_id)
         if found is None:
             store.delete(key)
-            store.put_new(key, body)
+            with suppress(AlreadyExists):  # somebody else mends it, too
+                store.put_new(key, body)
         elif found.sha256 != record.sha256:
             raise ShardCorrupt(
                 f"shard {record.shard_id!r} of dataset {dataset!r}: its record says sha256 {found.sha256}, the same "

@@ -12,10 +12,8 @@ from rich.console import Console
 
 from flows import card as module
 from flows.card import leak_line, page, print_card
-from storage import keys, sources
-from storage.canonical import canonical_json, sha256
+from storage import sources
 from storage.card import card
-from storage.manifest import read_manifest
 from tests.crawl import GOOD, SKIPPING, Crawl
 from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
@@ -198,24 +196,3 @@ def test_leaks_are_on_the_card(counted: dict[str, Any]) -> None:
     for said in (shown(found), leak_line(report), " ".join(Page(page(found)).text)):
         assert set(numbers) <= set(re.findall(r"[\d,]*\d", said))
     assert "10,042" not in leak_line(report | {"items": None})
-
-
-def test_a_version_of_before_sources_were_written_down_has_a_card(tmp_path: Path) -> None:
-    """As `read_manifest` still reads it: without source files, without skipped documents."""
-    crawl = Crawl(tmp_path)
-    now = crawl.build()
-    columns = {name: values for name, values in now.columns.items() if name != "skipped"}
-    totals = {
-        split: {name: count for name, count in sums.items() if name != "skipped"} for split, sums in now.totals.items()
-    }
-    body = canonical_json(
-        {"schema": 1, "recipe": now.recipe, "tokenizer": now.tokenizer, "parent": None, "totals": totals}
-        | {"shards": columns}
-    )
-    crawl.store.put_new(keys.manifest("small", sha256(body)), body)
-    old = read_manifest(crawl.store, "small", sha256(body))
-    found = card(crawl.store, "small", old)
-    said, looked = shown(found), Page(page(found))
-    for split in totals.values():
-        assert f"{split['tokens']:,}" in said
-        assert looked.shows(f"{split['tokens']:,}")
