@@ -70,7 +70,13 @@ BAD_SOURCES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BAD_SOURCES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "no text column" else pytest.param(kind, marks=pytest.mark.full)  # 8 s each
+        for kind in BAD_SOURCES
+    ],
+)
 def test_a_bad_source_is_refused_in_words(api: str, tmp_path: Path, kind: str) -> None:
     make, words = BAD_SOURCES[kind]
     make(tmp_path)

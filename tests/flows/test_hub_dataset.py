@@ -140,7 +140,7 @@ def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files
     assert stored(hub) == []
 
 
-@pytest.mark.parametrize("how", ["new", "changed", "removed"])
+@pytest.mark.parametrize("how", ["new", "changed", pytest.param("removed", marks=pytest.mark.full)])
 def test_a_refresh_makes_the_shards_of_what_changed(
     tmp_path: Path, config: RunConfig, hub: Hub, files: dict[str, bytes], how: str
 ) -> None:

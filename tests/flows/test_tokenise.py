@@ -41,7 +41,13 @@ def runs_made_by(api: str, config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    ("runner", "workers"), [("threads", 1), ("threads", 2), ("threads", 7), ("processes", 2), ("dask", 2)]
+    ("runner", "workers"),
+    [
+        ("threads", 2),
+        *(pytest.param("threads", workers, marks=pytest.mark.full) for workers in (1, 7)),
+        ("processes", 2),
+        ("dask", 2),
+    ],
 )
 def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str, runner: str, workers: int) -> None:
     config = tiny_config(str(tmp_path / "store"), source, f"resources.runner={runner}", f"resources.workers={workers}")
@@ -64,7 +70,9 @@ def test_a_second_build_runs_no_job_and_makes_no_version(api: str, config: RunCo
     assert build_dataset(config) == digest
 
 
-@pytest.mark.parametrize("damage", ["record", "shard and record", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["record", *(pytest.param(one, marks=pytest.mark.full) for one in ("shard and record", "cut"))]
+)
 def test_one_lost_shard_is_one_job(api: str, config: RunConfig, damage: str) -> None:
     digest = build_dataset(config)
     store = opened(config)
