@@ -63,10 +63,10 @@ def verify(
     manifest = newest(store, name)
     if as_json and repair:
         raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
-    if (commit := manifest.source.get("commit")) and asked.data.source == manifest.source["dataset"]:
-        overrides = [*(overrides or []), f"data.revision={commit}"]  # the files it was made of, whatever came since
-        asked = load_config(config, overrides)
-    files = _files(store, asked.data) if deep or repair else []
+    data = asked.data
+    if data.source == manifest.source.get("dataset"):  # the files it was made of, whatever came since
+        data = data.model_copy(update={"revision": manifest.source["commit"]})
+    files = _files(store, data) if deep or repair else []
     look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
     shown = {"console": console, "disable": as_json or not console.is_terminal}
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -92,10 +92,10 @@ def verify(
         if again and not repair:
             console.print(f"to mend    {mend}", highlight=False, markup=False)
     if repair and again:
-        _check_source(store, asked.data, files, again)  # before anything is given up
+        _check_source(store, data, files, again)  # before anything is given up
         for shard_id in sorted(again):  # without its record a shard's job runs again, and replaces what is damaged
             store.delete(keys.record(name, shard_id))
-        build(config, overrides, verbose)
+        build(config, [*(overrides or []), f"data.revision={data.revision}"], verbose)
     if len(damaged) > (len(again) if repair else 0):
         raise typer.Exit(1)
 

@@ -174,9 +174,10 @@ def _without_leaks(
     """The plans with the val shards that lack what is in train, those shards made, and the rows they lack."""
     data = config.data
     made = shards.done(store, data.dataset, planned, {})
-    left_out = find_leaks(data.dataset, plans, made, planned[: data.val_shards], config.resources, config.store_url)
+    val = planned[: data.val_shards]
+    left_out = find_leaks(data.dataset, plans, made, val, config.resources, config.store_url)
     count = sum(len(rows) for rows in left_out.values())
-    if count == sum(made[shard_id].documents for shard_id in planned[: data.val_shards]):
+    if count == sum(made[shard_id].documents for shard_id in val):
         raise ValueError(
             f"data.drop_val_leaks: a val split without what is in train was asked for, found all of its {count:,} "
             f"documents in train. Give more data.val_shards, or leave data.drop_val_leaks out."

@@ -16,9 +16,8 @@ import tiktoken
 
 from storage.canonical import digest, sha256
 
-PUBLISHED = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # r50k_pat_str, tiktoken 0.14
-)
+# r50k_pat_str of tiktoken_ext/openai_public.py, 0.14
+PUBLISHED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same, but for the group. With its alternatives apart fancy-regex walks through them one by one;
 # in a group, which holds no look-around, they are one automaton (1.7 times as fast). What was possessive is greedy:
 # nothing follows it within its alternative, so there is nothing to give back.

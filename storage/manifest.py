@@ -73,6 +73,11 @@ class Manifest:
         return self.columns["shard_id"]
 
     @property
+    def files(self) -> dict[str, str]:
+        """Digests of the source files by name."""
+        return dict(zip(self.source["files"]["name"], self.source["files"]["digest"], strict=True))
+
+    @property
     def made(self) -> dict[str, Made]:
         """What it says of each shard, by shard_id."""
         return {row.shard_id: row.made for row in self.rows()}

@@ -23,7 +23,7 @@ from storage.canonical import canonical_json, sha256
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.mirror import locate
 from storage.plan import ShardJob
-from storage.store import Body, Store, read_json
+from storage.store import Body, Store, overwrite, read_json
 
 DTYPE = np.dtype("<u2")  # gpt2's 50,257 ids fit 16 bits; little-endian whatever the host
 BUFFER_TOKENS = 1 << 24  # more than a full shard has: growing would hold two copies
@@ -105,9 +105,7 @@ def _put_record(store: Store, dataset: str, record: Record) -> None:
     except AlreadyExists as error:
         found = _made(store, dataset, record.shard_id)
         if found is None:
-            store.delete(key)
-            with suppress(AlreadyExists):  # somebody else mends it, too
-                store.put_new(key, body)
+            overwrite(store, key, body)
         elif found.sha256 != record.sha256:
             raise ShardCorrupt(
                 f"shard {record.shard_id!r} of dataset {dataset!r}: its record says sha256 {found.sha256}, the same "

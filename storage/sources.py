@@ -49,8 +49,7 @@ class SourceFile:
     @property
     def key(self) -> str:
         """Where a copy of it lies in a store."""
-        path = PurePosixPath(self.name)
-        return keys.source(self.digest, self.stem + path.suffix)
+        return keys.source(self.digest, self.stem + PurePosixPath(self.name).suffix)
 
 
 @dataclass(frozen=True)

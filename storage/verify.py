@@ -118,9 +118,8 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
         val.setdefault(recipe["source"], []).append((shard_id, recipe["row_from"], recipe["row_to"]))
-    files = manifest.source["files"]
-    named = zip(files["name"], files["size_bytes"], files["digest"], strict=True)
-    stems = {SourceFile(*file, place="").stem for file in named if file[-1] in val}  # renamed ones, too
+    of_val = (name for name, digest in manifest.files.items() if digest in val)  # renamed ones, too
+    stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in of_val}
     near = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
     for shard_id, recipe in _recipes(store, dataset, near):
         for name, row_from, row_to in val.get(recipe["source"], []):

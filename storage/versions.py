@@ -54,7 +54,7 @@ def find(store: Store, dataset: str, named: str) -> Manifest:
 
 def difference(old: Manifest, new: Manifest) -> dict[str, Any]:
     """What the new version adds to the old one and what it takes away: files, shards, documents, tokens, settings."""
-    was, now = _files(old), _files(new)
+    was, now = old.files, new.files
     before, after = old.made, new.made
     added = [made for shard_id, made in after.items() if before.get(shard_id) != made]
     removed = [made for shard_id, made in before.items() if after.get(shard_id) != made]
@@ -76,9 +76,3 @@ def difference(old: Manifest, new: Manifest) -> dict[str, Any]:
             name for name in old.recipe.keys() | new.recipe.keys() if old.recipe.get(name) != new.recipe.get(name)
         ),
     }
-
-
-def _files(manifest: Manifest) -> dict[str, str]:
-    """Digests of the source files by name."""
-    files = manifest.source["files"]
-    return dict(zip(files["name"], files["digest"], strict=True))

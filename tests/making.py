@@ -1,10 +1,13 @@
 """What tests are made of: texts, source files, a tiny configuration, a dataset built without Prefect."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
 from model.config import RunConfig, load_config
@@ -61,6 +64,13 @@ def build_dataset(config: RunConfig) -> Manifest:
         store, data.dataset, planned, recipe=shape.recipe(), tokenizer=identity, source=found.described(),
         binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
     )  # fmt: skip
+
+
+@cache
+def published() -> tiktoken.Encoding:
+    """gpt2 with the pattern that tiktoken publishes: what this project's encoding is compared with."""
+    specials = {"<|endoftext|>": tokenizer.EOT}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=tokenizer.ranks(), special_tokens=specials)
 
 
 def words(config: RunConfig) -> list[str]:

@@ -17,7 +17,7 @@ from storage.layout import open_store
 from storage.manifest import read_manifest
 from storage.store import Store
 from tests.flows.console import ask, poll
-from tests.making import document, tiny_config, write_parquet
+from tests.making import document, published, tiny_config, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -55,7 +55,7 @@ def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str,
     manifest = read_manifest(store, "small", digest)
     stream = b"".join(store.read(keys.shard("small", row.shard_id)).body for row in manifest.rows())
     texts = [text for path in sorted(Path(source).parent.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
-    encoding = tokenizer._encoding()
+    encoding = published()
     expected = np.array([i for text in texts for i in (tokenizer.EOT, *encoding.encode_ordinary(text))], np.uint16)
     assert stream == expected.tobytes()
     serial = tiny_config(str(tmp_path / "serial"), source, "resources.workers=1")

@@ -12,14 +12,11 @@ from pydoc_data.topics import topics
 
 import pytest
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
+from tests.making import published
 
 STRINGS = 100_000
-PUBLISHED = tiktoken.Encoding(
-    "gpt2", pat_str=r50k_pat_str, mergeable_ranks=tokenizer.ranks(), special_tokens={"<|endoftext|>": tokenizer.EOT}
-)
 PIECES = [
     " ", "  ", "\t", "\n", "\r\n", "\r", "\x0b", "\x0c", "\x85", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff",
     "\u2028", "\u2029", "\u1680", "\x1c", "'s", "'S", "’s", "'t", "'re", "'RE", "'ll", "'d", "'m", "'ve", "'", "''",
@@ -68,7 +65,7 @@ def differing(texts: Iterable[str]) -> list[str]:
     return [
         f"{len(text):,} characters: {text[:60]!a}"
         for text in texts
-        if tokenizer.encode(text).tolist() != PUBLISHED.encode_ordinary(text)
+        if tokenizer.encode(text).tolist() != published().encode_ordinary(text)
     ]
 
 
@@ -96,7 +93,7 @@ def test_the_same_documents_are_too_much(white: str) -> None:
     """fancy-regex's stack holds a million characters of white space before a word; at a text's end it needs none."""
     run = white * 1_100_000
     assert differing([f"x{run}", f"{run[:900_000]}x"]) == []
-    for encode in (tokenizer.encode, PUBLISHED.encode):
+    for encode in (tokenizer.encode, published().encode):
         with pytest.raises(ValueError, match="stack size exceeded"):
             encode(f"{run}x")
 

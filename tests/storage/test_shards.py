@@ -19,7 +19,7 @@ from storage.canonical import sha256
 from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
 from storage.plan import ShardJob
 from storage.store import Store, overwrite
-from tests.making import document, write_parquet
+from tests.making import document, published, write_parquet
 from tests.storage import sealing
 
 TEXTS = [
@@ -39,7 +39,7 @@ TEXTS = [
 
 def reference(texts: list[str]) -> bytes:
     """`<|endoftext|>` and tiktoken's own ids of each document."""
-    encoding = tokenizer._encoding()
+    encoding = published()
     return b"".join(np.array([50256, *encoding.encode_ordinary(text)], "<u2").tobytes() for text in texts)
 
 
