@@ -75,13 +75,16 @@ def mirror(store: Store, file: SourceFile, come: Callable[[int], None] = lambda 
         path = FOLDER / file.digest
         with path.open("a+b") as body:
             fcntl.flock(body, fcntl.LOCK_EX)  # two builders of one host: the second finds it fetched
-            hub.fetch(file, body, come)
-            body.flush()
-            if file.size_bytes:
-                with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as whole:
-                    _put(store, file, whole)
+            if locate(store, file) is file:  # or already put, and what it was fetched into gone
+                hub.fetch(file, body, come)
+                body.flush()
+                if file.size_bytes:
+                    with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as whole:
+                        _put(store, file, whole)
+                else:
+                    _put(store, file, b"")
             else:
-                _put(store, file, b"")
+                come(file.size_bytes)
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreUnusable(

@@ -14,7 +14,7 @@ from storage.errors import SourceInvalid, SourceUnavailable
 from storage.layout import open_store
 from storage.mirror import list_source, locate, mirror
 from storage.opening import open_source
-from storage.sources import Listing
+from storage.sources import Listing, SourceFile
 from storage.store import Store
 from tests.conftest import S3Url
 from tests.hub import Hub
@@ -133,6 +133,30 @@ def test_two_builders_of_one_host_fetch_a_file_once(store: Store, hub: Hub) -> N
         found = list(pool.map(lambda n: mirror(store, files[n % 3]), range(24)))
     assert {file.place for file in found} == {locate(store, file).place for file in files}
     assert len(hub.asked(STORED)) == len(FILES)
+
+
+def test_what_another_builder_brings_after_one_has_looked_is_not_fetched_again(
+    store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One looks and finds nothing; another looks, fetches, puts and cleans up; only then the first goes on."""
+    hub.dataset("org/edu", FILES)
+    file = listed(store).files[0]
+
+    looked: list[SourceFile] = []
+
+    def overtaken(store: Store, file: SourceFile) -> SourceFile:
+        found = locate(store, file)
+        looked.append(file)
+        if len(looked) == 1:
+            mirror(store, file)
+        return found
+
+    monkeypatch.setattr(mirrors, "locate", overtaken)
+    come: list[int] = []
+    assert mirror(store, file, come.append) == locate(store, file)
+    assert sum(come) == file.size_bytes
+    assert len(hub.asked(STORED)) == 1
+    assert list(mirrors.FOLDER.iterdir()) == []
 
 
 CHILD = """
