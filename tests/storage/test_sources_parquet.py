@@ -1,6 +1,7 @@
 """Parquet files: any rows are read, counts steer, and what is damaged or of another type is refused."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,31 @@ def test_any_range_of_rows_is_read(
     for start in range(len(TEXTS) + 1):
         for end in range(start, len(TEXTS) + 1):
             assert texts_of(path, start, end) == TEXTS[start:end]
+
+
+@pytest.mark.parametrize(("most_bytes", "reads"), [(1 << 20, [0, 1]), (0, [0, 0, 0, 0, 1, 1])])
+def test_neighbouring_shards_decode_a_small_row_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, reads: list[int]
+) -> None:
+    read: list[int] = []
+    decode = documents._batches
+
+    def counted(parquet: pq.ParquetFile, columns: list[str], groups: list[int]) -> Iterator[pa.RecordBatch]:
+        read.extend(groups)
+        return decode(parquet, columns, groups)
+
+    monkeypatch.setattr(documents, "_batches", counted)
+    monkeypatch.setattr(documents, "KEPT_BYTES", most_bytes)
+    texts = [document(number) for number in range(20)]
+    path = write_table(tmp_path / "a.parquet", {"text": texts}, row_group_size=15)
+    assert [one for start in range(0, 20, 4) for one in texts_of(path, start, start + 4)] == texts
+    assert read == reads
+
+
+def test_another_file_in_a_files_place_is_read_anew(tmp_path: Path) -> None:
+    for texts in (["one", "two"], ["three", "four"]):
+        assert texts_of(write_table(tmp_path / "a.parquet", {"text": texts}), 0, 2) == texts
+        shutil.rmtree(tmp_path / "0-2")
 
 
 def test_bytes_that_are_no_utf8_in_a_string_column_are_refused(tmp_path: Path) -> None:
