@@ -22,6 +22,10 @@ PUBLISHED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 # in a group, which holds no look-around, they are one automaton (1.7 times as fast). What was possessive is greedy:
 # nothing follows it within its alternative, so there is nothing to give back.
 PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
+# The same where no two white characters meet, as in 97 of 100 documents of FineWeb-Edu: nothing is left to look around
+# for, so all of it is one automaton. With the search for PAIRS it takes 0.75 of PATTERN's time.
+PLAIN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+PAIRS = r"\s\s"
 VOCABULARY = 50_257
 EOT = 50_256  # <|endoftext|>, put before each document
 FILES = {  # sha256 as in tiktoken_ext/openai_public.py, 0.14
@@ -42,13 +46,11 @@ def identity() -> dict[str, Any]:
 
 def encode(text: str) -> np.ndarray:
     """The text's token ids, uint32. `<|endoftext|>` inside a text is plain text. Raises ValueError if it cannot be."""
-    encoding = _encoding()
     try:
         try:
-            return encoding.encode_to_numpy(text, disallowed_special=())
+            return _encode(text)
         except UnicodeEncodeError:  # a lone surrogate, from JSON: replaced as tiktoken's encode_ordinary does it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return encoding.encode_to_numpy(text, disallowed_special=())
+            return _encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # Rust's panic is no Exception, and would take a worker with it
             raise ValueError(f"tiktoken gave up on a document of {len(text):,} characters ({error})") from error
@@ -57,12 +59,12 @@ def encode(text: str) -> np.ndarray:
 
 def decode(ids: list[int]) -> str:
     """The text of some token ids; bytes that are no UTF-8 become U+FFFD."""
-    return _encoding().decode(ids)
+    return _encoding(PLAIN).decode(ids)
 
 
 def decode_bytes(ids: list[int]) -> bytes:
     """The bytes of some token ids."""
-    return _encoding().decode_bytes(ids)
+    return _encoding(PLAIN).decode_bytes(ids)
 
 
 def ranks() -> dict[bytes, int]:
@@ -82,23 +84,28 @@ def ranks() -> dict[bytes, int]:
     return {bytes(spelled[character] for character in token): rank for token, rank in ids.items()}
 
 
+def _encode(text: str) -> np.ndarray:
+    pattern = PATTERN if _encoding(PAIRS).encode_ordinary(text) else PLAIN
+    return _encoding(pattern).encode_to_numpy(text, disallowed_special=())
+
+
 _of_thread = threading.local()
 
 
-def _encoding() -> tiktoken.Encoding:
+def _encoding(pattern: str) -> tiktoken.Encoding:
     """One a thread (12 MB): of those that share one, all but the first wait for its regex, 15 % of their time."""
-    found: tiktoken.Encoding | None = getattr(_of_thread, "encoding", None)
+    found: tiktoken.Encoding | None = vars(_of_thread).get(pattern)
     if found is None:
-        found = _of_thread.encoding = tiktoken.Encoding(
+        found = vars(_of_thread)[pattern] = tiktoken.Encoding(
             "gpt2",
-            pat_str=PATTERN,
-            mergeable_ranks=_ranks(),
+            pat_str=pattern,
+            mergeable_ranks=_BYTES if pattern == PAIRS else _ranks(),  # of pairs it is only asked whether there are any
             special_tokens={"<|endoftext|>": EOT},
-            explicit_n_vocab=VOCABULARY,
         )
     return found
 
 
+_BYTES = {bytes([byte]): byte for byte in range(256)}
 _ranks = cache(ranks)  # 0.2 s
 
 

@@ -1,4 +1,4 @@
-"""The regrouped pattern gives the ids of the published one, whatever the text."""
+"""Our two patterns give the ids of the published one, whatever the text."""
 
 import random
 import sys
@@ -106,8 +106,8 @@ def test_every_thread_has_an_encoding_of_its_own() -> None:
         def own() -> tiktoken.Encoding:
             both.wait()
             assert tokenizer.encode("hello world").tolist() == [31373, 995]
-            return tokenizer._encoding()
+            return tokenizer._encoding(tokenizer.PLAIN)
 
         first, second = (future.result() for future in [pool.submit(own), pool.submit(own)])
-    assert len({first, second, tokenizer._encoding()}) == 3
-    assert tokenizer._encoding() is tokenizer._encoding()
+    assert len({first, second, tokenizer._encoding(tokenizer.PLAIN)}) == 3
+    assert tokenizer._encoding(tokenizer.PLAIN) is tokenizer._encoding(tokenizer.PLAIN)

@@ -34,7 +34,7 @@ def test_ids_are_the_published_ones(text: str, ids: list[int]) -> None:
 
 
 def test_the_special_token_is_eot() -> None:
-    encoding = tokenizer._encoding()
+    encoding = tokenizer._encoding(tokenizer.PLAIN)
     assert encoding.encode("hello <|endoftext|>", allowed_special="all") == [31373, 220, 50256]
     assert (encoding.n_vocab, encoding.eot_token) == (tokenizer.VOCABULARY, tokenizer.EOT) == (50257, 50256)
 
@@ -74,7 +74,7 @@ def test_decoding_gives_the_text_back_and_ids_fit_16_bits(text: str) -> None:
 
 def test_every_id_fits_16_bits_and_decodes() -> None:
     assert np.iinfo(np.uint16).max >= tokenizer.VOCABULARY - 1
-    encoding = tokenizer._encoding()
+    encoding = tokenizer._encoding(tokenizer.PLAIN)
     for number in random.Random(1).sample(range(tokenizer.EOT), 2_000):
         assert encoding.decode_single_token_bytes(number)
 
@@ -94,7 +94,7 @@ def failing(error: BaseException) -> object:
     def encode(*_: object, **__: object) -> np.ndarray:
         raise error
 
-    return lambda: SimpleNamespace(encode_to_numpy=encode)
+    return lambda _: SimpleNamespace(encode_ordinary=len, encode_to_numpy=encode)
 
 
 def test_a_panic_of_tiktoken_is_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
