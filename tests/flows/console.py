@@ -12,11 +12,20 @@ from typing import Any
 import httpx
 
 
-def ask(api: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The server's answer to a filter (a body) or a look (none)."""
-    answer = httpx.get(f"{api}{path}") if body is None else httpx.post(f"{api}{path}", json=body)
+def ask(api: str, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
+    """The server's answer to a filter (a body), a look (none) or another method.
+
+    503 says that SQLite is busy: asked again, as Prefect's own clients do it.
+    """
+    method = method or ("GET" if body is None else "POST")
+
+    def answered() -> httpx.Response | None:
+        answer = httpx.request(method, f"{api}{path}", json=body)
+        return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer
+
+    answer = poll(answered)
     answer.raise_for_status()
-    return answer.json()
+    return answer.json() if answer.content else None
 
 
 def poll(found: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from model.config import RunConfig
@@ -111,7 +110,7 @@ def test_a_retry_runs_what_failed(api: str, deployment: str, config: RunConfig, 
     before = shard_runs(api)
     if how == "ui":  # what its button sends
         state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-        httpx.post(f"{api}/flow_runs/{flow_run}/set_state", json={"state": state}).raise_for_status()
+        ask(api, f"/flow_runs/{flow_run}/set_state", {"state": state})
     else:
         prefect("flow-run", "retry", flow_run)
     assert ended(api, flow_run, 2) == "COMPLETED"
