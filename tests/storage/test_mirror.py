@@ -141,7 +141,6 @@ def test_what_another_builder_brings_after_one_has_looked_is_not_fetched_again(
     """One looks and finds nothing; another looks, fetches, puts and cleans up; only then the first goes on."""
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
-
     looked: list[SourceFile] = []
 
     def overtaken(store: Store, file: SourceFile) -> SourceFile:
