@@ -93,13 +93,13 @@ _of_thread = threading.local()
 
 
 def _encoding(pattern: str) -> tiktoken.Encoding:
-    """One a thread and pattern (12 MB): of threads that share one, all but the first wait for its regex, 15 % of their time."""
+    """One a thread and pattern (12 MB): of threads that share one, all but one wait for its regex, 15 % of the time."""
     found: tiktoken.Encoding | None = vars(_of_thread).get(pattern)
     if found is None:
         found = vars(_of_thread)[pattern] = tiktoken.Encoding(
             "gpt2",
             pat_str=pattern,
-            mergeable_ranks=_BYTES if pattern == PAIRS else _ranks(),  # whether there are pairs, not their ids: no 12 MB
+            mergeable_ranks=_BYTES if pattern == PAIRS else _ranks(),  # any ids will do, in less than 12 MB
             special_tokens={"<|endoftext|>": EOT},
         )
     return found
