@@ -46,7 +46,7 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
         )
     jobs = evaluation_jobs(run, kept[-1].step)
     bar = Bar("evaluate", len(jobs), "evaluations")
-    with Processes(config.store_url, config.resources.cache_bytes) as processes:
+    with Processes(config.store_url) as processes:
         futures: list[PrefectConcurrentFuture[Any]] = [
             evaluate_checkpoint.submit(job, config.store_url, processes)  # type: ignore[misc]  # a thread runner's future
             for job in jobs

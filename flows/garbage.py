@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flows.status import dataset_names, run_names
 from model.history import checkpoints, retained
-from model.run import read_run
+from model.run import read_run, training_job
 from storage import host_cache, keys
 from storage.errors import Conflict
 from storage.host_cache import HostCache
 from storage.lease import claim, holds, last_build, release
 from storage.manifest import read_manifest
-from storage.store import Stat, Store, clock
+from storage.store import Stat, Store, clock, read_json
 from storage.versions import digests
 
 
@@ -95,7 +96,9 @@ def _shard_id(dataset: str, key: str) -> str:
 
 def _of_run(store: Store, name: str, before: float) -> list[Stat]:
     """Checkpoints that retention gives up, files of killed attempts, metrics that no kept checkpoint lists."""
-    train = read_run(store, name).config["train"]
+    run = read_run(store, name)
+    asked: Any = read_json(store, training_job(run).key) or {}
+    train = run.config["train"] | asked.get("how", {}).get("train", {})  # as it was asked for last
     there = [*_old(store, keys.checkpoints(name), before), *_old(store, keys.all_metrics(name), before)]
     live = set()
     for record in retained(checkpoints(store, name), train["keep_last"], train["keep_every_steps"]):

@@ -67,9 +67,8 @@ class _Request:
 class Processes:
     """The processes of one flow run. Leaving the block ends every one that is still there, with its whole group."""
 
-    def __init__(self, store_url: str, cache_bytes: int) -> None:
+    def __init__(self, store_url: str) -> None:
         self._store_url = store_url
-        self._cache_bytes = cache_bytes
         self._asked: queue.Queue[_Request] = queue.Queue()
         self._started: list[_Request] = []
         self._closed = False
@@ -88,10 +87,9 @@ class Processes:
         while not self._asked.empty():
             self._asked.get().ended.set()
 
-    def run(self, job_key: str, log: Callable[[str], None], processes: int = 1) -> None:
+    def run(self, job_key: str, log: Callable[[str], None]) -> None:
         """Run the job to its end, from a task's thread. Raises JobRefused or JobFailed when it does not succeed."""
-        words = [sys.executable, "-m", "model", self._store_url, job_key, "--processes", str(processes)]
-        words += ["--cache-bytes", str(self._cache_bytes), "--parent", str(os.getpid())]
+        words = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
         request = _Request(words, log)
         if not self._closed:
             self._asked.put(request)

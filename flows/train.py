@@ -32,7 +32,7 @@ class Trained:
     step: int
 
 
-def run_job(store: Store, job: Job, processes: Processes, ranks: int = 1) -> Any:
+def run_job(store: Store, job: Job, processes: Processes) -> Any:
     """Run a job in a process and return its result, from a task's thread; a job that is done is Skipped.
 
     Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
@@ -40,7 +40,7 @@ def run_job(store: Store, job: Job, processes: Processes, ranks: int = 1) -> Any
     if (result := read_result(store, job)) is not None:
         return Completed(name="Skipped", message="its result was there", data=result)
     try:
-        processes.run(ask(store, job), get_run_logger().info, ranks)
+        processes.run(ask(store, job), get_run_logger().info)
         if (result := read_result(store, job)) is None:
             raise JobFailed(
                 f"job {job.job_id!r} stopped before its end, as it was asked to. Run the same command again."
@@ -52,9 +52,9 @@ def run_job(store: Store, job: Job, processes: Processes, ranks: int = 1) -> Any
 
 
 @task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
-def train_model(job: Job, store_url: str, processes: Processes, ranks: int) -> Any:
+def train_model(job: Job, store_url: str, processes: Processes) -> Any:
     """Wait for the training's processes. Returns the result: the last step and the tokens seen."""
-    return run_job(open_store(store_url), job, processes, ranks)
+    return run_job(open_store(store_url), job, processes)
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
@@ -72,8 +72,11 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     watcher = threading.Thread(target=_watch, args=(store, run, bar, ended), daemon=True)
     watcher.start()
     try:
-        with Processes(config.store_url, config.resources.cache_bytes) as processes:
-            future = train_model.submit(job, config.store_url, processes, config.resources.processes)
+        with Processes(config.store_url) as processes:
+            if config.resources.nodes > 1:
+                say("train", f"on each of the other {config.resources.nodes - 1} hosts, with this package installed: "
+                             f"python -m model {config.store_url} {job.key}")  # fmt: skip
+            future = train_model.submit(job, config.store_url, processes)
             processes.serve([future])  # type: ignore[list-item]  # a thread runner's future
         result: dict[str, Any] = future.result()
     finally:

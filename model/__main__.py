@@ -1,7 +1,8 @@
 """One process of a job: `python -m model <store url> <job key>`, or `torchrun -m model …` for many ranks.
 
-`--processes N` starts torchrun's own launcher here with N ranks on this host. A process that was started by another
-one ends when that one dies, however it dies. Exit codes: 0 done or stopped at a checkpoint, 2 what a user can mend.
+Started by hand on one host or on each of several, it starts torchrun's own launcher with as many ranks as the job was
+asked to have. A process that was started by another one ends when that one dies, however it dies. Exit codes: 0 done
+or stopped at a checkpoint, 2 what a user can mend.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from model.config import ResourcesConfig
 from model.distributed import DDPConfig
 from model.job import answer, read_job, read_result
 from model.parent import end_with_parent
@@ -28,14 +30,17 @@ USER_ERROR = 2
 
 def run_job(store_url: str, job_key: str) -> int:
     """Do the job as this rank. Returns the exit code."""
-    ddp = DDPConfig.detect(os.environ)
+    rank = os.environ.get("RANK", "0")
     try:
         store = open_store(store_url)
         job = read_job(store, job_key)
         if read_result(store, job) is not None:
             return 0
+        resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
+        cache.limit_bytes = resources.cache_bytes
+        ddp = DDPConfig.detect(os.environ, resources.device)
         if ddp.is_main:
-            print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device}", flush=True)
+            print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device_name}", flush=True)
         with ddp.process_group():
             result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
         if not ddp.is_main:
@@ -47,9 +52,35 @@ def run_job(store_url: str, job_key: str) -> int:
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
-    except Exception:
-        print(f"rank {ddp.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if _is_of_another_rank(error):
+            print(f"rank {rank} ends: another rank has ended before it", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
+    return 0
+
+
+def _is_of_another_rank(error: Exception) -> bool:
+    """Whether the process group broke: gloo says so in a RuntimeError of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: int) -> int:
+    """Start torchrun's launcher for this host's ranks. Returns the exit code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))  # torchrun would take 1, and warn
+    hosts = ["--standalone"]
+    if resources.nodes > 1:
+        hosts = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2]]
+        hosts += ["--rdzv-backend", "c10d", "--rdzv-endpoint", resources.rendezvous]
+    words = [*hosts, "--nproc-per-node", str(processes), "-m", "model", store_url, job_key]
+    try:
+        torchrun([*words, "--parent", str(os.getpid())])
+    except ChildFailedError as error:  # the rank has said why
+        return USER_ERROR if any(found.exitcode == USER_ERROR for found in error.failures.values()) else 1
+    except SignalException:
+        pass  # passed on to the ranks, which have saved
     return 0
 
 
@@ -58,35 +89,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
     parser.add_argument("store_url", help="the store: ./data or s3://bucket/prefix")
     parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
-    parser.add_argument(
-        "--processes", type=int, help="ranks on this host, by torchrun's launcher; 0: one a GPU, else 1"
-    )
-    parser.add_argument(
-        "--cache-bytes", type=int, default=cache.limit_bytes, help="shards of an S3 store that this host keeps"
-    )
+    parser.add_argument("--processes", type=int, help="ranks on this host; 0: one a GPU, else 1; else as it was asked")
     parser.add_argument("--parent", type=int, help="end when this process, which must have started this one, dies")
     asked = parser.parse_args()
-    cache.limit_bytes = asked.cache_bytes
     if asked.parent is not None:
         end_with_parent(asked.parent)
-    processes = 1 if asked.processes is None else asked.processes or torch.cuda.device_count() or 1
-    if processes > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))  # torchrun would take 1, and warn
-        words = ["--standalone", "--nproc-per-node", str(processes), "-m", "model", asked.store_url, asked.job_key]
+    if "RANK" not in os.environ:
         try:
-            torchrun([*words, "--cache-bytes", str(asked.cache_bytes), "--parent", str(os.getpid())])
-        except ChildFailedError as error:  # the rank has said why
-            return USER_ERROR if any(found.exitcode == USER_ERROR for found in error.failures.values()) else 1
-        except SignalException:
-            pass  # passed on to the ranks, which have saved
-        return 0
+            job = read_job(open_store(asked.store_url), asked.job_key)
+        except (ValueError, StorageError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR
+        resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
+        if job.kind != "train":  # an evaluation is a process of its own
+            resources = resources.model_copy(update={"processes": 1, "nodes": 1})
+        wanted = resources.processes if asked.processes is None else asked.processes
+        processes = wanted or (torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0) or 1
+        if processes * resources.nodes > 1:
+            return launch(asked.store_url, asked.job_key, resources, processes)
+        return run_job(asked.store_url, asked.job_key)
     code = run_job(asked.store_url, asked.job_key)
-    if "RANK" in os.environ:  # a rank of torchrun's: a thread of gloo's may abort an orderly exit, rarely
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread of gloo's may abort an orderly exit, rarely
 
 
 if __name__ == "__main__":

@@ -1,119 +1,99 @@
-"""A checkpoint: all that a run needs to go on from a step, as a few files and a record written last. Decides nothing.
+"""A checkpoint's files: weights and optimizer state as safetensors, copied into memory at once and read back checked.
 
-Weights and optimizer state are safetensors: no pickle is ever loaded. What is drawn at random in step k is a function
-of (seed, k, rank), so there is no generator state to keep.
+No pickle is ever loaded. What is drawn at random in step k is a function of (seed, k, rank), so there is no generator
+state to keep. Puts nothing into a store.
 """
 
-import secrets
-from dataclasses import asdict
+import json
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from model.gpt import GPT
-from model.history import CheckpointRecord, checkpoints, retained
+from model.gpt import GPT, unpadded
+from model.history import OPTIMIZER, WEIGHTS, CheckpointRecord
 from storage import keys
-from storage.canonical import canonical_json, sha256
-from storage.errors import AlreadyExists, CheckpointInvalid
-from storage.store import Store, overwrite
+from storage.errors import CheckpointInvalid
+from storage.store import Body, Store
 
-WEIGHTS = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
-def save_checkpoint(
-    store: Store,
-    run: str,
-    *,
-    step: int,
-    job: str,
-    cursor: dict[str, Any],
-    train: dict[str, Any],
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    metrics: list[str],
-) -> CheckpointRecord:
-    """Put the files, then the record, then point `latest` at it; killed anywhere, the previous one stays the newest.
-
-    Raises CheckpointInvalid when another process has written this step of the run meanwhile.
+class Snapshot:
+    """The bytes of a checkpoint's files. Its memory is used again: at 124M a fresh copy took twice as long as a copy
+    over an old one, and the training stands still that long.
     """
-    attempt = secrets.token_hex(6)
-    bodies = {WEIGHTS: save(_weights(model)), OPTIMIZER: save(_optimizer_tensors(model, optimizer))}
-    for name, body in bodies.items():
-        store.put_new(keys.checkpoint_file(run, step, attempt, name), body)
-    record = CheckpointRecord(
-        step=step,
-        attempt=attempt,
-        files={name: {"size_bytes": len(body), "sha256": sha256(body)} for name, body in bodies.items()},
-        job=job,
-        model=model.config.model_dump(mode="json"),
-        train=train,
-        cursor=cursor,
-        metrics=metrics,
-    )
-    record_key = keys.checkpoint_record(run, step)
-    try:
-        store.put_new(record_key, canonical_json(asdict(record)))
-    except AlreadyExists as error:
-        if any(found.step == step for found in checkpoints(store, run)):
-            raise CheckpointInvalid(
-                f"run {run!r}: step {step:,} was saved by another process meanwhile. "
-                f"Train a run in one place at a time; running again goes on from the newest checkpoint."
-            ) from error
-        store.delete(record_key)  # it names files that are gone or cut, so it never counted
-        store.put_new(record_key, canonical_json(asdict(record)))
-    pointer = {"step": step, "record": record_key, "commit_id": attempt}
-    overwrite(store, keys.run_latest(run), canonical_json(pointer))
-    return record
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytearray] = {}
+
+    def take(self, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Body]:
+        """The files as they are now. They hold until the next call."""
+        weights = {name: unpadded(name, weight.detach()) for name, weight in model.named_parameters()}
+        state = {
+            f"{name}.{field}": unpadded(name, value)
+            for name, weight in model.named_parameters()
+            for field, value in optimizer.state[weight].items()
+        }
+        return {WEIGHTS: self._copy(WEIGHTS, weights), OPTIMIZER: self._copy(OPTIMIZER, state)}
+
+    def _copy(self, file: str, tensors: dict[str, Tensor]) -> bytearray:
+        """The tensors as one safetensors file: length of the header, header, then each tensor where it says."""
+        header: dict[str, Any] = {}
+        end = 0
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.float32
+            start, end = end, end + 4 * tensor.numel()
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)  # the format wants the data at a multiple of 8
+        first = 8 + len(head)
+        if len(self._files.get(file, b"")) != first + end:
+            self._files[file] = bytearray(first + end)
+        body = self._files[file]
+        body[:first] = len(head).to_bytes(8, "little") + head
+        if end:
+            numbers = torch.frombuffer(body, dtype=torch.float32, offset=first)
+            parts = torch.split(numbers, [tensor.numel() for tensor in tensors.values()])
+            for part, tensor in zip(parts, tensors.values(), strict=True):
+                part.copy_(tensor.reshape(-1))
+        return body
 
 
 def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -> None:
     """Put the checkpoint's weights into the model. Raises CheckpointInvalid when they are damaged or do not fit."""
     tensors = _read(store, run, record, WEIGHTS)
-    wanted = {name: weight.shape for name, weight in model.named_parameters()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+    wanted = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: part.shape for name, part in wanted.items()}:
         raise CheckpointInvalid(
             f"run {run!r}: the checkpoint of step {record.step:,} holds the weights of another model. "
             f"Choose another name with --set name=…, or delete that checkpoint."
         )
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(tensors[name])
+        for name, part in wanted.items():
+            part.copy_(tensors[name])
 
 
 def load_optimizer(
     store: Store, run: str, record: CheckpointRecord, model: GPT, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the checkpoint's optimizer state back. Raises CheckpointInvalid when it is damaged."""
+    """Put the checkpoint's optimizer state back. Raises CheckpointInvalid when it is damaged or not there."""
+    if OPTIMIZER not in record.files:
+        raise CheckpointInvalid(
+            f"run {run!r}: the checkpoint of step {record.step:,} holds weights alone, as an imported model does. "
+            f"Start another run with them: --set name=… --set train.start_from={run}"
+        )
     tensors = _read(store, run, record, OPTIMIZER)
     for name, weight in model.named_parameters():
-        fields = ("step", "exp_avg", "exp_avg_sq")  # all on the weight's device, as fused AdamW wants them
-        optimizer.state[weight] = {field: tensors[f"{name}.{field}"].to(weight.device) for field in fields}
-
-
-def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the checkpoints that are neither among the newest `keep_last` nor at a multiple of `keep_every_steps`."""
-    there = checkpoints(store, run)
-    kept = retained(there, keep_last, keep_every_steps)
-    for record in [record for record in there if record not in kept]:
-        store.delete(keys.checkpoint_record(run, record.step))  # first: without it the rest does not count
-        for name in record.files:
-            store.delete(keys.checkpoint_file(run, record.step, record.attempt, name))
-
-
-def _weights(model: GPT) -> dict[str, Tensor]:
-    return {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
-
-
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{field}": value.detach().cpu().contiguous()
-        for name, weight in model.named_parameters()
-        for field, value in optimizer.state[weight].items()
-    }
+        if f"{name}.{MOMENTS[0]}" not in tensors:
+            continue  # saved before its first update
+        kept = {field: tensors[f"{name}.{field}"].to(weight.device) for field in MOMENTS}  # as fused AdamW wants them
+        padded = {field: torch.zeros_like(weight) if value.dim() else value for field, value in kept.items()}
+        for field, value in kept.items():
+            unpadded(name, padded[field]).copy_(value)
+        optimizer.state[weight] = padded
 
 
 def _read(store: Store, run: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:

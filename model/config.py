@@ -7,7 +7,7 @@ never does. Secrets and endpoints are environment, never configuration.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -100,6 +100,11 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The optimizer, the schedule and what a step is; the defaults are the 19,073-step run of GPT-2 124M."""
 
+    # How a training runs, not what it computes: never in a recipe, free to differ when a run goes on.
+    HOW: ClassVar = frozenset(
+        {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
+    )
+
     sequence_tokens: Positive = Field(512, description="T: tokens of one sequence.")
     micro_batch_sequences: Positive = Field(8, description="Sequences in one forward pass on one rank.")
     batch_tokens: Positive = Field(524_288, description="Tokens of one step, over all ranks.")
@@ -110,12 +115,19 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; vectors have none.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    skip_outlier_steps: int = Field(
+        0, ge=0, description="Steps without an update that are allowed, where loss or gradient is far off or no number."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped in training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic of the forward pass; auto: bf16 where a GPU has it, else fp32."
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on with CUDA only.")
     seed: int = Field(1337, ge=0, description="Decides the initial weights and the order of the data.")
+    start_from: str = Field("", description="A run whose newest checkpoint this one begins with; empty: from scratch.")
+    start_with: Literal["weights", "everything"] = Field(
+        "weights", description="What is taken of it: its weights, or its step and its optimizer's state too."
+    )
     checkpoint_every_steps: Positive = Field(250, description="Steps between checkpoints.")
     keep_last: Positive = Field(3, description="How many of the newest checkpoints are kept.")
     keep_every_steps: int = Field(5_000, ge=0, description="Checkpoints kept for good; 0: none but the newest.")
@@ -189,7 +201,15 @@ class ResourcesConfig(Section):
     dask_address: str = Field("", description="A standing Dask cluster, tcp://host:port; empty: one on this host.")
     shards_per_task: int = Field(0, ge=0, description="Shards that one task makes; 0: one, more in plans above 2,000.")
     audit: bool = Field(False, description="Look for leaks (gpt2 dataset audit) after each build.")
-    processes: int = Field(0, ge=0, description="Training processes on this host; 0: one a GPU, else 1.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, else MPS, else the CPU.")
+    processes: int = Field(0, ge=0, description="Training processes on each host; 0: one a GPU, else 1.")
+    nodes: Positive = Field(1, description="Hosts that train together; each runs the command that is printed.")
+    rendezvous: str = Field("", description="HOST:PORT of the first of several hosts, where they find each other.")
+    prefetch_batches: int = Field(4, ge=0, description="Micro-batches that are made ready ahead; 0: none.")
+    unsaved_minutes: float = Field(
+        30.0, gt=0, description="How long a training goes on while no checkpoint can be stored."
+    )
+    tensorboard: str = Field("", description="A folder for TensorBoard's event files (extra: tensorboard).")
     concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
     cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")
 
@@ -217,12 +237,23 @@ class RunConfig(Section):
                 f"{self.model.context_tokens:,}. Try train.sequence_tokens = {self.model.context_tokens}."
             )
         if self.resources.processes:
-            self.train.micro_batches(self.resources.processes)
+            self.train.micro_batches(self.resources.processes * self.resources.nodes)
+        if self.resources.nodes > 1 and not self.resources.rendezvous:
+            raise ValueError(
+                f"resources.nodes = {self.resources.nodes}: the hosts must know where to find each other. Give the "
+                f"first one's address: --set resources.rendezvous=HOST:29500"
+            )
+        if self.train.start_from:
+            keys.check_name("train.start_from", self.train.start_from)
         return self
 
     def computed(self) -> dict[str, Any]:
         """What is computed, as JSON values: what a run is pinned to."""
         return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
+
+    def how(self) -> dict[str, Any]:
+        """How it runs, as JSON values: what a process is told beside its recipe."""
+        return self.model_dump(mode="json", include={"train": set(TrainingConfig.HOW), "resources": True})
 
 
 def load_config(file: Path | None, overrides: list[str]) -> RunConfig:

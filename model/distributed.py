@@ -3,6 +3,8 @@
 RANK, WORLD_SIZE, LOCAL_RANK (torchrun)  →  DDPConfig  →  device, backend, process group
 """
 
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,31 +23,51 @@ class DDPConfig:
     device: torch.device
 
     @classmethod
-    def detect(cls, environment: Mapping[str, str]) -> "DDPConfig":
-        """Read torchrun's variables and take the best device there is: CUDA, MPS (one process only), else the CPU.
+    def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
+        """Read torchrun's variables and take the device that is asked for, or the best there is.
 
-        Raises ValueError when more processes were started than there are GPUs.
+        That is CUDA, else MPS (one process only), else the CPU. Raises ValueError when a device is asked for that is
+        not there, or more processes were started than there are GPUs.
         """
         rank = int(environment.get("RANK", "0"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
         local_rank = int(environment.get("LOCAL_RANK", "0"))
-        if torch.cuda.is_available():
-            found = torch.cuda.device_count()
-            if local_rank >= found:
-                raise ValueError(
-                    f"process {local_rank} of this host was started, found {found} GPUs. "
-                    f"Start at most one a GPU: --set resources.processes={found}"
-                )
-            torch.cuda.set_device(local_rank)
-            return cls(rank, ranks, torch.device("cuda", local_rank))
-        if torch.backends.mps.is_available() and ranks == 1:
-            return cls(rank, ranks, torch.device("mps"))
-        return cls(rank, ranks, torch.device("cpu"))
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
+        if device == "auto":
+            device = next((name for name, is_there in there.items() if is_there), "cpu")
+        if not there.get(device, True):
+            alone = " (in a training of one process)" if device == "mps" else ""
+            found = [name for name, is_there in there.items() if is_there]
+            raise ValueError(
+                f"resources.device = {device!r}: torch {torch.__version__} finds no such device here{alone}, found "
+                f"{', '.join([*found, 'cpu'])}. Write --set resources.device=auto, or mend the driver: gpt2 doctor"
+            )
+        if device != "cuda":
+            return cls(rank, ranks, torch.device(device))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this host was started, found {torch.cuda.device_count()} GPUs. "
+                f"Start at most one a GPU: --set resources.processes={torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+        return cls(rank, ranks, torch.device("cuda", local_rank))
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one rank that writes and logs."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """The device in words: a GPU's own name, else its kind."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def memory_bytes(self) -> int:
+        """The most memory that this process has used: of its GPU, else of its host."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
     @contextmanager
     def process_group(self) -> Iterator[None]:

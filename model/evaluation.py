@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from model.completion import Item
 from model.distributed import DDPConfig
 from model.gpt import GPT
-from model.loader import DataLoader, inputs_and_targets
+from model.loader import DataLoader, inputs_and_targets, widened
 
 EVALUATION_SEQUENCES = 8  # windows in one forward pass
 
@@ -25,11 +25,11 @@ class Evaluator:
     def __init__(self, model: GPT, ddp: DDPConfig, precision: str = "auto") -> None:
         self.model, self.ddp = model, ddp
         bf16_here = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._bf16 = precision == "bf16" or (precision == "auto" and bf16_here)
+        self.precision = "bf16" if precision == "bf16" or (precision == "auto" and bf16_here) else "fp32"
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the forward pass: bf16 where it is wanted and there, else fp32."""
-        return torch.autocast(self.ddp.device.type, torch.bfloat16) if self._bf16 else nullcontext()
+        return torch.autocast(self.ddp.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     @torch.no_grad()
     def val_loss(self, loader: DataLoader, limit_tokens: int, seed: int = 0) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device="cuda" if self.ddp.device.type == "cuda" else "cpu")
         for start in range(0, len(mine), EVALUATION_SEQUENCES):
             windows = loader.windows_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
-            tokens_BT, targets_BT = inputs_and_targets(windows, self.ddp.device)
+            tokens_BT, targets_BT = inputs_and_targets(widened(windows), self.ddp.device)
             with self.autocast():
                 sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()

@@ -1,14 +1,22 @@
-"""What a run has left in the store: checkpoint records and metrics. Loads no weights, imports no torch."""
+"""What a run has left in the store: checkpoints, their records, and metrics. Loads no weights, imports no torch.
+
+A checkpoint counts from the moment its record is there; files that no record names are those of killed attempts.
+"""
 
 import json
 import re
-from dataclasses import dataclass
+import secrets
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage import keys
-from storage.store import Store, read_json
+from storage.canonical import canonical_json, sha256
+from storage.errors import AlreadyExists, CheckpointInvalid
+from storage.store import Body, Store, overwrite, read_json
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class CheckpointRecord:
     job: str
     model: dict[str, Any]
     train: dict[str, Any]
-    cursor: dict[str, Any]  # {dataset, manifest, seed, next_window}
+    cursor: dict[str, Any]  # {dataset, manifest, seed, sequence_tokens, next_window}
     metrics: list[str]  # keys of all segments from the first step on, in order
 
 
@@ -42,6 +50,33 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     return sorted(found, key=lambda record: record.step)
 
 
+def put_checkpoint(store: Store, run: str, files: dict[str, Body], about: dict[str, Any]) -> CheckpointRecord:
+    """Put the files, then the record, then point `latest` at it; killed anywhere, the previous one stays the newest.
+
+    `about` is all of the record but its attempt and its files. Raises CheckpointInvalid when another process has
+    written this step of the run meanwhile.
+    """
+    attempt = secrets.token_hex(6)
+    for name, body in files.items():
+        store.put_new(keys.checkpoint_file(run, about["step"], attempt, name), body)
+    stated = {name: {"size_bytes": len(body), "sha256": sha256(body)} for name, body in files.items()}
+    record = CheckpointRecord(attempt=attempt, files=stated, **about)
+    record_key = keys.checkpoint_record(run, record.step)
+    try:
+        store.put_new(record_key, canonical_json(asdict(record)))
+    except AlreadyExists as error:
+        if any(found.step == record.step for found in checkpoints(store, run)):
+            raise CheckpointInvalid(
+                f"run {run!r}: step {record.step:,} was saved by another process meanwhile. "
+                f"Train a run in one place at a time; running again goes on from the newest checkpoint."
+            ) from error
+        store.delete(record_key)  # it names files that are gone or cut, so it never counted
+        store.put_new(record_key, canonical_json(asdict(record)))
+    pointer = {"step": record.step, "record": record_key, "commit_id": attempt}
+    overwrite(store, keys.run_latest(run), canonical_json(pointer))
+    return record
+
+
 def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
     """The checkpoints to keep: the newest `keep_last` and those at a multiple of `keep_every_steps` (0: none more)."""
     return [
@@ -51,10 +86,22 @@ def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: 
     ]
 
 
+def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
+    """Delete the checkpoints that are neither among the newest `keep_last` nor at a multiple of `keep_every_steps`."""
+    there = checkpoints(store, run)
+    kept = retained(there, keep_last, keep_every_steps)
+    for record in [record for record in there if record not in kept]:
+        store.delete(keys.checkpoint_record(run, record.step))  # first: without it the rest does not count
+        for name in record.files:
+            store.delete(keys.checkpoint_file(run, record.step, record.attempt, name))
+
+
 def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
     """One entry a step up to the newest checkpoint, in order."""
     kept = checkpoints(store, run)
-    lines: list[dict[str, Any]] = []
-    for key in kept[-1].metrics if kept else []:
-        lines += [json.loads(line) for line in store.read(key).body.splitlines()]
-    return lines
+    return read_segments(store, kept[-1].metrics) if kept else []
+
+
+def read_segments(store: Store, segments: list[str]) -> list[dict[str, Any]]:
+    """The entries of these segments of metrics, in order."""
+    return [json.loads(line) for key in segments for line in store.read(key).body.splitlines()]

@@ -5,7 +5,7 @@ A job is named by the digest of its recipe, so "is it done?" is one look at its 
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from storage import keys
@@ -24,11 +24,12 @@ class JobRefused(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """A kind of work, the recipe that decides its answer, and the run it belongs to."""
+    """A kind of work, the recipe that decides its answer, the run it belongs to, and how it was asked to run."""
 
     run: str
     kind: str
     recipe: dict[str, Any]
+    how: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def job_id(self) -> str:
@@ -42,9 +43,8 @@ class Job:
 
 
 def ask(store: Store, job: Job) -> str:
-    """Put the job where its process finds it. Returns its key."""
-    with suppress(AlreadyExists):  # the same recipe was asked before
-        store.put_new(job.key, canonical_json(asdict(job)))
+    """Put the job where its processes find it, as it is to run this time. Returns its key."""
+    overwrite(store, job.key, canonical_json(asdict(job)))
     return job.key
 
 

@@ -1,5 +1,10 @@
 """From a manifest to batches: windows of the global order, of which each rank takes its slice. Tokenises nothing."""
 
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +16,7 @@ from storage.store import Store
 
 
 class DataLoader:
-    """Batches of one split as this rank sees them."""
+    """The windows of one split, as this host's cache gives them."""
 
     def __init__(
         self, store: Store, dataset: str, manifest: Manifest, split: str, *, sequence_tokens: int, seed: int
@@ -34,6 +39,11 @@ class DataLoader:
         """The chosen windows of the split counted shard by shard, uint16, len(chosen) x (T + 1)."""
         return self._gather(*self.order.in_file_order(chosen))
 
+    def shards_of(self, first: int, count: int) -> list[str]:
+        """The shards that windows `first` to `first + count` of the stream lie in."""
+        shard_of, _ = self.order.locate(first, count)
+        return [self._rows[shard].shard_id for shard in np.unique(shard_of)]
+
     def _gather(self, shard_of: np.ndarray, window_of: np.ndarray) -> np.ndarray:
         tokens = np.empty((len(shard_of), self.sequence_tokens + 1), np.uint16)
         for shard in np.unique(shard_of):
@@ -44,7 +54,65 @@ class DataLoader:
         return tokens
 
 
-def inputs_and_targets(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and the tokens that follow them, int64, B x T each: two views of one copy."""
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
-    return tokens[:, :-1], tokens[:, 1:]
+class MicroBatches:
+    """The endless micro-batches of one rank from a step on, made ready ahead by a thread, on their way to the device.
+
+    They are the rank's slices of the steps' batches, so what was made ready but not used is made again after a resume.
+    """
+
+    def __init__(
+        self, loader: DataLoader, *, step: int, batch_windows: int, size: int, rank: int, ranks: int, ahead: int
+    ) -> None:
+        self._loader = loader
+        self._batch_windows, self._size = batch_windows, size
+        self._share = batch_windows // ranks
+        self._made = self._make(step, rank * self._share)
+        self._ready: queue.Queue[Tensor | BaseException] = queue.Queue(max(ahead, 1))
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._make_ahead, daemon=True) if ahead else None
+        if self._thread:
+            self._thread.start()
+
+    def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens and the tokens that follow them, int64, B x T each. Raises what opening a shard raises."""
+        if self._thread is None:
+            return inputs_and_targets(next(self._made), device)
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            raise ready
+        return inputs_and_targets(ready, device)
+
+    def close(self) -> None:
+        """Make no more."""
+        self._ended.set()
+        with suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()  # the thread may wait for room
+
+    def _make(self, step: int, first: int) -> Iterator[Tensor]:
+        while True:
+            windows = self._loader.windows(step * self._batch_windows + first, self._share)
+            for start in range(0, self._share, self._size):
+                yield widened(windows[start : start + self._size])
+            step += 1
+
+    def _make_ahead(self) -> None:
+        try:
+            for tokens in self._made:
+                self._ready.put(tokens)
+                if self._ended.is_set():
+                    return
+        except BaseException as error:  # the training's thread raises it
+            self._ready.put(error)
+
+
+def widened(windows: np.ndarray) -> Tensor:
+    """The windows as int64, which an embedding wants, in memory that a GPU can fetch by itself."""
+    tokens = torch.from_numpy(windows.astype(np.int64))
+    return tokens.pin_memory() if torch.cuda.is_available() else tokens
+
+
+def inputs_and_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and the tokens that follow them, B x T each: two views of one copy on the device."""
+    moved = tokens.to(device, non_blocking=True)
+    return moved[:, :-1], moved[:, 1:]

@@ -1,21 +1,25 @@
 """A run is pinned to its inputs at its first start: the configuration and the dataset's version. Imports no torch."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from model.config import RunConfig, differences
+from model.config import RunConfig, TrainingConfig, differences
+from model.history import checkpoints
 from model.job import Job
 from storage import keys
 from storage.canonical import canonical_json
-from storage.errors import AlreadyExists, DatasetMismatch
+from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.store import Store, overwrite, read_json
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is pinned to: its configuration, its source's Hub commit, the manifest, the key of HellaSwag items."""
+    """What a run is pinned to: its configuration, its source's Hub commit, the manifest, the key of HellaSwag items.
+
+    `start` names the checkpoint of another run that it begins with. `how` is not pinned: how it is asked to run now.
+    """
 
     name: str
     config: dict[str, Any]
@@ -23,6 +27,8 @@ class Run:
     manifest: str
     items: str | None
     code_version: str
+    start: dict[str, Any] | None = None
+    how: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def dataset(self) -> str:
@@ -35,26 +41,40 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     found = read_json(store, keys.run_config(config.name))
     if found is None:
         return None
-    run = Run(**found)  # type: ignore[arg-type]  # JSON of our own
-    pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # fields added since: their defaults
+    run = Run(**found, how=config.how())  # type: ignore[arg-type]  # JSON of our own
+    settings = run.config | {"train": run.config["train"] | run.how["train"]}
+    pinned = RunConfig.model_validate({"name": run.name} | settings).computed()  # fields added since: their defaults
     if differing := differences(config.computed(), pinned):
         raise DatasetMismatch(
             f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "
-            f"Choose another name with --set name=…, or ask for the same settings."
+            f"Choose another name with --set name=…, or ask for the same settings. To go on from what it has learnt "
+            f"with these: --set name=… --set train.start_from={config.name} --set train.start_with=everything"
         )
     return run
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run of that name, pinned now if it was not before."""
-    run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"))
+    """The run of that name, pinned now if it was not before. Raises ObjectMissing when it has nothing to start from."""
+    start = _start(store, config.train.start_from) if config.train.start_from else None
+    run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
+    pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
     try:
-        store.put_new(keys.run_config(config.name), canonical_json(asdict(run)))
+        store.put_new(keys.run_config(config.name), canonical_json(pinned_values))
         return run
     except AlreadyExists:
         pinned = pinned_run(store, config)
         assert pinned is not None
         return pinned
+
+
+def _start(store: Store, parent: str) -> dict[str, Any]:
+    """The newest checkpoint of the run to start from."""
+    if not (kept := checkpoints(store, parent)):
+        raise ObjectMissing(
+            f"train.start_from = {parent!r}: a checkpoint of that run was asked for, store {store.url!r} has none. "
+            f"gpt2 status lists the runs; gpt2 import makes one of a Hugging Face model."
+        )
+    return {"run": parent, "step": kept[-1].step, "attempt": kept[-1].attempt}
 
 
 def note_asked(store: Store, key: str, config: RunConfig) -> None:
@@ -69,8 +89,11 @@ def read_run(store: Store, name: str) -> Run:
 
 def training_job(run: Run) -> Job:
     """The run's one training: all that decides the final weights."""
-    recipe = {name: run.config[name] for name in ("model", "train")}
-    return Job(run.name, "train", recipe | {"dataset": run.dataset, "manifest": run.manifest})
+    train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
+    recipe: dict[str, Any] = {"model": run.config["model"], "train": train}
+    if run.start is not None:
+        recipe["start"] = run.start
+    return Job(run.name, "train", recipe | {"dataset": run.dataset, "manifest": run.manifest}, run.how)
 
 
 def evaluation_jobs(run: Run, step: int) -> list[Job]:
@@ -90,9 +113,9 @@ def evaluation_jobs(run: Run, step: int) -> list[Job]:
     }
     names = ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")
     return [
-        Job(run.name, "val_loss", common | val_loss),
-        Job(run.name, "completion", common | seed | {"completion_items": wanted["completion_items"]})
+        Job(run.name, "val_loss", common | val_loss, run.how),
+        Job(run.name, "completion", common | seed | {"completion_items": wanted["completion_items"]}, run.how)
         if run.items is None
-        else Job(run.name, "hellaswag", common | {"items": run.items}),
-        Job(run.name, "samples", common | seed | {name: wanted[name] for name in names}),
+        else Job(run.name, "hellaswag", common | {"items": run.items}, run.how),
+        Job(run.name, "samples", common | seed | {name: wanted[name] for name in names}, run.how),
     ]

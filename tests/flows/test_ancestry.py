@@ -12,11 +12,10 @@ from torch import Tensor
 
 from flows import cli
 from flows.trace import ancestry, asked
-from model import trainer
 from model.__main__ import run_job
 from model.config import RunConfig
 from model.job import ask
-from model.loader import DataLoader
+from model.loader import DataLoader, MicroBatches
 from model.run import Run, evaluation_jobs, pin_run, training_job
 from storage import keys, sources
 from storage.canonical import sha256
@@ -62,14 +61,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("trained")
     taken: list[np.ndarray] = []
 
-    def keep(windows: np.ndarray, device: Any) -> tuple[Tensor, Tensor]:
-        taken.append(windows.copy())
-        return own(windows, device)
+    def keep(self: MicroBatches, device: Any) -> tuple[Tensor, Tensor]:
+        tokens_BT, targets_BT = own(self, device)
+        taken.append(np.concatenate([tokens_BT.numpy(), targets_BT[:, -1:].numpy()], 1))
+        return tokens_BT, targets_BT
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "REMEMBERED", folder / "digests")
-        own = trainer.inputs_and_targets
-        patch.setattr(trainer, "inputs_and_targets", keep)
+        own = MicroBatches.next
+        patch.setattr(MicroBatches, "next", keep)
         crawl = Crawl(folder, names=FILES, count=3)
         manifest = crawl.build()
         config = tiny_config(crawl.config.store_url, crawl.config.data.source, *SETTINGS)

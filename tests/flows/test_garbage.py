@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.garbage import collect, find
-from model import trainer
+from model import saver, trainer
 from model.__main__ import run_job
 from model.config import RunConfig
 from model.history import CheckpointRecord, checkpoints, retained
@@ -154,7 +154,7 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
     }
     assert run_job(store.url, ask(store, jobs["calm"])) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "retain", lambda *_: None)  # killed before it gave anything up
+        patch.setattr(saver, "retain", lambda *_: None)  # killed before it gave anything up
         killed_at(9, patch)
         with pytest.raises(SystemExit):
             run_job(store.url, ask(store, jobs["killed"]))

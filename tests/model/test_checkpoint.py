@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from model.__main__ import run_job
-from model.checkpoint import OPTIMIZER, WEIGHTS
 from model.distributed import DDPConfig
-from model.history import checkpoints
+from model.history import OPTIMIZER, WEIGHTS, checkpoints
 from model.job import ask, read_job
 from model.run import pin_run, training_job
 from model.trainer import Trainer
@@ -24,10 +23,10 @@ from tests.model.training import SHORT, STEPS, House, copy_checkpoints, everythi
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.layers=2", ("model", "'layers': 1", "'layers': 2")),
-        ("train.learning_rate=2e-2", ("train",)),
-        ("train.seed=5", ("seed",)),
-        ("data.dataset=other", ("dataset", "manifest", "small", "other")),
+        ("model.layers=2", ("model.layers is 1, asked for 2",)),
+        ("train.learning_rate=2e-2", ("train.learning_rate is 0.01, asked for 0.02",)),
+        ("train.seed=5", ("seed is 1337, asked for 5",)),
+        ("data.dataset=other", ("dataset is 'small', asked for 'other'", "manifest is")),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(

@@ -1,6 +1,7 @@
 """GPT-2 is GPT-2: sizes, names, causality, logits, loss and initial weights, beside a plain forward written here."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import gpt
-from model.config import ModelConfig
-from model.gpt import GPT
+from model.config import ModelConfig, TrainingConfig, load_config
+from model.gpt import GPT, PADDED_VOCABULARY
+from model.optimizer import make_optimizer
 from model.tokenizer import VOCABULARY
 
 SMALL = ModelConfig(layers=3, heads=4, width=32, context_tokens=24)
@@ -65,7 +67,7 @@ def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens_BT: Ten
         x_BTC = x_BTC + linear(torch.cat(heads, -1), f"{block}.attn.c_proj")
         inner = tanh_gelu(linear(norm(x_BTC, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
         x_BTC = x_BTC + linear(inner, f"{block}.mlp.c_proj")
-    return norm(x_BTC, "transformer.ln_f") @ weights["transformer.wte.weight"].T
+    return norm(x_BTC, "transformer.ln_f") @ weights["transformer.wte.weight"][:VOCABULARY].T
 
 
 def default_on_meta() -> GPT:
@@ -73,8 +75,34 @@ def default_on_meta() -> GPT:
         return GPT(ModelConfig())
 
 
-def test_default_model_has_124_439_808_parameters() -> None:
-    assert sum(weight.numel() for weight in default_on_meta().parameters()) == 124_439_808
+@pytest.mark.parametrize(
+    ("file", "parameters"),
+    [
+        ("fineweb-edu-10b", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_presets_have_the_sizes_of_the_published_models(file: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT(load_config(Path(f"deploy/configs/{file}.toml"), []).model)
+    assert model.parameter_count == parameters
+
+
+def test_rows_that_are_no_token_are_zero_and_stay_so() -> None:
+    model = GPT(SMALL).train()
+    padding = model.head_VC[VOCABULARY:]
+    assert len(model.head_VC) == PADDED_VOCABULARY == 50_304
+    optimizer = make_optimizer(model, TrainingConfig(weight_decay=0.5))
+    for training in (True, False):
+        model.train(training)(*batch()).backward()
+        assert model.head_VC.grad is not None
+        assert not model.head_VC.grad[VOCABULARY:].any()
+        assert model.head_VC.grad[:VOCABULARY].any()
+        optimizer.step()
+        assert not padding.any()
+    assert model.logits(model.hidden(batch()[0])).shape[-1] == VOCABULARY
 
 
 def test_parameters_have_the_names_of_the_published_weights() -> None:
@@ -112,7 +140,7 @@ def test_logits_are_those_of_a_plain_forward(tokens: int) -> None:
 def test_loss_is_the_summed_cross_entropy_of_the_logits(
     training: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpt, "LOSS_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(gpt, "chunk_rows", lambda _: chunk_rows)
     model = small_model().train(training)
     tokens_BT, targets_BT = batch()
     logits_BTV = model.logits(model.hidden(tokens_BT))
@@ -124,7 +152,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits(
 def test_gradients_of_the_chunked_loss_are_those_of_the_plain_loss(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpt, "LOSS_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(gpt, "chunk_rows", lambda _: chunk_rows)
     model = small_model().train()
     tokens_BT, targets_BT = batch()
     logits_BTV = model.logits(model.hidden(tokens_BT))

@@ -16,7 +16,7 @@ from model import tokenizer, trainer
 from model.config import RunConfig
 from model.distributed import DDPConfig
 from model.job import Job
-from model.loader import DataLoader, inputs_and_targets
+from model.loader import DataLoader, MicroBatches, inputs_and_targets, widened
 from model.order import WindowOrder
 from model.run import pin_run, training_job
 from model.trainer import Trainer
@@ -222,7 +222,7 @@ def test_splits_do_not_mix(store: Store, built: tuple[RunConfig, Manifest]) -> N
 
 
 def test_targets_are_the_tokens_that_follow() -> None:
-    tokens_BT, targets_BT = inputs_and_targets(np.array([[1, 2, 3], [50_256, 5, 65_535]], np.uint16), CPU)
+    tokens_BT, targets_BT = inputs_and_targets(widened(np.array([[1, 2, 3], [50_256, 5, 65_535]], np.uint16)), CPU)
     assert tokens_BT.tolist() == [[1, 2], [50_256, 5]]
     assert targets_BT.tolist() == [[2, 3], [5, 65_535]]
     assert tokens_BT.dtype == targets_BT.dtype == torch.int64
@@ -263,7 +263,7 @@ class OneOfMany(DDPConfig):
 class NotSynchronised(torch.nn.Module):
     """Stands for DistributedDataParallel where the other ranks are not there."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, **_: Any) -> None:
         super().__init__()
         self.module = module
 
@@ -279,14 +279,16 @@ def trained_batches(
 ) -> list[list[str]]:
     """For each step, the hashes of the windows that all ranks' forward passes together were given, sorted by rank."""
     seen: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+    take = MicroBatches.next
     for rank in reversed(range(ranks)):  # the main rank last: it leaves a checkpoint, from which others would go on
 
-        def keep(windows: np.ndarray, device: torch.device, mine: list[np.ndarray] = seen[rank]) -> Any:
-            assert len(windows) == micro_batch
-            mine.append(windows)
-            return inputs_and_targets(windows, device)
+        def keep(self: MicroBatches, device: torch.device, mine: list[np.ndarray] = seen[rank]) -> Any:
+            tokens_BT, targets_BT = take(self, device)
+            assert len(tokens_BT) == micro_batch
+            mine.append(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy().astype(np.uint16))
+            return tokens_BT, targets_BT
 
-        monkeypatch.setattr(trainer, "inputs_and_targets", keep)
+        monkeypatch.setattr(MicroBatches, "next", keep)
         Trainer(store, job, OneOfMany(rank, ranks, CPU)).fit()
     steps, micro_batches = 2, 16 // ranks // micro_batch
     assert [len(mine) for mine in seen] == [steps * micro_batches] * ranks

@@ -110,7 +110,7 @@ def test_killed_between_the_last_checkpoint_and_the_result_only_the_result_is_wr
     assert run_job(house.store.url, key) == 0
     job = read_job(house.store, key)
     assert set(everything(house.store)) - set(before) == {keys.result(run, job.job_id)}
-    assert "step " not in capsys.readouterr().out
+    assert "loss" not in capsys.readouterr().out
 
 
 def test_dropout_goes_on_bit_for_bit_after_a_crash(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load
 
 from model.__main__ import run_job
-from model.checkpoint import WEIGHTS
 from model.distributed import DDPConfig
-from model.history import checkpoints
+from model.history import WEIGHTS, checkpoints
 from model.job import Job, read_job, read_result
 from model.order import WindowOrder
 from model.trainer import Trainer

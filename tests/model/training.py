@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.__main__ import run_job
-from model.checkpoint import WEIGHTS
 from model.config import RunConfig
-from model.history import CheckpointRecord, checkpoints, read_metrics
+from model.history import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
 from model.job import ask
 from model.run import pin_run, training_job
 from storage import keys
@@ -27,6 +26,7 @@ from storage.store import Store
 from tests.making import tiny_config
 
 STEPS = 12
+EXACT = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "skipped")
 BATCH_TOKENS = 256  # steps of about 0.05 s: long enough to be killed in the middle
 SHORT = ("train.batch_tokens=64", "train.validate_every_steps=0")
 
@@ -136,8 +136,8 @@ def kill_all(store: Store, job_key: str) -> None:
 
 
 def history(store: Store, run: str) -> list[dict[str, Any]]:
-    """All that was logged but for the speed, which no two runs share."""
-    lines = [{name: line[name] for name in line if name != "tokens_per_second"} for line in read_metrics(store, run)]
+    """All that was logged but for seconds, speed and memory, which no two runs share."""
+    lines = [{name: line[name] for name in line if name in EXACT} for line in read_metrics(store, run)]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return lines
 

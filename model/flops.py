@@ -1,0 +1,27 @@
+"""How much of a GPU's arithmetic a training uses: model FLOPs utilisation (MFU), as PaLM defines it (appendix B)."""
+
+from model.config import ModelConfig
+
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's and AMD's data sheets; the longest name that is found counts.
+PEAK_FLOPS = {
+    "A10": 125e12, "A10G": 70e12, "A30": 165e12, "A40": 149.7e12, "A100": 312e12, "A6000": 154.8e12,
+    "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 3090": 71.2e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
+    "RTX 6000 Ada": 364.2e12, "H100": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989.4e12,
+    "GH200": 989.4e12, "B200": 2_250e12, "MI250X": 383e12, "MI300X": 1_307.4e12,
+}  # fmt: skip
+
+
+def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> int:
+    """Of one training step: 6 a weight that multiplies, and 12 L C T of attention.
+
+    The positions' embedding multiplies nothing; 855,166,464 for the 124M model at T = 1,024.
+    """
+    multiplying = parameters - config.context_tokens * config.width
+    return 6 * multiplying + 12 * config.layers * config.width * sequence_tokens
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What the GPU of that name can do in bf16, or None when it is not known; a laptop's have other limits."""
+    words = f" {device_name.replace('-', ' ')} "
+    known = [name for name in PEAK_FLOPS if f" {name} " in words and "Laptop" not in words]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
