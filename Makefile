@@ -21,6 +21,7 @@ test-full: $(VENV)/.dev
 stress: $(VENV)/.dev minio
 	$(BIN)/python tests/stress.py --faults 500 --server minio
 	$(BIN)/python tests/stress.py --faults 500 --server seaweedfs
+	$(BIN)/python tests/stress_training.py --kills 100 --server seaweedfs
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

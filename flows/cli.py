@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
 from flows.dataset import build_dataset, dataset
-from model.config import RunConfig, config_of, load_config
+from model.config import ModelConfig, RunConfig, config_of, differences, load_config
 from model.job import JobFailed
 from storage import keys
 from storage.errors import StorageError
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(dataset, name="dataset")
 
-DEMO = Path(__file__).parent.parent / "deploy" / "configs" / "demo.toml"
+CONFIGS = Path(__file__).parent.parent / "deploy" / "configs"
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def demo(verbose: Verbose = False) -> None:
     """The whole pipeline in minutes, offline: Python's own documentation to a trained, evaluated model."""
     from flows.demo import write_corpus
 
-    config = load_config(DEMO, [])
+    config = load_config(CONFIGS / "demo.toml", [])
     started = time.monotonic()
     with console.status("writing the corpus from Python's own documentation"):
         write_corpus(Path(config.data.source).parent)
@@ -139,6 +139,42 @@ def generate(
 
 
 @app.command()
+def export(
+    to: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="FOLDER")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write the run's newest checkpoint as a model and a tokenizer that Hugging Face's transformers opens."""
+    from model.huggingface import export_run
+
+    asked = load_config(config, overrides or [])
+    with console.status("writing the model"):
+        record = export_run(open_store(asked.store_url), asked.name, to)
+    _say("export", f"step {record.step:,} of run {asked.name}, written to {to}")
+    _say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
+
+
+@app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="config.json and model.safetensors of a GPT-2.", metavar="FOLDER")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Begin a run with a GPT-2 of Hugging Face's layout: to evaluate it, to write with it, to train from it."""
+    from model.huggingface import import_folder, shape_of
+
+    settings = overrides or []
+    asked = load_config(config, settings)
+    _check_shape(folder, asked.model, shape_of(folder))
+    with console.status("reading the model"):
+        record = import_folder(open_store(asked.store_url, create=True), asked.name, folder)
+    _say("import", f"{folder} is step {record.step} of run {asked.name} in {asked.store_url}")
+    _say("evaluate", command("evaluate", config, settings))
+    _say("generate", f"{command('generate', config, settings)} --prompt 'Hello'")
+    _say("train", command("train", config, [*settings, "name=NEW", f"train.start_from={asked.name}"]))
+
+
+@app.command()
 def status(
     run: Annotated[str | None, typer.Argument(help="A run's name; none: all runs and datasets.")] = None,
     config: ConfigFile = None,
@@ -220,12 +256,26 @@ def _pretrain(config: RunConfig, verbose: bool) -> None:
         _summary(run_flow(flow, config), config)
 
 
+def _check_shape(folder: Path, asked: ModelConfig, there: ModelConfig) -> None:
+    """Raise ValueError, with the settings to give, when a folder to import holds another model than is asked for."""
+    if differing := differences(asked.model_dump(), there.model_dump()):
+        presets = [file for file in sorted(CONFIGS.glob("gpt2-*.toml")) if load_config(file, []).model == there]
+        settings = " ".join(f"--set model.{name}={value}" for name, value in there.model_dump().items())
+        raise ValueError(
+            f"import {folder}: in its config.json {'; '.join(differing)}. Give the shape that it has: "
+            f"{' or '.join([*(f'--config {file}' for file in presets), settings])}"
+        )
+
+
 def _summary(facts: dict[str, Any], config: RunConfig) -> None:
     """The last lines: what was made, how good it is, where to look."""
     data, training = facts["dataset"], facts["training"]
+    learnt = ""
+    if training["last_loss"] is not None:  # an imported model was not trained here
+        learnt = f", loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"
     rows = [
         ("dataset", f"{data['name']}: {data['tokens']:,} tokens, {data['shards']} shards, manifest {data['manifest']}"),
-        ("training", f"{training['steps']:,} steps, loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"),
+        ("training", f"{training['steps']:,} steps{learnt}"),
     ]
     for evaluation in facts["evaluations"]:
         rows.append(
@@ -240,7 +290,11 @@ def _summary(facts: dict[str, Any], config: RunConfig) -> None:
     ]
     console.print()
     for name, text in rows:
-        console.print(f"{name:<10} {text}", highlight=False, markup=False)
+        _say(name, text)
+
+
+def _say(name: str, text: str) -> None:
+    console.print(f"{name:<10} {text}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.launch import Processes
 from flows.progress import Bar, say
-from flows.train import Trained, run_job
-from model.config import RunConfig
+from flows.train import Trained, newest_version, run_job
+from model.config import RunConfig, differences
 from model.history import checkpoints
 from model.job import Job, JobFailed, JobRefused
-from model.run import evaluation_jobs, pinned_run
+from model.run import evaluation_jobs, pin_run, pinned_run
 from storage.errors import ObjectMissing
 from storage.layout import open_store
 
@@ -38,12 +38,19 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     """Evaluate the newest checkpoint. One failing evaluation leaves the others; raises after all have ended."""
     store = open_store(config.store_url)
     run = pinned_run(store, config)
-    kept = checkpoints(store, config.name) if run else []
-    if run is None or not kept:
+    kept = checkpoints(store, config.name)
+    if not kept:
         raise ObjectMissing(
             f"run {config.name!r}: a checkpoint was asked for, store {config.store_url!r} has none. "
             f"Train it first: gpt2 train"
         )
+    if run is None:  # an imported model, which no training has pinned
+        if differing := differences(config.model.model_dump(mode="json"), kept[-1].model):
+            raise ValueError(
+                f"run {config.name!r}: {'; '.join(differing)}. Give the settings that it was imported with."
+            )
+        version = newest_version(store, config)
+        run = pin_run(store, config, version.manifest, version.items, version.commit)
     jobs = evaluation_jobs(run, kept[-1].step)
     bar = Bar("evaluate", len(jobs), "evaluations")
     with Processes(config.store_url) as processes:

@@ -29,6 +29,7 @@ def write_report(run_name: str, store_url: str) -> dict[str, Any]:
     curves = {
         "Loss": curve(facts["metrics"], "loss", "nats a token", "val_loss"),
         "Learning rate": curve(facts["metrics"], "learning_rate", "", None),
+        "Speed": curve(facts["metrics"], "tokens_per_second", "tokens a second", None),
     }
     overwrite(store, keys.report(run_name, "html"), render("report.html", facts | {"curves": curves}))
     text = markdown(facts)
@@ -51,6 +52,7 @@ def run_facts(store: Store, run: Run) -> dict[str, Any]:
     """All that a report shows, from the store alone."""
     manifest = read_manifest(store, run.dataset, run.manifest)
     metrics = read_metrics(store, run.name)
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # a skipped step's may be no number
     kept = checkpoints(store, run.name)
     found = read_evaluations(store, run.name, kept[-1].step) if kept else []
     return {
@@ -62,8 +64,8 @@ def run_facts(store: Store, run: Run) -> dict[str, Any]:
         "training": {
             "steps": kept[-1].step if kept else 0,
             "max_steps": run.config["train"]["max_steps"],
-            "first_loss": metrics[0]["loss"] if metrics else None,
-            "last_loss": metrics[-1]["loss"] if metrics else None,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
         },
         "evaluations": [evaluation for evaluation in found if evaluation["metrics"]],
         "samples": [written for evaluation in found for written in evaluation.get("samples", [])],
@@ -83,8 +85,8 @@ def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | Non
 
     def plot(axes: Any) -> None:
         axes.plot(
-            [line["step"] + 1 for line in metrics],
-            [line[name] for line in metrics],
+            [line["step"] + 1 for line in metrics if line[name] is not None],
+            [line[name] for line in metrics if line[name] is not None],
             color=LINE,
             linewidth=1.6,
             label="train",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
@@ -63,7 +63,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     store = open_store(config.store_url)
     run = pinned_run(store, config)
     if run is None:
-        version = version or _newest(store, config)
+        version = version or newest_version(store, config)
         run = pin_run(store, config, version.manifest, version.items, version.commit)
     job = training_job(run)
     done_before = read_result(store, job) is not None
@@ -84,13 +84,17 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # a skipped step's may be no number
+    skipped = sum("skipped" in line for line in metrics)
+    left_out = f", {skipped} outlier steps skipped" if skipped else ""
     say("train", f"{result['step']:,} of {config.train.max_steps:,} steps done{', found so' if done_before else ''}: "
-                 f"loss {metrics[0]['loss']:.4f} → {metrics[-1]['loss']:.4f}")  # fmt: skip
+                 f"loss {losses[0]:.4f} → {losses[-1]:.4f}{left_out}")  # fmt: skip
     _show(run, metrics)
     return Trained(result["step"])
 
 
-def _newest(store: Store, config: RunConfig) -> DatasetVersion:
+def newest_version(store: Store, config: RunConfig) -> DatasetVersion:
+    """The dataset's newest sealed version, which a run is pinned to. Raises ObjectMissing when there is none."""
     manifest = latest_manifest(store, config.data.dataset)
     if manifest is None:
         raise ObjectMissing(
@@ -109,16 +113,20 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
 
 
 def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
+    """About 20 steps as a table in Prefect's UI, the first and the last among them."""
     shown = metrics[:: max(len(metrics) // 20, 1)]
     if shown[-1] is not metrics[-1]:
         shown.append(metrics[-1])
-    lines = [
-        f"# Training of {run.name}",
-        "| step | loss | learning rate | gradient norm |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {line['step'] + 1:,} | {line['loss']:.4f} | {line['learning_rate']:.2e} | {line['gradient_norm']:.2f} |"
+    rows = [
+        {
+            "step": line["step"] + 1,
+            "loss": line["loss"],
+            "val loss": line.get("val_loss", "-"),
+            "learning rate": f"{line['learning_rate']:.2e}",
+            "gradient norm": line["gradient_norm"],
+            "tokens/s": round(line["tokens_per_second"]),
+            "MFU": f"{line['mfu']:.1%}" if "mfu" in line else "-",
+        }
         for line in shown
     ]
-    create_markdown_artifact("\n".join(lines), key="train-metrics", description=f"Loss of {run.name}")
+    create_table_artifact(rows, key="train-metrics", description=f"Training of {run.name}")

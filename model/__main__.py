@@ -7,6 +7,7 @@ or stopped at a checkpoint, 2 what a user can mend.
 
 import argparse
 import os
+import socket
 import sys
 import traceback
 
@@ -74,6 +75,8 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: 
     if resources.nodes > 1:
         hosts = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2]]
         hosts += ["--rdzv-backend", "c10d", "--rdzv-endpoint", resources.rendezvous]
+        here, is_first = _address(resources.rendezvous)
+        hosts += ["--rdzv-conf", f"is_host={is_first}", "--local-addr", here]
     words = [*hosts, "--nproc-per-node", str(processes), "-m", "model", store_url, job_key]
     try:
         torchrun([*words, "--parent", str(os.getpid())])
@@ -82,6 +85,25 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: 
     except SignalException:
         pass  # passed on to the ranks, which have saved
     return 0
+
+
+def _address(rendezvous: str) -> tuple[str, bool]:
+    """This host's address on the way to the first one, and whether it is the first one itself.
+
+    torchrun would ask this host's name for both, which Debian, for one, lets stand for 127.0.1.1.
+    """
+    host, _, port = rendezvous.rpartition(":")
+    try:
+        first = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(first[0], socket.SOCK_DGRAM) as way:  # sends nothing
+            way.connect(first[4])
+            here = way.getsockname()[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"resources.rendezvous = {rendezvous!r}: HOST:PORT of the first host was expected, found {error}. "
+            f"Give an address that each host can reach: --set resources.rendezvous=HOST:29500"
+        ) from error
+    return str(here), here == first[4][0]
 
 
 def main() -> int:
@@ -106,7 +128,11 @@ def main() -> int:
         wanted = resources.processes if asked.processes is None else asked.processes
         processes = wanted or (torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0) or 1
         if processes * resources.nodes > 1:
-            return launch(asked.store_url, asked.job_key, resources, processes)
+            try:
+                return launch(asked.store_url, asked.job_key, resources, processes)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return USER_ERROR
         return run_job(asked.store_url, asked.job_key)
     code = run_job(asked.store_url, asked.job_key)
     sys.stdout.flush()

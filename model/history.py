@@ -6,6 +6,7 @@ A checkpoint counts from the moment its record is there; files that no record na
 import json
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,30 +51,41 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     return sorted(found, key=lambda record: record.step)
 
 
-def put_checkpoint(store: Store, run: str, files: dict[str, Body], about: dict[str, Any]) -> CheckpointRecord:
+def put_checkpoint(
+    store: Store, run: str, files: dict[str, Body], about: dict[str, Any], attempt: str = ""
+) -> CheckpointRecord:
     """Put the files, then the record, then point `latest` at it; killed anywhere, the previous one stays the newest.
 
-    `about` is all of the record but its attempt and its files. Raises CheckpointInvalid when another process has
-    written this step of the run meanwhile.
+    `about` is all of the record but its attempt and its files. Asked again with the `attempt` of one that failed, it
+    goes on where that one stood. Raises CheckpointInvalid when another process has written this step of the run.
     """
-    attempt = secrets.token_hex(6)
+    attempt = attempt or secrets.token_hex(6)
     for name, body in files.items():
-        store.put_new(keys.checkpoint_file(run, about["step"], attempt, name), body)
+        with suppress(AlreadyExists):  # nobody else has this attempt: an earlier try has put it
+            store.put_new(keys.checkpoint_file(run, about["step"], attempt, name), body)
     stated = {name: {"size_bytes": len(body), "sha256": sha256(body)} for name, body in files.items()}
-    record = CheckpointRecord(attempt=attempt, files=stated, **about)
-    record_key = keys.checkpoint_record(run, record.step)
+    record = _put_record(store, run, CheckpointRecord(attempt=attempt, files=stated, **about))
+    pointer = {"step": record.step, "record": keys.checkpoint_record(run, record.step), "commit_id": attempt}
+    overwrite(store, keys.run_latest(run), canonical_json(pointer))
+    return record
+
+
+def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
+    """The record that is in the store then: this one, or that of an earlier try which was not told so."""
+    key, body = keys.checkpoint_record(run, record.step), canonical_json(asdict(record))
     try:
-        store.put_new(record_key, canonical_json(asdict(record)))
+        store.put_new(key, body)
     except AlreadyExists as error:
-        if any(found.step == record.step for found in checkpoints(store, run)):
+        there = next((found for found in checkpoints(store, run) if found.step == record.step), None)
+        if there is not None and there.attempt == record.attempt:
+            return there
+        if there is not None:
             raise CheckpointInvalid(
                 f"run {run!r}: step {record.step:,} was saved by another process meanwhile. "
                 f"Train a run in one place at a time; running again goes on from the newest checkpoint."
             ) from error
-        store.delete(record_key)  # it names files that are gone or cut, so it never counted
-        store.put_new(record_key, canonical_json(asdict(record)))
-    pointer = {"step": record.step, "record": record_key, "commit_id": attempt}
-    overwrite(store, keys.run_latest(run), canonical_json(pointer))
+        store.delete(key)  # it names files that are gone or cut, so it never counted
+        store.put_new(key, body)
     return record
 
 

@@ -71,7 +71,7 @@ class MetricsLog:
     def saved(self, count: int, segments: list[str]) -> None:
         """A checkpoint holds these segments, and in them the first `count` lines that were unsaved."""
         self._show_progress(self._lines[:count])
-        self._lines = self._lines[count:]
+        del self._lines[:count]  # in place: the training adds lines meanwhile
         self._segments = segments
 
     def _show_progress(self, lines: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@
 A checkpoint that could not be stored yet gives way to a newer one. Knows no step's contents.
 """
 
+import secrets
 import threading
 import time
 from typing import Any
@@ -45,7 +46,7 @@ class Saver:
             self._give_way.set()
         if self._thread.is_alive():
             self._thread.join(seconds)
-        self._raise()
+        self.check()
         return not self._thread.is_alive()
 
     def begin(self, model: GPT, optimizer: torch.optim.Optimizer, about: dict[str, Any], kept: tuple[int, int]) -> None:
@@ -65,7 +66,7 @@ class Saver:
             if giving_way and self._failing_since is not None:
                 self._give_way.set()
             self._thread.join(1.0)
-        self._raise()
+        self.check()
 
     def close(self) -> None:
         """Let the one in progress end, unless the store does not take it."""
@@ -73,29 +74,33 @@ class Saver:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _raise(self) -> None:
+    def check(self) -> None:
+        """Raises what `free` raises, without waiting for anything."""
         if self._error is not None:
             raise self._error
 
     def _save(self, files: dict[str, Body], about: dict[str, Any], lines: list[str], kept: tuple[int, int]) -> None:
+        attempt = secrets.token_hex(6)  # one for all tries: what has been stored is not stored again
         try:
-            while not self._stored(files, about, lines):
+            while not self._stored(files, about, lines, attempt):
                 if self._give_way.wait(RETRY_SECONDS):
                     return  # for a newer one
-            retain(self._store, self._run, *kept)
-        except StorageError as error:
-            if isinstance(error, CheckpointInvalid | StoreUnavailable):
-                self._error = error
-            else:
-                print(f"old checkpoints of {self._run} could not be given up: {error}", flush=True)
-        except Exception as error:  # a bug of ours: the training must not go on without checkpoints
+            self._retain(kept)
+        except Exception as error:  # or a bug of ours: the training must not go on without checkpoints
             self._error = error
 
-    def _stored(self, files: dict[str, Body], about: dict[str, Any], lines: list[str]) -> bool:
+    def _retain(self, kept: tuple[int, int]) -> None:
+        """Give up old checkpoints; those that the store keeps for now go with a later one's."""
+        try:
+            retain(self._store, self._run, *kept)
+        except StorageError as error:
+            print(f"old checkpoints of {self._run} could not be given up: {error}", flush=True)
+
+    def _stored(self, files: dict[str, Body], about: dict[str, Any], lines: list[str], attempt: str) -> bool:
         """Try once. Raises CheckpointInvalid, and StoreUnavailable when patience has ended."""
         try:
             segments = self._log.put_segment(lines)
-            put_checkpoint(self._store, self._run, files, about | {"metrics": segments})
+            record = put_checkpoint(self._store, self._run, files, about | {"metrics": segments}, attempt)
         except CheckpointInvalid:
             raise
         except StorageError as error:
@@ -116,5 +121,5 @@ class Saver:
             )
             return False
         self._failing_since = None
-        self._log.saved(len(lines), segments)
+        self._log.saved(len(lines), record.metrics)
         return True

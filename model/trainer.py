@@ -178,6 +178,7 @@ class Trainer:
         ending = stopping or self.step == self.config.max_steps
         self._save_due |= ending or self._due(self.config.checkpoint_every_steps)
         patience = max(line["step_seconds"], SAVE_WAIT_SECONDS)
+        self.saver.check()  # a training whose checkpoints are refused for good ends now, not when the next is due
         if self._save_due:
             if ending:
                 self.saver.finish(giving_way=True)
@@ -225,7 +226,7 @@ class Trainer:
     def _parallel(self) -> torch.nn.Module:
         """The model, compiled where that is asked for, and synchronised where there are several ranks."""
         model: Any = torch.compile(self.model) if self._compiled else self.model
-        return DistributedDataParallel(model, broadcast_buffers=False) if self.ddp.ranks > 1 else model
+        return DistributedDataParallel(model, forward_sync_buffers=False) if self.ddp.ranks > 1 else model
 
     def _no_sync(self) -> Any:
         return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()

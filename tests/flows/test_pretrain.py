@@ -76,13 +76,13 @@ def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[Run
         found
     )
     assert found["tokenise-progress"]["data"] == 100
-    assert {found[key]["type"] for key in ("shard-status", "evaluations")} == {"table"}
+    assert {found[key]["type"] for key in ("shard-status", "evaluations", "train-metrics")} == {"table"}
 
 
 def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Any]) -> None:
     config, facts = finished
     page = open_store(config.store_url).read(keys.report("tiny", "html")).body.decode()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "val_loss_t32" in page
     assert facts["dataset"]["manifest"] in page
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]

@@ -146,9 +146,9 @@ def losses(store: Store, run: str) -> list[float]:
     return [line["loss"] for line in history(store, run)]
 
 
-def final_weights(store: Store, run: str) -> bytes | bytearray | memoryview:
+def final_weights(store: Store, run: str, steps: int = STEPS) -> bytes | bytearray | memoryview:
     last = checkpoints(store, run)[-1]
-    assert last.step == STEPS
+    assert last.step == steps
     return store.read(keys.checkpoint_file(run, last.step, last.attempt, WEIGHTS)).body
 
 

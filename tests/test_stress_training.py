@@ -1,0 +1,20 @@
+"""Six kills of one training, as `make stress` makes them by the hundred."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+from tests.conftest import S3Url
+from tests.storage.stores import SERVERS
+from tests.stress_training import stress
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", SERVERS)
+def test_six_kills_lose_nothing(
+    kind: str, running: Callable[[str], servers.Server], s3_url: S3Url, tmp_path: Path
+) -> None:
+    s3_url(kind)  # this process talks to the server, until the test ends
+    assert stress(running(kind), tmp_path, kills=6, seed=1).kills.total() == 6
