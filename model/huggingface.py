@@ -71,7 +71,7 @@ def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
         raise ObjectMissing(
             f"run {run!r}: a checkpoint was asked for, store {store.url!r} has none. Train it first: gpt2 pretrain"
         )
-    weights = {name: _turned(name, tensor) for name, tensor in _checkpoint(store, run, kept[-1]).items()}
+    weights = _turned(_checkpoint(store, run, kept[-1]))
     part = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(6)}.part")
     try:
         part.mkdir(parents=True)
@@ -123,7 +123,7 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
     if checkpoints(store, run) or read_json(store, keys.run_config(run)) is not None:
         remedy = "Choose another name: --set name=…"
         raise _refused(folder, f"a new run {run!r}", f"that store {store.url!r} has it already", remedy)
-    body = save({name: _turned(name, tensor) for name, tensor in _weights(folder, model).items()})
+    body = save(_turned(_weights(folder, model)))
     about = {"step": 0, "job": "import", "model": model.model_dump(mode="json")}
     return put_checkpoint(store, run, {WEIGHTS: body}, about | {"train": {}, "cursor": {}, "metrics": []})
 
@@ -146,9 +146,12 @@ def _checkpoint(store: Store, run: str, record: CheckpointRecord) -> dict[str, n
     return weights
 
 
-def _turned(name: str, tensor: np.ndarray) -> np.ndarray:
-    """From one layout to the other, either way."""
-    return np.ascontiguousarray(tensor.T) if name.endswith(CONV1D) else tensor
+def _turned(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same dict, from one layout to the other, either way; in place, since the largest model has 6 GB."""
+    for name, tensor in weights.items():
+        if name.endswith(CONV1D):
+            weights[name] = np.ascontiguousarray(tensor.T)
+    return weights
 
 
 def _settings(record: CheckpointRecord) -> dict[str, dict[str, Any]]:
