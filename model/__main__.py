@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import traceback
+from datetime import timedelta
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -42,7 +43,7 @@ def run_job(store_url: str, job_key: str) -> int:
         ddp = DDPConfig.detect(os.environ, resources.device)
         if ddp.is_main:
             print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device_name}", flush=True)
-        with ddp.process_group():
+        with ddp.process_group(timedelta(minutes=resources.unsaved_minutes)):
             result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
         if not ddp.is_main:
             return 0

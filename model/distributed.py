@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -70,12 +71,17 @@ class DDPConfig:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
     @contextmanager
-    def process_group(self) -> Iterator[None]:
-        """The group of all ranks, for as long as the block lasts; none is needed for one rank."""
+    def process_group(self, patience: timedelta) -> Iterator[None]:
+        """The group of all ranks, for as long as the block lasts; none is needed for one rank.
+
+        The ranks wait for each other as long as `patience`, and ten minutes more: the main rank may be storing the
+        last checkpoint. One that dies is noticed at once.
+        """
         if self.ranks == 1:
             yield
             return
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=patience + timedelta(minutes=10))
         try:
             yield
             dist.barrier()  # nobody leaves while the main rank still writes

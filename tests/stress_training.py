@@ -84,8 +84,9 @@ class Proof:
             self.stale += 1
             assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
             self._load(CheckpointRecord(**read_json(self._store, latest["record"])))  # type: ignore[arg-type]
-        begun = {listed.key.removeprefix(keys.checkpoints(RUN)) for listed in self._store.list(keys.checkpoints(RUN))}
-        begun = {name.rpartition("/")[0] for name in begun if "/" in name}  # 000005/0123456789ab
+        names = {listed.key.removeprefix(keys.checkpoints(RUN)) for listed in self._store.list(keys.checkpoints(RUN))}
+        begun = {name.rpartition("/")[0] for name in names if "/" in name}  # 000005/0123456789ab
+        assert len(there) == sum("/" not in name for name in names), f"a record without its files: {names}"
         self.cut_saves += any(int(attempt[:6]) > self.step for attempt in begun - self._attempts)
         self._attempts |= begun
 
@@ -113,12 +114,10 @@ class Killer:
         chance = self._chance
         target = chance.choice(TARGETS)
         further = min(chance.randint(0, FURTHER_STEPS), last_step - began_at)
-        if target != "the upload" and (further < 0 or chance.random() < STARTING):
-            moment = time.monotonic() + chance.uniform(0, STARTING_SECONDS)
-            process.until(lambda: time.monotonic() >= moment)
-        else:
-            wanted = began_at + max(further, 1)
-            process.until(lambda: process.steps()[-1:] >= [wanted])
+        wanted = began_at + max(further, 1)
+        starting = target != "the upload" and (further < 0 or chance.random() < STARTING)
+        moment = time.monotonic() + chance.uniform(0, STARTING_SECONDS)
+        process.until(lambda: process.steps()[-1:] >= [wanted] or (starting and time.monotonic() >= moment))
         if target == "the upload":
             ranks, writes, first = self._ranks(), chance.randint(1, WRITES), len(self._proxy.seen)
             process.until(lambda: self._writes_since(first) >= writes)

@@ -12,6 +12,7 @@ from tests.stress_training import stress
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # a minute and a half where nobody else computes
 @pytest.mark.parametrize("kind", SERVERS)
 def test_six_kills_lose_nothing(
     kind: str, running: Callable[[str], servers.Server], s3_url: S3Url, tmp_path: Path

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
 
     MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = noting, keeping  # type: ignore[method-assign,assignment]
     try:
-        with ddp.process_group():
+        with ddp.process_group(timedelta(minutes=1)):
             training = Trainer(store, read_job(store, asked.job_key), ddp)
             training.fit()
     finally:

@@ -205,11 +205,11 @@ def test_exported_imported_and_exported_again_it_is_the_same_bytes(
 ) -> None:
     import_folder(house.store, "once", published)
     export_run(house.store, "once", tmp_path / "once")
-    import_folder(house.store, "twice", tmp_path / "once")
-    export_run(house.store, "twice", tmp_path / "twice")
+    import_folder(house.store, "imported-twice", tmp_path / "once")
+    export_run(house.store, "imported-twice", tmp_path / "imported-twice")
     for path in (tmp_path / "once").iterdir():
-        assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes(), path.name
-    there, again = load_file(published / WEIGHTS), load_file(tmp_path / "twice" / WEIGHTS)
+        assert path.read_bytes() == (tmp_path / "imported-twice" / path.name).read_bytes(), path.name
+    there, again = load_file(published / WEIGHTS), load_file(tmp_path / "imported-twice" / WEIGHTS)
     assert there.keys() == again.keys()
     assert all(np.array_equal(there[name], again[name]) for name in there)
 
