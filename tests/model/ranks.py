@@ -1,18 +1,14 @@
-"""Four processes that play the ranks of many small trainings, one after the other: torch is imported once in each.
-
-A training of W ranks is a real process group of gloo over the first W of them.
-"""
+"""The ranks of a small training as processes of their own, in a real process group of gloo, watched from inside."""
 
 import hashlib
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from model import trainer
@@ -22,7 +18,7 @@ from model.loader import MicroBatches
 from model.trainer import Trainer
 from storage.layout import open_store
 
-MOST_RANKS = 4
+STUCK_SECONDS = 120
 
 
 class Asked(NamedTuple):
@@ -38,54 +34,40 @@ class Seen(NamedTuple):
     """What a training took: the windows of each step in the order of the ranks, hashed, and its first gradients."""
 
     steps: dict[int, list[str]]
-    gradients: torch.Tensor | None
+    gradients: np.ndarray | None
 
 
-class Ranks:
-    """The processes, waiting."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._lines: list[Connection] = []
-        for _ in range(MOST_RANKS):
-            ours, theirs = context.Pipe()
-            context.Process(target=_serve, args=(theirs,), daemon=True).start()
-            self._lines.append(ours)
-
-    def train(self, asked: Asked, ranks: int) -> Seen:
-        """Let so many ranks do the training, until its end or its stop."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(ranks):
-            self._lines[rank].send((asked, rank, ranks, port))
-        answers = [self._lines[rank].recv() for rank in range(ranks)]
-        assert all(isinstance(answer, Seen) for answer in answers), answers
-        steps = {step: [one for answer in answers for one in answer.steps[step]] for step in answers[0].steps}
-        assert all(set(answer.steps) == set(steps) for answer in answers)
-        return Seen(steps, answers[0].gradients)
-
-    def close(self) -> None:
-        for line in self._lines:
-            line.send(None)
-
-
-@contextmanager
-def serving() -> Iterator[Ranks]:
-    found = Ranks()
+def train(asked: Asked, ranks: int) -> Seen:
+    """Let so many ranks do the training, each in a process of its own, until its end or its stop."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(ranks)]
+    processes = [
+        context.Process(target=_serve, args=(theirs, asked, rank, ranks, port))
+        for rank, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
     try:
-        yield found
+        answers = [ours.recv() if ours.poll(STUCK_SECONDS) else "no answer" for ours, _ in pipes]
     finally:
-        found.close()
+        for process in processes:
+            process.kill()
+            process.join()
+    assert all(isinstance(answer, Seen) for answer in answers), answers
+    steps = {step: [one for answer in answers for one in answer.steps[step]] for step in answers[0].steps}
+    assert all(set(answer.steps) == set(steps) for answer in answers)
+    return Seen(steps, answers[0].gradients)
 
 
-def _serve(line: Connection) -> None:
+def _serve(line: Connection, asked: Asked, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
-    while (order := line.recv()) is not None:
-        try:
-            line.send(_one(*order))
-        except Exception as error:
-            line.send(repr(error))
+    try:
+        line.send(_one(asked, rank, ranks, port))
+    except Exception as error:
+        line.send(repr(error))
 
 
 def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
@@ -119,4 +101,4 @@ def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
             training.fit()
     finally:
         MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]
-    return Seen(steps, first[0] if first and rank == 0 else None)
+    return Seen(steps, first[0].numpy() if first and rank == 0 else None)
