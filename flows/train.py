@@ -17,7 +17,7 @@ from model.history import read_metrics
 from model.job import Job, JobFailed, ask, note_failure, read_result
 from model.run import Run, pin_run, pinned_run, training_job
 from storage import keys
-from storage.errors import ObjectMissing
+from storage.errors import ObjectMissing, StorageError
 from storage.layout import open_store
 from storage.manifest import latest_manifest
 from storage.store import Store, read_json
@@ -107,9 +107,13 @@ def newest_version(store: Store, config: RunConfig) -> DatasetVersion:
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
     """Follow the trainer's progress object until the training ends."""
     while not ended.wait(WATCH_SECONDS):
-        progress: dict[str, Any] = read_json(store, keys.progress(run.name)) or {}
+        try:
+            progress: dict[str, Any] = read_json(store, keys.progress(run.name)) or {}
+        except StorageError:
+            continue  # the trainer says what is wrong with the store, and goes on
         if lines := progress.get("since_checkpoint"):
-            bar.to(progress["step"], f"loss {lines[-1]['loss']:.3f}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
+            loss = "no number" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
+            bar.to(progress["step"], f"loss {loss}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
 
 
 def _show(run: Run, metrics: list[dict[str, Any]]) -> None:

@@ -54,6 +54,9 @@ def run_job(store_url: str, job_key: str) -> int:
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except torch.OutOfMemoryError as error:
+        print(f"error: {_too_large(error)}", file=sys.stderr, flush=True)
+        return USER_ERROR
     except Exception as error:
         if _is_of_another_rank(error):
             print(f"rank {rank} ends: another rank has ended before it", file=sys.stderr, flush=True)
@@ -61,6 +64,13 @@ def run_job(store_url: str, job_key: str) -> int:
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _too_large(error: torch.OutOfMemoryError) -> str:
+    return (
+        f"the GPU's memory does not hold one forward and backward pass: {str(error).partition('. ')[0]}. Write --set "
+        f"train.micro_batch_sequences=… with half of what it is, which changes no result: the run goes on with it."
+    )
 
 
 def _is_of_another_rank(error: Exception) -> bool:
@@ -78,6 +88,8 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: 
         hosts += ["--rdzv-backend", "c10d", "--rdzv-endpoint", resources.rendezvous]
         here, is_first = _address(resources.rendezvous)
         hosts += ["--rdzv-conf", f"is_host={is_first}", "--local-addr", here]
+    # torchrun kills ranks 30 s after it passed a SIGTERM on: a last save to a slow store may take longer
+    hosts += ["--shutdown-timeout", str(round(60 * resources.unsaved_minutes) + 30)]
     words = [*hosts, "--nproc-per-node", str(processes), "-m", "model", store_url, job_key]
     try:
         torchrun([*words, "--parent", str(os.getpid())])

@@ -42,8 +42,8 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     if found is None:
         return None
     run = Run(**found, how=config.how())  # type: ignore[arg-type]  # JSON of our own
-    settings = run.config | {"train": run.config["train"] | run.how["train"]}
-    pinned = RunConfig.model_validate({"name": run.name} | settings).computed()  # fields added since: their defaults
+    pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # fields added since: their defaults
+    pinned["train"] |= run.how["train"]
     if differing := differences(config.computed(), pinned):
         raise DatasetMismatch(
             f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "

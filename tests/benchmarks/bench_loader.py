@@ -162,8 +162,15 @@ def one_round(
         if server and who.cache == "cold":
             contest.settle(server.process.pid)
         words = [*who.words, *last]
-        found[who] = one = contest.run(words, folder / "work", environment(), memory=False)
-        shutil.rmtree(folder / "work")
+        try:
+            found[who] = one = contest.run(words, folder / "work", environment())
+        except RuntimeError as error:
+            if who.kind != "peer":
+                raise
+            print(f"round {number + 1}: {who.cache}, {who.name} failed: {error}", file=sys.stderr)
+            continue
+        finally:
+            shutil.rmtree(folder / "work")
         print(f"round {number + 1}: {who.cache}, {who.name}: {rate(one):.1f} M tokens/s, "
               f"others had {one.foreign:.0%} of the machine", file=sys.stderr)  # fmt: skip
     return found
@@ -184,15 +191,18 @@ def steady(one: Outcome) -> float:
 
 
 def table(everyone: list[Contender], rounds: list[dict[Contender, Outcome]]) -> None:
-    middle = {who: median(rate(one[who]) for one in rounds) for who in everyone}
+    ended = {who: [one[who] for one in rounds if who in one] for who in everyone}
+    middle = {who: median(map(rate, outcomes)) for who, outcomes in ended.items() if outcomes}
     print("| cache | contender | M tokens read | M tokens/s (best) | M tokens/s (median) | of memory copy "
           "| of best shuffling peer | after the first batch (median) | first batch ms | others' share | rounds "
           "| target |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |")  # fmt: skip
-    for who in everyone:
-        outcomes = [one[who] for one in rounds]
-        limit = next((middle[other] for other in everyone if other.kind == "limit"), None)
+    for who, outcomes in ended.items():
+        if not outcomes:
+            print(f"| {who.cache} | {who.name} | failed in each round |")
+            continue
+        limit = next((middle[other] for other in middle if other.kind == "limit"), None)
         peer = max(
-            (middle[other] for other in everyone if (other.kind, other.cache) == ("peer", who.cache)), default=None
+            (middle[other] for other in middle if (other.kind, other.cache) == ("peer", who.cache)), default=None
         )
         of_limit, of_peer = (middle[who] / beside if beside else None for beside in (limit, peer))
         verdicts = []
@@ -214,7 +224,7 @@ def table(everyone: list[Contender], rounds: list[dict[Contender, Outcome]]) -> 
             f"{median(steady(one) for one in outcomes):,.1f}",
             f"{1e3 * median(one.result['first_seconds'] for one in outcomes):,.0f}",
             f"{median(one.foreign for one in outcomes):.0%}",
-            ", ".join(f"{rate(one):,.1f}" for one in outcomes),
+            ", ".join([f"{rate(one):,.1f}" for one in outcomes] + ["failed"] * (len(rounds) - len(outcomes))),
             ", ".join(verdicts),
         ]
         print(f"| {' | '.join(cells)} |")

@@ -1,7 +1,7 @@
 """One optimizer step of ours beside transformers' GPT-2 and a textbook one: tokens/s, peak memory. Prints one table.
 
     .venv/bin/python tests/benchmarks/bench_train_step.py [--sizes A,B] [--dtypes fp32,bf16] [--modes eager,compile]
-        [--steps 10] [--rounds 3] [--no-memory]
+        [--steps 10] [--rounds 3] [--no-memory] [--device cuda --sizes 124M]
 
 A step is zero_grad, forward, loss, backward, clip at 1.0, fused AdamW, on one batch that stays. In each round each
 setting has a process of its own, in which the contenders begin with the same weights and take their steps in turn; the
@@ -9,7 +9,8 @@ first 2 steps (compilation) are not timed. Peak memory is that of a fresh proces
 had after the import of torch and transformers. A speed is judged by the median over the turns of transformers' seconds
 by ours. transformers and the textbook have the published vocabulary of 50,257 rows, ours its padding.
 
-On a CPU that has no bf16 arithmetic one bf16 step of A takes minutes: ask for it apart, with --steps 3. Linux only.
+On a CPU that has no bf16 arithmetic one bf16 step of A takes minutes: ask for it apart, with --steps 3. On a GPU the
+memory is what torch allocated there at most. Linux only.
 """
 
 import argparse
@@ -61,7 +62,8 @@ class Size(NamedTuple):
         return ModelConfig(layers=self.layers, heads=self.heads, width=self.width, context_tokens=self.T)
 
 
-SIZES = {"A": Size(4, 4, 256, 256, 8), "B": Size(6, 6, 384, 256, 4)}
+SIZES = {"A": Size(4, 4, 256, 256, 8), "B": Size(6, 6, 384, 256, 4), "124M": Size(12, 12, 768, 1_024, 16)}
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")  # of a process of one setting
 
 
 class Textbook(nn.Module):
@@ -75,7 +77,7 @@ class Textbook(nn.Module):
         self.ln_f = nn.LayerNorm(size.width)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        x_BTC = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1]))
+        x_BTC = self.wte(tokens_BT) + self.wpe(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
         for block in self.h:
             x_BTC = block(x_BTC)
         logits_NV = F.linear(self.ln_f(x_BTC), self.wte.weight).flatten(0, 1)
@@ -123,10 +125,10 @@ class Contender:
 
     def __init__(self, who: str, size: Size, dtype: str, mode: str) -> None:
         self.who = who
-        self.model = make(who, size).train()
+        self.model = make(who, size).train().to(DEVICE)
         self.called: Any = torch.compile(self.model) if mode == "compile" else self.model
         self.optimizer = make_optimizer(self.model, TrainingConfig())
-        self.autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext()
+        self.autocast = torch.autocast(DEVICE, torch.bfloat16) if dtype == "bf16" else nullcontext()
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
@@ -146,7 +148,7 @@ def batch(size: Size) -> tuple[Tensor, Tensor]:
     """Seeded ids, frequent ones among them as in a text: their gradients meet in few rows of the embedding."""
     uniform = torch.rand(size.B, size.T + 1, generator=torch.Generator().manual_seed(1))
     ids_BT = (VOCABULARY**uniform).long() - 1
-    return ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()
+    return ids_BT[:, :-1].contiguous().to(DEVICE), ids_BT[:, 1:].contiguous().to(DEVICE)
 
 
 # A process of one setting, and one of a contender's memory
@@ -177,7 +179,8 @@ def take_memory(name: str, dtype: str, mode: str, who: str) -> dict[str, Any]:
     one = Contender(who, SIZES[name], dtype, mode)
     for _ in range(MEMORY_STEPS):
         one.step(*batch(SIZES[name]))
-    return {"begin": begin, "end": time.monotonic(), "peak_megabytes": megabytes("VmHWM") - before}
+    peak = torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else megabytes("VmHWM") - before
+    return {"begin": begin, "end": time.monotonic(), "peak_megabytes": peak}
 
 
 # The contest
@@ -258,7 +261,8 @@ def words_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", type=words_of(tuple(SIZES)), default=list(SIZES))
+    parser.add_argument("--sizes", type=words_of(tuple(SIZES)), default=["A", "B"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", type=words_of(("fp32", "bf16")), default=["fp32", "bf16"])
     parser.add_argument("--modes", type=words_of(("eager", "compile")), default=["eager", "compile"])
     parser.add_argument("--steps", type=int, default=10, help=f"of each contender in a round, {UNTIMED_STEPS} untimed")
@@ -266,6 +270,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     asked = parser.parse_args()
     contest.LIMIT_SECONDS = LIMIT_SECONDS
+    os.environ["BENCH_DEVICE"] = asked.device
+    device = torch.cuda.get_device_name() if asked.device == "cuda" else torch.backends.cpu.get_cpu_capability()
     settings = [Setting(size, dtype, mode) for size in asked.sizes for dtype in asked.dtypes for mode in asked.modes]
     rounds: dict[Setting, list[Outcome]] = {setting: [] for setting in settings}
     with tempfile.TemporaryDirectory(prefix="bench-train-step-") as name:
@@ -280,7 +286,7 @@ def main() -> None:
             peaks[setting] = {who: ask("memory", setting, who, folder).result["peak_megabytes"] for who in CONTENDERS}
     print(f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {asked.rounds} "
           f"rounds of {asked.steps} steps, Python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {version('transformers')}, CPU capability {torch.backends.cpu.get_cpu_capability()}\n\n"
+          f"transformers {version('transformers')}, {device}\n\n"
           f"| size | dtype | mode | contender | tokens/s, best step | tokens/s, median | best, of transformers "
           f"| median of turns, of transformers | loss, first step | loss, step {asked.steps} | peak MB above imports "
           f"| of transformers | others' share | target |\n"

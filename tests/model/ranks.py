@@ -37,44 +37,60 @@ class Seen(NamedTuple):
     gradients: np.ndarray | None
 
 
-def train(asked: Asked, ranks: int) -> Seen:
-    """Let so many ranks do the training, each in a process of its own, until its end or its stop."""
+def hashes(windows: np.ndarray) -> list[str]:
+    """A digest of each window, whatever the type of its ids."""
+    return [hashlib.sha256(window.astype("<i8").tobytes()).hexdigest() for window in windows]
+
+
+def train(trainings: list[Asked], ranks: int) -> list[Seen]:
+    """Let so many ranks do one training after the other, each until its end or its stop.
+
+    The ranks are processes with one group for all trainings: to import torch takes each of them 4 s.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(ranks)]
     processes = [
-        context.Process(target=_serve, args=(theirs, asked, rank, ranks, port))
+        context.Process(target=_serve, args=(theirs, trainings, rank, ranks, port))
         for rank, (_, theirs) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
     try:
-        answers = [ours.recv() if ours.poll(STUCK_SECONDS) else "no answer" for ours, _ in pipes]
+        return [_together([ours for ours, _ in pipes]) for _ in trainings]
     finally:
         for process in processes:
             process.kill()
             process.join()
+
+
+def _together(lines: list[Connection]) -> Seen:
+    """What all ranks say of one training."""
+    answers = [line.recv() if line.poll(STUCK_SECONDS) else "no answer" for line in lines]
     assert all(isinstance(answer, Seen) for answer in answers), answers
     steps = {step: [one for answer in answers for one in answer.steps[step]] for step in answers[0].steps}
     assert all(set(answer.steps) == set(steps) for answer in answers)
     return Seen(steps, answers[0].gradients)
 
 
-def _serve(line: Connection, asked: Asked, rank: int, ranks: int, port: int) -> None:
+def _serve(line: Connection, trainings: list[Asked], rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ddp = DDPConfig.detect(os.environ, "cpu")
     try:
-        line.send(_one(asked, rank, ranks, port))
+        with ddp.process_group(timedelta(minutes=1)):
+            for asked in trainings:
+                line.send(_one(asked, ddp))
+                ddp.sum(torch.zeros(1))  # nobody begins the next one while the main rank still saves
     except Exception as error:
         line.send(repr(error))
 
 
-def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _one(asked: Asked, ddp: DDPConfig) -> Seen:
     store = open_store(asked.store_url)
-    ddp = DDPConfig.detect(os.environ, "cpu")
     steps: dict[int, list[str]] = {}
     first: list[torch.Tensor] = []
     take, clip = MicroBatches.next, torch.nn.utils.clip_grad_norm_
@@ -82,8 +98,7 @@ def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
     def noting(self: MicroBatches, device: torch.device) -> Any:
         tokens_BT, targets_BT = take(self, device)
         hashed = steps.setdefault(training.step, [])
-        for window in torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy():
-            hashed.append(hashlib.sha256(window.tobytes()).hexdigest())
+        hashed += hashes(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy())
         return tokens_BT, targets_BT
 
     def keeping(parameters: Any, most: float) -> torch.Tensor:
@@ -96,9 +111,8 @@ def _one(asked: Asked, rank: int, ranks: int, port: int) -> Seen:
 
     MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = noting, keeping  # type: ignore[method-assign,assignment]
     try:
-        with ddp.process_group(timedelta(minutes=1)):
-            training = Trainer(store, read_job(store, asked.job_key), ddp)
-            training.fit()
+        training = Trainer(store, read_job(store, asked.job_key), ddp)
+        training.fit()
     finally:
         MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]
-    return Seen(steps, first[0].numpy() if first and rank == 0 else None)
+    return Seen(steps, first[0].numpy() if first and ddp.is_main else None)

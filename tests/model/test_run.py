@@ -64,6 +64,7 @@ def test_the_first_pin_stands(store: Store) -> None:
         (['evaluation.prompts=["x"]'], ["evaluation.prompts", "x"]),
         (["train.betas=[0.5, 0.6]"], ["train.betas", "0.5"]),
         (["train.seed=5", "model.layers=3"], ["train.seed", "model.layers"]),
+        (["train.batch_tokens=1024", "train.micro_batch_sequences=32"], ["train.batch_tokens", "256", "1024"]),
     ],
 )
 def test_other_settings_under_one_name_are_refused_and_named(

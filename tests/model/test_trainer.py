@@ -96,6 +96,20 @@ def test_a_flipped_byte_that_only_the_second_rank_reads_is_named_too(house: Hous
 # Numbers that are none
 
 
+def test_a_gpu_that_is_too_small_is_named_with_the_setting_that_helps(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.27 GiB. GPU 0 has 8.00 GiB")
+
+    monkeypatch.setattr(Trainer, "_train_step", full)
+    assert run_job(house.store.url, house.ask("too-large", *SHORT)) == 2
+    said = capsys.readouterr().err
+    assert "CUDA out of memory" in said
+    assert "train.micro_batch_sequences" in said
+    assert "Traceback" not in said
+
+
 def test_a_loss_that_is_no_number_stops_the_run(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     key = house.ask(
         "exploded", *SHORT, "train.learning_rate=1e30", "train.warmup_steps=0", "train.checkpoint_every_steps=1"
