@@ -7,6 +7,7 @@ or stopped at a checkpoint, 2 what a user can mend.
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -15,6 +16,7 @@ from datetime import timedelta
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from model.config import ResourcesConfig
@@ -59,7 +61,8 @@ def run_job(store_url: str, job_key: str) -> int:
         return USER_ERROR
     except Exception as error:
         if _is_of_another_rank(error):
-            print(f"rank {rank} ends: another rank has ended before it", file=sys.stderr, flush=True)
+            why = str(error).strip().partition("\n")[0]
+            print(f"rank {rank} ends, as another rank may have before it: {why}", file=sys.stderr, flush=True)
         else:
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
@@ -69,7 +72,7 @@ def run_job(store_url: str, job_key: str) -> int:
 def _too_large(error: torch.OutOfMemoryError) -> str:
     return (
         f"the GPU's memory does not hold one forward and backward pass: {str(error).partition('. ')[0]}. Write --set "
-        f"train.micro_batch_sequences=… with half of what it is, which changes no result: the run goes on with it."
+        f"train.micro_batch_sequences=… with half of what it is: the batch stays what it is, and the run goes on."
     )
 
 
@@ -95,8 +98,13 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: 
         torchrun([*words, "--parent", str(os.getpid())])
     except ChildFailedError as error:  # the rank has said why
         return USER_ERROR if any(found.exitcode == USER_ERROR for found in error.failures.values()) else 1
-    except SignalException:
-        pass  # passed on to the ranks, which have saved
+    except SignalException as error:  # passed on to the ranks, which save at SIGTERM and at no other
+        return 0 if error.sigval == signal.SIGTERM else 1
+    except RendezvousError as error:
+        raise ValueError(
+            f"resources.rendezvous = {resources.rendezvous!r}: {resources.nodes} hosts were to meet there, found "
+            f"{error}. Start the same command on each of them, the first one first, within a minute or so."
+        ) from error
     return 0
 
 
@@ -128,7 +136,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, help="end when this process, which must have started this one, dies")
     asked = parser.parse_args()
     if asked.parent is not None:
-        end_with_parent(asked.parent)
+        # A killed launcher's ranks end at once: one that still saved, or waited, would be in the next ones' way.
+        end_with_parent(asked.parent, signal.SIGKILL if "RANK" in os.environ else signal.SIGTERM)
     if "RANK" not in os.environ:
         try:
             job = read_job(open_store(asked.store_url), asked.job_key)

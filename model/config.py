@@ -100,7 +100,8 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The optimizer, the schedule and what a step is; the defaults are the 19,073-step run of GPT-2 124M."""
 
-    # How a training runs, not what it computes: never in a recipe, free to differ when a run goes on.
+    # How a training runs, not what it computes: never in a recipe, free to differ when a run goes on. (With dropout
+    # another micro-batch drops other activations, of the same distribution.)
     HOW: ClassVar = frozenset(
         {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
     )

@@ -82,11 +82,17 @@ class DDPConfig:
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=patience + timedelta(minutes=10))
-        try:
-            yield
-            dist.barrier()  # nobody leaves while the main rank still writes
-        finally:
-            dist.destroy_process_group()
+        yield
+        dist.barrier()  # nobody leaves while the main rank still writes
+        # After an error the process just ends: with NCCL this would wait for ranks that wait for this one.
+        dist.destroy_process_group()
+
+    def agree(self, value: int) -> bool:
+        """Whether all ranks have the same value, of less than 2 ** 53."""
+        bounds = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        return bounds.sum().item() == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """The tensor summed over all ranks, in place."""

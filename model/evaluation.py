@@ -24,7 +24,7 @@ class Evaluator:
 
     def __init__(self, model: GPT, ddp: DDPConfig, precision: str = "auto") -> None:
         self.model, self.ddp = model, ddp
-        bf16_here = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16_here = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = "bf16" if precision == "bf16" or (precision == "auto" and bf16_here) else "fp32"
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -51,7 +51,7 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device="cuda" if self.ddp.device.type == "cuda" else "cpu")
         for start in range(0, len(mine), EVALUATION_SEQUENCES):
             windows = loader.windows_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
-            tokens_BT, targets_BT = inputs_and_targets(widened(windows), self.ddp.device)
+            tokens_BT, targets_BT = inputs_and_targets(widened(windows, self.ddp.device), self.ddp.device)
             with self.autocast():
                 sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()

@@ -90,16 +90,21 @@ def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointR
 
 
 def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
-    """The checkpoints to keep: the newest `keep_last` and those at a multiple of `keep_every_steps` (0: none more)."""
-    return [
-        record
-        for index, record in enumerate(records)
-        if index >= len(records) - keep_last or (keep_every_steps and record.step % keep_every_steps == 0)
-    ]
+    """The checkpoints to keep: the newest `keep_last`, and the first at or after each multiple of `keep_every_steps`.
+
+    After: one whose turn it was may have had to wait for the one before. 0: none more.
+    """
+    kept, passed = [], 0
+    for index, record in enumerate(records):
+        multiples = record.step // keep_every_steps if keep_every_steps else 0
+        if multiples > passed or index >= len(records) - keep_last:
+            kept.append(record)
+        passed = multiples
+    return kept
 
 
 def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the checkpoints that are neither among the newest `keep_last` nor at a multiple of `keep_every_steps`."""
+    """Delete the checkpoints that are not to be kept, as `retained` says."""
     there = checkpoints(store, run)
     kept = retained(there, keep_last, keep_every_steps)
     for record in [record for record in there if record not in kept]:

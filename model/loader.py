@@ -66,9 +66,10 @@ class MicroBatches:
     """
 
     def __init__(
-        self, loader: DataLoader, *, step: int, batch_windows: int, size: int, rank: int, ranks: int, ahead: int
-    ) -> None:
-        self._loader = loader
+        self, loader: DataLoader, device: torch.device, *, step: int, batch_windows: int, size: int, rank: int,
+        ranks: int, ahead: int,
+    ) -> None:  # fmt: skip
+        self._loader, self._device = loader, device
         self._batch_windows, self._size = batch_windows, size
         self._share = batch_windows // ranks
         batches = max(BLOCK_TOKENS // (size * loader.sequence_tokens), 1)  # of a block
@@ -80,11 +81,11 @@ class MicroBatches:
         if self._thread:
             self._thread.start()
 
-    def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def next(self) -> tuple[Tensor, Tensor]:
         """Tokens and the tokens that follow them, int64, B x T each. Raises what opening a shard raises."""
         found = next(self._cut, None)
         if found is None:
-            tokens, targets = inputs_and_targets(self._block(), device)
+            tokens, targets = inputs_and_targets(self._block(), self._device)
             self._cut = zip(torch.split(tokens, self._size), torch.split(targets, self._size), strict=True)
             found = next(self._cut)
         return found
@@ -106,7 +107,7 @@ class MicroBatches:
         while True:
             windows = self._loader.windows(step * self._batch_windows + first, self._share)
             for start in range(0, self._share, block):
-                yield widened(windows[start : start + block])
+                yield widened(windows[start : start + block], self._device)
             step += 1
 
     def _make_ahead(self) -> None:
@@ -119,10 +120,10 @@ class MicroBatches:
             self._ready.put(error)
 
 
-def widened(windows: np.ndarray) -> Tensor:
-    """The windows as int64, which an embedding wants, in memory that a GPU can fetch by itself."""
+def widened(windows: np.ndarray, device: torch.device) -> Tensor:
+    """The windows as int64, which an embedding wants, in memory that the device, if a GPU, can fetch by itself."""
     tokens = torch.from_numpy(windows.astype(np.int64))
-    return tokens.pin_memory() if torch.cuda.is_available() else tokens
+    return tokens.pin_memory() if device.type == "cuda" else tokens
 
 
 def inputs_and_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ class Trainer:
         self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), self.config.dropout).to(ddp.device)
         self.optimizer = make_optimizer(self.model, self.config)
         self.step, resumed = resume(store, job, self.model, self.optimizer)
+        self._check_agreed(resumed)
         self.evaluator = Evaluator(self.model, ddp, self.config.precision)
         self.val_loader = self._loader(manifest, "val") if self.config.validate_every_steps else None
         wanted = self.config.compile
@@ -76,7 +77,7 @@ class Trainer:
             print(f"{self.job.job_id}: {self.evaluator.precision}, {compiled}, from step {self.step:,}", flush=True)
         share = {"size": self.config.micro_batch_sequences, "rank": self.ddp.rank, "ranks": self.ddp.ranks}
         self.batches = MicroBatches(
-            self.loader, step=self.step, batch_windows=self.config.batch_windows, **share,
+            self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows, **share,
             ahead=self.resources.prefetch_batches,
         )  # fmt: skip
         try:
@@ -98,7 +99,8 @@ class Trainer:
             self.batches.close()
             self.saver.close()
             self.log.close()
-            signal.signal(signal.SIGTERM, before)
+            if self.ddp.ranks == 1:  # else the others wait for the main rank's last save: it is no time to be killed
+                signal.signal(signal.SIGTERM, before)
 
     def _train_step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer update. Returns its numbers and whether any rank was asked to stop."""
@@ -112,7 +114,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=exact, device=self.ddp.device)
         for index in range(self.micro_batches):
             waited = time.perf_counter()
-            tokens_BT, targets_BT = self.batches.next(self.ddp.device)
+            tokens_BT, targets_BT = self.batches.next()
             self._seconds["data_seconds"] += time.perf_counter() - waited
             last = index == self.micro_batches - 1
             with self._no_sync() if not last else nullcontext(), self.evaluator.autocast():
@@ -201,6 +203,15 @@ class Trainer:
 
     def _kept(self) -> tuple[int, int]:
         return self.config.keep_last, self.config.keep_every_steps
+
+    def _check_agreed(self, resumed: CheckpointRecord | None) -> None:
+        """Each rank has looked by itself, and a process that was thought dead may have saved meanwhile."""
+        if not self.ddp.agree(int(resumed.attempt, 16) if resumed else 0):
+            found = f"step {resumed.step:,}" if resumed else "none"
+            raise ValueError(
+                f"run {self.job.run!r}: one newest checkpoint was expected by all ranks, rank {self.ddp.rank} found "
+                f"{found}: another process is still saving. When it has ended, run the same command again."
+            )
 
     def _check_length(self) -> None:
         order = self.loader.order

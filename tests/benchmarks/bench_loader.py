@@ -74,9 +74,9 @@ def ours(url: str, columns: str, ahead: str, tokens: str, seconds: str) -> None:
     store, manifest = open_store(url), manifest_of(json.loads(Path(columns).read_text()))
     begin = time.monotonic()
     loader = DataLoader(store, DATASET, manifest, "train", sequence_tokens=T, seed=1)
-    made = MicroBatches(loader, step=0, batch_windows=BATCH_WINDOWS, size=B, rank=0, ranks=1, ahead=int(ahead))
-    device = torch.device("cpu")
-    consume(iter(lambda: made.next(device), None), begin, int(tokens), float(seconds))
+    share = {"batch_windows": BATCH_WINDOWS, "size": B, "rank": 0, "ranks": 1, "ahead": int(ahead)}
+    made = MicroBatches(loader, torch.device("cpu"), step=0, **share)
+    consume(iter(made.next, None), begin, int(tokens), float(seconds))
     made.close()
 
 

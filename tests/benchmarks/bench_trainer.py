@@ -47,7 +47,7 @@ def bare_seconds(config: RunConfig, manifest: Manifest, steps: int) -> list[floa
         store, config.data.dataset, manifest, "train", sequence_tokens=config.train.sequence_tokens, seed=1
     )
     cpu = torch.device("cpu")
-    tokens_BT, targets_BT = inputs_and_targets(widened(loader.windows(0, config.train.batch_windows)), cpu)
+    tokens_BT, targets_BT = inputs_and_targets(widened(loader.windows(0, config.train.batch_windows), cpu), cpu)
     found = []
     for _ in range(steps):
         started = time.perf_counter()

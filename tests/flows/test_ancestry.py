@@ -61,8 +61,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("trained")
     taken: list[np.ndarray] = []
 
-    def keep(self: MicroBatches, device: Any) -> tuple[Tensor, Tensor]:
-        tokens_BT, targets_BT = own(self, device)
+    def keep(self: MicroBatches) -> tuple[Tensor, Tensor]:
+        tokens_BT, targets_BT = own(self)
         taken.append(np.concatenate([tokens_BT.numpy(), targets_BT[:, -1:].numpy()], 1))
         return tokens_BT, targets_BT
 

@@ -95,8 +95,8 @@ def _one(asked: Asked, ddp: DDPConfig) -> Seen:
     first: list[torch.Tensor] = []
     take, clip = MicroBatches.next, torch.nn.utils.clip_grad_norm_
 
-    def noting(self: MicroBatches, device: torch.device) -> Any:
-        tokens_BT, targets_BT = take(self, device)
+    def noting(self: MicroBatches) -> Any:
+        tokens_BT, targets_BT = take(self)
         hashed = steps.setdefault(training.step, [])
         hashed += hashes(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy())
         return tokens_BT, targets_BT

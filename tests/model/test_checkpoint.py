@@ -7,7 +7,7 @@ import torch
 
 from model.__main__ import run_job
 from model.distributed import DDPConfig
-from model.history import OPTIMIZER, WEIGHTS, checkpoints
+from model.history import OPTIMIZER, WEIGHTS, CheckpointRecord, checkpoints, retained
 from model.job import ask, read_job
 from model.run import pin_run, training_job
 from model.trainer import Trainer
@@ -132,3 +132,20 @@ def test_there_is_a_checkpoint_at_every_moment_of_a_retention(house: House, monk
     monkeypatch.setattr(type(house.store), "delete", watched)
     assert run_job(house.store.url, key) == 0
     assert found == [8] * 3 + [12] * 3
+
+
+@pytest.mark.parametrize(
+    ("there", "kept"),
+    [
+        ([250, 5_000, 5_250, 5_500, 5_750], [5_000, 5_500, 5_750]),
+        ([4_750, 5_001, 5_250, 5_500, 5_750], [5_001, 5_500, 5_750]),  # it had to wait for the one before
+        ([5_001, 5_500, 10_400, 10_650, 10_900], [5_001, 10_400, 10_650, 10_900]),
+        ([5_001, 16_000, 16_250], [5_001, 16_000, 16_250]),
+        ([250, 500], [250, 500]),
+    ],
+)
+def test_the_first_at_or_after_each_multiple_is_kept_for_good(there: list[int], kept: list[int]) -> None:
+    records = [CheckpointRecord(step, "", {}, "", {}, {}, {}, []) for step in there]
+    assert [record.step for record in retained(records, 2, 5_000)] == kept
+    assert retained(retained(records, 2, 5_000), 2, 5_000) == retained(records, 2, 5_000)
+    assert [record.step for record in retained(records, 2, 0)] == there[-2:]

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from model.distributed import DDPConfig
+from model.job import read_job
+from model.trainer import Trainer
+from tests.model.training import House
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
@@ -62,3 +65,25 @@ def test_what_is_not_there_is_refused(
         DDPConfig.detect(environment, asked)
     for word in said:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("others", "agreed"), [(7, True), (8, False), (6, False)])
+def test_ranks_agree_when_all_have_one_value(monkeypatch: pytest.MonkeyPatch, others: int, agreed: bool) -> None:
+    def with_others(bounds: torch.Tensor, op: object) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        bounds.copy_(torch.maximum(bounds, torch.tensor([others, -others])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_others)
+    assert DDPConfig(0, 2, torch.device("cpu")).agree(7) is agreed
+    assert DDPConfig(0, 1, torch.device("cpu")).agree(7)
+
+
+def test_ranks_that_found_different_checkpoints_do_not_train(house: House) -> None:
+    class Apart(DDPConfig):
+        def agree(self, value: int) -> bool:
+            assert value == 0
+            return False
+
+    key = house.ask("apart")
+    with pytest.raises(ValueError, match="another process is still saving"):
+        Trainer(house.store, read_job(house.store, key), Apart(0, 1, torch.device("cpu")))

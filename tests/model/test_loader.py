@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import tokenizer, trainer
+from model import loader, tokenizer, trainer
 from model.config import RunConfig
 from model.distributed import DDPConfig
 from model.job import Job
@@ -222,7 +223,7 @@ def test_splits_do_not_mix(store: Store, built: tuple[RunConfig, Manifest]) -> N
 
 
 def test_targets_are_the_tokens_that_follow() -> None:
-    tokens_BT, targets_BT = inputs_and_targets(widened(np.array([[1, 2, 3], [50_256, 5, 65_535]], np.uint16)), CPU)
+    tokens_BT, targets_BT = inputs_and_targets(widened(np.array([[1, 2, 3], [50_256, 5, 65_535]], np.uint16), CPU), CPU)
     assert tokens_BT.tolist() == [[1, 2], [50_256, 5]]
     assert targets_BT.tolist() == [[2, 3], [5, 65_535]]
     assert tokens_BT.dtype == targets_BT.dtype == torch.int64
@@ -259,6 +260,9 @@ class OneOfMany(DDPConfig):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def agree(self, value: int) -> bool:
+        return value >= 0
+
 
 class NotSynchronised(torch.nn.Module):
     """Stands for DistributedDataParallel where the other ranks are not there."""
@@ -282,8 +286,8 @@ def trained_batches(
     take = MicroBatches.next
     for rank in reversed(range(ranks)):  # the main rank last: it leaves a checkpoint, from which others would go on
 
-        def keep(self: MicroBatches, device: torch.device, mine: list[np.ndarray] = seen[rank]) -> Any:
-            tokens_BT, targets_BT = take(self, device)
+        def keep(self: MicroBatches, mine: list[np.ndarray] = seen[rank]) -> Any:
+            tokens_BT, targets_BT = take(self)
             assert len(tokens_BT) == micro_batch
             mine.append(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy().astype(np.uint16))
             return tokens_BT, targets_BT
@@ -301,6 +305,44 @@ def trained_batches(
         ]
         for step in range(steps)
     ]
+
+
+class Places:
+    """Stands for a DataLoader: the tokens of a window are where it lies, its shard and its number there."""
+
+    def __init__(self, order: WindowOrder, sequence_tokens: int) -> None:
+        self.order, self.sequence_tokens = order, sequence_tokens
+
+    def windows(self, first: int, count: int) -> np.ndarray:
+        return np.stack(self.order.locate(first, count), 1)
+
+
+@settings(deadline=None)
+@given(
+    SIZES, SEQUENCES, SEEDS, st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4),
+    st.integers(0, 50), st.integers(1, 300),
+)  # fmt: skip
+def test_the_ranks_windows_are_the_orders_with_no_overlap_and_no_gap(
+    sizes: list[int], sequence_tokens: int, seed: int, ranks: int, size: int, micro_batches: int, ahead: int,
+    step: int, block_tokens: int,
+) -> None:  # fmt: skip
+    if not windows_of(sizes, sequence_tokens):
+        return
+    order = WindowOrder(sizes, sequence_tokens, seed)
+    batch_windows, steps = ranks * size * micro_batches, 3
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
+    with mock.patch.object(loader, "BLOCK_TOKENS", block_tokens):
+        for rank in range(ranks):
+            share = {"batch_windows": batch_windows, "size": size, "rank": rank, "ranks": ranks, "ahead": ahead}
+            batches = MicroBatches(Places(order, sequence_tokens), CPU, step=step, **share)  # type: ignore[arg-type]
+            for taken in shares:
+                for _ in range(micro_batches):
+                    shard_B1, window_B1 = batches.next()
+                    assert len(shard_B1) == size
+                    taken.extend(zip(shard_B1.flatten().tolist(), window_B1.flatten().tolist(), strict=True))
+            batches.close()
+    for number, taken in enumerate(shares, step):
+        assert taken == pairs(order, number * batch_windows, batch_windows)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

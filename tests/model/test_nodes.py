@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
-from model.__main__ import _address
+from model import __main__ as launcher
+from model.__main__ import _address, launch
+from model.config import ResourcesConfig
 from tests.model.training import STEPS, House, assert_equal_runs, checkpoints, kill_all, processes_of, until
 
 ADDRESSES = ("10.97.31.1", "10.97.31.2")
@@ -91,3 +95,27 @@ def test_the_first_host_is_the_one_that_has_the_address() -> None:
 def test_an_address_that_leads_nowhere_is_refused(rendezvous: str) -> None:
     with pytest.raises(ValueError, match=r"resources\.rendezvous"):
         _address(rendezvous)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
+def test_a_launcher_ends_well_at_the_one_signal_at_which_ranks_save(
+    monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+) -> None:
+    def stopped(_: list[str]) -> None:
+        raise SignalException("stopped", sent)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launcher, "torchrun", stopped)
+    assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == code
+
+
+def test_hosts_that_do_not_meet_are_told_where_and_when_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(words: list[str]) -> None:
+        assert "127.0.0.1:29500" in words
+        raise RendezvousTimeoutError("nobody came")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launcher, "torchrun", alone)
+    resources = ResourcesConfig(nodes=2, rendezvous="127.0.0.1:29500")
+    with pytest.raises(ValueError, match=r"2 hosts.*nobody came.*first one first"):
+        launch("./store", "runs/tiny/jobs/train.json", resources, 1)
