@@ -103,7 +103,7 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, processes: 
     except RendezvousError as error:
         raise ValueError(
             f"resources.rendezvous = {resources.rendezvous!r}: {resources.nodes} hosts were to meet there, found "
-            f"{error}. Start the same command on each of them, the first one first, within a minute or so."
+            f"{str(error).rstrip('.')}. Start the same command on each of them within a minute, the first one first."
         ) from error
     return 0
 
