@@ -118,18 +118,22 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
 
 def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
     """About 20 steps as a table in Prefect's UI, the first and the last among them."""
-    shown = metrics[:: max(len(metrics) // 20, 1)]
-    if shown[-1] is not metrics[-1]:
-        shown.append(metrics[-1])
+
+    def rounded(number: float | None) -> str:  # the UI takes a "-" for the beginning of a list
+        return "" if number is None else f"{number:.4f}"
+
+    every = max(len(metrics) // 20, 1)
+    places = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, as validations have
+    shown = [metrics[place] for place in places]
     rows = [
         {
             "step": line["step"] + 1,
-            "loss": line["loss"],
-            "val loss": line.get("val_loss", "-"),
+            "loss": rounded(line["loss"]),
+            "val loss": rounded(line.get("val_loss")),
             "learning rate": f"{line['learning_rate']:.2e}",
-            "gradient norm": line["gradient_norm"],
-            "tokens/s": round(line["tokens_per_second"]),
-            "MFU": f"{line['mfu']:.1%}" if "mfu" in line else "-",
+            "gradient norm": rounded(line["gradient_norm"]),
+            "tokens/s": f"{line['tokens_per_second']:,.0f}",
+            "MFU": f"{line['mfu']:.1%}" if "mfu" in line else "",
         }
         for line in shown
     ]
