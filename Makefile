@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Found: the first of these that is new enough. PYTHON=/path/to/python3.12 names another.
 FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
+# Four at most: each worker has a Prefect server and S3 servers of its own, about 2 GB.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c  # the last source, with the conditional-put fix
 
 .PHONY: demo test test-full stress check lock minio clean
@@ -13,10 +15,10 @@ demo: $(VENV)/.runtime
 	@$(BIN)/gpt2 demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 test-full: $(VENV)/.dev
-	$(BIN)/pytest
+	$(PYTEST) -m full
 
 stress: $(VENV)/.dev minio
 	$(BIN)/python tests/stress.py --faults 500 --server minio
