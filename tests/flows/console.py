@@ -28,6 +28,13 @@ def ask(api: str, path: str, body: dict[str, Any] | None = None, method: str = "
     return answer.json() if answer.content else None
 
 
+def shard_runs(api: str, flow_runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shard task runs of the flow runs that this filter names; others are written down late, at any moment."""
+    asked = {"flow_runs": flow_runs, "task_runs": {"name": {"like_": "shard-"}}}
+    found: list[dict[str, Any]] = ask(api, "/task_runs/filter", asked)
+    return found
+
+
 def poll(found: Callable[[], Any], seconds: float = 60.0) -> Any:
     """What `found` answers as soon as it is true; fails after `seconds`."""
     deadline = time.monotonic() + seconds

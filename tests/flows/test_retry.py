@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from storage.layout import open_store
 from storage.manifest import latest_manifest
 from storage.shards import Record
 from storage.store import Store
-from tests.flows.console import ask, poll
+from tests.flows.console import ask, poll, shard_runs
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -76,9 +77,9 @@ def ended(api: str, flow_run: str, attempt: int = 1) -> str:
     return str(poll(found, 180)["state_type"])
 
 
-def shard_runs(api: str) -> dict[str, str]:
-    """The names of the shard tasks that ended well, by id."""
-    found = ask(api, "/task_runs/filter", {"task_runs": {"name": {"like_": "shard-"}}, "limit": 200})
+def completed(api: str, since: datetime) -> dict[str, str]:
+    """The names of the shard tasks that ended well, by id, of the flows started since then."""
+    found = shard_runs(api, {"start_time": {"after_": since.isoformat()}})
     return {run["id"]: run["name"] for run in found if run["state_type"] == "COMPLETED"}
 
 
@@ -101,13 +102,13 @@ def test_a_retry_runs_what_failed(api: str, deployment: str, config: RunConfig, 
     assert len(failing) >= 2
     for shard_id in failing:
         spoil(store, shard_id)
-    before = shard_runs(api)
+    since = datetime.now(UTC)
     flow_run = started(api, deployment, config)
     assert ended(api, flow_run) == "FAILED"
     assert latest_manifest(store, "small") is None
-    poll(lambda: len(shard_runs(api)) - len(before) == len(expected.shard_ids) - len(failing))
+    poll(lambda: len(completed(api, since)) == len(expected.shard_ids) - len(failing))
     mend(store, failing)
-    before = shard_runs(api)
+    before = completed(api, since)
     if how == "ui":  # what its button sends
         state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
         ask(api, f"/flow_runs/{flow_run}/set_state", {"state": state})
@@ -115,7 +116,7 @@ def test_a_retry_runs_what_failed(api: str, deployment: str, config: RunConfig, 
         prefect("flow-run", "retry", flow_run)
     assert ended(api, flow_run, 2) == "COMPLETED"
     expected_runs = sorted(f"shard-{shard_id}" for shard_id in failing)
-    poll(lambda: sorted(name for one, name in shard_runs(api).items() if one not in before) == expected_runs)
+    poll(lambda: sorted(name for one, name in completed(api, since).items() if one not in before) == expected_runs)
     sealed = latest_manifest(store, "small")
     assert sealed is not None
     assert sealed.digest == expected.digest

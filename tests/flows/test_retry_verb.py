@@ -22,7 +22,7 @@ from storage.manifest import Manifest, latest_manifest
 from storage.shards import Record
 from storage.store import Store, read_json
 from tests import making
-from tests.flows.console import ask, poll, run_gpt2
+from tests.flows.console import poll, run_gpt2, shard_runs
 from tests.flows.jobs import counted
 from tests.making import document, tiny_config, write_parquet
 
@@ -91,18 +91,17 @@ def failed(once: Failed, tmp_path: Path) -> Failed:
     return found
 
 
-def shard_runs(api: str) -> dict[str, str]:
+def completed(api: str) -> dict[str, str]:
     """The names of this dataset's shard tasks that ended well, by id."""
-    asked = {"flow_runs": {"name": {"any_": [f"tokenise-{DATASET}"]}}, "task_runs": {"name": {"like_": "shard-"}}}
-    runs = ask(api, "/task_runs/filter", asked | {"limit": 200})
+    runs = shard_runs(api, {"name": {"any_": [f"tokenise-{DATASET}"]}})
     return {run["id"]: run["name"] for run in runs if run["state_type"] == "COMPLETED"}
 
 
 @pytest.mark.parametrize("how", ["retry", "the same build again"])
 def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> None:
     assert failed.sealed() is None
-    poll(lambda: len(shard_runs(api)) >= len(failed.expected.shard_ids) - len(failed.failed))
-    before = shard_runs(api)
+    poll(lambda: len(completed(api)) >= len(failed.expected.shard_ids) - len(failed.failed))
+    before = completed(api)
     with counted() as jobs:
         if how == "retry":
             failed.retry(DATASET, "resources.audit=true")
@@ -111,7 +110,7 @@ def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> N
     assert sorted(jobs.asked) == failed.failed
     assert failed.sealed() == failed.expected
     names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
-    poll(lambda: sorted(name for one, name in shard_runs(api).items() if one not in before) == names)
+    poll(lambda: sorted(name for one, name in completed(api).items() if one not in before) == names)
     audit = read_json(failed.store, keys.audit(DATASET, failed.expected.digest))
     assert (audit is not None) == (how == "retry")  # what was set at the retry is taken
 

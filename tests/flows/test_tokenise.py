@@ -18,7 +18,7 @@ from storage.errors import DatasetMismatch, SourceInvalid
 from storage.layout import open_store
 from storage.manifest import read_manifest
 from storage.store import Store
-from tests.flows.console import ask
+from tests.flows.console import shard_runs
 from tests.making import document, published, tiny_config, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -33,8 +33,7 @@ def runs_made_by(api: str, config: RunConfig) -> int:
     since = datetime.now(UTC)
     build_dataset(config)
     records.wait(since, 60)
-    asked = {"flow_runs": {"start_time": {"after_": since.isoformat()}}, "task_runs": {"name": {"like_": "shard-"}}}
-    return len(ask(api, "/task_runs/filter", asked))
+    return len(shard_runs(api, {"start_time": {"after_": since.isoformat()}}))
 
 
 @pytest.mark.parametrize(
