@@ -14,8 +14,9 @@ from flows.download import mirror_items
 from flows.progress import Bar, say
 from flows.tasks import workers
 from model import tokenizer
-from model.completion import Item, hellaswag_items
 from model.config import ResourcesConfig, RunConfig
+from model.hellaswag import completion_style, questions
+from model.items import Item
 from storage import keys, likeness
 from storage.audit import audit
 from storage.canonical import canonical_json
@@ -48,7 +49,7 @@ def audit_version(
 
 def _report(store: Store, dataset: str, manifest: str, items: str | None, resources: ResourcesConfig) -> dict[str, Any]:
     rows = list(read_manifest(store, dataset, manifest).rows())
-    found = hellaswag_items(store.read(items).body, items) if items else []
+    found = [completion_style(one) for one in questions(store.read(items).body, items)] if items else []
     contexts, endings = [_grams(item, ending=False) for item in found], [_grams(item, ending=True) for item in found]
     wanted = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
     bar = Bar("audit", len(rows), "shards")

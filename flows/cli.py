@@ -111,14 +111,61 @@ def train(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbo
 
 
 @app.command()
-def evaluate(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Evaluate the newest checkpoint (validation loss, completion or HellaSwag, samples), then write the report."""
+def evaluate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A GPT-2 of Hugging Face's layout instead of a run.", metavar="FOLDER")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate checkpoints (validation loss, HellaSwag or a completion set, samples), then write the report.
+
+    --set evaluation.checkpoint=every asks about all that are kept, =5000 about that step.
+    """
     asked = load_config(config, overrides or [])
+    if model is not None:
+        from model.huggingface import run_of_folder
+
+        with console.status("reading the model"):
+            asked = run_of_folder(open_store(asked.store_url, create=True), asked, model)
     open_store(asked.store_url)
     with prefect(verbose):
         from flows.pretrain import evaluate_and_report
 
         _summary(run_flow(evaluate_and_report, asked), asked)
+
+
+@app.command()
+def report(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs; none: that of the configuration.", metavar="RUN…")
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="An .html or .md file to write; of one run: else into the store.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Write the report of a run again, or one page that compares several: gpt2 report A B --to both.html"""
+    asked = load_config(config, overrides or [])
+    store, names = open_store(asked.store_url), names or [asked.name]
+    if len(names) > 1 and to is None:
+        raise ValueError(f"report {' '.join(names)}: a file for the page was expected. Write --to both.html")
+    from flows import report as pages
+    from flows.facts import run_facts
+
+    if to is None:
+        pages.keep_report(store, names[0])
+        _say("report", f"{asked.store_url.rstrip('/')}/{keys.report(names[0], 'html')}")
+        return
+    runs = [run_facts(store, name) for name in dict.fromkeys(names)]
+    try:
+        to.write_bytes(pages.markdown(runs).encode() if to.suffix == ".md" else pages.page(runs))
+    except OSError as error:
+        raise ValueError(f"--to {to}: a page was to be written there, found {error.strerror}. Give another.") from error
+    _say("report", str(to))
 
 
 @app.command()
@@ -273,16 +320,21 @@ def _summary(facts: dict[str, Any], config: RunConfig) -> None:
     learnt = ""
     if training["last_loss"] is not None:  # an imported model was not trained here
         learnt = f", loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"
-    rows = [
-        ("dataset", f"{data['name']}: {data['tokens']:,} tokens, {data['shards']} shards, manifest {data['manifest']}"),
-        ("training", f"{training['steps']:,} steps{learnt}"),
-    ]
+    rows = []
+    if data:
+        rows.append(
+            (
+                "dataset",
+                f"{data['name']}: {data['tokens']:,} tokens, {data['shards']} shards, manifest {data['manifest']}",
+            )
+        )
+    rows.append(("training", f"{training['steps']:,} steps{learnt}"))
     for evaluation in facts["evaluations"]:
         rows.append(
             (evaluation["name"], ", ".join(f"{name} {value:.4f}" for name, value in evaluation["metrics"].items()))
         )
     if facts["samples"]:
-        written = facts["samples"][0]
+        written = facts["samples"][0]["texts"][0]
         rows.append(("sample", " ".join((written["prompt"] + written["text"]).split())))
     rows += [
         ("report", f"{config.store_url.rstrip('/')}/{facts['report']}"),

@@ -1,23 +1,27 @@
-"""The fourth stage: fan out the evaluations of a checkpoint, each a tracked task and a process of its own."""
+"""The fourth stage: fan out the evaluations of checkpoints, each a tracked task and a job of its own process."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from prefect import flow, task
+from prefect import State, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.download import mirror_items
 from flows.launch import Processes
 from flows.progress import Bar, say
-from flows.train import Trained, newest_version, run_job
-from model.config import RunConfig, differences
-from model.history import checkpoints
+from flows.train import Trained, run_job
+from model.config import EvaluationConfig, RunConfig, differences
+from model.history import CheckpointRecord, checkpoints
 from model.job import Job, JobFailed, JobRefused
-from model.run import evaluation_jobs, pin_run, pinned_run
-from storage.errors import ObjectMissing
+from model.run import evaluation_jobs, pinned_run
+from storage import keys
+from storage.errors import ObjectMissing, StorageError
 from storage.layout import open_store
+from storage.manifest import latest_manifest
+from storage.store import Store, read_json
 
 
 @dataclass(frozen=True)
@@ -27,31 +31,32 @@ class Evaluated:
     results: list[dict[str, Any]]
 
 
-@task(task_run_name="{job.kind}", cache_policy=NO_CACHE)
+@task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     """Wait for one evaluation's process. Returns its result: name, metrics and the key of all that was found."""
-    return run_job(open_store(store_url), job, processes)
+    store = open_store(store_url)
+    kept = read_json(store, keys.evaluation(job.run, job.recipe["step"], job.kind))
+    if kept is None or kept.get("job") != job.job_id:
+        store.delete(keys.result(job.run, job.job_id))  # asked otherwise since: what it found was overwritten
+    return run_job(store, job, processes)
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
 def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # what it waits for
-    """Evaluate the newest checkpoint. One failing evaluation leaves the others; raises after all have ended."""
+    """Evaluate the checkpoints that are asked for. One failing evaluation leaves the others.
+
+    Raises JobRefused or JobFailed, with every failure in its message, after all have ended.
+    """
     store = open_store(config.store_url)
-    run = pinned_run(store, config)
-    kept = checkpoints(store, config.name)
-    if not kept:
-        raise ObjectMissing(
-            f"run {config.name!r}: a checkpoint was asked for, store {config.store_url!r} has none. "
-            f"Train it first: gpt2 train"
-        )
-    if run is None:  # an imported model, which no training has pinned
-        if differing := differences(config.model.model_dump(mode="json"), kept[-1].model):
-            raise ValueError(
-                f"run {config.name!r}: {'; '.join(differing)}. Give the settings that it was imported with."
-            )
-        version = newest_version(store, config)
-        run = pin_run(store, config, version.manifest, version.items, version.commit)
-    jobs = evaluation_jobs(run, kept[-1].step)
+    kept = chosen(store, config.name, config.evaluation)
+    manifest, items = _data(store, config, kept[-1])
+    failures: list[tuple[str, Exception]] = []
+    if config.evaluation.hellaswag and items is None:
+        try:
+            items = mirror_items(config.evaluation.hellaswag, config.store_url)
+        except (ValueError, StorageError) as error:
+            failures.append(("hellaswag", error))
+    jobs = [job for record in kept for job in evaluation_jobs(config, record, manifest, items)]
     bar = Bar("evaluate", len(jobs), "evaluations")
     with Processes(config.store_url) as processes:
         futures: list[PrefectConcurrentFuture[Any]] = [
@@ -62,27 +67,67 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
             future.wrapped_future.add_done_callback(lambda _: bar.advance())
         processes.serve(futures)
     bar.close()
-    results, rows, failed = [], [], []
+    rows = [{"evaluation": name, "step": "", "state": "Failed", "found": str(why)} for name, why in failures]
+    results = []
     for job, future in zip(jobs, futures, strict=True):
+        row = {"evaluation": job.kind, "step": job.recipe["step"]}
         try:
             result = future.result()
-        except (JobFailed, JobRefused) as error:
-            failed.append(error)
-            rows.append({"evaluation": job.kind, "state": "Failed", "metrics": str(error)[:300]})
-            say("evaluate", f"{job.kind} failed: {error}")
+        except (JobFailed, ValueError, StorageError) as error:
+            failures.append((f"{job.kind} of step {job.recipe['step']:,}", error))
+            rows.append(row | {"state": "Failed", "found": str(error)})
         else:
             results.append(result)
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-            rows.append({"evaluation": job.kind, "state": str(future.state.name), "metrics": metrics})
-    create_table_artifact(rows, key="evaluations", description=f"Evaluations of {run.name} at step {kept[-1].step:,}")
-    if failed:
-        raise failed[0]
-    before = sum(row["state"] == "Skipped" for row in rows)
-    say("evaluate", f"{len(jobs)} of {len(jobs)} evaluations done, {len(jobs) - before} made now")
+            found = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+            rows.append(row | {"state": str(future.state.name), "found": found})
+    shown = [row | {"found": row["found"][:300]} for row in rows]
+    create_table_artifact(shown, key="evaluations", description=f"Evaluations of {config.name}")
+    for name, why in failures:
+        say("evaluate", f"{name} failed: {why}")
+    made = sum(row["state"] == "Completed" for row in rows)
+    say("evaluate", f"{len(results)} of {len(rows)} evaluations done, {made} made now")
+    if failures:
+        said = "\n".join(f"{name}: {why}" for name, why in failures)
+        raise JobFailed(said) if any(isinstance(why, JobFailed) for _, why in failures) else JobRefused(said)
     return Evaluated(results)
 
 
-def evaluate(config: RunConfig, trained: Trained | None) -> Evaluated:
-    """Run the stage with at most `resources.concurrent_evaluations` processes at once."""
+def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
+    """Run the stage with at most `resources.concurrent_evaluations` at once. Returns the state that it ended in."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
-    return evaluate_flow.with_options(task_runner=runner)(config, trained)
+    state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
+    return state
+
+
+def chosen(store: Store, run: str, asked: EvaluationConfig) -> list[CheckpointRecord]:
+    """The checkpoints that `evaluation.checkpoint` names, oldest first. Raises ObjectMissing when there is none."""
+    kept = checkpoints(store, run)
+    found = {"last": kept[-1:], "every": kept}.get(str(asked.checkpoint))
+    if found is None:
+        found = [record for record in kept if record.step == asked.checkpoint]
+    if not found:
+        steps = ", ".join(f"{record.step:,}" for record in kept)
+        there = f"those of steps {steps}. Give one of these" if kept else "none of it. Train it first: gpt2 train"
+        raise ObjectMissing(
+            f"run {run!r}: checkpoint {asked.checkpoint!r} (evaluation.checkpoint) was asked for, store {store.url!r} "
+            f"has {there}"
+        )
+    return found
+
+
+def _data(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
+    """The dataset's version to ask about and the key of HellaSwag items, None for what is not at hand.
+
+    Those that the run is pinned to; a model that was imported takes the newest version there is.
+    """
+    run = pinned_run(store, config)
+    if run is not None:
+        same_items = run.config["evaluation"]["hellaswag"] == config.evaluation.hellaswag
+        return run.manifest, run.items if same_items else None
+    if differing := differences(config.model.model_dump(mode="json"), record.model):
+        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Give the settings that it was imported with.")
+    newest = latest_manifest(store, config.data.dataset)
+    if newest is None:
+        say("evaluate", f"dataset {config.data.dataset!r} has no version here, so there is no val loss. "
+                        f"gpt2 dataset build makes one; --set data.dataset=NAME names another")  # fmt: skip
+    return (newest.digest if newest else None), None

@@ -7,9 +7,10 @@ what. (States handed over by `wait_for` order sub-flows too, but its UI draws no
 from typing import Any
 
 from prefect import flow
+from prefect.utilities.engine import link_state_to_flow_run_result
 
 from flows.download import download
-from flows.evaluate import evaluate
+from flows.evaluate import Evaluated, evaluate
 from flows.report import report
 from flows.tokenise import tokenise
 from flows.train import Trained, train
@@ -49,7 +50,7 @@ def build_dataset(config: RunConfig) -> str:
 
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint and write its report."""
+    """Evaluate the checkpoints of a run that are asked for, and write its report."""
     return _evaluate_and_report(config, None)
 
 
@@ -59,9 +60,13 @@ def _check_binding(store: Store, config: RunConfig) -> None:
 
 def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str, Any]:
     """A failed evaluation fails the flow, after the report was written with those that succeeded."""
-    try:
-        evaluated = evaluate(config, trained)
-    except (JobFailed, JobRefused):
-        report(config, trained)
-        raise
-    return report(config, evaluated)
+    state = evaluate(config, trained)
+    found = state.result(raise_on_failure=False)
+    if isinstance(found, BaseException) and not isinstance(found, JobFailed | JobRefused):
+        raise found
+    evaluated = found if isinstance(found, Evaluated) else Evaluated([])
+    link_state_to_flow_run_result(state, evaluated)  # as Prefect does for what a flow returns: its UI draws the arrow
+    facts = report(config, evaluated)
+    if isinstance(found, BaseException):
+        raise found
+    return facts

@@ -1,42 +1,41 @@
-"""The last stage: one page for people about a run, made from what the store holds. Computes no metric."""
+"""The last stage: pages for people about a run, or several side by side. Computes no metric, reads what is there."""
 
-import json
+from base64 import b64encode
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.curves import curves
 from flows.evaluate import Evaluated
-from flows.pages import LINE, MARK, draw, render
+from flows.facts import Facts, newest, run_facts
+from flows.pages import render
 from flows.progress import say
 from flows.train import Trained
-from model.config import RunConfig
-from model.history import checkpoints, read_metrics
-from model.run import Run, read_run
+from model.config import RunConfig, differences
 from storage import keys
 from storage.layout import open_store
-from storage.manifest import Manifest, read_manifest
 from storage.store import Store, overwrite
+
+ARTIFACT_INK = "#7d8794"  # legible on Prefect's white and on its black
 
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
 def write_report(run_name: str, store_url: str) -> dict[str, Any]:
-    """Write report.html and report.md of a run. Returns the facts they show."""
-    store = open_store(store_url)
-    run = read_run(store, run_name)
-    facts = run_facts(store, run)
-    curves = {
-        "Loss": curve(facts["metrics"], "loss", "nats a token", "val_loss"),
-        "Learning rate": curve(facts["metrics"], "learning_rate", "", None),
-        "Speed": curve(facts["metrics"], "tokens_per_second", "tokens a second", None),
-    }
-    overwrite(store, keys.report(run_name, "html"), render("report.html", facts | {"curves": curves}))
-    text = markdown(facts)
-    overwrite(store, keys.report(run_name, "md"), text.encode())
-    create_markdown_artifact(text, key="report", description=f"Report of {run_name}")
-    return {name: facts[name] for name in ("name", "dataset", "training", "evaluations", "samples")} | {
-        "report": keys.report(run_name, "html")
+    """Write report.html and report.md of a run, and show the same in Prefect's UI. Returns the facts they show."""
+    facts = keep_report(open_store(store_url), run_name)
+    create_markdown_artifact(markdown([facts]), key="report", description=f"Report of {run_name}")
+    for title, svg in curves([facts]).items():
+        image = b64encode(svg.replace("currentColor", ARTIFACT_INK).encode()).decode()
+        key = title.lower().replace(" ", "-").replace("_", "-")
+        create_image_artifact(
+            f"data:image/svg+xml;base64,{image}", key=f"plot-{key}", description=f"{title}, {run_name}"
+        )
+    return {name: facts[name] for name in ("name", "dataset", "training")} | {
+        "evaluations": newest(facts["evaluations"]),
+        "samples": facts["samples"][:1],
+        "report": keys.report(run_name, "html"),
     }
 
 
@@ -48,91 +47,99 @@ def report(config: RunConfig, after: Evaluated | Trained | None = None) -> dict[
     return facts
 
 
-def run_facts(store: Store, run: Run) -> dict[str, Any]:
-    """All that a report shows, from the store alone."""
-    manifest = read_manifest(store, run.dataset, run.manifest)
-    metrics = read_metrics(store, run.name)
-    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # a skipped step's may be no number
-    kept = checkpoints(store, run.name)
-    found = read_evaluations(store, run.name, kept[-1].step) if kept else []
-    return {
-        "name": run.name,
-        "code_version": run.code_version,
-        "config": run.config,
-        "dataset": _dataset_card(run, manifest),
-        "metrics": metrics,
-        "training": {
-            "steps": kept[-1].step if kept else 0,
-            "max_steps": run.config["train"]["max_steps"],
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
-        },
-        "evaluations": [evaluation for evaluation in found if evaluation["metrics"]],
-        "samples": [written for evaluation in found for written in evaluation.get("samples", [])],
-    }
+def keep_report(store: Store, run: str) -> Facts:
+    """Put the run's two pages into the store. Returns the facts they show."""
+    facts = run_facts(store, run)
+    overwrite(store, keys.report(run, "html"), page([facts]))
+    overwrite(store, keys.report(run, "md"), markdown([facts]).encode())
+    return facts
 
 
-def read_evaluations(store: Store, run: str, step: int) -> list[dict[str, Any]]:
-    """The evaluations of one checkpoint that are there, sorted by name."""
-    prefix = keys.evaluations(run, step)
+def page(runs: list[Facts]) -> bytes:
+    """One HTML page about these runs."""
+    return render(
+        "report.html", {"runs": runs, "curves": curves(runs), "rows": metric_rows(runs), "differing": differing(runs)}
+    )
+
+
+def metric_rows(runs: list[Facts]) -> list[dict[str, Any]]:
+    """A row a metric: each run's newest value with its step and standard error, the published one, the convention."""
+    rows: dict[str, dict[str, Any]] = {}
+    for place, run in enumerate(runs):
+        for one in newest(run["evaluations"]):
+            for metric, value in one["metrics"].items():
+                row = rows.setdefault(metric, {"metric": metric, "values": [""] * len(runs)})
+                error = one.get("standard_errors", {}).get(metric)
+                row["values"][place] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+                row["convention"] = one["conventions"][metric] + _scored(one)
+                published = run["references"].get(metric)
+                row["published"] = (
+                    f"{published.value:.4f} ({published.what})" if published else row.get("published", "")
+                )
+    return list(rows.values())
+
+
+def _scored(one: Facts) -> str:
+    repeated = f", {one['repeated_items']} of them repeated" if one.get("repeated_items") else ""
+    scored = f"{one['items']:,} items{repeated}" if "items" in one else f"{one['tokens']:,} tokens"
+    return f"; {scored}, data {one['data'][:12]}, step {one['step']:,}, {one['precision']}"
+
+
+def differing(runs: list[Facts]) -> list[str]:
+    """The settings in which the runs differ from the first one, in words."""
+    first = runs[0]["config"]
     return [
-        json.loads(store.read(listed.key).body) for listed in sorted(store.list(prefix)) if listed.key.endswith(".json")
+        f"{run['name']}: {line}"
+        for run in runs[1:]
+        for section in run["config"].keys() & first.keys()
+        for line in differences(first[section], run["config"][section], f"{section}.")
     ]
 
 
-def curve(metrics: list[dict[str, Any]], name: str, unit: str, points: str | None) -> str:
-    """One number over the steps as an inline SVG, with the values of `points` marked where a step has them."""
-
-    def plot(axes: Any) -> None:
-        axes.plot(
-            [line["step"] + 1 for line in metrics if line[name] is not None],
-            [line[name] for line in metrics if line[name] is not None],
-            color=LINE,
-            linewidth=1.6,
-            label="train",
-        )
-        marked = [line for line in metrics if points and points in line]
-        if marked and points:
-            places, heights = [line["step"] + 1 for line in marked], [line[points] for line in marked]
-            axes.plot(places, heights, "o", color=MARK, markersize=5, label="val")
-            axes.legend(frameon=False)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-
-    return draw(name, plot)
-
-
-def markdown(facts: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    data, training = facts["dataset"], facts["training"]
-    lines = [f"# Run {facts['name']}", ""]
-    lines += [f"Dataset {data['name']}, manifest `{data['manifest']}`", ""]
-    lines += ["| split | shards | documents | tokens |", "| --- | ---: | ---: | ---: |"]
+def markdown(runs: list[Facts]) -> str:
+    """The same as Markdown, without the plots."""
+    lines = []
+    for run in runs:
+        data, training = run["dataset"], run["training"]
+        lines += [f"# Run {run['name']}", ""]
+        if training["max_steps"]:
+            lines += [f"{training['steps']:,} of {training['max_steps']:,} steps"]
+            if training["last_loss"] is not None:
+                lines[-1] += f", training loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"
+        else:
+            lines += ["A model that was imported"]
+        if data:
+            lines += ["", f"Dataset {data['name']}, manifest `{data['manifest']}`; {data['leaks']}", ""]
+            lines += ["| split | shards | documents | tokens |", "| --- | ---: | ---: | ---: |"]
+            lines += [
+                f"| {split} | {sums['shards']:,} | {sums['documents']:,} | {sums['tokens']:,} |"
+                for split, sums in data["totals"].items()
+            ]
+        lines.append("")
+    names = " | ".join(run["name"] for run in runs)
     lines += [
-        f"| {split} | {sums['shards']:,} | {sums['documents']:,} | {sums['tokens']:,} |"
-        for split, sums in data["totals"].items()
+        "## Evaluations",
+        "",
+        f"| metric | {names} | published | convention |",
+        f"| --- |{' ---: |' * len(runs)} --- | --- |",
     ]
-    lines += ["", f"{training['steps']:,} of {training['max_steps']:,} steps"]
-    if training["last_loss"] is not None:
-        lines[-1] += f", training loss {training['first_loss']:.4f} → {training['last_loss']:.4f}"
-    lines += ["", "| metric | value | convention |", "| --- | ---: | --- |"]
-    for evaluation in facts["evaluations"]:
-        lines += [
-            f"| {name} | {value:.4f} | {evaluation['convention']} |" for name, value in evaluation["metrics"].items()
-        ]
-    for written in facts["samples"]:
-        quoted = (written["prompt"] + written["text"]).replace("\n", "\n> ")
-        lines += ["", f"> {quoted}"]
+    lines += [
+        f"| {row['metric']} | {' | '.join(row['values'])} | {row['published']} | {row['convention']} |"
+        for row in metric_rows(runs)
+    ]
+    if lines_of := differing(runs):
+        lines += ["", "## Settings that differ", "", *(f"- {line}" for line in lines_of)]
+    for run in runs:
+        for drawn in run["samples"]:
+            lines += ["", f"## Samples of {run['name']}, step {drawn['step']:,}", "", drawn["how"]]
+            for text in drawn["texts"]:
+                quoted = (text["prompt"] + text["text"]).replace("\n", "\n> ")
+                lines += ["", f"> {quoted}"]
+        for title in ("environment", "lineage"):
+            lines += [
+                "",
+                f"## {title.capitalize()} of {run['name']}",
+                "",
+                *(f"- {name}: `{value}`" for name, value in run[title]),
+            ]
     return "\n".join(lines) + "\n"
-
-
-def _dataset_card(run: Run, manifest: Manifest) -> dict[str, Any]:
-    return {
-        "name": run.dataset,
-        "manifest": manifest.digest,
-        "source": run.config["data"]["source"],
-        "totals": manifest.totals,
-        "shards": len(manifest.shard_ids),
-        "tokens": sum(sums["tokens"] for sums in manifest.totals.values()),
-        "tokenizer": manifest.tokenizer,
-    }

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from model.history import checkpoints
-from model.job import Job, read_result
-from model.run import Run, evaluation_jobs, read_run, training_job
+from model.job import read_job, read_result
+from model.run import Run, read_run, training_job
 from storage import keys, shards
 from storage.errors import ObjectMissing
 from storage.manifest import latest_manifest, read_manifest
@@ -21,10 +21,11 @@ class Line:
 
 
 def run_names(store: Store) -> list[str]:
-    """The runs that were started in this store."""
+    """The runs that were started in this store, and the models that were imported into it."""
     there = {listed.key for listed in store.list(keys.RUNS)}
     names = {key.removeprefix(keys.RUNS).split("/")[0] for key in there}
-    return sorted(name for name in names if keys.run_config(name) in there)
+    begins = (keys.run_config, lambda name: keys.checkpoint_record(name, 0))
+    return sorted(name for name in names if any(begin(name) in there for begin in begins))
 
 
 def dataset_names(store: Store) -> list[str]:
@@ -49,29 +50,53 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
 
 def run_status(store: Store, name: str) -> list[Line]:
     """Every part of a run: its dataset, training, evaluations and report. Raises ObjectMissing for no such run."""
-    try:
-        run = read_run(store, name)
-    except ObjectMissing as error:
-        known = ", ".join(run_names(store)) or "none"
+    if name not in (known := run_names(store)):
         raise ObjectMissing(
-            f"run {name!r} is not in store {store.url!r}, found: {known}. Give one of these."
-        ) from error
-    manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.made)
+            f"run {name!r} is not in store {store.url!r}, found: {', '.join(known) or 'none'}. Give one of these."
+        )
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
-    lines = [
-        Line(f"run {name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
-        Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
-        _job(store, run, training_job(run), f"{step:,} of {run.config['train']['max_steps']:,} steps saved"),
-    ]
-    lines += [_job(store, run, job, "missing") for job in evaluation_jobs(run, step)]
+    if read_json(store, keys.run_config(name)) is None:
+        lines, wanted = [Line(f"run {name}", "a model that was imported, not trained here")], ["samples"]
+    else:
+        run = read_run(store, name)
+        lines = _trained(store, run, step)
+        wanted = ["val_loss", "hellaswag" if run.config["evaluation"]["hellaswag"] else "completion", "samples"]
+    lines += _evaluated(store, name, step, wanted)
     reported = any(True for _ in store.list(keys.report(name, "html")))
     return [*lines, Line("  report", "written" if reported else "missing")]
 
 
-def _job(store: Store, run: Run, job: Job, unfinished: str) -> Line:
-    if read_result(store, job) is not None:
-        return Line(f"  {job.kind}", "done")
+def _trained(store: Store, run: Run, step: int) -> list[Line]:
+    manifest = read_manifest(store, run.dataset, run.manifest)
+    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.made)
+    job = training_job(run)
     failure = read_json(store, keys.failure(keys.result(run.name, job.job_id)))
-    return Line(f"  {job.kind}", unfinished, str(failure["why"]) if failure else "")
+    saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
+    return [
+        Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
+        Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
+        Line("  train", "done")
+        if read_result(store, job) is not None
+        else Line("  train", saved, str(failure["why"]) if failure else ""),
+    ]
+
+
+def _evaluated(store: Store, run: str, step: int, wanted: list[str]) -> list[Line]:
+    """A line a kind of evaluation: whether the newest checkpoint has it, and how many of the earlier ones."""
+    prefix = keys.all_evaluations(run)
+    there = [one.key.removeprefix(prefix).removesuffix(".json").split("/") for one in store.list(prefix)
+             if one.key.endswith(".json")]  # fmt: skip
+    failed = {
+        (job.kind, job.recipe["step"]): str(failure["why"])
+        for listed in store.list(keys.jobs(run))
+        if (key := keys.failed_job(listed.key)) and (failure := read_json(store, listed.key))
+        if (job := read_job(store, key)).kind != "train"
+    }
+    lines = []
+    for kind in dict.fromkeys([*wanted, *(name for _, name in there), *(name for name, _ in failed)]):
+        steps = {int(found) for found, name in there if name == kind}
+        more = f", of {len(steps - {step})} earlier checkpoints too" if steps - {step} else ""
+        whys = [why for (name, at), why in failed.items() if name == kind and at not in steps]
+        lines.append(Line(f"  {kind}", ("done" if step in steps else "missing") + more, "; ".join(whys)))
+    return lines

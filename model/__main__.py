@@ -145,8 +145,8 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return USER_ERROR
         resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
-        if job.kind != "train":  # an evaluation is a process of its own
-            resources = resources.model_copy(update={"processes": 1, "nodes": 1})
+        if job.kind != "train":
+            resources = resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
         wanted = resources.processes if asked.processes is None else asked.processes
         processes = wanted or (torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0) or 1
         if processes * resources.nodes > 1:

@@ -176,8 +176,14 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is asked of a trained model."""
+    """What is asked of a trained model: free to differ each time, every evaluation holds what it was asked."""
 
+    checkpoint: Literal["last", "every"] | Annotated[int, Field(ge=0)] = Field(
+        "last", description="Which checkpoint is evaluated: the last one, every one that is kept, or that of a step."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Arithmetic of an evaluation; bf16 is faster on a GPU and moves a few answers."
+    )
     validation_tokens: int = Field(0, ge=0, description="Tokens of the val split that are scored; 0: all of them.")
     hellaswag: str = Field(
         "Rowan/hellaswag",
@@ -211,7 +217,8 @@ class ResourcesConfig(Section):
         30.0, gt=0, description="How long a training goes on while no checkpoint can be stored."
     )
     tensorboard: str = Field("", description="A folder for TensorBoard's event files (extra: tensorboard).")
-    concurrent_evaluations: Positive = Field(1, description="Evaluation processes at once.")
+    concurrent_evaluations: Positive = Field(1, description="Evaluations at once.")
+    evaluation_processes: int = Field(1, ge=0, description="Processes of one evaluation; 0: one a GPU, else 1.")
     cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")
 
 
@@ -249,7 +256,7 @@ class RunConfig(Section):
         return self
 
     def computed(self) -> dict[str, Any]:
-        """What is computed, as JSON values: what a run is pinned to."""
+        """What is computed, as JSON values. A run is pinned to all of it but `evaluation`."""
         return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
 
     def how(self) -> dict[str, Any]:

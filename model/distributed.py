@@ -3,6 +3,7 @@
 RANK, WORLD_SIZE, LOCAL_RANK (torchrun)  →  DDPConfig  →  device, backend, process group
 """
 
+import platform
 import resource
 import sys
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,12 @@ class DDPConfig:
     def device_name(self) -> str:
         """The device in words: a GPU's own name, else its kind."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def environment(self) -> dict[str, str | int]:
+        """What computes here, for people who compare numbers."""
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+        return {"device": self.device_name, "ranks": self.ranks, "system": platform.platform(), **versions}
 
     def memory_bytes(self) -> int:
         """The most memory that this process has used: of its GPU, else of its host."""

@@ -1,22 +1,27 @@
 """The Evaluator: what a model scores on val windows and on items with four endings. Trains nothing, draws nothing.
 
 Losses are sums over tokens, in nats, so that they depend neither on the batch size nor on the number of ranks.
-Shapes: B batch, T time, C channels, V vocabulary, N scored positions.
+Shapes: B batch, T time, C channels, V vocabulary, N scored tokens, U places that they are foretold at.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from model.completion import Item
 from model.distributed import DDPConfig
-from model.gpt import GPT
+from model.endings import batches, lay_out, rows
+from model.gpt import EMBEDDING, GPT, unpadded
+from model.items import ENDINGS, Item
 from model.loader import DataLoader, inputs_and_targets, widened
 
 EVALUATION_SEQUENCES = 8  # windows in one forward pass
+HEAD_TOKENS = 1_024  # of the vocabulary at once
 
 
 class Evaluator:
@@ -26,6 +31,7 @@ class Evaluator:
         self.model, self.ddp = model, ddp
         bf16_here = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = "bf16" if precision == "bf16" or (precision == "auto" and bf16_here) else "fp32"
+        self.progress: Callable[[int, int], None] = lambda *_: None  # told how much of this rank's part is scored
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the forward pass: bf16 where it is wanted and there, else fp32."""
@@ -35,7 +41,8 @@ class Evaluator:
     def val_loss(self, loader: DataLoader, limit_tokens: int, seed: int = 0) -> dict[str, float]:
         """Mean loss of the split's windows, or of a seeded choice of `limit_tokens` of them (0: all).
 
-        Returns loss (nats a token), tokens scored, and tokens that no window covers. The ranks share the windows.
+        Returns loss (nats a token), tokens scored, tokens of windows left out, and tokens that no window covers. The
+        ranks share the windows.
         """
         order = loader.order
         wanted = (
@@ -55,34 +62,45 @@ class Evaluator:
             with self.autocast():
                 sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()
+            self.progress(min(start + EVALUATION_SEQUENCES, len(mine)), len(mine))
         total, tokens = self.ddp.sum(sums).tolist()
         unused = loader.tokens - order.epoch_windows * loader.sequence_tokens
-        return {"loss": total / tokens, "tokens": int(tokens), "unused_tokens": unused}
+        left_out = order.epoch_windows * loader.sequence_tokens - int(tokens)
+        return {"loss": total / tokens, "tokens": int(tokens), "left_out_tokens": left_out, "unused_tokens": unused}
 
     @torch.no_grad()
-    def ending_losses(self, item: Item) -> list[tuple[float, int]]:
-        """For each ending of the item: its summed loss after the context, and its number of tokens.
+    def ending_losses(self, items: Sequence[Item]) -> np.ndarray:
+        """The summed loss of each ending after its context, in nats, float64: one row an item, one column an ending.
 
-        A context that is too long for the model is cut on the left; no padded position is scored.
+        No padded position is scored, and how many items are scored at once changes nothing. The ranks share the items.
         """
         self.model.eval()
-        longest = max(len(ending) for ending in item.endings)
-        room = self.model.config.context_tokens + 1 - longest
-        if room < 1:
-            raise ValueError(
-                f"an ending of {longest} tokens was to be scored, the model's context (model.context_tokens) is "
-                f"{self.model.config.context_tokens}. Leave that item out, or evaluate a model with a longer context."
-            )
-        context = item.context[-room:]
-        rows = [context + ending for ending in item.endings]
-        width = len(context) + longest
-        padded_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.ddp.device)
-        with self.autocast():
-            x_BTC = self.model.hidden(padded_BT[:, :-1])
-            losses = []
-            for x_TC, row, ending in zip(x_BTC, rows, item.endings, strict=True):
-                first = len(context) - 1
-                logits_NV = self.model.logits(x_TC[first : first + len(ending)]).float()
-                targets_N = torch.tensor(row[len(context) :], device=self.ddp.device)
-                losses.append((float(F.cross_entropy(logits_NV, targets_N, reduction="sum")), len(ending)))
-        return losses
+        losses = np.zeros(len(items) * ENDINGS)
+        mine = rows(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
+        done = 0
+        for batch in batches(mine):
+            laid = lay_out(batch, ENDINGS, self.ddp.device)
+            with self.autocast():
+                x_BTC = self.model.hidden(laid.tokens_BT, laid.positions_BT, laid.mask_B1TT)
+                losses_N = self._losses(x_BTC.flatten(0, 1)[laid.places_U], laid.place_of_N, laid.targets_N)
+            np.add.at(losses, laid.slots_N.cpu().numpy(), losses_N.double().numpy())
+            self.progress(done := done + len(batch), len(mine))
+        everywhere = torch.from_numpy(losses).to("cuda" if self.ddp.device.type == "cuda" else "cpu")
+        return self.ddp.sum(everywhere).cpu().numpy().reshape(-1, ENDINGS)
+
+    def _losses(self, x_UC: Tensor, place_of_N: Tensor, targets_N: Tensor) -> Tensor:
+        """The loss of each target where it is foretold, on the processor: log of the summed odds, less its own logit.
+
+        The head sees each place once, and some of the vocabulary at a time, so that logits stay in the cache: 1.5 times
+        as fast as `logsumexp` of whole ones on 2 cores.
+        """
+        head_VC = unpadded(EMBEDDING, self.model.head_VC)
+        most_U = torch.full((len(x_UC),), -math.inf, device=x_UC.device)
+        odds_U = torch.zeros(len(x_UC), device=x_UC.device)
+        for part_VC in torch.split(head_VC, HEAD_TOKENS):
+            logits_UV = F.linear(x_UC, part_VC).float()
+            before_U, most_U = most_U, torch.maximum(most_U, logits_UV.amax(-1))
+            odds_U = odds_U * (before_U - most_U).exp_() + logits_UV.sub_(most_U[:, None]).exp_().sum(-1)
+        logits_N = (x_UC[place_of_N] * head_VC[targets_N]).sum(-1)
+        log_odds_U = odds_U.cpu().double().log_().float()  # equal odds give equal losses, whichever code takes the log
+        return (log_odds_U + most_U.cpu())[place_of_N.cpu()] - logits_N.float().cpu()

@@ -1,7 +1,7 @@
 """GPT-2: pre-norm transformer blocks with a tied head. Knows no batches, no files and no ranks.
 
 Names are those of the published weights (transformer.wte, h.0.attn.c_attn, …), so that they load.
-Shapes: B batch, T time, C channels (width), H heads, D channels of a head, V vocabulary, N rows (B*T).
+Shapes: B batch, T time, C channels (width), H heads, D channels of a head, V vocabulary, N rows (B*T), S room.
 """
 
 import math
@@ -31,8 +31,27 @@ def unpadded(name: str, tensor: Tensor) -> Tensor:
     return tensor[:VOCABULARY] if name == EMBEDDING and tensor.dim() else tensor
 
 
+class KeyValues:
+    """The keys and values of one block for up to S positions of B texts that grow together: none is made twice."""
+
+    def __init__(self, config: ModelConfig, texts: int, like: Tensor) -> None:
+        shape_BHSD = (texts, config.heads, config.context_tokens, config.width // config.heads)
+        self.k_BHSD, self.v_BHSD = like.new_empty(shape_BHSD), like.new_empty(shape_BHSD)
+        self.length = 0
+
+    def extended(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all positions so far, these T among them. The first ones may be of one text that all begin with."""
+        assert k_BHTD.shape[2] == 1 or self.length == 0
+        end = self.length + k_BHTD.shape[2]
+        self.k_BHSD[:, :, self.length : end], self.v_BHSD[:, :, self.length : end] = k_BHTD, v_BHTD
+        if self.length:
+            k_BHTD, v_BHTD = self.k_BHSD[:, :, :end], self.v_BHSD[:, :, :end]
+        self.length = end
+        return k_BHTD, v_BHTD
+
+
 class CausalSelfAttention(nn.Module):
-    """Every position looks at itself and what came before."""
+    """Every position looks at itself and what came before, or at what a mask leaves of that."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
@@ -41,12 +60,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Mixed values, B T C."""
+    def forward(self, x_BTC: Tensor, mask_B1TT: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
+        """Mixed values, B T C. The mask is true where a position (the last but one axis) looks at another."""
         B, T, C = x_BTC.shape
         q_BHTD, k_BHTD, v_BHTD = self.c_attn(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k_BHTD, v_BHTD = past.extended(k_BHTD, v_BHTD)
+        causal = mask_B1TT is None and k_BHTD.shape[2] == T  # else one new position, which looks at all
         dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_B1TT, dropout_p=dropout, is_causal=causal
+        )
         return F.dropout(self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -75,9 +99,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config, dropout)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, mask_B1TT: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
         """The stream after this block, B T C."""
-        mixed_BTC: Tensor = x_BTC + self.attn(self.ln_1(x_BTC))
+        mixed_BTC: Tensor = x_BTC + self.attn(self.ln_1(x_BTC), mask_B1TT, past)
         new_BTC: Tensor = mixed_BTC + self.mlp(self.ln_2(mixed_BTC))
         return new_BTC
 
@@ -93,12 +117,20 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """The normalised stream, B T C."""
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTC = F.dropout(self.wte(tokens_BT) + self.wpe(positions_T), self.dropout, self.training)
-        for block in self.h:
-            x_BTC = block(x_BTC)
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        mask_B1TT: Tensor | None = None,
+        past: list[KeyValues] | None = None,
+    ) -> Tensor:
+        """The normalised stream, B T C; `past` holds what came before these tokens, a block each."""
+        if positions_BT is None:
+            first = past[0].length if past else 0
+            positions_BT = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTC = F.dropout(self.wte(tokens_BT) + self.wpe(positions_BT), self.dropout, self.training)
+        for number, block in enumerate(self.h):
+            x_BTC = block(x_BTC, mask_B1TT, past[number] if past else None)
         normal_BTC: Tensor = self.ln_f(x_BTC)
         return normal_BTC
 
@@ -135,10 +167,20 @@ class GPT(nn.Module):
         """Numbers that are learnt: 124,439,808 of the 124M model, its padding not counted."""
         return sum(unpadded(name, weight).numel() for name, weight in self.named_parameters())
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        mask_B1TT: Tensor | None = None,
+        past: list[KeyValues] | None = None,
+    ) -> Tensor:
         """The normalised stream before the head, B T C."""
-        stream_BTC: Tensor = self.transformer(tokens_BT)
+        stream_BTC: Tensor = self.transformer(tokens_BT, positions_BT, mask_B1TT, past)
         return stream_BTC
+
+    def no_past(self, texts: int) -> list[KeyValues]:
+        """What is grown by `hidden` while so many texts are written."""
+        return [KeyValues(self.config, texts, self.head_VC) for _ in range(self.config.layers)]
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """Scores of the next token, … V."""

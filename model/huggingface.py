@@ -17,10 +17,11 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import load, save, save_file
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RunConfig
 from model.history import WEIGHTS, CheckpointRecord, checkpoints, put_checkpoint
 from model.tokenizer import EOT, VOCABULARY, ranks
 from storage import keys
+from storage.canonical import sha256
 from storage.errors import CheckpointInvalid, ObjectMissing
 from storage.store import Store, read_json
 
@@ -126,6 +127,24 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
     body = save(_turned(_weights(folder, model)))
     about = {"step": 0, "job": "import", "model": model.model_dump(mode="json")}
     return put_checkpoint(store, run, {WEIGHTS: body}, about | {"train": {}, "cursor": {}, "metrics": []})
+
+
+def run_of_folder(store: Store, config: RunConfig, folder: Path) -> RunConfig:
+    """What is asked of the folder's model: it is imported as the run `config.name`, unless it is that run already.
+
+    A configuration that names no run takes the folder's name. Raises ValueError when a run of that name holds another
+    model.
+    """
+    model = shape_of(folder)
+    named = config.name != RunConfig.model_fields["name"].default
+    name = config.name if named else keys.as_name(folder.resolve().name) or "model"
+    kept = checkpoints(store, name)
+    if not kept:
+        import_folder(store, name, folder)
+    elif kept[0].job != "import" or kept[0].files[WEIGHTS]["sha256"] != sha256(save(_turned(_weights(folder, model)))):
+        raise _refused(folder, f"a run {name!r} for it", "another model under that name", "Choose one: --set name=…")
+    train = config.train.model_copy(update={"sequence_tokens": min(config.train.sequence_tokens, model.context_tokens)})
+    return config.model_copy(update={"name": name, "model": model, "train": train})
 
 
 def _refused(folder: Path, asked: str, found: str, remedy: str) -> ValueError:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from model.config import RunConfig, TrainingConfig, differences
-from model.history import checkpoints
+from model.history import WEIGHTS, CheckpointRecord, checkpoints
 from model.job import Job
 from storage import keys
 from storage.canonical import canonical_json
@@ -44,6 +44,7 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     run = Run(**found, how=config.how())  # type: ignore[arg-type]  # JSON of our own
     pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # fields added since: their defaults
     pinned["train"] |= run.how["train"]
+    pinned["evaluation"] = config.computed()["evaluation"]  # a run may be asked anything at any time
     if differing := differences(config.computed(), pinned):
         raise DatasetMismatch(
             f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "
@@ -96,26 +97,25 @@ def training_job(run: Run) -> Job:
     return Job(run.name, "train", recipe | {"dataset": run.dataset, "manifest": run.manifest}, run.how)
 
 
-def evaluation_jobs(run: Run, step: int) -> list[Job]:
-    """The evaluations of one checkpoint: HellaSwag where the run has a file of items, else the completion set."""
-    wanted = run.config["evaluation"]
-    common = {
-        "dataset": run.dataset,
-        "manifest": run.manifest,
-        "model": run.config["model"],
-        "step": step,
-        "train": training_job(run).job_id,
-    }
-    seed = {"seed": run.config["train"]["seed"]}
-    val_loss = {
-        "validation_tokens": wanted["validation_tokens"],
-        "sequence_tokens": run.config["train"]["sequence_tokens"],
-    }
-    names = ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")
-    return [
-        Job(run.name, "val_loss", common | val_loss, run.how),
-        Job(run.name, "completion", common | seed | {"completion_items": wanted["completion_items"]}, run.how)
-        if run.items is None
-        else Job(run.name, "hellaswag", common | {"items": run.items}, run.how),
-        Job(run.name, "samples", common | seed | {name: wanted[name] for name in names}, run.how),
-    ]
+def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
+    """The evaluations of one checkpoint: each recipe holds what decides its answer, the weights' digest above all.
+
+    Without a version of the dataset there is no val split to ask about. HellaSwag where a file of items is at hand, the
+    completion set where none is wanted.
+    """
+    wanted = config.evaluation.model_dump(mode="json")
+    common = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS]["sha256"]}
+    common |= {"precision": wanted["precision"]}
+    val = {"dataset": config.data.dataset, "manifest": manifest}
+    seed = {"seed": config.train.seed}
+    drawn = {name: wanted[name] for name in ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")}
+    validation = {"validation_tokens": wanted["validation_tokens"], "sequence_tokens": config.train.sequence_tokens}
+    recipes: dict[str, dict[str, Any]] = {}
+    if manifest is not None:
+        recipes["val_loss"] = val | validation
+    if items is not None:
+        recipes["hellaswag"] = {"items": items}
+    elif manifest is not None and not config.evaluation.hellaswag:
+        recipes["completion"] = val | seed | {"completion_items": wanted["completion_items"]}
+    recipes["samples"] = seed | drawn
+    return [Job(config.name, kind, common | recipe, config.how()) for kind, recipe in recipes.items()]

@@ -5,7 +5,7 @@ python -m model.sampling <store url> <run> --prompt "…"      streams samples o
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,37 +30,69 @@ class Drawing:
     top_p: float
 
 
-@torch.no_grad()
-def sample(model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seed: int) -> Iterator[int]:
-    """New token ids after the prompt, up to `sample_tokens` or `<|endoftext|>`. The same seed gives the same ids.
+def samples_of(model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seeds: Sequence[int]) -> list[list[int]]:
+    """What follows the prompt, one text a seed, all at once: the ids that `grow` gives, up to `<|endoftext|>`."""
+    columns = list(grow(model, prompt, sample_tokens, drawing, seeds))
+    texts = (list(ids) for ids in zip(*columns, strict=True)) if columns else ([] for _ in seeds)
+    return [ids[: ids.index(tokenizer.EOT)] if tokenizer.EOT in ids else ids for ids in texts]
 
-    A text that grows beyond the model's context goes on from its last `context_tokens` tokens. An empty prompt starts
-    a new document.
+
+@torch.inference_mode()
+def grow(
+    model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seeds: Sequence[int]
+) -> Iterator[tuple[int, ...]]:
+    """The next id of each text, `sample_tokens` times or until all have ended; of one that has it is `<|endoftext|>`.
+
+    A text is its seed's alone, whatever is written beside it (but for the rounding of matrix products). An empty prompt
+    starts a new document. A text that fills the model's context goes on from the last half of it, since positions are
+    learnt: keys and values are made anew once in so many tokens, not for each. Raises ValueError for a prompt that is
+    longer than the context.
     """
     model.eval()
+    context_tokens, device = model.config.context_tokens, model.head_VC.device
     ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
-    generator = torch.Generator().manual_seed(seed)
-    device = model.head_VC.device
+    if len(ids) > context_tokens:
+        raise ValueError(
+            f"the prompt {prompt!r:.40}: at most {context_tokens - 1:,} tokens fit before the first new one "
+            f"(model.context_tokens less one for <|endoftext|>), found {len(ids) - 1:,}. Shorten it."
+        )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = [list(ids) for _ in seeds]
+    past, fed_BT = model.no_past(len(seeds)), torch.tensor([ids], device=device)  # all begin alike: one row is enough
+    ended = [False] * len(seeds)
     for _ in range(sample_tokens):
-        tokens_BT = torch.tensor([ids[-model.config.context_tokens :]], device=device)
-        logits_V = model.logits(model.hidden(tokens_BT)[0, -1]).float().cpu()
-        drawn = draw(logits_V, drawing, generator)
-        if drawn == tokenizer.EOT:
+        x_BC = model.hidden(fed_BT, past=past)[:, -1]
+        chances = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
+        drawn = draw(model.logits(x_BC).float().expand(len(seeds), -1), drawing, chances).tolist()
+        ended = [one or token == tokenizer.EOT for one, token in zip(ended, drawn, strict=True)]
+        if all(ended):
             return
-        ids.append(drawn)
-        yield drawn
+        yield tuple(tokenizer.EOT if one else token for one, token in zip(ended, drawn, strict=True))
+        for text, token in zip(texts, drawn, strict=True):
+            text.append(token)
+        if past[0].length == context_tokens:
+            past = model.no_past(len(seeds))
+            fed_BT = torch.tensor([text[-max(context_tokens // 2, 1) :] for text in texts], device=device)
+        else:
+            fed_BT = torch.tensor(drawn, device=device)[:, None]
 
 
-def draw(logits_V: Tensor, drawing: Drawing, generator: torch.Generator) -> int:
-    """One token id: the likeliest at temperature 0, else drawn from the top k and top p."""
+def draw(logits_BV: Tensor, drawing: Drawing, chances_B: Tensor) -> Tensor:
+    """One token id a row: the likeliest at temperature 0, else drawn from the top k and top p by a chance in [0, 1)."""
     if drawing.temperature == 0:
-        return int(logits_V.argmax())
-    sorted_V, ids_V = (logits_V / drawing.temperature).sort(descending=True, stable=True)
-    chances_V = sorted_V.softmax(0)
-    if drawing.top_k:
-        chances_V[drawing.top_k :] = 0
-    chances_V[chances_V.cumsum(0) - chances_V >= drawing.top_p * chances_V.sum()] = 0  # the first one always stays
-    return int(ids_V[torch.multinomial(chances_V, 1, generator=generator)])
+        return logits_BV.argmax(-1).cpu()
+    if drawing.top_k and drawing.top_k < logits_BV.shape[-1]:
+        logits_BV, ids_BV = logits_BV.topk(drawing.top_k)
+    elif drawing.top_p < 1:
+        logits_BV, ids_BV = logits_BV.sort(descending=True)
+    else:
+        ids_BV = None
+    odds_BV = (logits_BV.cpu().double() / drawing.temperature).softmax(-1)
+    if drawing.top_p < 1:
+        odds_BV[odds_BV.cumsum(-1) - odds_BV >= drawing.top_p] = 0  # the first one always stays
+    below_BV = odds_BV.cumsum(-1)
+    places_B1 = torch.searchsorted(below_BV, chances_B[:, None] * below_BV[:, -1:], right=True)
+    return places_B1[:, 0] if ids_BV is None else ids_BV.cpu().gather(-1, places_B1)[:, 0]
 
 
 def newest_model(store: Store, run: str) -> tuple[GPT, int]:
@@ -102,7 +134,7 @@ def main() -> int:
         sys.stdout.write(asked.prompt)
         ids: list[int] = []
         shown = ""
-        for drawn in sample(model, asked.prompt, asked.tokens, drawing, asked.seed + index):
+        for (drawn,) in grow(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]):
             ids.append(drawn)
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # half a character: wait for its other tokens

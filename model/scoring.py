@@ -1,94 +1,128 @@
 """The evaluation jobs, one function a kind: load the checkpoint, ask, and put what was found into the store.
 
-Metric keys carry what they depend on (`val_loss_t512`, `hellaswag_completion_acc_norm`), so that nothing is compared
-with what was measured otherwise.
+Metric keys carry what they depend on (`val_loss_t512`, `hellaswag_harness_acc_norm`), so that nothing is compared with
+what was measured otherwise. The ranks share the work; the first one writes.
 """
 
 import io
 import math
+import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from model import tokenizer
 from model.checkpoint import load_weights
-from model.completion import Item, document_items, hellaswag_items
 from model.config import ModelConfig
 from model.distributed import DDPConfig
 from model.evaluation import Evaluator
 from model.gpt import GPT
-from model.history import checkpoints
+from model.hellaswag import CONVENTIONS, questions
+from model.history import WEIGHTS, checkpoints
+from model.items import Item, document_items
 from model.job import Job
 from model.loader import DataLoader
-from model.sampling import Drawing, sample
+from model.sampling import Drawing, samples_of
 from storage import keys
 from storage.canonical import canonical_json
 from storage.errors import ObjectMissing
 from storage.manifest import read_manifest
 from storage.store import Store, overwrite
 
+SAY_SECONDS = 5.0
+Found = dict[str, Any]
 
-def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, Any]:
-    """Do an evaluation job. Returns its result: the name, the metrics and the key of all that was found."""
-    model = _model(store, job).to(ddp.device)
-    found = KINDS[job.kind](store, job, Evaluator(model, ddp))
+
+def evaluate(store: Store, job: Job, ddp: DDPConfig) -> Found:
+    """Do an evaluation job as this rank. Returns its result: name, step, metrics and the key of all that was found."""
     step = job.recipe["step"]
     key = keys.evaluation(job.run, step, job.kind)
-    overwrite(store, key, canonical_json({"name": job.kind, "step": step} | found))
-    return {"name": job.kind, "metrics": found["metrics"], "key": key}
+    if ddp.is_main:
+        store.delete(key)  # first: it may be of a job with other settings, whose items are about to be overwritten
+    evaluator = Evaluator(_model(store, job).to(ddp.device), ddp, job.recipe["precision"])
+    if ddp.is_main:
+        evaluator.progress = partial(_say, job.kind, [time.monotonic()])
+    found = KINDS[job.kind](store, job, evaluator)
+    if ddp.is_main:
+        about = {"name": job.kind, "step": step, "job": job.job_id, "environment": ddp.environment}
+        overwrite(store, key, canonical_json(about | {"precision": evaluator.precision} | found))
+    return {"name": job.kind, "step": step, "metrics": found["metrics"], "key": key}
 
 
-def val_loss(store: Store, job: Job, evaluator: Evaluator) -> dict[str, Any]:
-    """Mean loss of the val split, its perplexity, and how much of the split was scored."""
+def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Found:
+    """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
     loader = DataLoader(store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0)
     found = evaluator.val_loss(loader, recipe["validation_tokens"])
-    name = f"val_loss_t{recipe['sequence_tokens']}"
+    whole = manifest.totals["val"]
+    ending = val_loss_ending(recipe["sequence_tokens"], int(found["tokens"]), whole=not found["left_out_tokens"])
+    # Every token of the split is taken to cost as much as those scored, <|endoftext|> among them
+    bits = found["loss"] / math.log(2) * whole["tokens"] / whole["text_bytes"]
+    metrics = {"val_loss": found["loss"], "perplexity": math.exp(found["loss"]), "bits_per_byte": bits}
+    convention = f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split"
     return {
-        "metrics": {name: found["loss"], f"perplexity_t{recipe['sequence_tokens']}": math.exp(found["loss"])},
-        "convention": f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split",
+        "metrics": {f"{name}_{ending}": value for name, value in metrics.items()},
+        "conventions": {f"{name}_{ending}": convention for name in metrics},
         "data": recipe["manifest"],
-        "tokens": found["tokens"],
+        "dataset": recipe["dataset"],
+        "tokens": int(found["tokens"]),
         "unused_tokens": found["unused_tokens"],
     }
 
 
-def completion(store: Store, job: Job, evaluator: Evaluator) -> dict[str, Any]:
+def val_loss_ending(sequence_tokens: int, tokens: int, *, whole: bool) -> str:
+    """What a loss on val windows depends on, for its key: their length, and how much was scored if it was not all."""
+    return f"t{sequence_tokens}" + ("" if whole else f"_of_{tokens}")
+
+
+def completion(store: Store, job: Job, evaluator: Evaluator) -> Found:
     """Accuracy on the set made of val documents."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
     items = document_items(store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"])
-    found = _choose(store, job, evaluator, items, "completion")
-    return found | {"data": recipe["manifest"]}
+    how = "val documents, three endings of others, acc by the sum, acc_norm by the mean a token"
+    return _choose(store, job, evaluator, {"completion": (items, how)}) | {
+        "data": recipe["manifest"],
+        "dataset": recipe["dataset"],
+    }
 
 
-def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> dict[str, Any]:
-    """Accuracy on a file of HellaSwag items, completion convention."""
+def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Found:
+    """Accuracy on a file of HellaSwag items, in both conventions."""
     key = job.recipe["items"]
-    items = hellaswag_items(store.read(key).body, key)
-    found = _choose(store, job, evaluator, items, "hellaswag_completion")
-    return found | {"data": key.split("/")[1]}
+    asked = questions(store.read(key).body, key)
+    items = {f"hellaswag_{name}": ([style(one) for one in asked], how) for name, (style, how) in CONVENTIONS.items()}
+    repeated = sum(count - 1 for count in Counter((one.ctx, one.endings) for one in asked).values())
+    return _choose(store, job, evaluator, items) | {"data": key.split("/")[1], "repeated_items": repeated}
 
 
-def samples(_store: Store, job: Job, evaluator: Evaluator) -> dict[str, Any]:
+def samples(_store: Store, job: Job, evaluator: Evaluator) -> Found:
     """What the model writes after each prompt."""
-    recipe = job.recipe
+    recipe, ddp = job.recipe, evaluator.ddp
     drawing = Drawing(recipe["temperature"], recipe["top_k"], recipe["top_p"])
+    seeds = [recipe["seed"] + index for index in range(recipe["samples"])]
     written = []
-    for prompt in recipe["prompts"]:
-        for index in range(recipe["samples"]):
-            ids = list(sample(evaluator.model, prompt, recipe["sample_tokens"], drawing, recipe["seed"] + index))
-            written.append({"prompt": prompt, "text": tokenizer.decode(ids)})
-    convention = (
-        f"temperature {drawing.temperature}, top k {drawing.top_k}, top p {drawing.top_p}, seed {recipe['seed']}"
-    )
-    return {"metrics": {}, "convention": convention, "data": recipe["manifest"], "samples": written}
+    for number, prompt in enumerate(recipe["prompts"], 1):
+        ids_NT = torch.zeros(len(seeds), recipe["sample_tokens"], dtype=torch.int64)  # id + 1; 0: none
+        mine = range(ddp.rank, len(seeds), ddp.ranks)
+        texts = samples_of(evaluator.model, prompt, recipe["sample_tokens"], drawing, [seeds[row] for row in mine])
+        for row, ids in zip(mine, texts, strict=True):
+            ids_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
+        for ids in ddp.sum(ids_NT.to(ddp.device)).tolist():
+            written.append({"prompt": prompt, "text": tokenizer.decode([one - 1 for one in ids if one])})
+        evaluator.progress(number, len(recipe["prompts"]))
+    how = f"temperature {drawing.temperature}, top k {drawing.top_k}, top p {drawing.top_p}, seed {recipe['seed']}"
+    return {"metrics": {}, "conventions": {}, "drawn": how, "samples": written}
 
 
-KINDS: dict[str, Callable[[Store, Job, Evaluator], dict[str, Any]]] = {
+KINDS: dict[str, Callable[[Store, Job, Evaluator], Found]] = {
     "val_loss": val_loss,
     "completion": completion,
     "hellaswag": hellaswag,
@@ -96,40 +130,44 @@ KINDS: dict[str, Callable[[Store, Job, Evaluator], dict[str, Any]]] = {
 }
 
 
-def _choose(store: Store, job: Job, evaluator: Evaluator, items: list[Item], prefix: str) -> dict[str, Any]:
-    """Score every item, keep each answer as a row, and return the accuracies."""
-    rows = []
-    for number, item in enumerate(items):
-        losses = evaluator.ending_losses(item)
-        sums = [loss for loss, _ in losses]
-        means = [loss / tokens for loss, tokens in losses]
-        rows.append(
-            {
-                "item": number,
-                "label": item.label,
-                "choice": sums.index(min(sums)),  # the first of equals
-                "choice_norm": means.index(min(means)),
-                "losses": sums,
-                "tokens": [tokens for _, tokens in losses],
-            }
-        )
-    body = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), body)
-    overwrite(store, keys.evaluation_items(job.run, job.recipe["step"], job.kind), body.getvalue())
-    right = sum(row["choice"] == row["label"] for row in rows)
-    right_norm = sum(row["choice_norm"] == row["label"] for row in rows)
-    return {
-        "metrics": {f"{prefix}_acc": right / len(rows), f"{prefix}_acc_norm": right_norm / len(rows)},
-        "convention": "completion style: raw context, ending tokenised apart, acc by sum, acc_norm by mean a token",
-        "items": len(rows),
-    }
+def _choose(store: Store, job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Found:
+    """Score every item in each convention, keep the answers as rows, return accuracies and their standard errors."""
+    columns: dict[str, Any] = {}
+    metrics, errors, conventions = {}, {}, {}
+    for name, (items, how) in sets.items():
+        labels = np.array([item.label for item in items])
+        losses = evaluator.ending_losses(items)
+        lengths = np.array([item.lengths for item in items])
+        with np.errstate(divide="ignore"):  # an ending of no character is never chosen, as in the harness
+            choices = {"acc": losses.argmin(1), "acc_norm": (losses / lengths).argmin(1)}  # the first of equals
+        columns |= {"item": np.arange(len(items)), "label": labels, f"{name}_losses": losses.tolist()}
+        columns |= {f"{name}_lengths": lengths.tolist()}
+        for metric, chosen in choices.items():
+            columns[f"{name}_{metric}_choice"] = chosen
+            share = metrics[f"{name}_{metric}"] = float((chosen == labels).mean())
+            errors[f"{name}_{metric}"] = math.sqrt(share * (1 - share) / max(len(items) - 1, 1))
+            conventions[f"{name}_{metric}"] = how
+    if evaluator.ddp.is_main:
+        body = io.BytesIO()
+        pq.write_table(pa.table(columns), body)
+        overwrite(store, keys.evaluation_items(job.run, job.recipe["step"], job.kind), body.getvalue())
+    return {"metrics": metrics, "standard_errors": errors, "conventions": conventions, "items": len(items)}
+
+
+def _say(kind: str, said: list[float], done: int, total: int) -> None:
+    if time.monotonic() - said[0] > SAY_SECONDS:
+        said[0] = time.monotonic()
+        print(f"{kind}: {done:,} of {total:,} scored", flush=True)
 
 
 def _model(store: Store, job: Job) -> GPT:
-    step = job.recipe["step"]
+    step, weights = job.recipe["step"], job.recipe["weights"]
     for record in checkpoints(store, job.run):
-        if record.step == step:
+        if record.step == step and record.files[WEIGHTS]["sha256"] == weights:
             model = GPT(ModelConfig.model_validate(job.recipe["model"]))
             load_weights(store, job.run, record, model)
             return model
-    raise ObjectMissing(f"run {job.run!r} has no checkpoint of step {step:,}. Train it first: gpt2 train")
+    raise ObjectMissing(
+        f"run {job.run!r}: the checkpoint of step {step:,} with weights {weights[:12]} was to be evaluated, it is not "
+        f"there any more. Ask again, and what is kept now is evaluated: gpt2 evaluate"
+    )

@@ -94,7 +94,8 @@ class Trainer:
                     self._log_and_save(line, stopping=stopping)
                 if stopping and self.step < self.config.max_steps:
                     return None
-            return {"step": self.step, "tokens": self.step * self.config.batch_tokens}
+            tokens = self.step * self.config.batch_tokens
+            return {"step": self.step, "tokens": tokens, "environment": self.ddp.environment}
         finally:
             self.batches.close()
             self.saver.close()

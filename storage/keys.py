@@ -143,14 +143,25 @@ def run_asked(name: str) -> str:
     return f"{run(name)}asked.json"
 
 
+def jobs(name: str) -> str:
+    """The prefix of what a run's processes are asked, and answered."""
+    return f"{run(name)}jobs/"
+
+
 def job(name: str, job_id: str) -> str:
     """What one process is asked."""
-    return f"{run(name)}jobs/{check_name('job', job_id)}.json"
+    return f"{jobs(name)}{check_name('job', job_id)}.json"
 
 
 def result(name: str, job_id: str) -> str:
     """What a process answered; there = the job is done."""
-    return f"{run(name)}jobs/{check_name('job', job_id)}.result.json"
+    return f"{jobs(name)}{check_name('job', job_id)}.result.json"
+
+
+def failed_job(key: str) -> str | None:
+    """The job whose failure is noted at the key; None when the key is another one."""
+    ending = ".result.failure.json"
+    return f"{key.removesuffix(ending)}.json" if key.endswith(ending) else None
 
 
 def checkpoints(name: str) -> str:
@@ -188,9 +199,14 @@ def progress(name: str) -> str:
     return f"{run(name)}progress.json"
 
 
+def all_evaluations(name: str) -> str:
+    """The prefix of a run's evaluations."""
+    return f"{run(name)}evaluations/"
+
+
 def evaluations(name: str, step: int) -> str:
     """The prefix of one checkpoint's evaluations."""
-    return f"{run(name)}evaluations/{step:06d}/"
+    return f"{all_evaluations(name)}{step:06d}/"
 
 
 def evaluation(name: str, step: int, evaluation_name: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from flows import cli
 from flows.trace import ancestry, asked
 from model.__main__ import run_job
 from model.config import RunConfig
+from model.history import checkpoints
 from model.job import ask
 from model.loader import DataLoader, MicroBatches
 from model.run import Run, evaluation_jobs, pin_run, training_job
@@ -75,7 +76,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         config = tiny_config(crawl.config.store_url, crawl.config.data.source, *SETTINGS)
         run = pin_run(crawl.store, config, manifest.digest, None)
         assert run_job(crawl.store.url, ask(crawl.store, training_job(run))) == 0
-        for job in [*evaluation_jobs(run, 8), *evaluation_jobs(run, 12)]:
+        asked = [evaluation_jobs(config, one, manifest.digest, None) for one in checkpoints(crawl.store, run.name)]
+        for job in chain(*asked[1:]):
             if job.kind == "val_loss" or (job.kind, job.recipe["step"]) == ("samples", 12):
                 assert run_job(crawl.store.url, ask(crawl.store, job)) == 0
         crawl.write("file_20.parquet", crawl.rows["file_00.parquet"][:2])

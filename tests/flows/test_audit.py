@@ -26,7 +26,8 @@ SHORT = "Only seven words, and train shows them."
 def item(number: int, **changes: Any) -> dict[str, Any]:
     """A HellaSwag item that nothing else has a word of."""
     endings = [story(50_000 + number * 10 + place, 15) for place in range(4)]
-    return {"ctx": story(40_000 + number, 20), "endings": endings, "label": "1"} | changes
+    parts = {"activity_label": "Telling", "ctx_a": "x", "ctx_b": ""}  # only ctx is looked at
+    return parts | {"ctx": story(40_000 + number, 20), "endings": endings, "label": "1"} | changes
 
 
 ITEMS = [

@@ -179,7 +179,11 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
     assert_equal_runs(store, "killed", "calm")
     place_age(store)
     deleted(store, grace)
-    evaluations = [job for job in evaluation_jobs(read_run(store, "killed"), 12) if job.kind in ("val_loss", "samples")]
+    manifest = read_run(store, "killed").manifest
+    asked = evaluation_jobs(
+        config.model_copy(update={"name": "killed"}), checkpoints(store, "killed")[-1], manifest, None
+    )
+    evaluations = [job for job in asked if job.kind in ("val_loss", "samples")]
     assert len(evaluations) == 2
     for job in evaluations:
         assert run_job(store.url, ask(store, job)) == 0

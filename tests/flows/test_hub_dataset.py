@@ -215,7 +215,14 @@ def test_a_file_that_is_no_parquet_stops_the_build_at_once(
 
 
 def test_hellaswag_of_the_hub_is_mirrored(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
-    item = {"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": "1"}
+    item = {
+        "ctx": "A man",
+        "activity_label": "x",
+        "ctx_a": "A",
+        "ctx_b": "man",
+        "endings": ["a", "b", "c", "d"],
+        "label": "1",
+    }
     pq.write_table(pa.Table.from_pylist([item]), tmp_path / "items.parquet")
     body = (tmp_path / "items.parquet").read_bytes()
     hub.dataset("org/swag", {"data/validation-0.parquet": body}, configs={"default": {"validation": "data/v*"}})

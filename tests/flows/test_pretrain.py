@@ -1,5 +1,6 @@
 """The pipeline under Prefect: five linked stages, artifacts, skipped work, and evaluations that fail alone."""
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from flows.pretrain import evaluate_and_report, pretrain
 from flows.status import run_status
 from model.config import RunConfig
 from model.job import JobRefused
-from model.run import evaluation_jobs, read_run
+from model.run import read_run
 from storage import keys
 from storage.layout import open_store
 from tests.flows.console import ask, poll
@@ -66,7 +67,7 @@ def test_shards_and_evaluations_are_tasks_of_their_own(api: str, finished: tuple
     store = open_store(finished[0].store_url)
     made = [listed.key for listed in store.list(keys.shards("small")) if listed.key.endswith(".bin")]
     assert sum(name.startswith("shard-") for name in tokenised) == len(made) > 5
-    assert set(task_states(api, stages["evaluate"])) == {"val_loss", "completion", "samples"}
+    assert set(task_states(api, stages["evaluate"])) == {"val_loss-12", "completion-12", "samples-12"}
     assert set(tokenised.values()) == {"Completed"}
 
 
@@ -82,7 +83,8 @@ def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[Run
 def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Any]) -> None:
     config, facts = finished
     page = open_store(config.store_url).read(keys.report("tiny", "html")).body.decode()
-    assert page.count("<svg") == 3
+    for title in ("Loss", "Learning rate", "Gradient norm", "Speed", "completion", "bits_per_byte"):
+        assert f"<figcaption>{title}</figcaption><svg" in page
     assert "val_loss_t32" in page
     assert facts["dataset"]["manifest"] in page
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
@@ -109,7 +111,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
         pretrain(config)
     stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-short"))}
     states = task_states(api, stages["evaluate"])
-    assert states == {"val_loss": "Completed", "completion": "Failed", "samples": "Completed"}
+    assert states == {"val_loss-12": "Completed", "completion-12": "Failed", "samples-12": "Completed"}
     store = open_store(config.store_url)
     assert "val_loss_t32" in store.read(keys.report("short", "html")).body.decode()
     assert [line.what.strip() for line in run_status(store, "short") if line.why] == ["completion"]
@@ -117,13 +119,14 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
         evaluate_and_report(config)
     again = task_states(api, newest_run(api, "evaluate-short"))
     assert {name: state for name, state in again.items() if name in states} == {
-        "val_loss": "Skipped", "completion": "Failed", "samples": "Skipped",
+        "val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped",
     }  # fmt: skip
 
 
 @pytest.mark.full
 def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: Path, api: str, source: str) -> None:
-    item = '{"ctx": "The cat sat", "endings": ["on the mat.", "in a tree.", "by day.", "at sea."], "label": 1}\n'
+    parts = {"ctx": "The cat sat", "activity_label": "Cats", "ctx_a": "The cat sat", "ctx_b": "", "label": 1}
+    item = json.dumps(parts | {"endings": ["on the mat.", "in a tree.", "by day.", "at sea."]}) + "\n"
     (tmp_path / "items.jsonl").write_text(item * 3)
     config = tiny_config(str(tmp_path / "store"), source, f"evaluation.hellaswag={tmp_path / 'items.jsonl'}")
     facts = pretrain(config)
@@ -132,6 +135,8 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     run = read_run(store, "tiny")
     assert run.items is not None
     assert store.read(run.items).body == item.encode() * 3
-    assert [job.kind for job in evaluation_jobs(run, 12)] == ["val_loss", "hellaswag", "samples"]
+    assert {listed.key.rpartition("/")[2] for listed in store.list(keys.evaluations("tiny", 12))} == {
+        "val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json",
+    }  # fmt: skip
     (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
     assert pretrain(config) == facts

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import evaluation, scoring, tokenizer
+from model import endings, evaluation, scoring, tokenizer
 from model.__main__ import run_job
-from model.completion import Item
 from model.config import ModelConfig, RunConfig
 from model.distributed import DDPConfig
+from model.endings import batches, rows
 from model.evaluation import Evaluator
 from model.gpt import GPT
+from model.history import checkpoints
+from model.items import Item
 from model.job import Job, ask, read_result
 from model.loader import DataLoader
 from model.run import evaluation_jobs, pin_run, training_job
@@ -185,83 +187,157 @@ def test_evaluation_leaves_the_model_as_it_is_and_drops_nothing_out(loader: Data
 # Endings
 
 
+def losses_of(model: GPT, *items: Item) -> np.ndarray:
+    return Evaluator(model, ALONE).ending_losses(items)
+
+
+def item_of(context: list[int], endings: list[list[int]]) -> Item:
+    return Item(context, endings, 0, [1] * 4)
+
+
+def many_items() -> list[Item]:
+    """Twenty of them, of many lengths, some too long for the model."""
+    sizes = np.random.Generator(np.random.PCG64(1)).integers(1, 12, (20, 5)).tolist()
+    return [
+        item_of(made_ids(4 * first, 100 + number), [made_ids(size, 1_000 * number + size) for size in rest])
+        for number, (first, *rest) in enumerate(sizes)
+    ]
+
+
 def test_ending_losses_are_those_of_a_plain_reference(model: GPT) -> None:
-    item = Item(made_ids(9, 0), [made_ids(count, count) for count in (5, 1, 12, 3)], 0)
-    found = Evaluator(model, ALONE).ending_losses(item)
-    assert [tokens for _, tokens in found] == [5, 1, 12, 3]
-    expected = [plain_ending_loss(model, item.context, ending) for ending in item.endings]
-    assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5)
+    items = many_items()
+    assert any(len(item.context) + max(map(len, item.endings)) > T + 1 for item in items)
+    expected = [
+        [plain_ending_loss(model, item.context[-(T + 1 - len(ending)) :], ending) for ending in item.endings]
+        for item in items
+    ]
+    assert losses_of(model, *items) == pytest.approx(np.array(expected), rel=1e-5)
 
 
 def test_an_ending_scores_the_same_beside_short_and_long_ones(model: GPT) -> None:
     context, ending = made_ids(6, 1), made_ids(4, 2)
-    short = Evaluator(model, ALONE).ending_losses(Item(context, [ending] * 4, 0))
-    longer = Evaluator(model, ALONE).ending_losses(Item(context, [made_ids(20, 3), ending, made_ids(26, 4), ending], 0))
-    for loss, tokens in (*short, longer[1], longer[3]):
-        assert tokens == 4
-        assert loss == pytest.approx(short[0][0], rel=1e-5)
+    [short] = losses_of(model, item_of(context, [ending] * 4))
+    [longer] = losses_of(model, item_of(context, [made_ids(20, 3), ending, made_ids(26, 4), ending]))
+    assert [*short, longer[1], longer[3]] == pytest.approx([short[0]] * 6, rel=1e-5)
 
 
 @pytest.mark.parametrize("longest", [2, 12, 31, 32])
-def test_a_context_that_is_too_long_is_cut_on_the_left(model: GPT, longest: int) -> None:
+def test_a_context_that_is_too_long_is_cut_on_the_left_for_each_ending(model: GPT, longest: int) -> None:
     context = made_ids(100, 5)
     endings = [made_ids(count, 10 + count) for count in (longest, 1, 2, 1)]
-    expected = [plain_ending_loss(model, context[-(T + 1 - longest) :], ending) for ending in endings]
-    found = Evaluator(model, ALONE).ending_losses(Item(context, endings, 0))
-    assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5)
+    expected = [plain_ending_loss(model, context[-(T + 1 - len(ending)) :], ending) for ending in endings]
+    assert losses_of(model, item_of(context, endings))[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("longest", [33, 40, 200])
 def test_an_ending_that_leaves_no_room_for_a_context_is_refused(model: GPT, longest: int) -> None:
-    item = Item(made_ids(20, 6), [made_ids(longest, 7), *(made_ids(3, 8) for _ in range(3))], 0)
-    with pytest.raises(ValueError, match="context_tokens"):
-        Evaluator(model, ALONE).ending_losses(item)
+    item = item_of(made_ids(20, 6), [made_ids(longest, 7), *(made_ids(3, 8) for _ in range(3))])
+    with pytest.raises(ValueError, match=r"item 1: .*context_tokens"):
+        losses_of(model, item)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 16])
+def test_how_many_are_scored_at_once_changes_nothing(model: GPT, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = losses_of(model, *many_items())
+    monkeypatch.setattr(endings, "ROWS", at_once)
+    assert losses_of(model, *many_items()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 30])
+def test_the_ranks_share_the_items(model: GPT, ranks: int) -> None:
+    """Of 30 ranks some have nothing to score."""
+    everyone = [OneOfMany(rank, ranks, CPU) for rank in range(ranks)]
+    for ddp in everyone:
+        Evaluator(model, ddp).ending_losses(many_items())
+    total = torch.stack([ddp.mine[0] for ddp in everyone]).sum(0).numpy().reshape(-1, 4)
+    assert total == pytest.approx(losses_of(model, *many_items()), rel=1e-5)
+    assert all((ddp.mine[0] != 0).sum() < total.size for ddp in everyone)
+
+
+def test_each_context_is_fed_once_and_no_row_is_much_shorter_than_its_batch() -> None:
+    items = [item for item in many_items() if len(item.context) + max(map(len, item.endings)) <= T]
+    made = rows(items, T)
+    assert sum(row.tokens for row in made) == sum(
+        len(item.context) + sum(len(ending) - 1 for ending in item.endings) for item in items
+    )
+    together = list(batches(made))
+    assert [row for batch in together for row in batch] == made
+    assert [row.tokens for row in made] == sorted((row.tokens for row in made), reverse=True)
 
 
 # Choices
 
 
-def chosen_in(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The metrics and the rows of a HellaSwag job over these lines."""
+QUESTION = {"ctx": "Any context", "activity_label": "Any", "ctx_a": "Any context", "ctx_b": ""}
+
+
+def chosen_in(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a HellaSwag job over these lines found, and its rows."""
     key = keys.source("0" * 64, "items.jsonl")
-    store.put_new(key, "\n".join(json.dumps(line) for line in lines).encode())
+    store.put_new(key, "\n".join(json.dumps(QUESTION | line) for line in lines).encode())
     job = Job("scored", "hellaswag", {"items": key, "step": 1})
     found = scoring.hellaswag(store, job, Evaluator(model, ALONE))
     body = store.read(keys.evaluation_items("scored", 1, "hellaswag")).body
-    return found["metrics"], pq.read_table(io.BytesIO(bytes(body))).to_pylist()
+    return found, pq.read_table(io.BytesIO(bytes(body))).to_pylist()
 
 
 def test_a_model_without_an_opinion_chooses_the_first_of_equals(store: Store) -> None:
     model = GPT(SHAPE)
     with torch.no_grad():
         model.transformer.wte.weight.zero_()
-    labels = [0, 3, 1, 0, 2]
-    lines = [{"ctx": "The sun", "endings": ["is red", "was a", "to the", "in one"], "label": label} for label in labels]
-    metrics, rows = chosen_in(store, model, lines)
-    assert metrics == {"hellaswag_completion_acc": 2 / 5, "hellaswag_completion_acc_norm": 2 / 5}
-    assert [(row["choice"], row["choice_norm"]) for row in rows] == [(0, 0)] * 5
-
-
-def test_the_sum_and_the_mean_a_token_choose_differently_in_three_items_made_by_hand(store: Store) -> None:
-    """Losses a token: a 0.69, b 1.20, c 1.90, d 3.00; so 'a a a a' has the sum 2.77 and the mean 0.69."""
-    chances = {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.05}
-    ids = {letter: tokenizer.encode(f" {letter}").tolist() for letter in chances}
-    assert {len(found) for found in ids.values()} == {1}
-    model = unigram_model({ids[letter][0]: chance for letter, chance in chances.items()})
-    items = [
-        (["a a a a", "c", "d", "d d"], 0, 1, 0),  # endings, label, choice by sum, choice by mean
-        (["d", "b b b", "c", "d d"], 1, 2, 1),
-        (["b", "d d", "c c c", "a a"], 1, 0, 3),
+    labels = [number * 7 % 4 for number in range(50)]
+    words = ["is red", "was a", "to the", "in one or two of them", "by", "of the one", "unbelievably so"]
+    lines = [
+        {"endings": [words[(number + place) % 7] for place in range(4)], "label": label}
+        for number, label in enumerate(labels)
     ]
-    lines = [{"ctx": "Any context", "endings": endings, "label": label} for endings, label, _, _ in items]
-    metrics, rows = chosen_in(store, model, lines)
-    assert metrics == {"hellaswag_completion_acc": 0.0, "hellaswag_completion_acc_norm": 2 / 3}
-    for row, (endings, label, by_sum, by_mean) in zip(rows, items, strict=True):
-        assert (row["label"], row["choice"], row["choice_norm"]) == (label, by_sum, by_mean)
-        words = [ending.split() for ending in endings]
-        assert row["tokens"] == [len(ending) for ending in words]
-        expected = [sum(-math.log(chances[letter]) for letter in ending) for ending in words]
-        assert row["losses"] == pytest.approx(expected, rel=1e-5)
+    found, rows = chosen_in(store, model, lines)
+    assert found["metrics"]["hellaswag_completion_acc_norm"] == labels.count(0) / 50
+    assert {row["hellaswag_completion_acc_norm_choice"] for row in rows} == {0}
+    assert {len(set(row["hellaswag_completion_lengths"])) for row in rows} > {1}
+
+
+def test_normalised_by_tokens_by_characters_and_by_bytes_other_endings_win_in_three_items(store: Store) -> None:
+    """Losses a token, a character, a byte: digits and letters 2.4, 2.4, 2.4; one long word 3, 0.2, 0.2; an ideogram,
+    which has 3 bytes, 2.7 a token. Made by hand so that the three ways of dividing choose three endings."""
+    by_token, by_character, by_byte, never = "7x7x7x", "responsibility", "語語語語語語語語", "zq jv"
+    ids = {text: tokenizer.encode(f" {text}").tolist() for text in (by_token, by_character, by_byte, never)}
+    assert [len(found) for found in ids.values()][:2] == [6, 1]
+    costs = dict.fromkeys(ids[by_byte], 0.22) | dict.fromkeys(ids[by_token], 0.2) | {ids[by_character][0]: 2.4}
+    scale = 20  # so that the chances of all of these stay below 1 together
+    chances = {token: math.exp(-scale * cost / 2) for token, cost in costs.items()}
+    chances[tokenizer.EOT] = 1 - sum(chances.values())
+    model = unigram_model(chances)
+    orders = ([0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0])
+    texts = [by_token, by_character, by_byte, never]
+    lines = [{"endings": [texts[place] for place in order], "label": order.index(1)} for order in orders]
+    found, rows = chosen_in(store, model, lines)
+    for row, line in zip(rows, lines, strict=True):
+        ended = line["endings"]
+        losses = np.array(row["hellaswag_harness_losses"])
+        assert losses.tolist() == pytest.approx(row["hellaswag_completion_losses"], rel=1e-5)
+        likely = [text for text in ended if text != never]
+        expected = [sum(-math.log(chances[token]) for token in ids[text]) for text in likely]
+        assert [losses[ended.index(text)] for text in likely] == pytest.approx(expected, rel=1e-4)
+        size = np.array([len(text.encode()) for text in ended])
+        choices = [ended[row["hellaswag_completion_acc_norm_choice"]], ended[row["hellaswag_harness_acc_norm_choice"]]]
+        assert [*choices, ended[int((losses / size).argmin())]] == [by_token, by_character, by_byte]
+        assert ended[row["hellaswag_harness_acc_choice"]] == ended[int(losses.argmin())]
+    assert found["metrics"]["hellaswag_harness_acc_norm"] == 1.0
+    assert found["metrics"]["hellaswag_completion_acc_norm"] == 0.0
+
+
+def test_accuracies_have_a_standard_error_and_a_planted_duplicate_is_counted(store: Store, model: GPT) -> None:
+    lines = [{"endings": ["is red", "was a", "to the", f"in {number}"], "label": number % 4} for number in range(9)]
+    found, rows = chosen_in(store, model, [*lines, lines[3]])
+    assert (found["items"], found["repeated_items"]) == (10, 1)
+    assert rows[9]["hellaswag_harness_losses"] == pytest.approx(rows[3]["hellaswag_harness_losses"], rel=1e-6)
+    names = {f"hellaswag_{how}_{metric}" for how in ("completion", "harness") for metric in ("acc", "acc_norm")}
+    assert set(found["metrics"]) == set(found["standard_errors"]) == set(found["conventions"]) == names
+    for name, share in found["metrics"].items():
+        right = [row["label"] == row[f"{name}_choice"] for row in rows]
+        assert share == sum(right) / 10
+        assert found["standard_errors"][name] == pytest.approx(np.std(right, ddof=1) / math.sqrt(10))
 
 
 # Jobs
@@ -272,26 +348,45 @@ def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
 ) -> None:
     source = write_parquet(tmp_path / "long" / "file.parquet", [document(number, words=100) for number in range(40)])
     config = tiny_config(store.url, str(source), "train.max_steps=1", "train.warmup_steps=0")
-    run = pin_run(store, config, build(config).digest, None)
+    manifest = build(config)
+    run = pin_run(store, config, manifest.digest, None)
     assert run_job(store.url, ask(store, training_job(run))) == 0
-    names = set()
-    for job in evaluation_jobs(run, 1):
+    found = {}
+    for job in evaluation_jobs(config, checkpoints(store, run.name)[-1], manifest.digest, None):
         assert run_job(store.url, ask(store, job)) == 0
         result = read_result(store, job)
         assert result is not None
-        names |= set(result["metrics"])
-        found = read_json(store, result["key"])
+        kept = found[job.kind] = read_json(store, result["key"]) or {}
+        assert (kept["metrics"], kept["job"], kept["step"]) == (result["metrics"], job.job_id, 1)
+        assert set(kept["conventions"]) == set(kept["metrics"])
         store.delete(keys.result(run.name, job.job_id))
         assert run_job(store.url, job.key) == 0
-        assert (read_result(store, job), read_json(store, result["key"])) == (result, found)
-    assert names == {"val_loss_t32", "perplexity_t32", "completion_acc", "completion_acc_norm"}
+        assert (read_result(store, job), read_json(store, result["key"])) == (result, kept)
+    assert set(found) == {"val_loss", "completion", "samples"}
+    metrics = found["val_loss"]["metrics"]
+    assert set(metrics) == {"val_loss_t32", "perplexity_t32", "bits_per_byte_t32"}
+    whole = manifest.totals["val"]
+    bits = metrics["val_loss_t32"] / math.log(2) * whole["tokens"] / whole["text_bytes"]
+    assert metrics["bits_per_byte_t32"] == pytest.approx(bits)
+    assert metrics["perplexity_t32"] == pytest.approx(math.exp(metrics["val_loss_t32"]))
+
+
+def test_a_loss_on_a_part_of_val_has_another_name(
+    store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]
+) -> None:
+    manifest = build(config)
+    recipe = {"dataset": "small", "manifest": manifest.digest, "sequence_tokens": T, "validation_tokens": 5 * T + 3}
+    found = scoring.val_loss(store, Job("x", "val_loss", recipe), Evaluator(GPT(SHAPE), ALONE))
+    assert set(found["metrics"]) == {f"{name}_t32_of_160" for name in ("val_loss", "perplexity", "bits_per_byte")}
 
 
 def test_an_evaluation_of_a_checkpoint_that_is_not_there_says_so(
     store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = pin_run(store, config, build(config).digest, None)
-    job = evaluation_jobs(run, 77)[0]
+    manifest = build(config)
+    run = pin_run(store, config, manifest.digest, None)
+    recipe = {"step": 77, "weights": "0" * 64, "model": {}, "precision": "fp32"}
+    job = Job(run.name, "samples", recipe)
     assert run_job(store.url, ask(store, job)) == 2
     assert "77" in capsys.readouterr().err
     assert read_result(store, job) is None

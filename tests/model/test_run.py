@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.config import RunConfig
+from model.history import CheckpointRecord
 from model.job import Job, answer, ask, note_failure, read_job, read_result
 from model.run import evaluation_jobs, pin_run, pinned_run, read_run, training_job
 from storage import keys
@@ -22,8 +23,13 @@ def config(*overrides: str) -> RunConfig:
 
 def pin(store: Store, *overrides: str, manifest: str = MANIFEST, items: str | None = None) -> list[Job]:
     """The training and the evaluations of a run that is pinned now."""
-    run = pin_run(store, config(*overrides), manifest, items)
-    return [training_job(run), *evaluation_jobs(run, 12)]
+    asked = config(*overrides)
+    return [training_job(pin_run(store, asked, manifest, items)), *evaluation_jobs(asked, record(), manifest, items)]
+
+
+def record(step: int = 12, weights: str = "b" * 64) -> CheckpointRecord:
+    files = {"model.safetensors": {"size_bytes": 1, "sha256": weights}}
+    return CheckpointRecord(step, "x", files, "train-x", config().model.model_dump(), {}, {}, [])
 
 
 def ids(jobs: list[Job]) -> list[str]:
@@ -60,8 +66,6 @@ def test_the_first_pin_stands(store: Store) -> None:
         (["model.layers=3"], ["model.layers", "1", "3"]),
         (["data.shard_tokens=7"], ["data.shard_tokens", "1000", "7"]),
         (["data.source=other"], ["data.source", "*.parquet", "other"]),
-        (["evaluation.samples=9"], ["evaluation.samples", "1", "9"]),
-        (['evaluation.prompts=["x"]'], ["evaluation.prompts", "x"]),
         (["train.betas=[0.5, 0.6]"], ["train.betas", "0.5"]),
         (["train.seed=5", "model.layers=3"], ["train.seed", "model.layers"]),
         (["train.batch_tokens=1024", "train.micro_batch_sequences=32"], ["train.batch_tokens", "256", "1024"]),
@@ -93,9 +97,10 @@ def test_other_settings_under_another_name_are_another_run(store: Store) -> None
     [
         ["resources.workers=3"], ["resources.runner=processes"], ["resources.processes=2"], ["store_url=/elsewhere"],
         ["resources.concurrent_evaluations=3", "store_url=file:///x"],
+        ["evaluation.samples=9", "evaluation.checkpoint=every", 'evaluation.prompts=["x"]'],
     ],
 )  # fmt: skip
-def test_how_it_runs_may_differ_from_start_to_start(store: Store, overrides: list[str]) -> None:
+def test_how_it_runs_and_what_it_is_asked_may_differ_from_start_to_start(store: Store, overrides: list[str]) -> None:
     run = pin_run(store, config(), MANIFEST, None)
     assert pinned_run(store, config(*overrides)) == run
 
@@ -104,7 +109,7 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) ->
     pin_run(store, config(), MANIFEST, None)
     key = keys.run_config("tiny")
     older = json.loads(store.read(key).body)
-    del older["config"]["train"]["dropout"], older["config"]["evaluation"]["top_p"]
+    del older["config"]["train"]["dropout"], older["config"]["data"]["drop_val_leaks"]
     overwrite(store, key, json.dumps(older).encode())
     assert pinned_run(store, config()) is not None
     with pytest.raises(DatasetMismatch, match=r"train\.dropout"):
@@ -126,9 +131,12 @@ def test_jobs_are_named_by_their_recipes_only(store: Store, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("train.seed=5", {0, 1, 2, 3}),
-        ("train.max_steps=13", {0, 1, 2, 3}),
-        ("model.layers=3", {0, 1, 2, 3}),
+        ("train.seed=5", {0, 2, 3}),
+        ("train.max_steps=13", {0}),
+        ("model.layers=3", {0}),
+        ("train.sequence_tokens=16", {0, 1}),
+        ("evaluation.precision=bf16", {1, 2, 3}),
+        ("evaluation.checkpoint=12", set()),
         ("evaluation.validation_tokens=99", {1}),
         ("evaluation.completion_items=99", {2}),
         ("evaluation.temperature=0.1", {3}),
@@ -142,14 +150,21 @@ def test_a_setting_renames_just_the_jobs_that_it_decides(store: Store, override:
     assert {place for place in range(4) if before[place] != after[place]} == changed
 
 
-def test_another_manifest_renames_every_job(store: Store) -> None:
+def test_another_manifest_renames_every_job_but_the_one_that_reads_nothing_of_it(store: Store) -> None:
     before, after = ids(pin(store)), ids(pin(store, "name=other", manifest="b" * 64))
-    assert not set(before) & set(after)
+    assert set(before) & set(after) == {before[3]}
 
 
-def test_another_step_renames_every_evaluation(store: Store) -> None:
-    run = pin_run(store, config(), MANIFEST, None)
-    assert not set(ids(evaluation_jobs(run, 8))) & set(ids(evaluation_jobs(run, 12)))
+@pytest.mark.parametrize("other", [record(step=8), record(weights="c" * 64)])
+def test_another_step_or_other_weights_rename_every_evaluation(other: CheckpointRecord) -> None:
+    ours, theirs = (ids(evaluation_jobs(config(), one, MANIFEST, None)) for one in (record(), other))
+    assert not set(ours) & set(theirs)
+
+
+def test_without_a_dataset_or_a_file_of_items_only_samples_are_left() -> None:
+    wanted = config("evaluation.hellaswag=org/swag")  # which could not be had
+    assert [job.kind for job in evaluation_jobs(wanted, record(), None, None)] == ["samples"]
+    assert [job.kind for job in evaluation_jobs(wanted, record(), MANIFEST, None)] == ["val_loss", "samples"]
 
 
 def test_a_file_of_items_takes_the_place_of_the_completion_set(store: Store) -> None:

@@ -17,7 +17,7 @@ from model.config import ModelConfig, RunConfig
 from model.gpt import GPT
 from model.job import ask
 from model.run import pin_run, training_job
-from model.sampling import Drawing, draw, newest_model, sample
+from model.sampling import Drawing, draw, newest_model, samples_of
 from model.tokenizer import EOT
 from storage.errors import ObjectMissing
 from storage.manifest import Manifest
@@ -41,22 +41,25 @@ def model() -> GPT:
 
 
 def drawn(drawing: Drawing, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
-    generator = torch.Generator().manual_seed(0)
+    chances = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits_V = CHANCES.log() if logits_V is None else logits_V
-    return Counter(draw(logits_V, drawing, generator) for _ in range(times))
+    return Counter(draw(logits_V.expand(times, -1), drawing, chances).tolist())
 
 
 def ids_of(model: GPT, prompt: str, count: int, drawing: Drawing = ANY, seed: int = 0) -> list[int]:
-    return list(sample(model, prompt, count, drawing, seed))
+    return samples_of(model, prompt, count, drawing, [seed])[0]
 
 
 @torch.no_grad()
 def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
-    """Greedy decoding the slow way: everything anew for each token."""
+    """Greedy decoding the slow way: everything anew for each token; a full context of 8 goes on from its last half."""
     ids = [EOT, *tokenizer.encode(prompt).tolist()]
+    written: list[int] = []
     for _ in range(count):
-        ids.append(int(model.logits(model.hidden(torch.tensor([ids[-8:]]))[0, -1]).argmax()))
-    return ids[-count:]
+        ids = ids[-4:] if len(ids) > 8 else ids
+        written.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+        ids.append(written[-1])
+    return written
 
 
 # One token
@@ -79,7 +82,8 @@ def test_temperature_flattens_and_sharpens() -> None:
 def test_temperature_0_and_top_k_1_take_the_likeliest(drawing: Drawing) -> None:
     for seed in range(50):
         logits_V = torch.randn(1_000, generator=torch.Generator().manual_seed(seed))
-        assert draw(logits_V, drawing, torch.Generator().manual_seed(seed)) == int(logits_V.argmax())
+        chances = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert draw(logits_V[None], drawing, chances).tolist() == [int(logits_V.argmax())]
 
 
 @pytest.mark.parametrize(
@@ -122,18 +126,47 @@ def test_a_seed_decides_alone_whatever_was_drawn_before(model: GPT) -> None:
     assert ids_of(model.train(), "Hello", 10) == expected
 
 
-@pytest.mark.parametrize("prompt", ["", "Hello", "one two three four five six seven eight nine ten eleven"])
-def test_a_text_goes_on_past_the_context_from_its_last_tokens(model: GPT, prompt: str) -> None:
+@pytest.mark.parametrize("prompt", ["", "Hello", "one two three four five", "one two three four five six seven"])
+def test_a_text_goes_on_past_the_context_from_its_last_half(model: GPT, prompt: str) -> None:
     found = ids_of(model, prompt, 30, LIKELIEST)
     assert len(found) == 30
     assert found == likeliest_ids(model, prompt, 30)
+
+
+def test_a_model_of_one_position_writes_too() -> None:
+    model = GPT(ModelConfig(layers=1, heads=1, width=8, context_tokens=1))
+    assert len(ids_of(model, "", 5)) == 5
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None:
+    assert len(ids_of(model, "one two three four five six seven", 1)) == 1
+    with pytest.raises(ValueError, match=r"at most 7 tokens.*found 8.*Shorten it"):
+        ids_of(model, "one two three four five six seven eight", 1)
+
+
+@pytest.mark.parametrize("texts", [2, 3, 16])
+@pytest.mark.parametrize("drawing", [ANY, Drawing(0.8, 20, 1.0), Drawing(1.2, 0, 0.7), LIKELIEST])
+def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: Drawing) -> None:
+    """Across the context's end, where all of it is made anew."""
+    seeds = range(40, 40 + texts)
+    together = samples_of(model, "Hello", 20, drawing, seeds)
+    assert together == [ids_of(model, "Hello", 20, drawing, seed) for seed in seeds]
+    assert len({tuple(ids) for ids in together}) == (1 if drawing is LIKELIEST else texts)
+
+
+def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
+    coming = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
+    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor(next(coming)))
+    assert samples_of(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
+    assert next(coming) == [1, 1]  # nothing was drawn once both had ended
 
 
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_text_ends_at_endoftext_which_is_no_part_of_it(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     coming = iter([7] * before + [EOT, 8])
-    monkeypatch.setattr(sampling, "draw", lambda *_: next(coming))
+    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor([next(coming)]))
     assert ids_of(model, "Hello", 50) == [7] * before
 
 
@@ -170,7 +203,7 @@ def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp
     model, step = newest_model(trained, "tiny")
     assert step == 1
     drawing = Drawing(0.9, 50, 1.0)
-    texts = [prompt + tokenizer.decode(list(sample(model, prompt, 6, drawing, seed))) for seed in (8, 9)]
+    texts = [prompt + tokenizer.decode(ids) for ids in samples_of(model, prompt, 6, drawing, [8, 9])]
     assert all(text.rstrip("\ufffd") in found.stdout for text in texts)
 
 
@@ -194,16 +227,16 @@ def test_text_is_shown_as_it_is_drawn_and_characters_never_in_halves(
     assert len(ids) > len(text) // 2  # some characters need several tokens
     shown = ""
 
-    def slowly(*_: Any) -> Iterator[int]:
+    def slowly(*_: Any) -> Iterator[tuple[int]]:
         nonlocal shown
         for place, token in enumerate(ids):
             shown += capsys.readouterr().out
             complete = tokenizer.decode(ids[:place])
             if not complete.endswith("\ufffd"):
                 assert shown == "She" + complete
-            yield token
+            yield (token,)
 
-    monkeypatch.setattr(sampling, "sample", slowly)
+    monkeypatch.setattr(sampling, "grow", slowly)
     monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She"])
     assert sampling.main() == 0
     assert (shown + capsys.readouterr().out).rstrip("\n") == "She" + text

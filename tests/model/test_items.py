@@ -1,6 +1,5 @@
-"""Items with four endings: a HellaSwag file is read or its bad line named; a set made of documents is honest."""
+"""A set of items made of documents is honest."""
 
-import json
 from collections import Counter
 from typing import Any
 
@@ -8,90 +7,13 @@ import numpy as np
 import pytest
 
 from model import tokenizer
-from model.completion import CONTEXT_TOKENS, ENDING_TOKENS, Item, document_items, hellaswag_items
+from model.items import CONTEXT_TOKENS, ENDING_TOKENS, document_items
 from storage import keys
 from storage.canonical import sha256
-from storage.errors import SourceInvalid
 from storage.manifest import COLUMNS, Manifest
 from storage.store import Store
 
 WHOLE = CONTEXT_TOKENS + ENDING_TOKENS
-GOOD = {
-    "ctx": "A man sits on a roof. He",
-    "endings": ["is", "starts pulling up roofing", "rips", "is holding"],
-    "label": 3,
-}
-GOOD_TOO = {"ind": 4, "ctx": "Café", "endings": ["un", "deux mots", "trois", "quatre"], "label": "0", "split": "val"}
-
-
-def lines(*values: Any) -> bytes:
-    return "\n".join(json.dumps(value) for value in values).encode()
-
-
-# A file of HellaSwag items
-
-
-def test_items_are_read_with_a_space_before_each_ending() -> None:
-    assert hellaswag_items(lines(GOOD, GOOD_TOO), "val.jsonl") == [
-        Item(
-            tokenizer.encode(GOOD["ctx"]).tolist(),
-            [tokenizer.encode(f" {ending}").tolist() for ending in GOOD["endings"]],
-            3,
-        ),
-        Item(
-            tokenizer.encode("Café").tolist(),
-            [tokenizer.encode(f" {ending}").tolist() for ending in ("un", "deux mots", "trois", "quatre")],
-            0,
-        ),
-    ]
-
-
-def test_empty_lines_are_passed_over_and_still_counted() -> None:
-    assert len(hellaswag_items(b"\n" + lines(GOOD) + b"\n \n" + lines(GOOD_TOO) + b"\r\n\n", "val.jsonl")) == 2
-    with pytest.raises(SourceInvalid, match=r"line 4\b"):
-        hellaswag_items(b"\n" + lines(GOOD) + b"\n \n{}\n", "val.jsonl")
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        pytest.param(b"no json", id="no JSON"),
-        pytest.param(b"\xff\xfe{}", id="no UTF-8"),
-        pytest.param(lines(GOOD)[:-5], id="cut in half"),
-        pytest.param(lines([1, 2]), id="a list"),
-        pytest.param(lines("text"), id="a string"),
-        pytest.param(lines({"ctx": "x", "endings": list("abcd")}), id="no label"),
-        pytest.param(lines({"ctx": "x", "label": 1}), id="no endings"),
-        pytest.param(lines({"endings": list("abcd"), "label": 1}), id="no context"),
-        pytest.param(lines(GOOD | {"endings": list("abc")}), id="three endings"),
-        pytest.param(lines(GOOD | {"endings": list("abcde")}), id="five endings"),
-        pytest.param(lines(GOOD | {"endings": None}), id="null for endings"),
-        pytest.param(lines(GOOD | {"endings": "abcd"}), id="a string for endings"),
-        pytest.param(lines(GOOD | {"endings": ["a", "b", "", "d"]}), id="an empty ending"),
-        pytest.param(lines(GOOD | {"endings": ["a", "b", 3, "d"]}), id="a number for an ending"),
-        pytest.param(lines(GOOD | {"ctx": ""}), id="an empty context"),
-        pytest.param(lines(GOOD | {"ctx": 5}), id="a number for a context"),
-        pytest.param(lines(GOOD | {"ctx": ["a"]}), id="a list for a context"),
-        pytest.param(lines(GOOD | {"label": 4}), id="label 4"),
-        pytest.param(lines(GOOD | {"label": -1}), id="label -1"),
-        pytest.param(lines(GOOD | {"label": 1.5}), id="label 1.5"),
-        pytest.param(lines(GOOD | {"label": "x"}), id="label x"),
-        pytest.param(lines(GOOD | {"label": ""}), id="the empty label of the test split"),
-        pytest.param(lines(GOOD | {"label": None}), id="null for a label"),
-    ],
-)
-def test_a_malformed_line_is_named(line: bytes) -> None:
-    with pytest.raises(SourceInvalid, match=r"val\.jsonl.*line 2\b"):
-        hellaswag_items(lines(GOOD) + b"\n" + line + b"\n" + lines(GOOD), "val.jsonl")
-
-
-@pytest.mark.parametrize("body", [b"", b"\n\n"])
-def test_a_file_without_items_is_refused(body: bytes) -> None:
-    with pytest.raises(SourceInvalid, match=r"val\.jsonl"):
-        hellaswag_items(body, "val.jsonl")
-
-
-# Items made of documents
 
 
 def made_document(number: int, tokens: int = 100) -> list[int]:
