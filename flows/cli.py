@@ -181,6 +181,7 @@ def generate(
     drawn = asked.evaluation
     words = [sys.executable, "-m", "model.sampling", asked.store_url, asked.name, "--prompt", prompt]
     words += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(drawn.sample_tokens)]
+    words += ["--device", asked.resources.device]
     words += ["--temperature", str(drawn.temperature), "--top-k", str(drawn.top_k), "--top-p", str(drawn.top_p)]
     raise typer.Exit(subprocess.run(words, check=False).returncode)
 
@@ -329,10 +330,10 @@ def _summary(facts: dict[str, Any], config: RunConfig) -> None:
             )
         )
     rows.append(("training", f"{training['steps']:,} steps{learnt}"))
-    for evaluation in facts["evaluations"]:
-        rows.append(
-            (evaluation["name"], ", ".join(f"{name} {value:.4f}" for name, value in evaluation["metrics"].items()))
-        )
+    for found in facts["evaluations"]:
+        if found["metrics"]:
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
+            rows.append((found["name"], f"{metrics} (step {found['step']:,})"))
     if facts["samples"]:
         written = facts["samples"][0]["texts"][0]
         rows.append(("sample", " ".join((written["prompt"] + written["text"]).split())))

@@ -82,7 +82,7 @@ def _of(runs: list[Facts], run: Facts, label: str) -> str:
 def _published(runs: list[Facts], family: str) -> dict[str, float]:
     """The published numbers of the family's metrics, by what is written beside them."""
     found = {one.metric: one for run in runs for one in run["references"].values() if _family(one.metric) == family}
-    return {f"{metric}: {one.value:.4f}, {one.what}": one.value for metric, one in found.items()}
+    return {f"{one.what}, {metric}: {one.value:.4f}": one.value for metric, one in found.items()}
 
 
 def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:
@@ -103,7 +103,8 @@ def _plot(unit: str, series: list[Series], published: dict[str, float]) -> Calla
         for (label, value), colour in zip(published.items(), cycle(COLOURS[::-1]), strict=False):
             axes.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
         if len(series) + len(published) > 1 or series[0].marked:
-            axes.legend(frameon=False, fontsize=8)
+            axes.figure.legend(frameon=False, fontsize=8, loc="outside lower left")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
 

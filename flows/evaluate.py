@@ -67,6 +67,20 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
             future.wrapped_future.add_done_callback(lambda _: bar.advance())
         processes.serve(futures)
     bar.close()
+    return Evaluated(_answers(config.name, jobs, futures, failures))
+
+
+def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
+    """Run the stage with at most `resources.concurrent_evaluations` at once. Returns the state that it ended in."""
+    runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
+    state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
+    return state
+
+
+def _answers(
+    run: str, jobs: list[Job], futures: list[PrefectConcurrentFuture[Any]], failures: list[tuple[str, Exception]]
+) -> list[dict[str, Any]]:
+    """What each evaluation answered, as a table in Prefect's UI too; raises when one failed, or `failures` has one."""
     rows = [{"evaluation": name, "step": "", "state": "Failed", "found": str(why)} for name, why in failures]
     results = []
     for job, future in zip(jobs, futures, strict=True):
@@ -81,7 +95,7 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
             found = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
             rows.append(row | {"state": str(future.state.name), "found": found})
     shown = [row | {"found": row["found"][:300]} for row in rows]
-    create_table_artifact(shown, key="evaluations", description=f"Evaluations of {config.name}")
+    create_table_artifact(shown, key="evaluations", description=f"Evaluations of {run}")
     for name, why in failures:
         say("evaluate", f"{name} failed: {why}")
     made = sum(row["state"] == "Completed" for row in rows)
@@ -89,22 +103,14 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     if failures:
         said = "\n".join(f"{name}: {why}" for name, why in failures)
         raise JobFailed(said) if any(isinstance(why, JobFailed) for _, why in failures) else JobRefused(said)
-    return Evaluated(results)
-
-
-def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
-    """Run the stage with at most `resources.concurrent_evaluations` at once. Returns the state that it ended in."""
-    runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
-    state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
-    return state
+    return results
 
 
 def chosen(store: Store, run: str, asked: EvaluationConfig) -> list[CheckpointRecord]:
     """The checkpoints that `evaluation.checkpoint` names, oldest first. Raises ObjectMissing when there is none."""
     kept = checkpoints(store, run)
-    found = {"last": kept[-1:], "every": kept}.get(str(asked.checkpoint))
-    if found is None:
-        found = [record for record in kept if record.step == asked.checkpoint]
+    named = {"last": kept[-1:], "every": kept}
+    found = named.get(asked.checkpoint) or [record for record in kept if str(record.step) == asked.checkpoint]
     if not found:
         steps = ", ".join(f"{record.step:,}" for record in kept)
         there = f"those of steps {steps}. Give one of these" if kept else "none of it. Train it first: gpt2 train"

@@ -32,19 +32,16 @@ def write_report(run_name: str, store_url: str) -> dict[str, Any]:
         create_image_artifact(
             f"data:image/svg+xml;base64,{image}", key=f"plot-{key}", description=f"{title}, {run_name}"
         )
-    return {name: facts[name] for name in ("name", "dataset", "training")} | {
-        "evaluations": newest(facts["evaluations"]),
-        "samples": facts["samples"][:1],
-        "report": keys.report(run_name, "html"),
-    }
+    shown = {name: facts[name] for name in ("name", "dataset", "training")}
+    return shown | {"samples": facts["samples"][:1], "report": keys.report(run_name, "html")}
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
-def report(config: RunConfig, after: Evaluated | Trained | None = None) -> dict[str, Any]:  # noqa: ARG001  # what it waits for
-    """Write the run's report with whatever is there."""
+def report(config: RunConfig, after: Evaluated | Trained | None = None) -> dict[str, Any]:  # what it waits for
+    """Write the run's report with whatever is there. Returns facts of it, and what the evaluations before answered."""
     facts = write_report(config.name, config.store_url)
     say("report", f"written to {config.store_url.rstrip('/')}/{facts['report']}")
-    return facts
+    return facts | {"evaluations": after.results if isinstance(after, Evaluated) else []}
 
 
 def keep_report(store: Store, run: str) -> Facts:
@@ -109,7 +106,7 @@ def markdown(runs: list[Facts]) -> str:
         else:
             lines += ["A model that was imported"]
         if data:
-            lines += ["", f"Dataset {data['name']}, manifest `{data['manifest']}`; {data['leaks']}", ""]
+            lines += ["", f"Dataset {data['name']}, manifest `{data['manifest']}`; leaks: {data['leaks']}", ""]
             lines += ["| split | shards | documents | tokens |", "| --- | ---: | ---: | ---: |"]
             lines += [
                 f"| {split} | {sums['shards']:,} | {sums['documents']:,} | {sums['tokens']:,} |"

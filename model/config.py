@@ -178,8 +178,10 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """What is asked of a trained model: free to differ each time, every evaluation holds what it was asked."""
 
-    checkpoint: Literal["last", "every"] | Annotated[int, Field(ge=0)] = Field(
-        "last", description="Which checkpoint is evaluated: the last one, every one that is kept, or that of a step."
+    checkpoint: str = Field(
+        "last",
+        pattern="^(last|every|[0-9]+)$",
+        description="Which checkpoint is evaluated: the last one, every one that is kept, or that of a step.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Arithmetic of an evaluation; bf16 is faster on a GPU and moves a few answers."

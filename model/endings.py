@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.items import Item
 
-ROWS, ROW_TOKENS = 64, 4_096  # of one forward pass, at most: the mask and the logits of more fit no small machine
+ROWS = 256  # of one forward pass, at most
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def rows(items: Sequence[Item], context_tokens: int) -> list[Row]:
     return sorted(found, key=lambda row: -row.tokens)
 
 
-def batches(sorted_rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Neighbours together, of about the same length; no more at once than the limits say."""
+def batches(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
+    """Neighbours together, of about the same length: with their padding `most_tokens` at once, or a single one."""
     batch: list[Row] = []
     for row in sorted_rows:
-        if batch and (len(batch) == ROWS or (len(batch) + 1) * batch[0].tokens > ROW_TOKENS):
+        if batch and (len(batch) == ROWS or (len(batch) + 1) * batch[0].tokens > most_tokens):
             yield batch
             batch = []
         batch.append(row)

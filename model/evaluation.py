@@ -4,7 +4,6 @@ Losses are sums over tokens, in nats, so that they depend neither on the batch s
 Shapes: B batch, T time, C channels, V vocabulary, N scored tokens, U places that they are foretold at.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +20,8 @@ from model.items import ENDINGS, Item
 from model.loader import DataLoader, inputs_and_targets, widened
 
 EVALUATION_SEQUENCES = 8  # windows in one forward pass
-HEAD_TOKENS = 1_024  # of the vocabulary at once
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}  # of items at once: an H100 was 4.8 times as fast in bf16 with the more
+HEAD_PLACES, HEAD_TOKENS = 512, 1_024  # rows and columns of logits at once
 
 
 class Evaluator:
@@ -78,7 +78,7 @@ class Evaluator:
         losses = np.zeros(len(items) * ENDINGS)
         mine = rows(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
         done = 0
-        for batch in batches(mine):
+        for batch in batches(mine, BATCH_TOKENS["cuda" if self.ddp.device.type == "cuda" else "cpu"]):
             laid = lay_out(batch, ENDINGS, self.ddp.device)
             with self.autocast():
                 x_BTC = self.model.hidden(laid.tokens_BT, laid.positions_BT, laid.mask_B1TT)
@@ -89,18 +89,27 @@ class Evaluator:
         return self.ddp.sum(everywhere).cpu().numpy().reshape(-1, ENDINGS)
 
     def _losses(self, x_UC: Tensor, place_of_N: Tensor, targets_N: Tensor) -> Tensor:
-        """The loss of each target where it is foretold, on the processor: log of the summed odds, less its own logit.
-
-        The head sees each place once, and some of the vocabulary at a time, so that logits stay in the cache: 1.5 times
-        as fast as `logsumexp` of whole ones on 2 cores.
-        """
+        """The loss of each target where it is foretold, on the processor. The head sees each place once."""
         head_VC = unpadded(EMBEDDING, self.model.head_VC)
-        most_U = torch.full((len(x_UC),), -math.inf, device=x_UC.device)
-        odds_U = torch.zeros(len(x_UC), device=x_UC.device)
-        for part_VC in torch.split(head_VC, HEAD_TOKENS):
-            logits_UV = F.linear(x_UC, part_VC).float()
-            before_U, most_U = most_U, torch.maximum(most_U, logits_UV.amax(-1))
-            odds_U = odds_U * (before_U - most_U).exp_() + logits_UV.sub_(most_U[:, None]).exp_().sum(-1)
+        log_odds_U = torch.cat([_log_odds(part_UC, head_VC) for part_UC in torch.split(x_UC, HEAD_PLACES)])
         logits_N = (x_UC[place_of_N] * head_VC[targets_N]).sum(-1)
-        log_odds_U = odds_U.cpu().double().log_().float()  # equal odds give equal losses, whichever code takes the log
-        return (log_odds_U + most_U.cpu())[place_of_N.cpu()] - logits_N.float().cpu()
+        return log_odds_U[place_of_N.cpu()] - logits_N.float().cpu()
+
+
+def _log_odds(x_UC: Tensor, head_VC: Tensor) -> Tensor:
+    """The logarithm of the summed exponentials of each place's logits, on the processor.
+
+    There some of the vocabulary is taken at a time, so that logits stay in the cache, and the largest logit is looked
+    for among the first of them alone: 1.9 times as fast as `logsumexp` of whole logits on 2 cores.
+    """
+    at_once = HEAD_TOKENS if x_UC.device.type == "cpu" else len(head_VC)
+    odds_U = torch.zeros(len(x_UC), device=x_UC.device)
+    most_U: Tensor | None = None
+    for part_VC in torch.split(head_VC, at_once):
+        logits_UV = F.linear(x_UC, part_VC).float()
+        most_U = logits_UV.amax(-1) if most_U is None else most_U
+        odds_U += logits_UV.sub_(most_U[:, None]).exp_().sum(-1)
+    if most_U is None or not odds_U.isfinite().all():  # a later logit is 88 above the first ones
+        return F.linear(x_UC, head_VC).float().logsumexp(-1).cpu()
+    # Through float64, so that equal odds give equal losses whichever code takes the logarithm
+    return odds_U.cpu().double().log_().float() + most_U.cpu()

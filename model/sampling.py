@@ -14,6 +14,7 @@ from torch import Tensor
 from model import tokenizer
 from model.checkpoint import load_weights
 from model.config import EvaluationConfig, ModelConfig
+from model.distributed import DDPConfig
 from model.gpt import GPT
 from model.history import checkpoints
 from storage.errors import ObjectMissing, StorageError
@@ -50,12 +51,7 @@ def grow(
     """
     model.eval()
     context_tokens, device = model.config.context_tokens, model.head_VC.device
-    ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
-    if len(ids) > context_tokens:
-        raise ValueError(
-            f"the prompt {prompt!r:.40}: at most {context_tokens - 1:,} tokens fit before the first new one "
-            f"(model.context_tokens less one for <|endoftext|>), found {len(ids) - 1:,}. Shorten it."
-        )
+    ids = prompt_ids(prompt, context_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(ids) for _ in seeds]
     past, fed_BT = model.no_past(len(seeds)), torch.tensor([ids], device=device)  # all begin alike: one row is enough
@@ -75,6 +71,17 @@ def grow(
             fed_BT = torch.tensor([text[-max(context_tokens // 2, 1) :] for text in texts], device=device)
         else:
             fed_BT = torch.tensor(drawn, device=device)[:, None]
+
+
+def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
+    """What the model is fed first: a document's beginning. Raises ValueError when that is longer than its context."""
+    ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
+    if len(ids) > context_tokens:
+        raise ValueError(
+            f"the prompt {prompt!r:.40}: at most {context_tokens - 1:,} tokens fit before the first new one "
+            f"(model.context_tokens less one for <|endoftext|>), found {len(ids) - 1:,}. Shorten it."
+        )
+    return ids
 
 
 def draw(logits_BV: Tensor, drawing: Drawing, chances_B: Tensor) -> Tensor:
@@ -120,29 +127,38 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=defaults.top_k)
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
     try:
         EvaluationConfig(
             temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, sample_tokens=asked.tokens
         )
         model, _ = newest_model(open_store(asked.store_url), asked.run)
+        prompt_ids(asked.prompt, model.config.context_tokens)  # is refused before anything is shown
+        model.to(DDPConfig.detect({}, asked.device).device)
     except (ValueError, StorageError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     drawing = Drawing(asked.temperature, asked.top_k, asked.top_p)
     for index in range(asked.samples):
-        sys.stdout.write(asked.prompt)
-        ids: list[int] = []
-        shown = ""
-        for (drawn,) in grow(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]):
-            ids.append(drawn)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # half a character: wait for its other tokens
-                sys.stdout.write(text[len(shown) :])
-                sys.stdout.flush()
-                shown = text
+        _show(asked.prompt, grow(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]))
         sys.stdout.write("\n\n" if index + 1 < asked.samples else "\n")
     return 0
+
+
+def _show(prompt: str, drawn: Iterator[tuple[int, ...]]) -> None:
+    """The prompt and each token as it comes, once it completes a character."""
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    waiting: list[int] = []
+    for ids in drawn:
+        waiting += ids
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):  # half a character: wait for its other tokens
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            waiting = []
+    sys.stdout.write(tokenizer.decode(waiting))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     (tmp_path / "items.jsonl").write_text(item * 3)
     config = tiny_config(str(tmp_path / "store"), source, f"evaluation.hellaswag={tmp_path / 'items.jsonl'}")
     facts = pretrain(config)
-    assert {evaluation["name"] for evaluation in facts["evaluations"]} == {"hellaswag", "val_loss"}
+    assert [evaluation["name"] for evaluation in facts["evaluations"]] == ["val_loss", "hellaswag", "samples"]
     store = open_store(config.store_url)
     run = read_run(store, "tiny")
     assert run.items is not None

@@ -254,13 +254,24 @@ def test_the_ranks_share_the_items(model: GPT, ranks: int) -> None:
     assert all((ddp.mine[0] != 0).sum() < total.size for ddp in everyone)
 
 
+def test_a_logit_far_above_those_of_the_first_tokens_overflows_nothing() -> None:
+    model = unigram_model({40_000: 1.0})
+    with torch.no_grad():
+        model.transformer.wte.weight[:40_000, 0] = -500
+    assert losses_of(model, item_of([1], [[40_000], [7], [40_000, 7], [7, 9]]))[0] == pytest.approx(
+        [0, 500, 500, 1_000]
+    )
+
+
 def test_each_context_is_fed_once_and_no_row_is_much_shorter_than_its_batch() -> None:
     items = [item for item in many_items() if len(item.context) + max(map(len, item.endings)) <= T]
     made = rows(items, T)
     assert sum(row.tokens for row in made) == sum(
         len(item.context) + sum(len(ending) - 1 for ending in item.endings) for item in items
     )
-    together = list(batches(made))
+    together = list(batches(made, 300))
+    assert all(len(batch) * batch[0].tokens <= 300 for batch in together)
+    assert len(together) > 1
     assert [row for batch in together for row in batch] == made
     assert [row.tokens for row in made] == sorted((row.tokens for row in made), reverse=True)
 

@@ -97,7 +97,7 @@ def test_other_settings_under_another_name_are_another_run(store: Store) -> None
     [
         ["resources.workers=3"], ["resources.runner=processes"], ["resources.processes=2"], ["store_url=/elsewhere"],
         ["resources.concurrent_evaluations=3", "store_url=file:///x"],
-        ["evaluation.samples=9", "evaluation.checkpoint=every", 'evaluation.prompts=["x"]'],
+        ["evaluation.samples=9", "evaluation.checkpoint=5000", 'evaluation.prompts=["x"]'],
     ],
 )  # fmt: skip
 def test_how_it_runs_and_what_it_is_asked_may_differ_from_start_to_start(store: Store, overrides: list[str]) -> None:

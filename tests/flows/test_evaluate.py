@@ -1,0 +1,278 @@
+"""Evaluations under Prefect: of every checkpoint, asked again otherwise, killed, of models from outside; reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flows import cli, launch
+from flows.facts import REFERENCES, references, run_facts
+from flows.pretrain import evaluate_and_report
+from flows.report import markdown, page
+from flows.status import run_status
+from model.__main__ import run_job
+from model.config import RunConfig
+from model.history import checkpoints
+from model.job import JobFailed, ask
+from model.run import pin_run, training_job
+from storage import keys
+from storage.errors import ObjectMissing
+from storage.layout import open_store
+from storage.manifest import Manifest
+from storage.store import read_json
+from tests.flows.console import ask as asked_of
+from tests.flows.console import poll
+from tests.making import build_dataset, document, tiny_config, write_parquet
+
+ROOT = Path(__file__).parent.parent.parent
+PREFECT = str(Path(sys.executable).with_name("prefect"))
+
+
+def trained(folder: Path, *overrides: str) -> tuple[RunConfig, Manifest]:
+    """A run of 12 steps with checkpoints of steps 4, 8 and 12, and its dataset."""
+    texts = [document(number, 90) for number in range(80)]
+    source = write_parquet(folder / "source" / "file.parquet", texts)
+    config = tiny_config(str(folder / "store"), str(source), "resources.concurrent_evaluations=2", *overrides)
+    manifest = build_dataset(config)
+    store = open_store(config.store_url)
+    job = training_job(pin_run(store, config, manifest.digest, None))
+    assert run_job(store.url, ask(store, job)) == 0
+    return config, manifest
+
+
+def newest_task(api: str, task: str, state: str) -> dict[str, Any]:
+    """The newest run of a task of that name, once it has come to the state."""
+    asked = {"task_runs": {"name": {"any_": [task]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+
+    def found() -> dict[str, Any] | None:
+        [newest] = asked_of(api, "/task_runs/filter", asked)
+        return newest if newest["state_name"] == state else None
+
+    newest: dict[str, Any] = poll(found)
+    return newest
+
+
+def changed(config: RunConfig, **evaluation: Any) -> RunConfig:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+
+
+def items(path: Path, count: int = 6) -> str:
+    """A file of HellaSwag items."""
+    parts = {"ctx": "The model learns", "activity_label": "Learning", "ctx_a": "The model", "ctx_b": "learns"}
+    endings = ["to write text.", "one token after another.", "because", "the of a"]
+    path.write_text("\n".join(json.dumps(parts | {"endings": endings, "label": n % 4}) for n in range(count)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return trained(tmp_path_factory.mktemp("run"))[0]
+
+
+@pytest.mark.full
+def test_every_kept_checkpoint_is_evaluated_and_makes_a_curve(api: str, run: RunConfig, tmp_path: Path) -> None:
+    """The run was trained alone, so it is pinned to no items: they are mirrored when they are asked for."""
+    config = changed(run, checkpoint="every", hellaswag=items(tmp_path / "items.jsonl"))
+    facts = evaluate_and_report(config)
+    store = open_store(run.store_url)
+    there = {listed.key.rpartition("evaluations/")[2] for listed in store.list(keys.all_evaluations("tiny"))}
+    names = ("val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json")
+    assert there == {f"{step:06d}/{name}" for step in (4, 8, 12) for name in names}
+    assert [one["step"] for one in facts["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
+    shown = run_facts(store, "tiny")
+    assert [one["step"] for one in shown["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
+    assert [one["step"] for one in shown["samples"]] == [12, 8, 4]
+    text = store.read(keys.report("tiny", "html")).body.decode()
+    for said in ("hellaswag_harness", "step 4,", "step 8,", "6 items, 5 of them repeated", "0.3114", "harness style"):
+        assert said in text
+    assert "3.2924" not in text  # of windows of another length
+    lines = {line.what.strip(): line.state for line in run_status(store, "tiny")}
+    assert lines["hellaswag"] == lines["val_loss"] == "done, of 2 earlier checkpoints too"
+
+
+def test_one_checkpoint_that_is_named_is_evaluated_alone_and_one_that_is_not_there_is_refused(
+    api: str, run: RunConfig
+) -> None:
+    facts = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
+    assert [one["step"] for one in facts["evaluations"] if "val_loss_t32_of_320" in one["metrics"]] == [8]
+    with pytest.raises(ObjectMissing, match=r"checkpoint '5'.*steps 4, 8, 12"):
+        evaluate_and_report(changed(run, checkpoint="5"))
+
+
+def test_a_finished_run_may_be_asked_something_else_and_then_the_first_again(api: str, run: RunConfig) -> None:
+    def prompts(config: RunConfig) -> set[str]:
+        evaluate_and_report(config)
+        kept = read_json(open_store(run.store_url), keys.evaluation("tiny", 12, "samples")) or {}
+        return {one["prompt"] for one in kept["samples"]}  # type: ignore[union-attr,index,call-overload]
+
+    first, other = changed(run, prompts=("One",)), changed(run, prompts=("Two", ""))
+    assert [prompts(config) for config in (first, other, first)] == [{"One"}, {"Two", ""}, {"One"}]
+
+
+@pytest.mark.full
+def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_succeeds(
+    api: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[datetime] = []
+    start = launch._Request.start
+
+    def kill(self: launch._Request) -> None:
+        start(self)
+        if "val_loss" in self.words[4] and not killed:
+            process = self.process
+            assert process is not None
+            poll(lambda: self.tail)  # it has said what it computes on
+            killed.append(datetime.now(UTC))
+            os.kill(process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(launch._Request, "start", kill)
+    config = changed(run, checkpoint="4", validation_tokens=64)
+    with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu"):
+        evaluate_and_report(config)
+    store = open_store(run.store_url)
+    assert read_json(store, keys.evaluation("tiny", 4, "val_loss")) is None
+    assert read_json(store, keys.evaluation("tiny", 4, "samples")) is not None
+    assert "SIGKILL" in {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"]
+    ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
+    assert ended - killed[0] < timedelta(seconds=10)
+    body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
+    [newest, *_] = asked_of(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
+    assert newest["state_type"] == "FAILED"
+    words = ["flow-run", "retry", newest["id"], "--entrypoint", "flows/pretrain.py:evaluate_and_report"]
+    done = subprocess.run([PREFECT, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert asked_of(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
+    assert {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"] == ""
+    assert newest_task(api, "val_loss-4", "Completed")["end_time"] > ended.isoformat()
+    newest_task(api, "samples-4", "Skipped")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"ctx": "x", "endings": ["a", "b"', "line 1 should be a HellaSwag item"),
+        (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "KeyError: 'activity_label'"),
+        (None, "No such file"),
+    ],
+    ids=["cut", "fields missing", "no file"],
+)
+def test_items_that_cannot_be_read_fail_hellaswag_alone(
+    api: str, run: RunConfig, tmp_path: Path, body: bytes | None, said: str
+) -> None:
+    path = tmp_path / "items.jsonl"
+    if body is not None:
+        path.write_bytes(body)
+    with pytest.raises((ValueError, JobFailed), match="hellaswag") as refused:
+        evaluate_and_report(changed(run, hellaswag=str(path), sample_tokens=5))
+    assert said in str(refused.value) or body is None
+    store = open_store(run.store_url)
+    kept = read_json(store, keys.evaluation("tiny", 12, "samples")) or {}
+    assert len(kept["samples"]) == 1  # type: ignore[arg-type]
+    assert "samples" in store.read(keys.report("tiny", "md")).body.decode().lower()
+
+
+# Models from outside
+
+
+Gpt2 = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gpt2:
+    """A function that runs the console in this process."""
+
+    def said(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpt2", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        found = capsys.readouterr()
+        return ended.value.code, found.out, found.err
+
+    return said
+
+
+def published(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64)).save_pretrained(folder)
+    return folder
+
+
+def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp_path: Path) -> None:
+    folder = published(tmp_path / "my model", 1)
+    settings = [f"store_url={tmp_path / 'store'}", f"evaluation.hellaswag={items(tmp_path / 'items.jsonl')}",
+                "evaluation.samples=1", "evaluation.sample_tokens=3"]  # fmt: skip
+    words = ["evaluate", "--model", str(folder), *(word for one in settings for word in ("--set", one))]
+    code, out, err = gpt2(*words)
+    assert code == 0, (out, err)
+    assert "has no version here, so there is no val loss" in out
+    assert "hellaswag_harness_acc_norm" in out
+    store = open_store(str(tmp_path / "store"))
+    assert checkpoints(store, "my_model")[0].model["context_tokens"] == 64
+    assert "A model that was imported" in store.read(keys.report("my_model", "md")).body.decode()
+    assert run_status(store, "my_model")[0].state == "a model that was imported, not trained here"
+    code, out, _ = gpt2(*words)
+    assert code == 0
+    assert "2 of 2 evaluations done, 0 made now" in out
+    other = published(tmp_path / "other" / "my model", 2)
+    code, _, err = gpt2("evaluate", "--model", str(other), *words[3:])
+    assert code == 2
+    assert "another model under that name" in err
+
+
+# Reports
+
+
+def test_two_runs_stand_side_by_side_on_one_page_and_ask_for_nothing(
+    run: RunConfig, gpt2: Gpt2, tmp_path: Path
+) -> None:
+    store = open_store(run.store_url)
+    other = run.model_copy(update={"name": "second", "train": run.train.model_copy(update={"seed": 7})})
+    manifest = pin_run(store, run, "", None).manifest
+    assert run_job(store.url, ask(store, training_job(pin_run(store, other, manifest, None)))) == 0
+    words = ["report", "tiny", "second", "--set", f"store_url={run.store_url}"]
+    for name in ("both.html", "both.md"):
+        assert gpt2(*words, "--to", str(tmp_path / name))[0] == 0
+    html, text = ((tmp_path / name).read_text() for name in ("both.html", "both.md"))
+    for said in ("Runs tiny, second", "second: train.seed is 7, asked for 1337", "tiny training", "second training"):
+        assert said in html
+    assert "# Run tiny" in text
+    assert "# Run second" in text
+    addresses = [part for part in html.split('"') if part.startswith(("http://", "https://"))]
+    assert [one for one in addresses if "w3.org" not in one] == []
+    code, _, err = gpt2(*words)
+    assert code == 2
+    assert "--to" in err
+    code, _, err = gpt2("report", "none-such", *words[3:])
+    assert code == 2
+    assert "none-such" in err
+
+
+def test_a_published_number_is_shown_beside_the_same_metric_alone(run: RunConfig) -> None:
+    facts = run_facts(open_store(run.store_url), "tiny")
+    one = {
+        "name": "val_loss", "step": 12, "metrics": {"val_loss_t1024": 3.5}, "conventions": {"val_loss_t1024": "c"},
+        "data": "d", "tokens": 9, "precision": "fp32",
+    }  # fmt: skip
+    for metric, source, shown in (
+        ("val_loss_t1024", "HuggingFaceFW/fineweb-edu", True),
+        ("val_loss_t1024", "files/*.parquet", False),
+        ("val_loss_t512", "HuggingFaceFW/fineweb-edu", False),
+        ("val_loss_t1024_of_8192", "HuggingFaceFW/fineweb-edu", False),
+        ("hellaswag_completion_acc_norm", "anything", True),
+    ):
+        named = one | {"metrics": {metric: 0.5}, "conventions": {metric: "c"}}
+        found = references([named], facts["dataset"] | {"source": source})
+        assert (metric in found) == shown
+        asked = facts | {"evaluations": [named], "references": found}
+        published_there = [f"{reference.value:.4f}" in page([asked]).decode() for reference in REFERENCES]
+        assert any(published_there) == shown
+        assert markdown([asked]).count("GPT-2 124M") == shown
