@@ -151,8 +151,10 @@ def report(
     """Write the report of a run again, or one page that compares several: gpt2 report A B --to both.html"""
     asked = load_config(config, overrides or [])
     store, names = open_store(asked.store_url), names or [asked.name]
+    if to is not None and to.suffix not in (".html", ".md"):
+        raise ValueError(f"--to {to}: a name that ends in .html or .md was expected. Give such a one.")
     if len(names) > 1 and to is None:
-        raise ValueError(f"report {' '.join(names)}: a file for the page was expected. Write --to both.html")
+        to = Path(f"{'-'.join(names)}.html")
     from flows import report as pages
     from flows.facts import run_facts
 
@@ -334,8 +336,7 @@ def _summary(facts: dict[str, Any], config: RunConfig) -> None:
         if found["metrics"]:
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
             rows.append((found["name"], f"{metrics} (step {found['step']:,})"))
-    if facts["samples"]:
-        written = facts["samples"][0]["texts"][0]
+    for written in [text for drawn in facts["samples"] for text in drawn["texts"]][:1]:
         rows.append(("sample", " ".join((written["prompt"] + written["text"]).split())))
     rows += [
         ("report", f"{config.store_url.rstrip('/')}/{facts['report']}"),

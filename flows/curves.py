@@ -22,15 +22,16 @@ class Series:
     """Points (step, value, standard error) under one label: joined by a line, or marked each."""
 
     label: str
+    run: int  # whose it is: several runs have a colour each
     points: list[tuple[int, float, float]]
-    marked: bool = False
+    marked: str = ""
 
 
 def curves(runs: list[Facts]) -> dict[str, str]:
     """Title and inline SVG of each plot that there is something to draw for."""
     drawn = {"Loss": _draw("Loss", "nats a token", list(_losses(runs)), _published(runs, "val_loss"))}
     for title, (name, unit) in OF_TRAINING.items():
-        drawn[title] = _draw(title, unit, [_trained(run, name, _of(runs, run, "")) for run in runs], {})
+        drawn[title] = _draw(title, unit, [_trained(runs, place, name, "") for place in range(len(runs))], {})
     for family in dict.fromkeys(
         _family(metric) for run in runs for one in run["evaluations"] for metric in one["metrics"]
     ):
@@ -40,27 +41,28 @@ def curves(runs: list[Facts]) -> dict[str, str]:
 
 
 def _losses(runs: list[Facts]) -> Iterator[Series]:
-    for run in runs:
-        yield _trained(run, "loss", _of(runs, run, "training"))
+    for place, run in enumerate(runs):
+        yield _trained(runs, place, "loss", "training")
         validated = [(line["step"] + 1, line["val_loss"], 0.0) for line in run["metrics"] if "val_loss" in line]
-        yield Series(_of(runs, run, "val, while training"), validated, marked=True)
+        yield Series(_of(runs, run, "val, while training"), place, validated, "o")
     yield from _evaluated(runs, "val_loss")
 
 
-def _trained(run: Facts, name: str, label: str) -> Series:
-    points = [(line["step"] + 1, line[name], 0.0) for line in run["metrics"] if line[name] is not None]
-    return Series(label, thinned(points))
+def _trained(runs: list[Facts], place: int, name: str, label: str) -> Series:
+    points = [(line["step"] + 1, line[name], 0.0) for line in runs[place]["metrics"] if line[name] is not None]
+    return Series(_of(runs, runs[place], label), place, thinned(points))
 
 
 def _evaluated(runs: list[Facts], family: str) -> Iterator[Series]:
-    for run in runs:
+    for place, run in enumerate(runs):
         found: dict[str, list[tuple[int, float, float]]] = {}
         for one in run["evaluations"]:
             for metric, value in one["metrics"].items():
                 if _family(metric) == family:
                     error = one.get("standard_errors", {}).get(metric, 0.0)
                     found.setdefault(metric, []).append((one["step"], value, error))
-        yield from (Series(_of(runs, run, metric), points, marked=True) for metric, points in found.items())
+        for (metric, points), mark in zip(found.items(), cycle("Ds^v"), strict=False):
+            yield Series(_of(runs, run, metric), place, points, mark)
 
 
 def thinned(points: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
@@ -88,16 +90,20 @@ def _published(runs: list[Facts], family: str) -> dict[str, float]:
 def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:
     """The plot, or nothing where there is no point."""
     series = [one for one in series if one.points]
-    return draw(title, _plot(unit, series, published)) if series else ""
+    labels = len(series) + len(published)
+    return draw(title, _plot(unit, series, published), 3 + 0.17 * labels * (labels > 1)) if series else ""
 
 
 def _plot(unit: str, series: list[Series], published: dict[str, float]) -> Callable[[Any], None]:
     def plot(axes: Any) -> None:
-        for one, colour in zip(series, cycle(COLOURS), strict=False):
+        several = len({one.run for one in series}) > 1
+        for number, one in enumerate(series):
+            colour = COLOURS[(one.run if several else number) % len(COLOURS)]
             steps, values, errors = zip(*one.points, strict=True)
             if one.marked:
-                axes.errorbar(steps, values, errors if any(errors) else None, fmt="o-", color=colour, markersize=4,
-                              linewidth=0.9, capsize=2, label=one.label)  # fmt: skip
+                bars = errors if any(errors) else None
+                how = {"fmt": f"{one.marked}-", "markersize": 4, "linewidth": 0.9, "capsize": 2}
+                axes.errorbar(steps, values, bars, color=colour, label=one.label, **how)
             else:
                 axes.plot(steps, values, color=colour, linewidth=1.4, label=one.label)
         for (label, value), colour in zip(published.items(), cycle(COLOURS[::-1]), strict=False):

@@ -20,6 +20,7 @@ from flows.progress import Bar, say
 from flows.tasks import in_window, passes, transient
 from model import tokenizer
 from model.config import DataConfig, RunConfig
+from model.hellaswag import questions
 from model.run import pinned_run
 from storage.errors import AlreadyExists, SourceInvalid
 from storage.layout import open_store
@@ -80,7 +81,7 @@ def prepare_file(
     retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
 )  # fmt: skip
 def mirror_items(source: str, store_url: str) -> str:
-    """Bring the file of HellaSwag items into the store. Returns its key."""
+    """Bring the file of HellaSwag items into the store. Returns its key. Raises SourceInvalid, naming a bad line."""
     store = open_store(store_url)
     found, _ = list_source(store, source, "", "main", "validation")
     if len(found.files) != 1:
@@ -93,6 +94,7 @@ def mirror_items(source: str, store_url: str) -> str:
         opened = open_source(file)
         with suppress(AlreadyExists):  # named by its content
             store.put_new(file.key, opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes))
+    questions(store.read(file.key).body, file.key)  # a file that cannot be asked is found before anything is trained
     return file.key
 
 

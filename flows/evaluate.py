@@ -1,6 +1,7 @@
 """The fourth stage: fan out the evaluations of checkpoints, each a tracked task and a job of its own process."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, task
@@ -128,8 +129,10 @@ def _data(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[st
     """
     run = pinned_run(store, config)
     if run is not None:
-        same_items = run.config["evaluation"]["hellaswag"] == config.evaluation.hellaswag
-        return run.manifest, run.items if same_items else None
+        asked = config.evaluation.hellaswag
+        # A file on this host is read anew: it may have been mended. One that has gone is in the store.
+        kept = run.config["evaluation"]["hellaswag"] == asked and not Path(asked).is_file()
+        return run.manifest, run.items if kept else None
     if differing := differences(config.model.model_dump(mode="json"), record.model):
         raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Give the settings that it was imported with.")
     newest = latest_manifest(store, config.data.dataset)

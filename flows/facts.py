@@ -1,6 +1,5 @@
 """What there is to tell about a run, from the store alone: training, evaluations, samples, lineage. Draws nothing."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +73,8 @@ def run_facts(store: Store, name: str) -> Facts:
 def read_evaluations(store: Store, run: str) -> list[Facts]:
     """The evaluations of a run that are there, by step and name."""
     listed = sorted(one.key for one in store.list(keys.all_evaluations(run)) if one.key.endswith(".json"))
-    return [json.loads(store.read(key).body) for key in listed]
+    found = (read_json(store, key) for key in listed)  # one that is being made again may have gone meanwhile
+    return [one for one in found if one is not None and "job" in one]
 
 
 def newest(evaluations: list[Facts]) -> list[Facts]:

@@ -96,6 +96,8 @@ def _shard_id(dataset: str, key: str) -> str:
 
 def _of_run(store: Store, name: str, before: float) -> list[Stat]:
     """Checkpoints that retention gives up, files of killed attempts, metrics that no kept checkpoint lists."""
+    if read_json(store, keys.run_config(name)) is None:
+        return []  # an imported model has one checkpoint, and no training that left anything
     run = read_run(store, name)
     asked: Any = read_json(store, training_job(run).key) or {}
     train = run.config["train"] | asked.get("how", {}).get("train", {})  # as it was asked for last

@@ -51,6 +51,9 @@ def build_dataset(config: RunConfig) -> str:
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
     """Evaluate the checkpoints of a run that are asked for, and write its report."""
+    store = open_store(config.store_url)
+    if pinned_run(store, config) is not None:
+        note_asked(store, keys.run_asked(config.name), config)
     return _evaluate_and_report(config, None)
 
 

@@ -65,21 +65,22 @@ def metric_rows(runs: list[Facts]) -> list[dict[str, Any]]:
     for place, run in enumerate(runs):
         for one in newest(run["evaluations"]):
             for metric, value in one["metrics"].items():
-                row = rows.setdefault(metric, {"metric": metric, "values": [""] * len(runs)})
+                row = rows.setdefault(
+                    metric, {"metric": metric, "values": [""] * len(runs), "published": "", "scored": []}
+                )
                 error = one.get("standard_errors", {}).get(metric)
                 row["values"][place] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-                row["convention"] = one["conventions"][metric] + _scored(one)
-                published = run["references"].get(metric)
-                row["published"] = (
-                    f"{published.value:.4f} ({published.what})" if published else row.get("published", "")
-                )
+                row["scored"].append((f"{run['name']}: " if len(runs) > 1 else "") + _scored(one))
+                row["convention"] = "; ".join([one["conventions"][metric], *row["scored"]])
+                if published := run["references"].get(metric):
+                    row["published"] = f"{published.value:.4f} ({published.what})"
     return list(rows.values())
 
 
 def _scored(one: Facts) -> str:
     repeated = f", {one['repeated_items']} of them repeated" if one.get("repeated_items") else ""
     scored = f"{one['items']:,} items{repeated}" if "items" in one else f"{one['tokens']:,} tokens"
-    return f"; {scored}, data {one['data'][:12]}, step {one['step']:,}, {one['precision']}"
+    return f"{scored}, data {one['data'][:12]}, step {one['step']:,}, {one['precision']}"
 
 
 def differing(runs: list[Facts]) -> list[str]:
@@ -88,7 +89,7 @@ def differing(runs: list[Facts]) -> list[str]:
     return [
         f"{run['name']}: {line}"
         for run in runs[1:]
-        for section in run["config"].keys() & first.keys()
+        for section in sorted(run["config"].keys() & first.keys() - {"evaluation"})  # each evaluation says what it was
         for line in differences(first[section], run["config"][section], f"{section}.")
     ]
 

@@ -1,6 +1,7 @@
 """What is done, what is missing and what failed and why: read from the store alone, with no Prefect at all."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from model.history import checkpoints
 from model.job import read_job, read_result
@@ -61,7 +62,8 @@ def run_status(store: Store, name: str) -> list[Line]:
     else:
         run = read_run(store, name)
         lines = _trained(store, run, step)
-        wanted = ["val_loss", "hellaswag" if run.config["evaluation"]["hellaswag"] else "completion", "samples"]
+        asked: Any = read_json(store, keys.run_asked(name)) or run.config
+        wanted = ["val_loss", "hellaswag" if asked["evaluation"]["hellaswag"] else "completion", "samples"]
     lines += _evaluated(store, name, step, wanted)
     reported = any(True for _ in store.list(keys.report(name, "html")))
     return [*lines, Line("  report", "written" if reported else "missing")]

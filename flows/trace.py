@@ -143,4 +143,4 @@ def _evaluation(store: Store, run: Run, step: int, name: str) -> dict[str, Any]:
             f"run {run.name!r} has no evaluation {name!r} of step {step:,}, found {', '.join(there) or 'none'}. "
             f"Give one of these."
         )
-    return {"evaluation": name, "metrics": found["metrics"], "items": run.items if name == "hellaswag" else None}
+    return {"evaluation": name, "metrics": found["metrics"], "items": found.get("file")}

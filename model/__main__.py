@@ -57,7 +57,7 @@ def run_job(store_url: str, job_key: str) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except torch.OutOfMemoryError as error:
-        print(f"error: {_too_large(error)}", file=sys.stderr, flush=True)
+        print(f"error: {_too_large(error, job.kind)}", file=sys.stderr, flush=True)
         return USER_ERROR
     except Exception as error:
         if _is_of_another_rank(error):
@@ -69,9 +69,15 @@ def run_job(store_url: str, job_key: str) -> int:
     return 0
 
 
-def _too_large(error: torch.OutOfMemoryError) -> str:
+def _too_large(error: torch.OutOfMemoryError, kind: str) -> str:
+    said = str(error).partition(". ")[0]
+    if kind != "train":
+        return (
+            f"the GPU's memory does not hold the evaluation {kind}: {said}. Let fewer run at once, --set "
+            f"resources.concurrent_evaluations=1, or leave the GPU out: --set resources.device=cpu"
+        )
     return (
-        f"the GPU's memory does not hold one forward and backward pass: {str(error).partition('. ')[0]}. Write --set "
+        f"the GPU's memory does not hold one forward and backward pass: {said}. Write --set "
         f"train.micro_batch_sequences=… with half of what it is: the batch stays what it is, and the run goes on."
     )
 

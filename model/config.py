@@ -184,7 +184,7 @@ class EvaluationConfig(Section):
         description="Which checkpoint is evaluated: the last one, every one that is kept, or that of a step.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Arithmetic of an evaluation; bf16 is faster on a GPU and moves a few answers."
+        "fp32", description="Arithmetic of losses; bf16 is faster on a GPU and moves a few answers. Samples: fp32."
     )
     validation_tokens: int = Field(0, ge=0, description="Tokens of the val split that are scored; 0: all of them.")
     hellaswag: str = Field(

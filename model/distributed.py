@@ -49,7 +49,8 @@ class DDPConfig:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local_rank} of this host was started, found {torch.cuda.device_count()} GPUs. "
-                f"Start at most one a GPU: --set resources.processes={torch.cuda.device_count()}"
+                f"Start at most one a GPU: --set resources.processes={torch.cuda.device_count()} (of an evaluation: "
+                f"resources.evaluation_processes)"
             )
         torch.cuda.set_device(local_rank)
         return cls(rank, ranks, torch.device("cuda", local_rank))

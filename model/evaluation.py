@@ -82,7 +82,8 @@ class Evaluator:
             laid = lay_out(batch, ENDINGS, self.ddp.device)
             with self.autocast():
                 x_BTC = self.model.hidden(laid.tokens_BT, laid.positions_BT, laid.mask_B1TT)
-                losses_N = self._losses(x_BTC.flatten(0, 1)[laid.places_U], laid.place_of_N, laid.targets_N)
+            # The head in fp32: of two logits that bf16 rounds the difference may be below 0
+            losses_N = self._losses(x_BTC.flatten(0, 1)[laid.places_U].float(), laid.place_of_N, laid.targets_N)
             np.add.at(losses, laid.slots_N.cpu().numpy(), losses_N.double().numpy())
             self.progress(done := done + len(batch), len(mine))
         everywhere = torch.from_numpy(losses).to("cuda" if self.ddp.device.type == "cuda" else "cpu")

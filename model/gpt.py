@@ -34,8 +34,8 @@ def unpadded(name: str, tensor: Tensor) -> Tensor:
 class KeyValues:
     """The keys and values of one block for up to S positions of B texts that grow together: none is made twice."""
 
-    def __init__(self, config: ModelConfig, texts: int, like: Tensor) -> None:
-        shape_BHSD = (texts, config.heads, config.context_tokens, config.width // config.heads)
+    def __init__(self, config: ModelConfig, texts: int, positions: int, like: Tensor) -> None:
+        shape_BHSD = (texts, config.heads, positions, config.width // config.heads)
         self.k_BHSD, self.v_BHSD = like.new_empty(shape_BHSD), like.new_empty(shape_BHSD)
         self.length = 0
 
@@ -178,9 +178,9 @@ class GPT(nn.Module):
         stream_BTC: Tensor = self.transformer(tokens_BT, positions_BT, mask_B1TT, past)
         return stream_BTC
 
-    def no_past(self, texts: int) -> list[KeyValues]:
-        """What is grown by `hidden` while so many texts are written."""
-        return [KeyValues(self.config, texts, self.head_VC) for _ in range(self.config.layers)]
+    def no_past(self, texts: int, positions: int) -> list[KeyValues]:
+        """What is grown by `hidden` while so many texts are written, of so many tokens each: 74 kB a token at 124M."""
+        return [KeyValues(self.config, texts, positions, self.head_VC) for _ in range(self.config.layers)]
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """Scores of the next token, … V."""

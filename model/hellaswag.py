@@ -66,7 +66,8 @@ def harness_style(question: Question) -> Item:
     spaces = cleaned(asked)[len(context) :]
     ids, endings = tokenizer.encode(context).tolist(), [cleaned(ending) for ending in question.endings]
     together = [tokenizer.encode(f"{context}{spaces} {ending}").tolist()[len(ids) :] for ending in endings]
-    return Item(ids, together, question.label, [len(ending) for ending in endings])
+    # Where nothing is left of the context, a document begins
+    return Item(ids or [tokenizer.EOT], together, question.label, [len(ending) for ending in endings])
 
 
 CONVENTIONS: dict[str, tuple[Callable[[Question], Item], str]] = {

@@ -105,17 +105,17 @@ def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str |
     """
     wanted = config.evaluation.model_dump(mode="json")
     common = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS]["sha256"]}
-    common |= {"precision": wanted["precision"]}
+    precision = {"precision": wanted["precision"]}
     val = {"dataset": config.data.dataset, "manifest": manifest}
     seed = {"seed": config.train.seed}
     drawn = {name: wanted[name] for name in ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")}
     validation = {"validation_tokens": wanted["validation_tokens"], "sequence_tokens": config.train.sequence_tokens}
     recipes: dict[str, dict[str, Any]] = {}
     if manifest is not None:
-        recipes["val_loss"] = val | validation
+        recipes["val_loss"] = val | validation | precision
     if items is not None:
-        recipes["hellaswag"] = {"items": items}
+        recipes["hellaswag"] = {"items": items} | precision
     elif manifest is not None and not config.evaluation.hellaswag:
-        recipes["completion"] = val | seed | {"completion_items": wanted["completion_items"]}
+        recipes["completion"] = val | seed | {"completion_items": wanted["completion_items"]} | precision
     recipes["samples"] = seed | drawn
     return [Job(config.name, kind, common | recipe, config.how()) for kind, recipe in recipes.items()]

@@ -33,6 +33,8 @@ class Drawing:
 
 def samples_of(model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seeds: Sequence[int]) -> list[list[int]]:
     """What follows the prompt, one text a seed, all at once: the ids that `grow` gives, up to `<|endoftext|>`."""
+    if not seeds:  # of more ranks than samples one has nothing to do
+        return []
     columns = list(grow(model, prompt, sample_tokens, drawing, seeds))
     texts = (list(ids) for ids in zip(*columns, strict=True)) if columns else ([] for _ in seeds)
     return [ids[: ids.index(tokenizer.EOT)] if tokenizer.EOT in ids else ids for ids in texts]
@@ -54,7 +56,11 @@ def grow(
     ids = prompt_ids(prompt, context_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(ids) for _ in seeds]
-    past, fed_BT = model.no_past(len(seeds)), torch.tensor([ids], device=device)  # all begin alike: one row is enough
+    room = min(len(ids) + sample_tokens, context_tokens)
+    past, fed_BT = (
+        model.no_past(len(seeds), room),
+        torch.tensor([ids], device=device),
+    )  # all begin alike: one row will do
     ended = [False] * len(seeds)
     for _ in range(sample_tokens):
         x_BC = model.hidden(fed_BT, past=past)[:, -1]
@@ -67,7 +73,7 @@ def grow(
         for text, token in zip(texts, drawn, strict=True):
             text.append(token)
         if past[0].length == context_tokens:
-            past = model.no_past(len(seeds))
+            past = model.no_past(len(seeds), context_tokens)
             fed_BT = torch.tensor([text[-max(context_tokens // 2, 1) :] for text in texts], device=device)
         else:
             fed_BT = torch.tensor(drawn, device=device)[:, None]

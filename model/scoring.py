@@ -30,7 +30,7 @@ from model.job import Job
 from model.loader import DataLoader
 from model.sampling import Drawing, samples_of
 from storage import keys
-from storage.canonical import canonical_json
+from storage.canonical import canonical_json, sha256
 from storage.errors import ObjectMissing
 from storage.manifest import read_manifest
 from storage.store import Store, overwrite
@@ -43,14 +43,17 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> Found:
     """Do an evaluation job as this rank. Returns its result: name, step, metrics and the key of all that was found."""
     step = job.recipe["step"]
     key = keys.evaluation(job.run, step, job.kind)
-    if ddp.is_main:
-        store.delete(key)  # first: it may be of a job with other settings, whose items are about to be overwritten
-    evaluator = Evaluator(_model(store, job).to(ddp.device), ddp, job.recipe["precision"])
+    evaluator = Evaluator(_model(store, job).to(ddp.device), ddp, job.recipe.get("precision", "fp32"))
     if ddp.is_main:
         evaluator.progress = partial(_say, job.kind, [time.monotonic()])
     found = KINDS[job.kind](store, job, evaluator)
+    answers: bytes | None = found.pop("answers", None)
     if ddp.is_main:
         about = {"name": job.kind, "step": step, "job": job.job_id, "environment": ddp.environment}
+        if answers is not None:
+            store.delete(key)  # of a job with other settings it may be, whose answers are overwritten now
+            overwrite(store, keys.evaluation_items(job.run, step, job.kind), answers)
+            about["answers_sha256"] = sha256(answers)
         overwrite(store, key, canonical_json(about | {"precision": evaluator.precision} | found))
     return {"name": job.kind, "step": step, "metrics": found["metrics"], "key": key}
 
@@ -61,11 +64,14 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Found:
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
     loader = DataLoader(store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0)
     found = evaluator.val_loss(loader, recipe["validation_tokens"])
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(found["loss"])
+    _check_finite(job, np.array(perplexity))
     whole = manifest.totals["val"]
     ending = val_loss_ending(recipe["sequence_tokens"], int(found["tokens"]), whole=not found["left_out_tokens"])
     # Every token of the split is taken to cost as much as those scored, <|endoftext|> among them
     bits = found["loss"] / math.log(2) * whole["tokens"] / whole["text_bytes"]
-    metrics = {"val_loss": found["loss"], "perplexity": math.exp(found["loss"]), "bits_per_byte": bits}
+    metrics = {"val_loss": found["loss"], "perplexity": float(perplexity), "bits_per_byte": bits}
     convention = f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split"
     return {
         "metrics": {f"{name}_{ending}": value for name, value in metrics.items()},
@@ -88,7 +94,7 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Found:
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
     items = document_items(store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"])
     how = "val documents, three endings of others, acc by the sum, acc_norm by the mean a token"
-    return _choose(store, job, evaluator, {"completion": (items, how)}) | {
+    return _choose(job, evaluator, {"completion": (items, how)}) | {
         "data": recipe["manifest"],
         "dataset": recipe["dataset"],
     }
@@ -100,7 +106,7 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Found:
     asked = questions(store.read(key).body, key)
     items = {f"hellaswag_{name}": ([style(one) for one in asked], how) for name, (style, how) in CONVENTIONS.items()}
     repeated = sum(count - 1 for count in Counter((one.ctx, one.endings) for one in asked).values())
-    return _choose(store, job, evaluator, items) | {"data": key.split("/")[1], "repeated_items": repeated}
+    return _choose(job, evaluator, items) | {"data": key.split("/")[1], "file": key, "repeated_items": repeated}
 
 
 def samples(_store: Store, job: Job, evaluator: Evaluator) -> Found:
@@ -119,7 +125,7 @@ def samples(_store: Store, job: Job, evaluator: Evaluator) -> Found:
             written.append({"prompt": prompt, "text": tokenizer.decode([one - 1 for one in ids if one])})
         evaluator.progress(number, len(recipe["prompts"]))
     how = f"temperature {drawing.temperature}, top k {drawing.top_k}, top p {drawing.top_p}, seed {recipe['seed']}"
-    return {"metrics": {}, "conventions": {}, "drawn": how, "samples": written}
+    return {"metrics": {}, "conventions": {}, "drawn": how, "samples": written, "precision": "fp32"}
 
 
 KINDS: dict[str, Callable[[Store, Job, Evaluator], Found]] = {
@@ -130,13 +136,14 @@ KINDS: dict[str, Callable[[Store, Job, Evaluator], Found]] = {
 }
 
 
-def _choose(store: Store, job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Found:
-    """Score every item in each convention, keep the answers as rows, return accuracies and their standard errors."""
+def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Found:
+    """Score every item in each convention. Returns accuracies, their standard errors, and every answer as parquet."""
     columns: dict[str, Any] = {}
     metrics, errors, conventions = {}, {}, {}
     for name, (items, how) in sets.items():
         labels = np.array([item.label for item in items])
         losses = evaluator.ending_losses(items)
+        _check_finite(job, losses)
         lengths = np.array([item.lengths for item in items])
         with np.errstate(divide="ignore"):  # an ending of no character is never chosen, as in the harness
             choices = {"acc": losses.argmin(1), "acc_norm": (losses / lengths).argmin(1)}  # the first of equals
@@ -147,11 +154,20 @@ def _choose(store: Store, job: Job, evaluator: Evaluator, sets: dict[str, tuple[
             share = metrics[f"{name}_{metric}"] = float((chosen == labels).mean())
             errors[f"{name}_{metric}"] = math.sqrt(share * (1 - share) / max(len(items) - 1, 1))
             conventions[f"{name}_{metric}"] = how
-    if evaluator.ddp.is_main:
-        body = io.BytesIO()
-        pq.write_table(pa.table(columns), body)
-        overwrite(store, keys.evaluation_items(job.run, job.recipe["step"], job.kind), body.getvalue())
-    return {"metrics": metrics, "standard_errors": errors, "conventions": conventions, "items": len(items)}
+    body = io.BytesIO()
+    pq.write_table(pa.table(columns), body)
+    found = {"metrics": metrics, "standard_errors": errors, "conventions": conventions, "items": len(items)}
+    return found | {"answers": body.getvalue()}
+
+
+def _check_finite(job: Job, losses: np.ndarray) -> None:
+    """Raise ValueError for weights that say nothing: the least of losses that are no numbers is the first one."""
+    wrong = losses[~np.isfinite(losses)]
+    if wrong.size:
+        raise ValueError(
+            f"{job.kind} of step {job.recipe['step']:,}: finite losses were expected, found {wrong.flat[0]}: the "
+            f"training has diverged. Evaluate a checkpoint before: --set evaluation.checkpoint=STEP"
+        )
 
 
 def _say(kind: str, said: list[float], done: int, total: int) -> None:

@@ -103,6 +103,8 @@ def test_an_imported_model_is_evaluated_and_exported_as_it_was(
     expected = val_loss_of_transformers(store, manifest, published)
     assert found["metrics"]["val_loss_t32"] == pytest.approx(expected, rel=1e-5, abs=0)  # type: ignore[index,call-overload]
     assert store.stat(keys.report("imported", "html")).size > 0
+    assert gpt2("gc", *words).code == 0
+    assert gpt2("status", *words).code in (0, None)
     went = gpt2("export", str(tmp_path / "out"), *words)
     assert went.code == 0, went
     assert "step 0 of run imported" in went.out

@@ -14,7 +14,9 @@ from model.config import RunConfig
 from model.job import JobRefused
 from model.run import read_run
 from storage import keys
+from storage.errors import SourceInvalid
 from storage.layout import open_store
+from storage.store import read_json
 from tests.flows.console import ask, poll
 from tests.making import document, tiny_config, write_parquet
 
@@ -138,5 +140,12 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     assert {listed.key.rpartition("/")[2] for listed in store.list(keys.evaluations("tiny", 12))} == {
         "val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json",
     }  # fmt: skip
+    (tmp_path / "items.jsonl").write_text(item * 2)  # mended in its place
+    pretrain(config)
+    kept = read_json(store, keys.evaluation("tiny", 12, "hellaswag")) or {}
+    assert kept["items"] == 2
     (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
     assert pretrain(config) == facts
+    (tmp_path / "items.jsonl").write_text(item[:-9])
+    with pytest.raises(SourceInvalid, match="line 1 should be a HellaSwag item"):  # before anything is trained
+        pretrain(config.model_copy(update={"name": "other"}))

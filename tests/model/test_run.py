@@ -135,7 +135,7 @@ def test_jobs_are_named_by_their_recipes_only(store: Store, tmp_path: Path) -> N
         ("train.max_steps=13", {0}),
         ("model.layers=3", {0}),
         ("train.sequence_tokens=16", {0, 1}),
-        ("evaluation.precision=bf16", {1, 2, 3}),
+        ("evaluation.precision=bf16", {1, 2}),
         ("evaluation.checkpoint=12", set()),
         ("evaluation.validation_tokens=99", {1}),
         ("evaluation.completion_items=99", {2}),

@@ -44,8 +44,8 @@ def chosen_in(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[di
     store.put_new(key, "\n".join(json.dumps(QUESTION | line) for line in lines).encode())
     job = Job("scored", "hellaswag", {"items": key, "step": 1})
     found = scoring.hellaswag(store, job, Evaluator(model, ALONE))
-    body = store.read(keys.evaluation_items("scored", 1, "hellaswag")).body
-    return found, pq.read_table(io.BytesIO(bytes(body))).to_pylist()
+    body = found.pop("answers")
+    return found, pq.read_table(io.BytesIO(body)).to_pylist()
 
 
 def test_a_model_without_an_opinion_chooses_the_first_of_equals(store: Store) -> None:
@@ -105,6 +105,14 @@ def test_accuracies_have_a_standard_error_and_a_planted_duplicate_is_counted(sto
         right = [row["label"] == row[f"{name}_choice"] for row in rows]
         assert share == sum(right) / 10
         assert found["standard_errors"][name] == pytest.approx(np.std(right, ddof=1) / math.sqrt(10))
+
+
+def test_weights_that_have_diverged_choose_nothing(store: Store, model: GPT) -> None:
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(ValueError, match=r"hellaswag of step 1: .*found nan: the training has diverged"):
+        chosen_in(store, model, [{"endings": ["a", "b", "c", "d"], "label": 0}])
+    assert not list(store.list(keys.all_evaluations("scored")))
 
 
 # Jobs

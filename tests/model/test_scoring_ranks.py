@@ -28,7 +28,7 @@ ITEMS = [
 def found(house: House, run: str, processes: int, folder: Path) -> dict[str, Any]:
     """What each evaluation of the run keeps, and the rows of HellaSwag, by so many ranks."""
     items = keys.source("1" * 64, "items.jsonl")
-    settings = ["evaluation.samples=5", "evaluation.sample_tokens=40", 'evaluation.prompts=["The model", ""]']
+    settings = ["evaluation.samples=2", "evaluation.sample_tokens=40", 'evaluation.prompts=["The model", ""]']
     config = house.config(run, *settings, f"resources.evaluation_processes={processes}")
     kept: dict[str, Any] = {}
     for job in evaluation_jobs(config, checkpoints(house.store, run)[-1], house.manifest.digest, items):
@@ -53,7 +53,7 @@ def test_ranks_find_what_one_process_finds(house: House, tmp_path: Path, ranks: 
         assert together[kind]["metrics"] == pytest.approx(alone[kind]["metrics"], rel=1e-6, abs=0)
     assert together["val_loss"]["tokens"] == alone["val_loss"]["tokens"]
     assert together["samples"]["samples"] == alone["samples"]["samples"]
-    assert len(together["samples"]["samples"]) == 10
+    assert len(together["samples"]["samples"]) == 4  # of 3 ranks one has none to write
     for ours, theirs in zip(together["rows"], alone["rows"], strict=True):
         for name, value in ours.items():
             expected = pytest.approx(theirs[name], rel=1e-5) if name.endswith("_losses") else theirs[name]
