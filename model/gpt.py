@@ -5,6 +5,7 @@ Shapes: B batch, T time, C channels (width), H heads, D channels of a head, V vo
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,15 +168,9 @@ class GPT(nn.Module):
         """Numbers that are learnt: 124,439,808 of the 124M model, its padding not counted."""
         return sum(unpadded(name, weight).numel() for name, weight in self.named_parameters())
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        mask_B1TT: Tensor | None = None,
-        past: list[KeyValues] | None = None,
-    ) -> Tensor:
-        """The normalised stream before the head, B T C."""
-        stream_BTC: Tensor = self.transformer(tokens_BT, positions_BT, mask_B1TT, past)
+    def hidden(self, tokens_BT: Tensor, **laid: Any) -> Tensor:
+        """The normalised stream before the head, B T C; `laid` is what else `Transformer` may be told."""
+        stream_BTC: Tensor = self.transformer(tokens_BT, **laid)
         return stream_BTC
 
     def no_past(self, texts: int, positions: int) -> list[KeyValues]:
