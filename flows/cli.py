@@ -156,6 +156,7 @@ def report(
     if len(names) > 1 and to is None:
         to = Path(f"{'-'.join(names)}.html")
     from flows import report as pages
+    from flows.curves import curves
     from flows.facts import run_facts
 
     if to is None:
@@ -164,7 +165,7 @@ def report(
         return
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
     try:
-        to.write_bytes(pages.markdown(runs).encode() if to.suffix == ".md" else pages.page(runs))
+        to.write_bytes(pages.markdown(runs).encode() if to.suffix == ".md" else pages.page(runs, curves(runs)))
     except OSError as error:
         raise ValueError(f"--to {to}: a page was to be written there, found {error.strerror}. Give another.") from error
     _say("report", str(to))

@@ -6,7 +6,7 @@ from typing import Any
 from flows.card import leak_line
 from model.history import CheckpointRecord, checkpoints, read_metrics
 from model.job import read_result
-from model.run import Run, read_run, training_job
+from model.run import Run, find_run, training_job
 from storage import keys
 from storage.errors import ObjectMissing
 from storage.manifest import read_manifest
@@ -38,7 +38,7 @@ REFERENCES = (
 def run_facts(store: Store, name: str) -> Facts:
     """All that a report shows of a run. Raises ObjectMissing when there is neither a run nor a model of that name."""
     kept = checkpoints(store, name)
-    run = _pinned(store, name)
+    run = find_run(store, name)
     if run is None and not kept:
         raise ObjectMissing(f"run {name!r}: a report was asked for, store {store.url!r} has no such run. gpt2 status")
     metrics = read_metrics(store, name)
@@ -87,13 +87,6 @@ def references(evaluations: list[Facts], dataset: Facts | None) -> dict[str, Ref
     own = {metric for one in evaluations for metric in one["metrics"]}
     source = dataset["source"] if dataset else ""
     return {one.metric: one for one in REFERENCES if one.metric in own and one.source in ("", source)}
-
-
-def _pinned(store: Store, name: str) -> Run | None:
-    try:
-        return read_run(store, name)
-    except ObjectMissing:
-        return None
 
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Facts]) -> Facts | None:

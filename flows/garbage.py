@@ -13,7 +13,7 @@ from typing import Any
 
 from flows.status import dataset_names, run_names
 from model.history import checkpoints, retained
-from model.run import read_run, training_job
+from model.run import find_run, training_job
 from storage import host_cache, keys
 from storage.errors import Conflict
 from storage.host_cache import HostCache
@@ -96,9 +96,9 @@ def _shard_id(dataset: str, key: str) -> str:
 
 def _of_run(store: Store, name: str, before: float) -> list[Stat]:
     """Checkpoints that retention gives up, files of killed attempts, metrics that no kept checkpoint lists."""
-    if read_json(store, keys.run_config(name)) is None:
+    run = find_run(store, name)
+    if run is None:
         return []  # an imported model has one checkpoint, and no training that left anything
-    run = read_run(store, name)
     asked: Any = read_json(store, training_job(run).key) or {}
     train = run.config["train"] | asked.get("how", {}).get("train", {})  # as it was asked for last
     there = [*_old(store, keys.checkpoints(name), before), *_old(store, keys.all_metrics(name), before)]

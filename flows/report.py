@@ -24,9 +24,9 @@ ARTIFACT_INK = "#7d8794"  # legible on Prefect's white and on its black
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
 def write_report(run_name: str, store_url: str) -> dict[str, Any]:
     """Write report.html and report.md of a run, and show the same in Prefect's UI. Returns the facts they show."""
-    facts = keep_report(open_store(store_url), run_name)
+    facts, plots = keep_report(open_store(store_url), run_name)
     create_markdown_artifact(markdown([facts]), key="report", description=f"Report of {run_name}")
-    for title, svg in curves([facts]).items():
+    for title, svg in plots.items():
         image = b64encode(svg.replace("currentColor", ARTIFACT_INK).encode()).decode()
         key = title.lower().replace(" ", "-").replace("_", "-")
         create_image_artifact(
@@ -44,18 +44,19 @@ def report(config: RunConfig, after: Evaluated | Trained | None = None) -> dict[
     return facts | {"evaluations": after.results if isinstance(after, Evaluated) else []}
 
 
-def keep_report(store: Store, run: str) -> Facts:
-    """Put the run's two pages into the store. Returns the facts they show."""
+def keep_report(store: Store, run: str) -> tuple[Facts, dict[str, str]]:
+    """Put the run's two pages into the store. Returns the facts and the plots that they show."""
     facts = run_facts(store, run)
-    overwrite(store, keys.report(run, "html"), page([facts]))
+    plots = curves([facts])
+    overwrite(store, keys.report(run, "html"), page([facts], plots))
     overwrite(store, keys.report(run, "md"), markdown([facts]).encode())
-    return facts
+    return facts, plots
 
 
-def page(runs: list[Facts]) -> bytes:
-    """One HTML page about these runs."""
+def page(runs: list[Facts], plots: dict[str, str]) -> bytes:
+    """One HTML page about these runs, with plots of them."""
     return render(
-        "report.html", {"runs": runs, "curves": curves(runs), "rows": metric_rows(runs), "differing": differing(runs)}
+        "report.html", {"runs": runs, "curves": plots, "rows": metric_rows(runs), "differing": differing(runs)}
     )
 
 

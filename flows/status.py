@@ -5,7 +5,7 @@ from typing import Any
 
 from model.history import checkpoints
 from model.job import read_job, read_result
-from model.run import Run, read_run, training_job
+from model.run import Run, find_run, training_job
 from storage import keys, shards
 from storage.errors import ObjectMissing
 from storage.manifest import latest_manifest, read_manifest
@@ -57,10 +57,10 @@ def run_status(store: Store, name: str) -> list[Line]:
         )
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
-    if read_json(store, keys.run_config(name)) is None:
+    run = find_run(store, name)
+    if run is None:
         lines, wanted = [Line(f"run {name}", "a model that was imported, not trained here")], ["samples"]
     else:
-        run = read_run(store, name)
         lines = _trained(store, run, step)
         asked: Any = read_json(store, keys.run_asked(name)) or run.config
         wanted = ["val_loss", "hellaswag" if asked["evaluation"]["hellaswag"] else "completion", "samples"]

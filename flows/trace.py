@@ -13,7 +13,7 @@ import numpy as np
 from model.config import RunConfig, TrainingConfig
 from model.history import checkpoints
 from model.order import WindowOrder
-from model.run import Run, read_run
+from model.run import Run, find_run
 from storage import keys, lineage
 from storage.cache import ShardCache
 from storage.errors import ObjectMissing, StorageError
@@ -45,9 +45,8 @@ class Asked:
 
 def asked(store: Store, config: RunConfig) -> Asked:
     """The run of the configuration's name as it is pinned, else the configuration on the dataset's newest version."""
-    try:
-        run = read_run(store, config.name)
-    except ObjectMissing:
+    run = find_run(store, config.name)
+    if run is None:
         return Asked(None, config.data.dataset, newest(store, config.data.dataset), config.train)
     manifest = read_manifest(store, run.dataset, run.manifest)
     return Asked(run, run.dataset, manifest, TrainingConfig.model_validate(run.config["train"]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.items import Item
+from model.items import ENDINGS, Item
 
 ROWS = 256  # of one forward pass, at most
 
@@ -79,7 +79,7 @@ def batches(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]
         yield batch
 
 
-def lay_out(batch: Sequence[Row], endings: int, device: torch.device) -> Batch:
+def lay_out(batch: Sequence[Row], device: torch.device) -> Batch:
     """The rows as tensors on the device, padded on the right; nothing scored looks at padding, none of it is scored."""
     width = max(row.tokens for row in batch)
     tokens, positions, parts = ([[0] * width for _ in batch] for _ in range(3))
@@ -98,7 +98,7 @@ def lay_out(batch: Sequence[Row], endings: int, device: torch.device) -> Batch:
             place_of += [first, *range(len(places), len(places) + more)]
             places += range(index * width + fed, index * width + fed + more)
             targets += ending
-            slots += [row.number * endings + row.first + part - 1] * len(ending)
+            slots += [row.number * ENDINGS + row.first + part - 1] * len(ending)
             fed += more
     parts_BT = torch.tensor(parts, device=device)
     earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()

@@ -29,6 +29,7 @@ class Evaluator:
 
     def __init__(self, model: GPT, ddp: DDPConfig, precision: str = "auto") -> None:
         self.model, self.ddp = model, ddp
+        self.adding = "cuda" if ddp.device.type == "cuda" else "cpu"  # where losses are added up: MPS has no float64
         bf16_here = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = "bf16" if precision == "bf16" or (precision == "auto" and bf16_here) else "fp32"
         self.progress: Callable[[int, int], None] = lambda *_: None  # told how much of this rank's part is scored
@@ -55,7 +56,7 @@ class Evaluator:
             )
         mine = chosen[self.ddp.rank :: self.ddp.ranks]
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device="cuda" if self.ddp.device.type == "cuda" else "cpu")
+        sums = torch.zeros(2, dtype=torch.float64, device=self.adding)
         for start in range(0, len(mine), EVALUATION_SEQUENCES):
             windows = loader.windows_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
             tokens_BT, targets_BT = inputs_and_targets(widened(windows, self.ddp.device), self.ddp.device)
@@ -78,15 +79,15 @@ class Evaluator:
         losses = np.zeros(len(items) * ENDINGS)
         mine = rows(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
         done = 0
-        for batch in batches(mine, BATCH_TOKENS["cuda" if self.ddp.device.type == "cuda" else "cpu"]):
-            laid = lay_out(batch, ENDINGS, self.ddp.device)
+        for batch in batches(mine, BATCH_TOKENS[self.adding]):
+            laid = lay_out(batch, self.ddp.device)
             with self.autocast():
                 x_BTC = self.model.hidden(laid.tokens_BT, positions_BT=laid.positions_BT, mask_B1TT=laid.mask_B1TT)
             # The head in fp32: of two logits that bf16 rounds the difference may be below 0
             losses_N = self._losses(x_BTC.flatten(0, 1)[laid.places_U].float(), laid.place_of_N, laid.targets_N)
             np.add.at(losses, laid.slots_N.cpu().numpy(), losses_N.double().numpy())
             self.progress(done := done + len(batch), len(mine))
-        everywhere = torch.from_numpy(losses).to("cuda" if self.ddp.device.type == "cuda" else "cpu")
+        everywhere = torch.from_numpy(losses).to(self.adding)
         return self.ddp.sum(everywhere).cpu().numpy().reshape(-1, ENDINGS)
 
     def _losses(self, x_UC: Tensor, place_of_N: Tensor, targets_N: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class Evaluator:
         head_VC = unpadded(EMBEDDING, self.model.head_VC)
         log_odds_U = torch.cat([_log_odds(part_UC, head_VC) for part_UC in torch.split(x_UC, HEAD_PLACES)])
         logits_N = (x_UC[place_of_N] * head_VC[targets_N]).sum(-1)
-        return log_odds_U[place_of_N.cpu()] - logits_N.float().cpu()
+        return log_odds_U[place_of_N.cpu()] - logits_N.cpu()
 
 
 def _log_odds(x_UC: Tensor, head_VC: Tensor) -> Tensor:
@@ -107,10 +108,10 @@ def _log_odds(x_UC: Tensor, head_VC: Tensor) -> Tensor:
     odds_U = torch.zeros(len(x_UC), device=x_UC.device)
     most_U: Tensor | None = None
     for part_VC in torch.split(head_VC, at_once):
-        logits_UV = F.linear(x_UC, part_VC).float()
+        logits_UV = F.linear(x_UC, part_VC)
         most_U = logits_UV.amax(-1) if most_U is None else most_U
         odds_U += logits_UV.sub_(most_U[:, None]).exp_().sum(-1)
     if most_U is None or not odds_U.isfinite().all():  # a later logit is 88 above the first ones
-        return F.linear(x_UC, head_VC).float().logsumexp(-1).cpu()
+        return F.linear(x_UC, head_VC).logsumexp(-1).cpu()
     # Through float64, so that equal odds give equal losses whichever code takes the logarithm
     return odds_U.cpu().double().log_().float() + most_U.cpu()

@@ -124,7 +124,7 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
     if checkpoints(store, run) or read_json(store, keys.run_config(run)) is not None:
         remedy = "Choose another name: --set name=…"
         raise _refused(folder, f"a new run {run!r}", f"that store {store.url!r} has it already", remedy)
-    body = save(_turned(_weights(folder, model)))
+    body = _body(folder, model)
     about = {"step": 0, "job": "import", "model": model.model_dump(mode="json")}
     return put_checkpoint(store, run, {WEIGHTS: body}, about | {"train": {}, "cursor": {}, "metrics": []})
 
@@ -141,7 +141,7 @@ def run_of_folder(store: Store, config: RunConfig, folder: Path) -> RunConfig:
     kept = checkpoints(store, name)
     if not kept:
         import_folder(store, name, folder)
-    elif kept[0].job != "import" or kept[0].files[WEIGHTS]["sha256"] != sha256(save(_turned(_weights(folder, model)))):
+    elif kept[0].job != "import" or kept[0].files[WEIGHTS]["sha256"] != sha256(_body(folder, model)):
         raise _refused(folder, f"a run {name!r} for it", "another model under that name", "Choose one: --set name=…")
     train = config.train.model_copy(update={"sequence_tokens": min(config.train.sequence_tokens, model.context_tokens)})
     return config.model_copy(update={"name": name, "model": model, "train": train})
@@ -163,6 +163,11 @@ def _checkpoint(store: Store, run: str, record: CheckpointRecord) -> dict[str, n
     weights: dict[str, np.ndarray] = load(bytes(found.body))
     assert weights.keys() == shapes(ModelConfig.model_validate(record.model)).keys()
     return weights
+
+
+def _body(folder: Path, model: ModelConfig) -> bytes:
+    """The folder's weights as a checkpoint's file has them."""
+    return save(_turned(_weights(folder, model)))
 
 
 def _turned(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """A run is pinned to its inputs at its first start: the configuration and the dataset's version. Imports no torch."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -38,10 +37,9 @@ class Run:
 
 def pinned_run(store: Store, config: RunConfig) -> Run | None:
     """The run of that name, or None when it was never started. Raises DatasetMismatch when other settings are asked."""
-    found = read_json(store, keys.run_config(config.name))
-    if found is None:
+    if (run := find_run(store, config.name)) is None:
         return None
-    run = Run(**found, how=config.how())  # type: ignore[arg-type]  # JSON of our own
+    run = replace(run, how=config.how())
     pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # fields added since: their defaults
     pinned["train"] |= run.how["train"]
     pinned["evaluation"] = config.computed()["evaluation"]  # a run may be asked anything at any time
@@ -83,9 +81,10 @@ def note_asked(store: Store, key: str, config: RunConfig) -> None:
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
 
 
-def read_run(store: Store, name: str) -> Run:
-    """The run of that name. Raises ObjectMissing."""
-    return Run(**json.loads(store.read(keys.run_config(name)).body))
+def find_run(store: Store, name: str) -> Run | None:
+    """The run of that name; None when it was never started, as a model that was imported."""
+    found: dict[str, Any] | None = read_json(store, keys.run_config(name))
+    return None if found is None else Run(**found)
 
 
 def training_job(run: Run) -> Job:

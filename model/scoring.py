@@ -68,7 +68,8 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Found:
         perplexity = np.exp(found["loss"])
     _check_finite(job, np.array(perplexity))
     whole = manifest.totals["val"]
-    ending = val_loss_ending(recipe["sequence_tokens"], int(found["tokens"]), whole=not found["left_out_tokens"])
+    part = f"_of_{found['tokens']}" if found["left_out_tokens"] else ""
+    ending = f"t{recipe['sequence_tokens']}{part}"
     # Every token of the split is taken to cost as much as those scored, <|endoftext|> among them
     bits = found["loss"] / math.log(2) * whole["tokens"] / whole["text_bytes"]
     metrics = {"val_loss": found["loss"], "perplexity": float(perplexity), "bits_per_byte": bits}
@@ -78,14 +79,9 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Found:
         "conventions": {f"{name}_{ending}": convention for name in metrics},
         "data": recipe["manifest"],
         "dataset": recipe["dataset"],
-        "tokens": int(found["tokens"]),
+        "tokens": found["tokens"],
         "unused_tokens": found["unused_tokens"],
     }
-
-
-def val_loss_ending(sequence_tokens: int, tokens: int, *, whole: bool) -> str:
-    """What a loss on val windows depends on, for its key: their length, and how much was scored if it was not all."""
-    return f"t{sequence_tokens}" + ("" if whole else f"_of_{tokens}")
 
 
 def completion(store: Store, job: Job, evaluator: Evaluator) -> Found:

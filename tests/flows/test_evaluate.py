@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flows import cli, launch
+from flows.curves import curves
 from flows.facts import REFERENCES, references, run_facts
 from flows.pretrain import evaluate_and_report
 from flows.report import markdown, page
@@ -276,6 +277,7 @@ def test_a_published_number_is_shown_beside_the_same_metric_alone(run: RunConfig
         found = references([named], facts["dataset"] | {"source": source})
         assert (metric in found) == shown
         asked = facts | {"evaluations": [named], "references": found}
-        published_there = [f"{reference.value:.4f}" in page([asked]).decode() for reference in REFERENCES]
+        html = page([asked], curves([asked])).decode()
+        published_there = [f"{reference.value:.4f}" in html for reference in REFERENCES]
         assert any(published_there) == shown
         assert markdown([asked]).count("GPT-2 124M") == shown

@@ -12,7 +12,7 @@ from model.__main__ import run_job
 from model.config import RunConfig
 from model.history import CheckpointRecord, checkpoints, retained
 from model.job import ask, read_result
-from model.run import evaluation_jobs, pin_run, read_run, training_job
+from model.run import evaluation_jobs, find_run, pin_run, training_job
 from storage import host_cache, keys
 from storage.host_cache import HostCache
 from storage.layout import open_store
@@ -179,7 +179,7 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
     assert_equal_runs(store, "killed", "calm")
     place_age(store)
     deleted(store, grace)
-    manifest = read_run(store, "killed").manifest
+    manifest = find_run(store, "killed").manifest
     asked = evaluation_jobs(
         config.model_copy(update={"name": "killed"}), checkpoints(store, "killed")[-1], manifest, None
     )

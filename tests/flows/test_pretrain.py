@@ -12,7 +12,7 @@ from flows.pretrain import evaluate_and_report, pretrain
 from flows.status import run_status
 from model.config import RunConfig
 from model.job import JobRefused
-from model.run import read_run
+from model.run import find_run
 from storage import keys
 from storage.errors import SourceInvalid
 from storage.layout import open_store
@@ -134,7 +134,7 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     facts = pretrain(config)
     assert [evaluation["name"] for evaluation in facts["evaluations"]] == ["val_loss", "hellaswag", "samples"]
     store = open_store(config.store_url)
-    run = read_run(store, "tiny")
+    run = find_run(store, "tiny")
     assert run.items is not None
     assert store.read(run.items).body == item.encode() * 3
     assert {listed.key.rpartition("/")[2] for listed in store.list(keys.evaluations("tiny", 12))} == {

@@ -13,7 +13,7 @@ from flows.pretrain import build_dataset, pretrain
 from flows.tokenise import DatasetVersion
 from model.config import RunConfig, load_config
 from model.job import JobFailed
-from model.run import note_asked, read_run
+from model.run import find_run, note_asked
 from storage import host_cache, keys, mirror, sources
 from storage.canonical import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
@@ -140,8 +140,8 @@ def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
     assert sorted(jobs.asked) == failed.failed
     assert failed.sealed() == failed.expected
     if to == "the report":
-        assert read_run(failed.store, "tiny").manifest == failed.expected.digest
-        assert read_run(failed.store, "tiny").config == failed.config.computed()
+        assert find_run(failed.store, "tiny").manifest == failed.expected.digest
+        assert find_run(failed.store, "tiny").config == failed.config.computed()
         assert list(failed.store.list(keys.report("tiny", "html")))
 
 

@@ -26,7 +26,7 @@ from model.gpt import GPT
 from model.history import WEIGHTS, checkpoints
 from model.huggingface import export_run, import_folder, shapes
 from model.loader import DataLoader
-from model.run import read_run
+from model.run import find_run
 from model.sampling import newest_model
 from storage import keys
 from storage.errors import CheckpointInvalid, ObjectMissing
@@ -217,7 +217,7 @@ def test_exported_imported_and_exported_again_it_is_the_same_bytes(
 def test_a_training_starts_from_an_imported_model(house: House, published: Path) -> None:
     record = import_folder(house.store, "pretrained", published)
     key = house.ask("tuned", *SHORT, "train.start_from=pretrained")
-    assert read_run(house.store, "tuned").start == {"run": "pretrained", "step": 0, "attempt": record.attempt}
+    assert find_run(house.store, "tuned").start == {"run": "pretrained", "step": 0, "attempt": record.attempt}
     assert run_job(house.store.url, key) == 0
     loader = DataLoader(house.store, "small", house.manifest, "train", sequence_tokens=32, seed=1337)
     first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))

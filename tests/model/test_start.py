@@ -7,7 +7,7 @@ import pytest
 from model.__main__ import run_job
 from model.config import load_config
 from model.history import checkpoints, read_metrics
-from model.run import pin_run, pinned_run, read_run, training_job
+from model.run import find_run, pin_run, pinned_run, training_job
 from storage import keys
 from storage.errors import DatasetMismatch, ObjectMissing
 from tests.model.training import SHORT, STEPS, House, final_weights, history, losses
@@ -23,7 +23,7 @@ def test_a_run_that_starts_with_everything_of_another_goes_on_as_that_one_would(
         if record.step > 6:
             house.store.delete(keys.checkpoint_record("half", record.step))
     branch = house.trained_here("branch", *SHORT, "train.start_from=half", "train.start_with=everything")
-    assert read_run(house.store, branch).start == {"run": "half", "step": 6, "attempt": at_six.attempt}
+    assert find_run(house.store, branch).start == {"run": "half", "step": 6, "attempt": at_six.attempt}
     assert losses_from(house, branch, 6) == losses(house.store, whole)[6:]
     assert final_weights(house.store, branch) == final_weights(house.store, whole)
 
