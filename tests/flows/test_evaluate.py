@@ -36,6 +36,14 @@ from tests.making import build_dataset, document, tiny_config, write_parquet
 
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).with_name("prefect"))
+# A job's process whose validation never ends: that of so small a model may be done before it is killed
+UNENDING = """
+import signal, sys
+from model import __main__, scoring
+
+scoring.KINDS["val_loss"] = lambda *_: signal.pause()
+sys.exit(__main__.main())
+"""
 
 
 def trained(folder: Path, *overrides: str) -> tuple[RunConfig, Manifest]:
@@ -127,13 +135,15 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     start = launch._Request.start
 
     def kill(self: launch._Request) -> None:
+        first = "val_loss" in self.words[4] and not killed
+        if first:
+            self.words[1:3] = ["-c", UNENDING]
         start(self)
-        if "val_loss" in self.words[4] and not killed:
-            process = self.process
-            assert process is not None
+        if first:
+            assert self.process is not None
             poll(lambda: self.tail)  # it has said what it computes on
             killed.append(datetime.now(UTC))
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(self.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(launch._Request, "start", kill)
     config = changed(run, checkpoint="4", validation_tokens=64)

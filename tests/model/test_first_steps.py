@@ -42,7 +42,7 @@ def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
         return found
 
     monkeypatch.setattr(Trainer, "_train_step", noting)
-    assert trainer.fit() == {"step": 3, "tokens": 3 * TOKENS}
+    assert trainer.fit() == {"step": 3, "tokens": 3 * TOKENS, "environment": trainer.ddp.environment}
     assert isinstance(trainer.model, GPT)
     assert trainer.model.parameter_count == 124_439_808
     assert 10.85 <= losses[0] <= 11.10
