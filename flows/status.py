@@ -85,20 +85,26 @@ def _trained(store: Store, run: Run, step: int) -> list[Line]:
 
 
 def _evaluated(store: Store, run: str, step: int, wanted: list[str]) -> list[Line]:
-    """A line a kind of evaluation: whether the newest checkpoint has it, and how many of the earlier ones."""
+    """A line a kind of evaluation: whether the newest checkpoint has it, and how many of the earlier ones.
+
+    A failure counts until the same is answered after it, be it asked otherwise.
+    """
     prefix = keys.all_evaluations(run)
-    there = [one.key.removeprefix(prefix).removesuffix(".json").split("/") for one in store.list(prefix)
-             if one.key.endswith(".json")]  # fmt: skip
-    failed = {
-        (job.kind, job.recipe["step"]): str(failure["why"])
-        for listed in store.list(keys.jobs(run))
-        if (key := keys.failed_job(listed.key)) and (failure := read_json(store, listed.key))
-        if (job := read_job(store, key)).kind != "train"
-    }
+    written: dict[tuple[str, int], float] = {}
+    for one in store.list(prefix):
+        if one.key.endswith(".json"):
+            at, _, kind = one.key.removeprefix(prefix).removesuffix(".json").partition("/")
+            written[kind, int(at)] = one.modified
+    failed: dict[tuple[str, int], str] = {}
+    for one in sorted(store.list(keys.jobs(run)), key=lambda listed: listed.modified):
+        if (key := keys.failed_job(one.key)) and (failure := read_json(store, one.key)):
+            job = read_job(store, key)
+            if job.kind != "train" and one.modified >= written.get(about := (job.kind, job.recipe["step"]), 0):
+                failed[about] = str(failure["why"])
     lines = []
-    for kind in dict.fromkeys([*wanted, *(name for _, name in there), *(name for name, _ in failed)]):
-        steps = {int(found) for found, name in there if name == kind}
+    for kind in dict.fromkeys([*wanted, *(name for name, _ in written), *(name for name, _ in failed)]):
+        steps = {at for name, at in written if name == kind}
         more = f", of {len(steps - {step})} earlier checkpoints too" if steps - {step} else ""
-        whys = [why for (name, at), why in failed.items() if name == kind and at not in steps]
-        lines.append(Line(f"  {kind}", ("done" if step in steps else "missing") + more, "; ".join(whys)))
+        whys = "; ".join(why for (name, _), why in failed.items() if name == kind)
+        lines.append(Line(f"  {kind}", ("done" if step in steps else "missing") + more, whys))
     return lines

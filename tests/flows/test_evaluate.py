@@ -146,11 +146,11 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
             os.kill(self.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(launch._Request, "start", kill)
-    config = changed(run, checkpoint="4", validation_tokens=64)
+    config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
+    before = read_json(store, keys.evaluation("tiny", 4, "val_loss"))  # of a test that asked otherwise, or none
     with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu"):
         evaluate_and_report(config)
-    store = open_store(run.store_url)
-    assert read_json(store, keys.evaluation("tiny", 4, "val_loss")) is None
+    assert read_json(store, keys.evaluation("tiny", 4, "val_loss")) == before
     assert read_json(store, keys.evaluation("tiny", 4, "samples")) is not None
     assert "SIGKILL" in {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
@@ -164,6 +164,8 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     assert asked_of(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
     assert {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"] == ""
     assert newest_task(api, "val_loss-4", "Completed")["end_time"] > ended.isoformat()
+    made = read_json(store, keys.evaluation("tiny", 4, "val_loss")) or {}
+    assert "val_loss_t32_of_64" in made["metrics"], made  # type: ignore[operator]
     newest_task(api, "samples-4", "Skipped")
 
 
