@@ -16,7 +16,7 @@ from model.tokenizer import VOCABULARY
 
 PADDED_VOCABULARY = 50_304  # rows of the embedding, a multiple of 128 as GPUs want it; those beyond 50,257 stay 0
 EMBEDDING = "transformer.wte.weight"
-# Rows of x for which a processor's x W^T is faster as W x^T: 2 cores with AVX2 took 0.24 to 0.67 of the time for 4 to
+# Rows of x for which a processor's x W^T is faster as W x^T: 2 cores with AVX2 took 0.24 to 0.76 of the time for 4 to
 # 16 rows, 0.62 to 0.85 for 64; 8 cores with AVX-512 0.37 to 1.0 for 16 and 32 rows, and up to 2.5 times as long below.
 FEW_ROWS = {"AVX2": range(1, 65), "AVX512": range(16, 65)}.get(torch.backends.cpu.get_cpu_capability(), range(0))
 

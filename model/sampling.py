@@ -56,11 +56,8 @@ def grow(
     ids = prompt_ids(prompt, context_tokens)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(ids) for _ in seeds]
-    room = min(len(ids) + sample_tokens, context_tokens)
-    past, fed_BT = (
-        model.no_past(len(seeds), room),
-        torch.tensor([ids], device=device),
-    )  # all begin alike: one row will do
+    past = model.no_past(len(seeds), min(len(ids) + sample_tokens, context_tokens))
+    fed_BT = torch.tensor([ids], device=device)  # all begin alike: one row will do
     ended = [False] * len(seeds)
     for _ in range(sample_tokens):
         x_BC = model.hidden(fed_BT, past=past)[:, -1]

@@ -26,10 +26,10 @@ def test_a_failure_counts_until_the_same_is_answered_after_it(
     put_checkpoint(store, "one", {}, about)  # as of a model that was imported
     job = Job("one", "val_loss", {"step": 0})
     ask(store, job)
-    note = keys.failure(keys.result("one", job.job_id))
-    note_failure(store, note.removesuffix(".failure.json"), "killed")
-    overwrite(store, keys.evaluation("one", 0, "val_loss"), b"{}")
-    for key, seconds in ((note, failed), (keys.evaluation("one", 0, "val_loss"), answered)):
+    result, answer = keys.result("one", job.job_id), keys.evaluation("one", 0, "val_loss")
+    note_failure(store, result, "killed")
+    overwrite(store, answer, b"{}")
+    for key, seconds in ((keys.failure(result), failed), (answer, answered)):
         path = store.local_path(key)
         assert path is not None
         if seconds is None:

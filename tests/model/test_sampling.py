@@ -149,8 +149,8 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None
 def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: Drawing) -> None:
     """Across the context's end, where all of it is made anew."""
     seeds = range(40, 40 + texts)
-    together = samples_of(model, "Hello", 12, drawing, seeds)
-    assert together == [ids_of(model, "Hello", 12, drawing, seed) for seed in seeds]
+    together = samples_of(model, "Hello", 20, drawing, seeds)
+    assert together == [ids_of(model, "Hello", 20, drawing, seed) for seed in seeds]
     assert len({tuple(ids) for ids in together}) == (1 if drawing is LIKELIEST else texts)
 
 
