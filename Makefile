@@ -9,7 +9,7 @@ FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.1
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c  # the last source, with the conditional-put fix
 
-.PHONY: demo test test-full stress check lock minio clean
+.PHONY: demo test test-full stress check lock minio env clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/gpt2 demo
@@ -40,6 +40,17 @@ minio: .tools/minio
 .tools/minio:
 	@command -v go >/dev/null || { echo "make minio builds a MinIO server from its Go module: go was not found. Install Go 1.24 or newer (https://go.dev)."; exit 2; }
 	CGO_ENABLED=0 GOTOOLCHAIN=auto GOBIN=$(CURDIR)/.tools go install -trimpath -tags kqueue $(firstword $(MINIO))
+
+# What docker-compose.yml needs: random secrets, a file each, and the settings. What is there already stays.
+env:
+	@umask 077; mkdir -p .secrets; for name in postgres s3_root s3_pipeline s3_trainer prefect; do \
+		[ -s .secrets/$$name ] || { value=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \
+		[ $$name = prefect ] && value=gpt2:$$value; printf %s "$$value" > .secrets/$$name; chmod 444 .secrets/$$name; }; done
+	@[ -e .env ] || printf '%s\n' '# Settings of docker-compose.yml; its secrets are files in this folder:' SECRETS=./.secrets \
+		'# UI_PORT=4200' '# S3_PORT=9000' '# S3_CONSOLE_PORT=9001' '# what the forms begin with, a file of the image:' \
+		'# GPT2_CONFIG=/app/deploy/configs/fineweb-edu-10b.toml' '# a notification block that is told of failures:' \
+		'# GPT2_NOTIFY=slack-webhook/team' '# DATA_MEMORY=8g' '# TRAIN_MEMORY=16g' > .env
+	@echo "next: docker compose up --wait, then http://127.0.0.1:4200; it asks for what cat .secrets/prefect shows"
 
 clean:
 	rm -rf $(VENV) .tools

@@ -9,6 +9,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import show
 from flows.card import leak_line
 from flows.download import mirror_items
 from flows.progress import Bar, say
@@ -43,7 +44,7 @@ def audit_version(
         report = read_json(store, key)
     assert report is not None
     say("audit", leak_line(report))
-    create_markdown_artifact(leak_line(report), key="leaks", description=f"Leaks in {dataset}")
+    show(create_markdown_artifact, markdown=leak_line(report), key="leaks", description=f"Leaks in {dataset}")
     return report
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
+from flows import control
+from flows.console import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow, say
 from flows.dataset import build_dataset, dataset
 from model.config import ModelConfig, RunConfig, config_of, differences, load_config
 from model.job import JobFailed
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(dataset, name="dataset")
+control.add_to(app)
 
 CONFIGS = Path(__file__).parent.parent / "deploy" / "configs"
 
@@ -161,14 +163,14 @@ def report(
 
     if to is None:
         pages.keep_report(store, names[0])
-        _say("report", f"{asked.store_url.rstrip('/')}/{keys.report(names[0], 'html')}")
+        say("report", f"{asked.store_url.rstrip('/')}/{keys.report(names[0], 'html')}")
         return
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
     try:
         to.write_bytes(pages.markdown(runs).encode() if to.suffix == ".md" else pages.page(runs, curves(runs)))
     except OSError as error:
         raise ValueError(f"--to {to}: a page was to be written there, found {error.strerror}. Give another.") from error
-    _say("report", str(to))
+    say("report", str(to))
 
 
 @app.command()
@@ -201,8 +203,8 @@ def export(
     asked = load_config(config, overrides or [])
     with console.status("writing the model"):
         record = export_run(open_store(asked.store_url), asked.name, to)
-    _say("export", f"step {record.step:,} of run {asked.name}, written to {to}")
-    _say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
+    say("export", f"step {record.step:,} of run {asked.name}, written to {to}")
+    say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
 
 
 @app.command("import")
@@ -219,10 +221,10 @@ def import_model(
     _check_shape(folder, asked.model, shape_of(folder))
     with console.status("reading the model"):
         record = import_folder(open_store(asked.store_url, create=True), asked.name, folder)
-    _say("import", f"{folder} is step {record.step} of run {asked.name} in {asked.store_url}")
-    _say("evaluate", command("evaluate", config, settings))
-    _say("generate", f"{command('generate', config, settings)} --prompt 'Hello'")
-    _say("train", command("train", config, [*settings, "name=NEW", f"train.start_from={asked.name}"]))
+    say("import", f"{folder} is step {record.step} of run {asked.name} in {asked.store_url}")
+    say("evaluate", command("evaluate", config, settings))
+    say("generate", f"{command('generate', config, settings)} --prompt 'Hello'")
+    say("train", command("train", config, [*settings, "name=NEW", f"train.start_from={asked.name}"]))
 
 
 @app.command()
@@ -282,21 +284,6 @@ def gc(
         console.print(f"to delete  {command('gc --delete', config, overrides or [])}", highlight=False, markup=False)
 
 
-@app.command()
-def serve(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's UI on this host.")] = 4200,
-) -> None:
-    """Keep Prefect's server and UI running for this folder until Ctrl-C; the other verbs then use it."""
-    from flows import server
-
-    server.check_port(port)
-    with console.status("starting Prefect's server"), server.serving(port):
-        console.print(f"UI         http://127.0.0.1:{port}", highlight=False)
-        console.print("in another terminal: gpt2 demo, gpt2 pretrain, …   Ctrl-C stops", highlight=False)
-        server.wait_for_end()
-    console.print("stopped", highlight=False)
-
-
 def _pretrain(config: RunConfig, verbose: bool) -> None:
     from flows.preflight import check
 
@@ -345,11 +332,7 @@ def _summary(facts: dict[str, Any], config: RunConfig) -> None:
     ]
     console.print()
     for name, text in rows:
-        _say(name, text)
-
-
-def _say(name: str, text: str) -> None:
-    console.print(f"{name:<10} {text}", highlight=False, markup=False)
+        say(name, text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def command(verb: str, config: Path | None, overrides: list[str]) -> str:
     return shlex.join(words + [word for override in overrides for word in ("--set", override)])
 
 
+def say(name: str, text: str) -> None:
+    """A line for people: what it is about, then what there is to say."""
+    console.print(f"{name:<10} {text}", highlight=False, markup=False)
+
+
 @contextmanager
 def prefect(verbose: bool) -> Iterator[None]:
     """A server to talk to, and Prefect's own log kept off the console unless it is asked for."""

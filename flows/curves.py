@@ -40,6 +40,12 @@ def curves(runs: list[Facts]) -> dict[str, str]:
     return {title: svg for title, svg in drawn.items() if svg}
 
 
+def loss_curve(name: str, metrics: list[dict[str, Any]]) -> str:
+    """The loss of one training so far, as inline SVG; nothing where no step is."""
+    run: Facts = {"name": name, "metrics": metrics, "evaluations": []}
+    return _draw("Loss", "nats a token", list(_losses([run])), {})
+
+
 def _losses(runs: list[Facts]) -> Iterator[Series]:
     for place, run in enumerate(runs):
         yield _trained(runs, place, "loss", "training")

@@ -40,8 +40,9 @@ SCHEMA = pa.schema(
 )
 
 
-def write_corpus(folder: Path) -> list[Path]:
+def write_corpus(folder: Path | str) -> list[Path]:
     """Write the corpus as parquet files, or find it there from before. Returns the files."""
+    folder = Path(folder)  # the deployment's step gives text
     version = platform.python_version()
     paths = [folder / f"python-{version}-{index:03d}.parquet" for index in range(FILES)]
     if all(path.exists() for path in paths):

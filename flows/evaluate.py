@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.artifacts import show
 from flows.download import mirror_items
 from flows.launch import Processes
 from flows.progress import Bar, say
@@ -96,7 +97,7 @@ def _answers(
             found = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
             rows.append(row | {"state": str(future.state.name), "found": found})
     shown = [row | {"found": row["found"][:300]} for row in rows]
-    create_table_artifact(shown, key="evaluations", description=f"Evaluations of {run}")
+    show(create_table_artifact, table=shown, key="evaluations", description=f"Evaluations of {run}")
     for name, why in failures:
         say("evaluate", f"{name} failed: {why}")
     made = sum(row["state"] == "Completed" for row in rows)

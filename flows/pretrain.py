@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.utilities.engine import link_state_to_flow_run_result
 
+from flows.artifacts import show_links
 from flows.download import download
 from flows.evaluate import Evaluated, evaluate
 from flows.report import report
@@ -48,6 +49,13 @@ def build_dataset(config: RunConfig) -> str:
     return str(version.manifest)
 
 
+@flow(name="train-run", flow_run_name="train-{config.name}")
+def train_run(config: RunConfig) -> None:
+    """Train the run to its last step, on the dataset's newest version or the one that it is pinned to."""
+    open_store(config.store_url)
+    train(config)
+
+
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
     """Evaluate the checkpoints of a run that are asked for, and write its report."""
@@ -70,6 +78,10 @@ def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str
     evaluated = found if isinstance(found, Evaluated) else Evaluated([])
     link_state_to_flow_run_result(state, evaluated)  # as Prefect does for what a flow returns: its UI draws the arrow
     facts = report(config, evaluated)
+    pages = {"report": facts["report"]}
+    if data := facts["dataset"]:
+        pages["manifest"] = keys.manifest(data["name"], data["manifest"])
+    show_links(open_store(config.store_url), f"Pages of {config.name}; of a bucket they open for 7 days", pages)
     if isinstance(found, BaseException):
         raise found
     return facts

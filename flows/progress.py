@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_progress_artifact
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from flows import artifacts
 
 UPDATE_SECONDS = 1.0  # an artifact's update is a call of Prefect's API
 LINE_SECONDS = 15.0  # between plain lines, where there is no terminal
@@ -59,8 +61,8 @@ class Bar:
         self._stage, self._total, self._what = stage, total, what
         self._done = 0
         self._at = self._line_at = time.monotonic()
-        self._artifact = create_progress_artifact(
-            0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {what}"
+        self._artifact = artifacts.show(
+            create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {what}"
         )
         self._task: TaskID | None = None
         if _Shown.bars is not None:
@@ -74,7 +76,7 @@ class Bar:
         now = time.monotonic()
         if now - self._at > UPDATE_SECONDS or done == self._total:
             self._at = now
-            update_progress_artifact(self._artifact, progress=100 * done / max(self._total, 1))  # type: ignore[arg-type]
+            artifacts.replace(self._artifact, 100 * done / max(self._total, 1))
         if _Shown.console is not None and _Shown.bars is None and now - self._line_at > LINE_SECONDS:
             self._line_at = now
             _print(self._stage, f"{done:,} of {self._total:,} {self._what}  {note}")

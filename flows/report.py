@@ -1,12 +1,12 @@
 """The last stage: pages for people about a run, or several side by side. Computes no metric, reads what is there."""
 
-from base64 import b64encode
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import Picture, show
 from flows.curves import curves
 from flows.evaluate import Evaluated
 from flows.facts import Facts, newest, run_facts
@@ -18,20 +18,15 @@ from storage import keys
 from storage.layout import open_store
 from storage.store import Store, overwrite
 
-ARTIFACT_INK = "#7d8794"  # legible on Prefect's white and on its black
-
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
 def write_report(run_name: str, store_url: str) -> dict[str, Any]:
     """Write report.html and report.md of a run, and show the same in Prefect's UI. Returns the facts they show."""
     facts, plots = keep_report(open_store(store_url), run_name)
-    create_markdown_artifact(markdown([facts]), key="report", description=f"Report of {run_name}")
+    show(create_markdown_artifact, markdown=markdown([facts]), key="report", description=f"Report of {run_name}")
     for title, svg in plots.items():
-        image = b64encode(svg.replace("currentColor", ARTIFACT_INK).encode()).decode()
         key = title.lower().replace(" ", "-").replace("_", "-")
-        create_image_artifact(
-            f"data:image/svg+xml;base64,{image}", key=f"plot-{key}", description=f"{title}, {run_name}"
-        )
+        Picture(f"plot-{key}", f"{title}, {run_name}").show(svg)
     shown = {name: facts[name] for name in ("name", "dataset", "training")}
     return shown | {"samples": facts["samples"][:1], "report": keys.report(run_name, "html")}
 

@@ -64,6 +64,11 @@ def prefect_server() -> Iterator[str]:
         yield os.environ["PREFECT_API_URL"]
 
 
+def named_server() -> bool:
+    """Whether there is a server to use already: the one of PREFECT_API_URL, or of `gpt2 serve`."""
+    return bool(os.environ.get("PREFECT_API_URL")) or served_port() is not None
+
+
 def served_port() -> int | None:
     """The port of the server that `gpt2 serve` keeps for this folder, when it answers."""
     try:
@@ -95,27 +100,33 @@ def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
             time.sleep(0.2)
         yield process
     finally:
-        _stop(process)
+        stop(process)
 
 
 @contextmanager
-def serving(port: int) -> Iterator[None]:
+def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A server that the verbs of this folder find and use, for as long as the block lasts."""
-    with running_server(port):
+    os.environ.update(prefect_environment(port))
+    with running_server(port) as process:
         SERVED.write_text(json.dumps({"port": port}))
         try:
-            yield
+            yield process
         finally:
             SERVED.unlink(missing_ok=True)
 
 
-def wait_for_end() -> None:
-    """Return at Ctrl-C or SIGTERM."""
+def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Return at Ctrl-C or SIGTERM. Raises ValueError when one of the processes ends before."""
     asked = threading.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: asked.set())
     while not asked.wait(1):
-        pass
+        for name, process in processes.items():
+            if process.poll() is not None:
+                raise ValueError(
+                    f"gpt2 serve: {name} was to run until Ctrl-C, it ended with exit code {process.returncode}. "
+                    f"Its log says why: {(HOME / name).absolute()}.log. Start gpt2 serve again: the runs go on."
+                )
 
 
 def free_port() -> int:
@@ -128,6 +139,7 @@ def free_port() -> int:
 def check_port(port: int) -> None:
     """Raise ValueError when somebody listens on the port already."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of one that has just stopped are none
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
@@ -146,9 +158,9 @@ def healthy(port: int) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and all it started."""
-    for sign, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+def stop(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None:
+    """End a process and its group."""
+    for sign, seconds in ((signal.SIGTERM, patience_seconds), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sign)
             process.wait(seconds)

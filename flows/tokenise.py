@@ -1,22 +1,27 @@
 """The second stage: run just the shard jobs that are missing, seal the manifest."""
 
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from flows.artifacts import show
 from flows.audit import audit_version, find_leaks
 from flows.download import Downloaded
 from flows.progress import Bar, say
 from flows.tasks import in_window, passes, transient, workers
 from model import tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
-from model.job import note_failure
+from model.job import JobFailed, note_failure
 from model.run import Run, pinned_run
 from storage import keys, shards
 from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
@@ -38,6 +43,7 @@ from storage.store import Store
 IN_FLIGHT = 4  # tasks submitted a worker: enough to keep all busy, few enough to keep the flow small
 MOST_TASKS = 2_000  # of one flow run: beyond, its page and Prefect's server suffer
 MOST_LINES = 1_000  # of the table of shard jobs
+POOLS = 3  # begun in a row, where a process of each is killed
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,19 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 
 
 def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
-    """Run the stage on the task runner that `resources.runner` names."""
-    return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
+    """Run the stage on the task runner that `resources.runner` names.
+
+    A pool of processes of which one was killed is broken for good: the stage begins again with a new one.
+    """
+    for _ in range(POOLS):
+        try:
+            return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
+        except BrokenExecutor:
+            say("tokenise", "a worker process was killed: what is missing is made by new ones")
+    raise JobFailed(
+        f"dataset {config.data.dataset!r}: {POOLS} pools of processes were begun, of each a process was killed, as the "
+        f"system does when memory is short. Let fewer work at once: --set resources.workers=1. What is made stays."
+    )
 
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
@@ -219,7 +236,9 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
     if not missing:
         return
     bar = Bar("tokenise", len(missing), "shards")
-    lines: list[dict[str, Any]] = [{"shards": f"{total - len(missing):,} others", "state": "Done before", "why": ""}]
+    others = {"shards": f"{total - len(missing):,} others", "state": "Done before", "why": "", "to run it again": ""}
+    lines: list[dict[str, Any]] = [others]
+    again = ""
     errors: list[BaseException] = []
     settled = 0
     for jobs, error, future in in_window(
@@ -231,14 +250,25 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
         bar.to(settled)
         errors += [error] if error else []
         if error or len(lines) < MOST_LINES:
-            lines.append({"shards": _name(jobs), "state": future.state.name, "why": str(error or "")[:300]})
+            again = again or (_retry_command(config) if error else "")
+            line = {"shards": _name(jobs), "state": future.state.name, "why": str(error or "")[:300]}
+            lines.append(line | {"to run it again": again if error else ""})
     bar.close()
-    create_table_artifact(lines, key="shard-status", description=f"Shard jobs of {dataset}")
+    show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
     if errors:
         if len(errors) > 1:
             say("tokenise", f"{len(errors):,} tasks failed, of {len(missing):,} shard jobs; gpt2 status lists them")
         raise errors[0]
     say("tokenise", f"{total:,} of {total:,} shards done, {len(missing):,} made now")
+
+
+def _retry_command(config: RunConfig) -> str:
+    """What a user types to run what failed again: another attempt of this very run, or the console's own verb."""
+    with get_client(sync_client=True) as client:
+        asked = client.read_flow_run(UUID(flow_run.root_flow_run_id))
+    if asked.deployment_id is not None:
+        return f"prefect flow-run retry {asked.id}"
+    return f"gpt2 retry {config.name if asked.name == f'pretrain-{config.name}' else config.data.dataset}"
 
 
 def _name(jobs: list[ShardJob]) -> str:
@@ -257,4 +287,9 @@ def _show(manifest: Manifest, dataset: str) -> None:
     ]
     for split, sums in manifest.totals.items():
         lines.append(f"| {split} | {sums['shards']:,} | {sums['documents']:,} | {sums['tokens']:,} |")
-    create_markdown_artifact("\n".join(lines), key="dataset-manifest", description=f"What {dataset} holds")
+    show(
+        create_markdown_artifact,
+        markdown="\n".join(lines),
+        key="dataset-manifest",
+        description=f"What {dataset} holds",
+    )

@@ -1,6 +1,8 @@
 """The third stage: pin the run, then train it in processes of its own, from wherever its newest checkpoint stands."""
 
+import contextvars
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,8 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from flows.artifacts import Picture, show
+from flows.curves import loss_curve
 from flows.launch import Processes
 from flows.progress import Bar, say
 from flows.tokenise import DatasetVersion
@@ -23,6 +27,7 @@ from storage.manifest import latest_manifest
 from storage.store import Store, read_json
 
 WATCH_SECONDS = 1.0
+CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(store, run, bar, ended), daemon=True)
+    context = contextvars.copy_context()  # or what the thread makes belongs to no flow run
+    watcher = threading.Thread(target=context.run, args=(_watch, store, run, bar, ended), daemon=True)
     watcher.start()
     try:
         with Processes(config.store_url) as processes:
@@ -105,15 +111,23 @@ def newest_version(store: Store, config: RunConfig) -> DatasetVersion:
 
 
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
-    """Follow the trainer's progress object until the training ends."""
+    """Follow the trainer's progress object until the training ends: the bar, and the loss so far as a curve."""
+    curve = Picture("train-loss", f"Loss of {run.name} so far")
+    drawn_at = 0.0
+    seen: dict[int, dict[str, Any]] = {}  # lines of the log by step
     while not ended.wait(WATCH_SECONDS):
         try:
+            seen = seen or {line["step"]: line for line in read_metrics(store, run.name)}  # before it was started again
             progress: dict[str, Any] = read_json(store, keys.progress(run.name)) or {}
         except StorageError:
             continue  # the trainer says what is wrong with the store, and goes on
         if lines := progress.get("since_checkpoint"):
             loss = "no number" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
             bar.to(progress["step"], f"loss {loss}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
+            seen |= {line["step"]: line for line in lines}
+            if time.monotonic() - drawn_at > CURVE_SECONDS:
+                drawn_at = time.monotonic()
+                curve.show(loss_curve(run.name, [seen[step] for step in sorted(seen)]))
 
 
 def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
@@ -137,4 +151,4 @@ def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
         }
         for line in shown
     ]
-    create_table_artifact(rows, key="train-metrics", description=f"Training of {run.name}")
+    show(create_table_artifact, table=rows, key="train-metrics", description=f"Training of {run.name}")

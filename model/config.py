@@ -21,10 +21,18 @@ Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _form(schema: dict[str, Any]) -> None:
+    """Titles, and an order that survives: PostgreSQL's JSON forgets it, and Prefect's form goes by `position`."""
+    for position, (name, field) in enumerate(schema["properties"].items()):
+        field |= {"title": name.replace("_", " ").capitalize(), "position": position}
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, and every unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, json_schema_extra=_form
+    )
 
 
 class DataConfig(Section):

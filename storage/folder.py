@@ -125,6 +125,10 @@ class FolderStore:
         """The file that holds the object."""
         return self._path(key)
 
+    def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # a bucket's
+        """The file's address on this host."""
+        return self._path(key).as_uri()
+
     def _path(self, key: str) -> Path:
         return self._folder / keys.check_key(key)
 

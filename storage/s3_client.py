@@ -103,6 +103,13 @@ def client(_process: int) -> Any:
     return made
 
 
+def link_client(endpoint: str) -> Any:
+    """A client that signs links for browsers, which reach the server by another name than the hosts of the pipeline."""
+    region = own_client().meta.region_name
+    config = Config(signature_version="s3v4", s3={"addressing_style": "path"})
+    return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint or None, config=config)
+
+
 def own_client() -> Any:
     """The client of this process."""
     return client(os.getpid())

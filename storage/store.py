@@ -14,6 +14,7 @@ from storage import keys
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 
 Body = bytes | bytearray | memoryview
+LINK_SECONDS = 7 * 86_400  # the longest that S3's signatures allow
 LIMIT_BYTES = 1 << 26  # the largest object whose size nobody stated: a manifest of 130,000 shards has 20 MB
 
 
@@ -78,6 +79,12 @@ class Store(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """The file that holds the object, where the store keeps one on this host."""
+
+    def link(self, key: str, endpoint: str = "") -> str:
+        """Where a browser opens the object, at the server's `endpoint` as people reach it (empty: as this host does).
+
+        Of a bucket the link holds its own permission to read this one object, for LINK_SECONDS.
+        """
 
 
 def check_conditions(store: Store, server: str) -> None:

@@ -1,5 +1,6 @@
-"""Shard jobs that failed are run again alone, by every way to ask; and the deployment whose runs a worker takes."""
+"""Shard jobs that failed are run again alone, by every way to ask for it of a deployment's run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from flows.bootstrap import bootstrap
 from model.config import RunConfig
 from storage import keys
 from storage.canonical import canonical_json
@@ -19,6 +20,7 @@ from storage.manifest import latest_manifest
 from storage.shards import Record
 from storage.store import Store
 from tests.flows.console import ask, poll, shard_runs
+from tests.flows.room import ended, set_state, start, worker
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -35,22 +37,11 @@ def prefect(*words: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def deployment(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The id of the project's own deployment, whose runs a worker waits for."""
-    prefect("work-pool", "create", "data", "--type", "process")
-    prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deploy/prefect.yaml", APP_DIR=str(ROOT))
-    [found] = ask(api, "/deployments/filter", {"deployments": {"name": {"any_": ["dataset-refresh"]}}})
-    log = (tmp_path_factory.mktemp("worker") / "log").open("wb")
-    words = [PREFECT, "worker", "start", "--pool", "data"]
-    with (
-        log,
-        subprocess.Popen(
-            words, cwd=ROOT, env=os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "1"}, stdout=log, stderr=log
-        ) as worker,
-    ):
-        yield str(found["id"])
-        worker.terminate()
+@pytest.fixture(scope="module", autouse=True)
+def one_worker(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    list(bootstrap(RunConfig(), scheduled=False))
+    with worker("data", tmp_path_factory.mktemp("worker") / "log"):
+        yield
 
 
 @pytest.fixture
@@ -59,22 +50,6 @@ def config(tmp_path: Path) -> RunConfig:
         texts = [document(number * 100 + row) for row in range(40)]
         write_parquet(tmp_path / "source" / f"file_{number}.parquet", texts)
     return tiny_config(str(tmp_path / "store"), str(tmp_path / "source"), "data.shard_tokens=500")
-
-
-def started(api: str, deployment: str, config: RunConfig) -> str:
-    """The id of a new run of the deployment."""
-    asked = {"parameters": {"config": config.model_dump(mode="json")}}
-    return str(ask(api, f"/deployments/{deployment}/create_flow_run", asked)["id"])
-
-
-def ended(api: str, flow_run: str, attempt: int = 1) -> str:
-    """The type of the state in which the run's attempt ended."""
-
-    def found() -> Any:
-        run = ask(api, f"/flow_runs/{flow_run}")
-        return run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") and run["run_count"] >= attempt and run
-
-    return str(poll(found, 180)["state_type"])
 
 
 def completed(api: str, since: datetime) -> dict[str, str]:
@@ -94,8 +69,22 @@ def mend(store: Store, shard_ids: list[str]) -> None:
         store.delete(keys.record("small", shard_id))
 
 
+def shown_as_failed(api: str, flow_run: str) -> set[str]:
+    """What the table of the tokenise stage names as failed, each with its reason and the command to type."""
+    [stage] = ask(
+        api,
+        "/flow_runs/filter",
+        {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}, "name": {"like_": "tokenise"}}},
+    )
+    asked = {"artifacts": {"flow_run_id": {"any_": [stage["id"]]}, "key": {"any_": ["shard-status"]}}}
+    [table] = ask(api, "/artifacts/filter", asked)
+    rows = [row for row in json.loads(table["data"]) if row["state"] == "Failed"]
+    assert all(row["why"] and row["to run it again"] == f"prefect flow-run retry {flow_run}" for row in rows)
+    return {row["shards"] for row in rows}
+
+
 @pytest.mark.parametrize("how", ["ui", "command"])
-def test_a_retry_runs_what_failed(api: str, deployment: str, config: RunConfig, tmp_path: Path, how: str) -> None:
+def test_a_retry_runs_what_failed(api: str, config: RunConfig, tmp_path: Path, how: str) -> None:
     expected = build_dataset(config.model_copy(update={"store_url": str(tmp_path / "other")}))
     store = open_store(config.store_url, create=True)
     failing = expected.shard_ids[3::10]  # one of ten
@@ -103,30 +92,20 @@ def test_a_retry_runs_what_failed(api: str, deployment: str, config: RunConfig, 
     for shard_id in failing:
         spoil(store, shard_id)
     since = datetime.now(UTC)
-    flow_run = started(api, deployment, config)
-    assert ended(api, flow_run) == "FAILED"
+    flow_run = start(api, "dataset-refresh", config)
+    assert ended(api, flow_run)["state_type"] == "FAILED"
     assert latest_manifest(store, "small") is None
+    assert shown_as_failed(api, flow_run) == {f"shard-{shard_id}" for shard_id in failing}
     poll(lambda: len(completed(api, since)) == len(expected.shard_ids) - len(failing))
     mend(store, failing)
     before = completed(api, since)
     if how == "ui":  # what its button sends
-        state = {"type": "SCHEDULED", "name": "AwaitingRetry"}
-        ask(api, f"/flow_runs/{flow_run}/set_state", {"state": state})
+        set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     else:
         prefect("flow-run", "retry", flow_run)
-    assert ended(api, flow_run, 2) == "COMPLETED"
+    assert ended(api, flow_run, 2)["state_type"] == "COMPLETED"
     expected_runs = sorted(f"shard-{shard_id}" for shard_id in failing)
     poll(lambda: sorted(name for one, name in completed(api, since).items() if one not in before) == expected_runs)
     sealed = latest_manifest(store, "small")
     assert sealed is not None
     assert sealed.digest == expected.digest
-
-
-def test_the_schedule_makes_runs_with_its_parameters(api: str, deployment: str) -> None:
-    def scheduled() -> Any:
-        runs = ask(api, "/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}})
-        return [run for run in runs if run["deployment_id"] == deployment and run["auto_scheduled"]]
-
-    ours = poll(scheduled, 120)
-    config = RunConfig.model_validate(ours[0]["parameters"]["config"])
-    assert (config.data.source, config.data.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")

@@ -21,8 +21,9 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
             said.append((done, text))
             ended.set()
 
-    progress = {"step": 3, "since_checkpoint": [{"loss": None, "tokens_per_second": 7.0}]}
+    progress = {"step": 3, "since_checkpoint": [{"step": 2, "loss": None, "tokens_per_second": 7.0}]}
     answers: list[Any] = [progress, StoreUnavailable("it answers 503")]
+    drawn: list[str] = []
 
     def read(*_: object) -> Any:
         if isinstance(found := answers.pop(), Exception):
@@ -30,9 +31,13 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
         return found
 
     monkeypatch.setattr(train, "read_json", read)
+    monkeypatch.setattr(train, "read_metrics", lambda *_: [{"step": 1, "loss": 5.0}])
+    monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
     assert said == [(3, "loss no number  7 tokens/s")]
+    assert len(drawn) == 1  # with the step before it was started again
+    assert "nats a token" in drawn[0]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     monkeypatch: pytest.MonkeyPatch, steps: int, shown: list[int]
 ) -> None:
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(train, "create_table_artifact", lambda found, **_: rows.extend(found))
+    monkeypatch.setattr(train, "show", lambda _, table, **__: rows.extend(table))
     line = {"loss": 6.71234567, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 1234.5}
     metrics = [line | {"step": step} for step in range(steps)]
     metrics[-1]["val_loss"] = 6.5

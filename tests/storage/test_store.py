@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
@@ -121,6 +123,19 @@ def test_overwrite_puts_whatever_was_there(store: Store) -> None:
 
 
 # Reading
+
+
+def test_a_link_opens_the_object_alone_without_a_key(store: Store) -> None:
+    store.put_new("runs/a/report.html", b"<p>one")
+    store.put_new("runs/a/other.html", b"<p>two")
+    link = store.link("runs/a/report.html")
+    with urlopen(link) as page:  # noqa: S310  # the test's own server, or a file
+        assert page.read() == b"<p>one"
+        assert page.headers["Content-Type"] == "text/html"
+    if link.startswith("http"):
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(link.replace("report", "other"))  # noqa: S310
+        assert store.link("runs/a/report.html", "http://elsewhere:1").startswith("http://elsewhere:1/")
 
 
 @pytest.mark.parametrize(

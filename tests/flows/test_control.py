@@ -1,0 +1,173 @@
+"""Runs of the deployments under real workers: cancelled, killed, left by a dead worker, retried."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import automations
+from flows.bootstrap import bootstrap
+from model.config import RunConfig
+from model.history import checkpoints
+from storage import keys
+from storage.layout import open_store
+from storage.store import read_json
+from tests.flows.console import ask, poll
+from tests.flows.room import automation, ended, run, set_state, start, states, worker
+from tests.making import document, tiny_config, write_parquet
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+
+STEPS = 600
+GONE_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered(api: str) -> None:
+    list(bootstrap(RunConfig(), scheduled=False))
+
+
+@pytest.fixture
+def one_worker(tmp_path: Path, registered: None) -> Iterator[int]:
+    """The process id of a worker of the pool `train`."""
+    with worker("train", tmp_path / "worker.log") as process:
+        yield process.pid
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A training of some seconds by two processes, with a checkpoint only where it is stopped."""
+    source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
+    steps = (f"train.max_steps={STEPS}", "train.checkpoint_every_steps=1000", "train.validate_every_steps=0")
+    return tiny_config(str(tmp_path / "store"), str(source), *steps, "resources.processes=2")
+
+
+def step(config: RunConfig) -> int:
+    """The step that the training has reached, as its own progress says."""
+    store = open_store(config.store_url, create=True)
+    return int((read_json(store, keys.progress(config.name)) or {"step": 0})["step"])
+
+
+def processes(word: str) -> dict[int, list[str]]:
+    """The processes with this word among those that they were started with."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if word in words:
+                found[int(folder.name)] = words
+    return found
+
+
+def of_flow_run(flow_run: str) -> list[int]:
+    """The processes that Prefect started for a flow run: they have its id in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                if flow_run.encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def cancelled(api: str, flow_run: str, config: RunConfig) -> None:
+    """Cancel the run as the UI does; all its processes must be gone in time, and its state say so."""
+    assert processes(config.store_url)
+    began = time.monotonic()
+    set_state(api, flow_run, "CANCELLING")
+    poll(lambda: not processes(config.store_url), GONE_SECONDS)
+    assert ended(api, flow_run)["state_name"] == "Cancelled"
+    poll(lambda: not of_flow_run(flow_run), max(GONE_SECONDS - (time.monotonic() - began), 1))
+
+
+def test_a_cancelled_training_saves_and_its_retry_goes_on(api: str, one_worker: int, config: RunConfig) -> None:
+    flow_run = start(api, "pretrain", config)
+    poll(lambda: step(config) > 20, 120)
+    cancelled(api, flow_run, config)
+    store = open_store(config.store_url)
+    [saved] = checkpoints(store, config.name)
+    assert 20 < saved.step < STEPS
+    assert run(api, flow_run)["run_count"] == 1
+    set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
+    assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    assert checkpoints(store, config.name)[-1].step == STEPS
+    asked = {"flow_runs": {"name": {"any_": ["tokenise-small"]}}, "task_runs": {"name": {"like_": "shard-"}}}
+    stages = ask(api, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
+    assert sorted(stage["name"].partition("-")[0] for stage in stages if stage["state_name"] == "Completed") == sorted(
+        ["download", "tokenise", "download", "tokenise", "train", "evaluate", "report"]
+    )
+    assert asked
+
+
+def test_a_cancelled_evaluation_is_gone_at_once(api: str, one_worker: int, config: RunConfig) -> None:
+    unending = config.evaluation.model_copy(update={"sample_tokens": 10**7})
+    quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
+    asked = config.model_copy(update={"evaluation": unending, "train": quick})
+    flow_run = start(api, "pretrain", asked)
+    poll(lambda: any("samples" in word for words in processes(config.store_url).values() for word in words), 120)
+    cancelled(api, flow_run, asked)
+
+
+def test_a_killed_flow_takes_its_processes_along_and_goes_on_by_itself(
+    api: str, one_worker: int, config: RunConfig
+) -> None:
+    flow_run = start(api, "pretrain", config)
+    poll(lambda: step(config) > 20, 120)
+    kill(of_flow_run(flow_run))
+    poll(lambda: not processes(config.store_url), GONE_SECONDS)
+    assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    assert "Crashed" in states(api, flow_run)
+    assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
+
+
+def test_a_run_whose_worker_died_with_it_is_crashed_and_its_slot_is_free(
+    api: str, config: RunConfig, tmp_path: Path
+) -> None:
+    resume = automation(api, automations.RESUME)["id"]
+    ask(api, f"/automations/{resume}", {"enabled": False}, "PATCH")
+    try:
+        with worker("train", tmp_path / "worker.log") as process:
+            flow_run = start(api, "pretrain", config)
+            poll(lambda: step(config) > 20, 120)
+            kill([process.pid, *of_flow_run(flow_run)])
+            process.wait()
+        died = time.monotonic()
+        waiting = start(api, "pretrain", config.model_copy(update={"name": "after"}))
+        assert run(api, flow_run)["state_name"] == "Running"
+        with worker("train", tmp_path / "worker.log"):
+            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.BEAT_LIMIT_SECONDS + 30)
+            assert "Nothing was heard of this run" in run(api, flow_run)["state"]["message"]
+            assert time.monotonic() - died > 30  # its last heartbeat may be 30 s old
+            assert ended(api, waiting)["state_name"] == "Completed"
+            set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
+            assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    finally:
+        ask(api, f"/automations/{resume}", {"enabled": True}, "PATCH")
+
+
+def test_a_failing_rank_fails_the_run_with_its_own_words(api: str, one_worker: int, config: RunConfig) -> None:
+    odd = config.train.model_copy(update={"batch_tokens": 3 * 64})  # three micro-batches, two processes
+    asked = config.model_copy(update={"train": odd})
+    flow_run = start(api, "pretrain", RunConfig.model_construct(**dict(asked)))
+    found = ended(api, flow_run)
+    assert found["state_name"] == "Failed"
+    assert "cannot be shared among 2 ranks" in found["state"]["message"]
+    logs: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}})
+    assert logs
