@@ -15,6 +15,7 @@ from uuid import UUID
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
@@ -40,7 +41,8 @@ def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> 
                 yield f"pool {name}: made"
             except ObjectAlreadyExists:
                 yield f"pool {name}: there"
-        paused = {deployment.name: deployment.paused for deployment in client.read_deployments()}
+        ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[automations.TAG]))
+        paused = {one.name: one.paused for one in client.read_deployments(deployment_filter=ours)}
         declared = _declared(config)
         for deployment in declared["deployments"]:
             deployment["paused"] = paused.get(deployment["name"], False)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import httpx
 
 from flows import server
 from model.config import RunConfig
@@ -30,7 +32,8 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
         try:
             yield {"server": process, **workers}
         finally:
-            _cancel_runs(list(POOLS))
+            with suppress(httpx.HTTPError):  # where it is the server that has ended, nobody can be asked
+                _cancel_runs(list(POOLS))
             for worker in workers.values():
                 server.stop(worker, WORKER_SECONDS)
 

@@ -28,6 +28,8 @@ SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    # kept in memory, leases of slots are gone when a server is started again, which then ends the runs that hold them
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     # task runs are recorded one by one by default, 25 to 30 a second; in batches the records keep up
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
@@ -52,6 +54,7 @@ def prefect_server() -> Iterator[str]:
     Taken in this order: the one PREFECT_API_URL names, the one `gpt2 serve` keeps, a new one on a free port.
     """
     if url := os.environ.get("PREFECT_API_URL"):
+        _check_named(url)
         yield url
         return
     if (port := served_port()) is not None:
@@ -62,6 +65,22 @@ def prefect_server() -> Iterator[str]:
     os.environ.update(prefect_environment(port))
     with running_server(port):
         yield os.environ["PREFECT_API_URL"]
+
+
+def _check_named(url: str) -> None:
+    """Raise ValueError when no Prefect server is there, or none that lets this user in."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_version()
+    except httpx.HTTPError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"PREFECT_API_URL = {url!r}: a Prefect server was expected there, found: {why}. Start it, mend it, "
+            f"set PREFECT_API_AUTH_STRING=user:password where it asks for one, or unset PREFECT_API_URL."
+        ) from error
 
 
 def named_server() -> bool:

@@ -44,18 +44,21 @@ def poll(found: Callable[[], Any], seconds: float = 60.0) -> Any:
     return answer
 
 
-def gpt2(*words: str, cwd: Path, api: str | None = None, **options: Any) -> subprocess.Popen[str]:
+def gpt2(*words: str, cwd: Path, api: str | None = None, password: str = "", **options: Any) -> subprocess.Popen[str]:
     """The console as a process and the leader of a session of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"DO_NOT_TRACK": "1"} | ({"PREFECT_API_URL": api} if api else {})
+    environment |= {"PREFECT_API_AUTH_STRING": password} if password else {}
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *words], cwd=cwd, env=environment, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options,
     )  # fmt: skip
 
 
-def run_gpt2(*words: str, cwd: Path, api: str | None = None, seconds: float = 240) -> tuple[int, str]:
+def run_gpt2(
+    *words: str, cwd: Path, api: str | None = None, password: str = "", seconds: float = 240
+) -> tuple[int, str]:
     """Exit code and all that the console printed."""
-    process = gpt2(*words, cwd=cwd, api=api)
+    process = gpt2(*words, cwd=cwd, api=api, password=password)
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.bootstrap import bootstrap
-from model.config import RunConfig
+from model.config import ResourcesConfig, RunConfig
 from storage import keys
 from storage.canonical import canonical_json
 from storage.layout import open_store
@@ -38,9 +38,10 @@ def prefect(*words: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_worker(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def workers(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     list(bootstrap(RunConfig(), scheduled=False))
-    with worker("data", tmp_path_factory.mktemp("worker") / "log"):
+    folder = tmp_path_factory.mktemp("worker")
+    with worker("data", folder / "data.log"), worker("train", folder / "train.log"):
         yield
 
 
@@ -83,8 +84,14 @@ def shown_as_failed(api: str, flow_run: str) -> set[str]:
     return {row["shards"] for row in rows}
 
 
-@pytest.mark.parametrize("how", ["ui", "command"])
-def test_a_retry_runs_what_failed(api: str, config: RunConfig, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "name", "runner"),
+    [("ui", "dataset-refresh", "threads"), ("command", "pretrain", "processes"), ("ui", "pretrain", "dask")],
+)
+def test_a_retry_runs_what_failed(
+    api: str, config: RunConfig, tmp_path: Path, how: str, name: str, runner: str
+) -> None:
+    config = config.model_copy(update={"resources": ResourcesConfig(runner=runner, workers=2)})  # type: ignore[arg-type]
     expected = build_dataset(config.model_copy(update={"store_url": str(tmp_path / "other")}))
     store = open_store(config.store_url, create=True)
     failing = expected.shard_ids[3::10]  # one of ten
@@ -92,7 +99,7 @@ def test_a_retry_runs_what_failed(api: str, config: RunConfig, tmp_path: Path, h
     for shard_id in failing:
         spoil(store, shard_id)
     since = datetime.now(UTC)
-    flow_run = start(api, "dataset-refresh", config)
+    flow_run = start(api, name, config)
     assert ended(api, flow_run)["state_type"] == "FAILED"
     assert latest_manifest(store, "small") is None
     assert shown_as_failed(api, flow_run) == {f"shard-{shard_id}" for shard_id in failing}
@@ -103,7 +110,7 @@ def test_a_retry_runs_what_failed(api: str, config: RunConfig, tmp_path: Path, h
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     else:
         prefect("flow-run", "retry", flow_run)
-    assert ended(api, flow_run, 2)["state_type"] == "COMPLETED"
+    assert ended(api, flow_run, 2, 300)["state_type"] == "COMPLETED"
     expected_runs = sorted(f"shard-{shard_id}" for shard_id in failing)
     poll(lambda: sorted(name for one, name in completed(api, since).items() if one not in before) == expected_runs)
     sealed = latest_manifest(store, "small")

@@ -1,5 +1,11 @@
 """Tokenising under Prefect: the same bytes under every runner, and only what is missing is run."""
 
+import os
+import signal
+import threading
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,17 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import records
+from flows import records, tokenise
 from flows.pretrain import build_dataset
 from flows.status import dataset_status
 from model import tokenizer
-from model.config import RunConfig
+from model.config import ResourcesConfig, RunConfig
+from model.job import JobFailed
 from storage import keys, shards
 from storage.errors import DatasetMismatch, SourceInvalid
 from storage.layout import open_store
 from storage.manifest import read_manifest
+from storage.plan import ShardJob
 from storage.store import Store
-from tests.flows.console import shard_runs
+from tests.flows.console import poll, shard_runs
 from tests.making import document, published, tiny_config, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -159,3 +167,71 @@ def test_a_new_file_makes_only_its_own_shards(api: str, config: RunConfig, sourc
 def test_too_few_shards_for_the_split_is_refused(tmp_path: Path, source: str) -> None:
     with pytest.raises(ValueError, match=r"data\.val_shards = 500"):
         build_dataset(tiny_config(str(tmp_path / "store"), source, "data.val_shards=500"))
+
+
+@pytest.mark.parametrize(("error", "tries"), [(OSError("the disk"), 3), (SourceInvalid("the data"), 1)])
+def test_what_may_pass_is_tried_again_and_bad_data_is_not(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
+) -> None:
+    asked: Counter[str] = Counter()
+    make = tokenise._make
+
+    def failing(store: Store, dataset: str, job: ShardJob) -> bool:
+        asked[job.shard_id] += 1
+        if job.shard_id == min(asked):
+            raise error
+        return make(store, dataset, job)
+
+    monkeypatch.setattr(tokenise, "_make", failing)
+    at_once = tokenise.tokenise_shards.with_options(retry_delay_seconds=0)
+    monkeypatch.setattr(tokenise, "tokenise_shards", at_once)
+    with pytest.raises(type(error)):
+        build_dataset(config.model_copy(update={"resources": ResourcesConfig(workers=1)}))
+    assert asked.pop(min(asked)) == tries
+    assert set(asked.values()) == {1}
+
+
+def spawned(parent: int) -> list[int]:
+    """The processes of a pool: children of this one that multiprocessing started to work."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                words = (folder / "cmdline").read_bytes()
+                ours = (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
+                if ours and b"spawn_main" in words:
+                    found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.full
+def test_a_killed_worker_process_costs_what_it_had_in_hand_alone(tmp_path: Path) -> None:
+    texts = [document(number, 2_000) for number in range(300)]
+    source = write_parquet(tmp_path / "source" / "file.parquet", texts)
+    words = ("resources.runner=processes", "resources.workers=2", "data.shard_tokens=5000")
+    config = tiny_config(str(tmp_path / "store"), str(source), *words)
+    folder = tmp_path / "store" / "datasets" / "small" / "shards"
+    before: dict[Path, int] = {}
+
+    def kill_one() -> None:
+        poll(lambda: len(list(folder.glob("*.json"))) > 5, 120)
+        before.update({path: path.stat().st_mtime_ns for path in folder.glob("*.json")})
+        os.kill(spawned(os.getpid())[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    digest = build_dataset(config)
+    killer.join()
+    assert len(before) < len(read_manifest(open_store(config.store_url), "small", digest).shard_ids)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    serial = tiny_config(str(tmp_path / "serial"), str(source), "data.shard_tokens=5000")
+    assert build_dataset(serial) == digest
+
+
+def test_pools_that_break_again_and_again_end_with_a_remedy(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(tokenise, "_run_missing", broken)
+    with pytest.raises(JobFailed, match=r"3 pools of processes.*resources.workers=1"):
+        build_dataset(config)

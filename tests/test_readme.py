@@ -1,0 +1,152 @@
+"""What the README tells to type is typed here as it is written: in a copy of the project whose settings are small.
+
+The Hub is the tests' stand-in, the bucket is a real S3 server's. What needs an image registry or a GPU is named below.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests import hub as stand_in
+from tests import servers
+from tests.making import document, write_parquet
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "deploy/README.md")
+ELSEWHERE = {  # what needs Docker's registry or a GPU; tests/rehearse_stack.py types it where there are such
+    "docker compose up --wait",
+    "docker compose -f docker-compose.yml -f deploy/docker-compose.gpu.yml up --wait",
+    "make test",  # this
+}
+SMALL = {
+    "layers = 12": "layers = 1", "heads = 12": "heads = 2", "width = 768": "width = 16", "layers = 4": "layers = 1",
+    "heads = 4": "heads = 2", "width = 128": "width = 16",
+    "micro_batch_sequences = 32": "micro_batch_sequences = 1", "batch_tokens = 524_288": "batch_tokens = 1_024",
+    "max_steps = 19_073": "max_steps = 4\ncheckpoint_every_steps = 2", "warmup_steps = 715": "warmup_steps = 1",
+    "max_steps = 100": "max_steps = 4", "warmup_steps = 10\n": "warmup_steps = 1\n",
+}  # fmt: skip
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of commands of a page, in their order."""
+    return re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    """Each command without what is said beside it."""
+    lines = [line for block in blocks(page) for line in block.splitlines()]
+    return [re.sub(r"\s{2,}#.*$", "", line).strip() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as somebody has cloned and installed it, with small settings, texts of his own and a model."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("flows", "model", "storage", "deploy"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.lock", "requirements-dev.lock", "pyproject.toml"):
+        shutil.copy2(ROOT / name, folder)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    for path in (folder / "deploy" / "configs").glob("*.toml"):
+        text = path.read_text()
+        for given, small in SMALL.items():
+            text = text.replace(given, small)
+        path.write_text(text)
+    write_parquet(folder / "texts" / "mine.parquet", [document(number, 2_000) for number in range(60)])
+    shape = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=1024)
+    GPT2LMHeadModel(shape).save_pretrained(folder / "path" / "to" / "gpt2")
+    (folder / "hellaswag_val.jsonl").write_text(items())
+    return folder
+
+
+def items() -> str:
+    """Some items in HellaSwag's layout."""
+    item = {"activity_label": "Cats", "ctx_a": "The cat sat", "ctx_b": "", "ctx": "The cat sat", "label": 1}
+    endings = ["on the mat.", "in a tree.", "by day.", "at sea."]
+    return "".join(json.dumps(item | {"ind": number, "endings": endings}) + "\n" for number in range(4))
+
+
+@pytest.fixture(scope="module")
+def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What the commands find: the stand-in for the Hub with both datasets, an S3 server with a bucket."""
+    server = servers.start("seaweedfs", tmp_path_factory.mktemp("s3"))
+    files = {}
+    for number in range(14):
+        texts = [document(number * 100 + row, 300) for row in range(40)]
+        path = write_parquet(folder / "published.parquet", texts)
+        files[f"sample/10BT/{number:03d}_00000.parquet"] = path.read_bytes()
+    path.unlink()
+    questions = pa.Table.from_pylist([json.loads(line) | {"label": "1"} for line in items().splitlines()])
+    pq.write_table(questions, folder / "questions.parquet")
+    try:
+        with stand_in.serving() as hub:
+            hub.dataset("HuggingFaceFW/fineweb-edu", files, configs={"sample-10BT": {"train": "sample/10BT/*"}})
+            hub.dataset(
+                "Rowan/hellaswag",
+                {"data/validation.parquet": (folder / "questions.parquet").read_bytes()},
+                configs={"default": {"validation": "data/validation*"}},
+            )
+            kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
+            yield kept | server.environment | {
+                "PYTHONPATH": str(folder), "HF_ENDPOINT": stand_in.ENDPOINT, "DO_NOT_TRACK": "1",
+                "HF_HOME": str(folder / "hf"), "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            }  # fmt: skip
+    finally:
+        server.stop()
+
+
+def test_what_is_typed_elsewhere_is_still_written() -> None:
+    assert set(commands("README.md") + commands("deploy/README.md")) >= ELSEWHERE
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_works_as_it_is_written(page: str, folder: Path, environment: dict[str, str]) -> None:
+    typed = 0
+    for line in commands(page):
+        if line in ELSEWHERE or not line or line.startswith("#"):
+            continue
+        if line.startswith("export AWS_"):  # the server's own are set, its "…" stand for secrets
+            assert all(word.partition("=")[0] in environment for word in line.split()[1:])
+            continue
+        asked = [path.name for path in (folder / "data/runs/gpt2-124m/jobs").glob("train-????????.json")]
+        text = line.replace("s3://bucket/", f"s3://{servers.BUCKET}/").replace("train-….json", *(asked or ["no job"]))
+        done = subprocess.run(
+            ["bash", "-euc", text],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        typed += 1
+    assert typed > 1
+
+
+def test_every_verb_and_option_that_is_named_is_there(environment: dict[str, str]) -> None:
+    named: dict[str, set[str]] = {}
+    for page in PAGES:
+        for words in re.findall(r"`gpt2 ([^`]+)`", (ROOT / page).read_text()):
+            verb = re.match(r"(dataset )?[a-z]+", words)
+            assert verb is not None, words
+            named.setdefault(verb[0], set()).update(re.findall(r"--[a-z-]+", words))
+    assert len(named) > 15
+    for verb, options in named.items():
+        done = subprocess.run(
+            ["gpt2", *verb.split(), "--help"], env=environment | {"COLUMNS": "200"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, verb
+        assert not [option for option in options if option not in done.stdout], verb
