@@ -102,10 +102,21 @@ def retry(
 
 
 @app.command()
-def train(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    ask: Annotated[bool, typer.Option("--ask", help="Only put the job into the store, for hosts elsewhere.")] = False,
+    verbose: Verbose = False,
+) -> None:
     """Train the run to its last step, on the dataset's newest version or the one the run is pinned to."""
     asked = load_config(config, overrides or [])
-    open_store(asked.store_url)
+    store = open_store(asked.store_url)
+    if ask:
+        from flows.train import asked_training
+        from model.job import ask as put
+
+        say("on each host", f"python -m model {asked.store_url} {put(store, asked_training(store, asked))}")
+        return
     with prefect(verbose):
         from flows.train import train as flow
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from prefect.artifacts import create_progress_artifact
@@ -64,6 +65,8 @@ class Bar:
         self._artifact = artifacts.show(
             create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {what}"
         )
+        self._sender = ThreadPoolExecutor(1)  # a busy server answers after seconds: the stage does not wait for it
+        self._sent: Future[None] | None = None
         self._task: TaskID | None = None
         if _Shown.bars is not None:
             self._task = _Shown.bars.add_task(stage, total=total, note=what)
@@ -76,7 +79,8 @@ class Bar:
         now = time.monotonic()
         if now - self._at > UPDATE_SECONDS or done == self._total:
             self._at = now
-            artifacts.replace(self._artifact, 100 * done / max(self._total, 1))
+            if self._sent is None or self._sent.done() or done == self._total:
+                self._sent = self._sender.submit(self._send)
         if _Shown.console is not None and _Shown.bars is None and now - self._line_at > LINE_SECONDS:
             self._line_at = now
             _print(self._stage, f"{done:,} of {self._total:,} {self._what}  {note}")
@@ -85,7 +89,11 @@ class Bar:
         """One more is done."""
         self.to(self._done + 1)
 
+    def _send(self) -> None:
+        artifacts.replace(self._artifact, 100 * self._done / max(self._total, 1))
+
     def close(self) -> None:
         """Take the bar off the terminal; a line of `say` stands for the stage from now on."""
+        self._sender.shutdown()  # the last number is on its way
         if _Shown.bars is not None and self._task is not None:
             _Shown.bars.remove_task(self._task)

@@ -253,8 +253,8 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
             again = again or (_retry_command(config) if error else "")
             line = {"shards": _name(jobs), "state": future.state.name, "why": str(error or "")[:300]}
             lines.append(line | {"to run it again": again if error else ""})
-    bar.close()
     show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
+    bar.close()
     if errors:
         if len(errors) > 1:
             say("tokenise", f"{len(errors):,} tasks failed, of {len(missing):,} shard jobs; gpt2 status lists them")

@@ -19,7 +19,7 @@ from flows.tokenise import DatasetVersion
 from model.config import RunConfig
 from model.history import read_metrics
 from model.job import Job, JobFailed, ask, note_failure, read_result
-from model.run import Run, pin_run, pinned_run, training_job
+from model.run import Run, find_run, pin_run, pinned_run, training_job
 from storage import keys
 from storage.errors import ObjectMissing, StorageError
 from storage.layout import open_store
@@ -66,11 +66,9 @@ def train_model(job: Job, store_url: str, processes: Processes) -> Any:
 def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     """Train the run to its last step. Without a version, a new run takes the dataset's newest."""
     store = open_store(config.store_url)
-    run = pinned_run(store, config)
-    if run is None:
-        version = version or newest_version(store, config)
-        run = pin_run(store, config, version.manifest, version.items, version.commit)
-    job = training_job(run)
+    job = asked_training(store, config, version)
+    run = find_run(store, config.name)
+    assert run is not None
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
@@ -97,6 +95,15 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
                  f"loss {losses[0]:.4f} → {losses[-1]:.4f}{left_out}")  # fmt: skip
     _show(run, metrics)
     return Trained(result["step"])
+
+
+def asked_training(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Job:
+    """The run's training; a new run is pinned to the version, or to the dataset's newest."""
+    run = pinned_run(store, config)
+    if run is None:
+        version = version or newest_version(store, config)
+        run = pin_run(store, config, version.manifest, version.items, version.commit)
+    return training_job(run)
 
 
 def newest_version(store: Store, config: RunConfig) -> DatasetVersion:

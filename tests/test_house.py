@@ -13,7 +13,14 @@ TOP = {
     "flows", "model", "storage", "tests", "deploy", "pyproject.toml", "README.md", "docker-compose.yml", "Makefile",
     "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "requirements.lock", "requirements-dev.lock", "data",
 }  # fmt: skip
-ENTRY_POINTS = {"flows/artifacts.py", "flows/console.py", "flows/launch.py", "flows/server.py", "model/__main__.py"}
+ENTRY_POINTS = {
+    "flows/artifacts.py",
+    "flows/console.py",
+    "flows/launch.py",
+    "flows/server.py",
+    "model/__main__.py",
+    "model/host.py",
+}
 KEY_LITERAL = re.compile(r"^(datasets|runs|sources)/|^(split|latest|progress|config)\.json$|^FORMAT$")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}
 MAXIMUM_LINES = 400
