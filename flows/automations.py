@@ -15,6 +15,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 TAG = "gpt2"
 BEAT_LIMIT_SECONDS = 90  # three heartbeats of PREFECT_FLOWS_HEARTBEAT_FREQUENCY, as the deployments set it
+SETTLE_SECONDS = 20  # a worker reports a crash twice: the second report would hit a run that was started again at once
 CRASHES, CRASH_MINUTES = 8, 15  # a run that dies at once is tried so often; each zombie takes two minutes
 
 ZOMBIES, RESUME, LOOP, NOTIFY = (
@@ -51,8 +52,15 @@ def resume() -> AutomationCore:
     message = "The run crashed and goes on from what is in the store."
     return AutomationCore(
         name=RESUME,
-        description="Starts a crashed run again; what it did is found in the store. Failed runs are left to people.",
-        trigger=_trigger(expect={"prefect.flow-run.Crashed"}, for_each={"prefect.resource.id"}),
+        description=f"Starts a crashed run again after {SETTLE_SECONDS} s; what it did is found in the store. "
+        f"Failed runs are left to people.",
+        trigger=_trigger(
+            posture=Posture.Proactive,  # nobody has done anything about it
+            after={"prefect.flow-run.Crashed"},
+            expect={"prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            within=timedelta(seconds=SETTLE_SECONDS),
+        ),
         actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)],
     )
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from flows import server as prefect
 from tests import hub as stand_in
 from tests import servers
 from tests.making import document, write_parquet
@@ -63,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for given, small in SMALL.items():
             text = text.replace(given, small)
         path.write_text(text)
-    write_parquet(folder / "texts" / "mine.parquet", [document(number, 2_000) for number in range(60)])
+    write_parquet(folder / "texts" / "mine.parquet", [document(number, 2_000) for number in range(40)])
     shape = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=1024)
     GPT2LMHeadModel(shape).save_pretrained(folder / "path" / "to" / "gpt2")
     (folder / "hellaswag_val.jsonl").write_text(items())
@@ -80,10 +81,12 @@ def items() -> str:
 @pytest.fixture(scope="module")
 def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What the commands find: the stand-in for the Hub with both datasets, an S3 server with a bucket."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(prefect, "HOME", folder / ".gpt2")
     server = servers.start("seaweedfs", tmp_path_factory.mktemp("s3"))
     files = {}
     for number in range(14):
-        texts = [document(number * 100 + row, 300) for row in range(40)]
+        texts = [document(number * 100 + row, 300) for row in range(12)]
         path = write_parquet(folder / "published.parquet", texts)
         files[f"sample/10BT/{number:03d}_00000.parquet"] = path.read_bytes()
     path.unlink()
@@ -98,12 +101,16 @@ def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 configs={"default": {"validation": "data/validation*"}},
             )
             kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
-            yield kept | server.environment | {
-                "PYTHONPATH": str(folder), "HF_ENDPOINT": stand_in.ENDPOINT, "DO_NOT_TRACK": "1",
-                "HF_HOME": str(folder / "hf"), "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            kept |= server.environment | {
+                "PYTHONPATH": str(folder), "HF_ENDPOINT": stand_in.ENDPOINT, "HF_HOME": str(folder / "hf"),
+                "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
             }  # fmt: skip
+            port = servers.free_port()
+            with prefect.running_server(port):  # or each command would start one, 10 s
+                yield kept | prefect.prefect_environment(port)
     finally:
         server.stop()
+        monkeypatch.undo()
 
 
 def test_what_is_typed_elsewhere_is_still_written() -> None:

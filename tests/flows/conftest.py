@@ -14,6 +14,7 @@ from flows import server
 server.HOME = Path(mkdtemp(prefix="prefect-"))
 PORT = server.free_port()
 os.environ.update(server.prefect_environment(PORT))
+os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # 60 s, a test of a schedule would wait
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs of the deployments under real workers: cancelled, killed, left by a dead worker, retried."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from tests.making import document, tiny_config, write_parquet
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
-STEPS = 600
+STEPS = 300
 GONE_SECONDS = 10.0
+DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's words; the other rank, which lost it, may end first
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +132,8 @@ def test_a_killed_flow_takes_its_processes_along_and_goes_on_by_itself(
     poll(lambda: step(config) > 20, 120)
     kill(of_flow_run(flow_run))
     poll(lambda: not processes(config.store_url), GONE_SECONDS)
-    assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    found = ended(api, flow_run, 2)
+    assert found["state_name"] == "Completed", (found["state"]["message"], states(api, flow_run))
     assert "Crashed" in states(api, flow_run)
     assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
 
@@ -147,7 +150,8 @@ def test_a_run_whose_worker_died_with_it_is_crashed_and_its_slot_is_free(
             kill([process.pid, *of_flow_run(flow_run)])
             process.wait()
         died = time.monotonic()
-        waiting = start(api, "pretrain", config.model_copy(update={"name": "after"}))
+        short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
+        waiting = start(api, "pretrain", config.model_copy(update={"name": "after", "train": short}))
         assert run(api, flow_run)["state_name"] == "Running"
         with worker("train", tmp_path / "worker.log"):
             poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.BEAT_LIMIT_SECONDS + 30)
@@ -169,7 +173,7 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_own_words(api: str, one_w
     kill([rank])
     found = ended(api, flow_run)
     assert found["state_name"] == "Failed"
-    assert "SIGKILL" in found["state"]["message"], found["state"]["message"]
+    assert DIED.search(found["state"]["message"]), found["state"]["message"]
     poll(lambda: not processes(config.store_url), GONE_SECONDS)
 
     def said() -> str:
@@ -178,4 +182,4 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_own_words(api: str, one_w
         logs: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
         return "\n".join(line["message"] for line in logs)
 
-    poll(lambda: "2 processes on cpu" in said() and "Signal 9 (SIGKILL)" in said())
+    poll(lambda: "2 processes on cpu" in said() and DIED.search(said()))

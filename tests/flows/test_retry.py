@@ -48,9 +48,9 @@ def workers(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     for number in range(4):
-        texts = [document(number * 100 + row) for row in range(40)]
+        texts = [document(number * 100 + row, 90) for row in range(40)]
         write_parquet(tmp_path / "source" / f"file_{number}.parquet", texts)
-    return tiny_config(str(tmp_path / "store"), str(tmp_path / "source"), "data.shard_tokens=500")
+    return tiny_config(str(tmp_path / "store"), str(tmp_path / "source"), "data.shard_tokens=500", "data.val_shards=4")
 
 
 def completed(api: str, since: datetime) -> dict[str, str]:
