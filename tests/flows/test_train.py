@@ -1,14 +1,18 @@
 """What is seen of a training while it goes on."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import train
+from flows import cli, train
+from model.job import read_job, read_result
 from model.run import Run
 from storage.errors import StoreUnavailable
+from storage.layout import open_store
 from storage.store import Store
+from tests.making import build_dataset, tiny_config
 
 
 def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
@@ -55,3 +59,18 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     assert [row["step"] for row in rows] == shown
     assert (rows[-1]["loss"], rows[-1]["val loss"], rows[-1]["gradient norm"]) == ("6.7123", "6.5000", "")
     assert "-" not in rows[0].values()
+
+
+def test_a_training_can_be_asked_for_without_being_run(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(str(tmp_path / "store"), source)
+    store, version = open_store(config.store_url, create=True), build_dataset(config)
+    monkeypatch.setattr(cli, "load_config", lambda *_: config)
+    for _ in range(2):  # a run that is pinned already is asked for as it is
+        cli.train(ask=True)
+        words = capsys.readouterr().out.split()
+        assert words[-4:-1] == ["-m", "model", config.store_url]
+        job = read_job(store, words[-1])
+        assert (job.kind, job.recipe["manifest"]) == ("train", version.digest)
+        assert read_result(store, job) is None
