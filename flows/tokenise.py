@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -264,8 +265,11 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
 
 def _retry_command(config: RunConfig) -> str:
     """What a user types to run what failed again: another attempt of this very run, or the console's own verb."""
-    with get_client(sync_client=True) as client:
-        asked = client.read_flow_run(UUID(flow_run.root_flow_run_id))
+    try:
+        with get_client(sync_client=True) as client:
+            asked = client.read_flow_run(UUID(flow_run.root_flow_run_id))
+    except httpx.HTTPError:  # what is shown decides nothing
+        return f"gpt2 retry {config.data.dataset}"
     if asked.deployment_id is not None:
         return f"prefect flow-run retry {asked.id}"
     return f"gpt2 retry {config.name if asked.name == f'pretrain-{config.name}' else config.data.dataset}"
