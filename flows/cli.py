@@ -112,10 +112,12 @@ def train(
     asked = load_config(config, overrides or [])
     store = open_store(asked.store_url)
     if ask:
-        from flows.train import asked_training
+        from flows.train import started_run
         from model.job import ask as put
+        from model.run import training_job
 
-        say("on each host", f"python -m model {asked.store_url} {put(store, asked_training(store, asked))}")
+        key = put(store, training_job(started_run(store, asked)))
+        say("on each host", f"python -m model {asked.store_url} {key}")
         return
     with prefect(verbose):
         from flows.train import train as flow

@@ -1,8 +1,6 @@
 """A laptop's whole platform as one process tree: Prefect's server with its UI, deployments, a worker a pool."""
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +26,11 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
 
         for _ in bootstrap(config, scheduled=False):
             pass
-        workers = {f"worker-{pool}": _start_worker(pool) for pool in POOLS}
+        workers = {
+            name: server.start(name, "flows.worker", ["--pool", pool], server.prefect_environment(port))
+            for pool in POOLS
+            for name in [f"worker-{pool}"]
+        }
         try:
             yield {"server": process, **workers}
         finally:
@@ -36,12 +38,6 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
                 _cancel_runs(list(POOLS))
             for worker in workers.values():
                 server.stop(worker, WORKER_SECONDS)
-
-
-def _start_worker(pool: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "flows.worker", "--pool", pool, "--parent", str(os.getpid())]
-    with (server.HOME / f"worker-{pool}.log").open("ab") as log:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
 def _cancel_runs(pools: list[str]) -> None:

@@ -97,24 +97,31 @@ def served_port() -> int | None:
     return port if healthy(port) else None
 
 
+def start(name: str, module: str, words: list[str], settings: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a module of ours that ends with this process; what it says goes into a log of that name."""
+    HOME.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", module, *words, "--parent", str(os.getpid())]
+    with _log(name).open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | settings
+        )
+
+
+def _log(name: str) -> Path:
+    return HOME / f"{name}.log"
+
+
 @contextmanager
 def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A server on that port for as long as the block lasts. Raises ValueError when it does not come up."""
-    HOME.mkdir(exist_ok=True)
-    log = HOME / "server.log"
-    words = [sys.executable, "-m", "flows.server", "--port", str(port), "--parent", str(os.getpid())]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            env=os.environ | prefect_environment(port),
-        )  # fmt: skip
+    process = start("server", "flows.server", ["--port", str(port)], prefect_environment(port))
     try:
         deadline = time.monotonic() + START_SECONDS
         while not healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(
                     f"Prefect's server was asked for on port {port}, it did not come up (exit code {process.poll()}). "
-                    f"Its log says why: {log.absolute()}"
+                    f"Its log says why: {_log('server').absolute()}"
                 )
             time.sleep(0.2)
         yield process
@@ -144,7 +151,7 @@ def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
             if process.poll() is not None:
                 raise ValueError(
                     f"gpt2 serve: {name} was to run until Ctrl-C, it ended with exit code {process.returncode}. "
-                    f"Its log says why: {(HOME / name).absolute()}.log. Start gpt2 serve again: the runs go on."
+                    f"Its log says why: {_log(name).absolute()}. Start gpt2 serve again: the runs go on."
                 )
 
 

@@ -19,7 +19,7 @@ from flows.tokenise import DatasetVersion
 from model.config import RunConfig
 from model.history import read_metrics
 from model.job import Job, JobFailed, ask, note_failure, read_result
-from model.run import Run, find_run, pin_run, pinned_run, training_job
+from model.run import Run, pin_run, pinned_run, training_job
 from storage import keys
 from storage.errors import ObjectMissing, StorageError
 from storage.layout import open_store
@@ -66,9 +66,8 @@ def train_model(job: Job, store_url: str, processes: Processes) -> Any:
 def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     """Train the run to its last step. Without a version, a new run takes the dataset's newest."""
     store = open_store(config.store_url)
-    job = asked_training(store, config, version)
-    run = find_run(store, config.name)
-    assert run is not None
+    run = started_run(store, config, version)
+    job = training_job(run)
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
@@ -97,13 +96,12 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     return Trained(result["step"])
 
 
-def asked_training(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Job:
-    """The run's training; a new run is pinned to the version, or to the dataset's newest."""
-    run = pinned_run(store, config)
-    if run is None:
-        version = version or newest_version(store, config)
-        run = pin_run(store, config, version.manifest, version.items, version.commit)
-    return training_job(run)
+def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:
+    """The run of that name; a new one is pinned to the version, or to the dataset's newest."""
+    if (run := pinned_run(store, config)) is not None:
+        return run
+    version = version or newest_version(store, config)
+    return pin_run(store, config, version.manifest, version.items, version.commit)
 
 
 def newest_version(store: Store, config: RunConfig) -> DatasetVersion:

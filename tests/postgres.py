@@ -11,13 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
 from model.parent import end_with_parent
+from tests.flows.console import poll
 from tests.servers import ROOT, START_SECONDS, free_port
 
 USER = "prefect"  # of the database, not of this host
@@ -68,13 +68,12 @@ def start(folder: Path) -> Postgres:
         process = _started(user, home, log.fileno(), "postgres", "-D", data, *options)
     server = Postgres(f"postgresql+asyncpg://{USER}:{password}@127.0.0.1:{port}/postgres", process, home)
     ready = [_program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-    deadline = time.monotonic() + START_SECONDS
-    while subprocess.run(ready, check=False).returncode:
-        if process.poll() is not None or time.monotonic() > deadline:
-            said = (home / "server.log").read_text()[-2000:]
-            server.stop()
-            raise AssertionError(said)
-        time.sleep(0.1)
+    try:
+        poll(lambda: process.poll() is not None or not subprocess.run(ready, check=False).returncode, START_SECONDS)
+        assert process.poll() is None, (home / "server.log").read_text()[-2000:]
+    except AssertionError:
+        server.stop()
+        raise
     return server
 
 

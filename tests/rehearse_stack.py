@@ -18,6 +18,8 @@ import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from tests.flows.console import poll
+
 ROOT = Path(__file__).parent.parent
 API = "http://127.0.0.1:4200/api"
 S3 = "http://127.0.0.1:9000"
@@ -47,16 +49,17 @@ class Stack:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The API's answer; a server that is being killed is asked again."""
         user, _, password = self.secret("prefect").partition(":")
-        for _ in range(120):
+
+        def answered() -> httpx.Response | None:
             try:
                 answer = httpx.request(method, f"{API}{path}", json=body, auth=(user, password), timeout=30)
             except httpx.HTTPError:
-                answer = None
-            if answer is not None and answer.status_code < 500:
-                answer.raise_for_status()
-                return answer.json()
-            time.sleep(1)
-        raise AssertionError(f"{path} is not answered")
+                return None
+            return answer if answer.status_code < 500 else None
+
+        answer = poll(answered, 120, every_seconds=1)
+        answer.raise_for_status()
+        return answer.json()
 
     def bucket(self, identity: str) -> Any:
         secret = self.secret(f"s3_{identity}") if identity != "nobody" else "none"
@@ -85,17 +88,21 @@ class Stack:
 
     def finish(self, flow_run: str, turn: list[str]) -> None:
         """Wait until the run has completed, killing meanwhile one service after the other, while it runs."""
-        killed_at, last = time.monotonic(), None
-        while last != "Completed":
-            state = self.ask("GET", f"/flow_runs/{flow_run}")["state_name"]
-            if state != last:
-                self.say(flow_run, state)
-                last = state
-            assert state not in ("Failed", "Cancelled"), self.ask("GET", f"/flow_runs/{flow_run}")["state"]["message"]
-            if turn and state == "Running" and time.monotonic() - killed_at > GAP_SECONDS:
+        killed_at, last = time.monotonic(), ""
+
+        def completed() -> bool:
+            nonlocal killed_at, last
+            state = self.ask("GET", f"/flow_runs/{flow_run}")["state"]
+            if state["name"] != last:
+                self.say(flow_run, state["name"])
+                last = state["name"]
+            assert last not in ("Failed", "Cancelled"), state["message"]
+            if turn and last == "Running" and time.monotonic() - killed_at > GAP_SECONDS:
                 self.kill(turn.pop(0))
                 killed_at = time.monotonic()
-            time.sleep(1)
+            return last == "Completed"
+
+        poll(completed, 3_600, every_seconds=1)
         assert not turn, f"the run was over before {turn} could be killed: give more --steps"
 
 

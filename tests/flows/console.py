@@ -35,12 +35,12 @@ def shard_runs(api: str, flow_runs: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def poll(found: Callable[[], Any], seconds: float = 60.0) -> Any:
+def poll(found: Callable[[], Any], seconds: float = 60.0, every_seconds: float = 0.05) -> Any:
     """What `found` answers as soon as it is true; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (answer := found()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        threading.Event().wait(0.05)
+        threading.Event().wait(every_seconds)
     return answer
 
 

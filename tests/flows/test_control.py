@@ -1,8 +1,6 @@
 """Runs of the deployments under real workers: cancelled, killed, left by a dead worker, retried."""
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from storage.store import read_json
 from tests.flows.console import ask, poll
 from tests.flows.room import automation, ended, run, set_state, start, states, worker
 from tests.making import document, tiny_config, write_parquet
+from tests.processes import found, kill, with_words
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -54,47 +53,17 @@ def step(config: RunConfig) -> int:
     return int((read_json(store, keys.progress(config.name)) or {"step": 0})["step"])
 
 
-def processes(word: str) -> dict[int, list[str]]:
-    """The processes with this word among those that they were started with."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                words = (folder / "cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if word in words:
-                found[int(folder.name)] = words
-    return found
-
-
 def of_flow_run(flow_run: str) -> list[int]:
     """The processes that Prefect started for a flow run: they have its id in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                if flow_run.encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    return found(lambda folder: flow_run.encode() in (folder / "environ").read_bytes())
 
 
 def cancelled(api: str, flow_run: str, config: RunConfig) -> None:
     """Cancel the run as the UI does; all its processes must be gone in time, and its state say so."""
-    assert processes(config.store_url)
+    assert with_words(config.store_url)
     began = time.monotonic()
     set_state(api, flow_run, "CANCELLING")
-    poll(lambda: not processes(config.store_url), GONE_SECONDS)
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
     assert ended(api, flow_run)["state_name"] == "Cancelled"
     poll(lambda: not of_flow_run(flow_run), max(GONE_SECONDS - (time.monotonic() - began), 1))
 
@@ -121,7 +90,12 @@ def test_a_cancelled_evaluation_is_gone_at_once(api: str, one_worker: int, confi
     quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
     asked = config.model_copy(update={"evaluation": unending, "train": quick})
     flow_run = start(api, "pretrain", asked)
-    poll(lambda: any("samples" in word for words in processes(config.store_url).values() for word in words), 120)
+
+    def samples(folder: Path) -> bool:
+        words = (folder / "cmdline").read_text()
+        return config.store_url in words and "samples" in words
+
+    poll(lambda: found(samples), 120)
     cancelled(api, flow_run, asked)
 
 
@@ -131,9 +105,9 @@ def test_a_killed_flow_takes_its_processes_along_and_goes_on_by_itself(
     flow_run = start(api, "pretrain", config)
     poll(lambda: step(config) > 20, 120)
     kill(of_flow_run(flow_run))
-    poll(lambda: not processes(config.store_url), GONE_SECONDS)
-    found = ended(api, flow_run, 2)
-    assert found["state_name"] == "Completed", (found["state"]["message"], states(api, flow_run))
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    end = ended(api, flow_run, 2)
+    assert end["state_name"] == "Completed", (end["state"]["message"], states(api, flow_run))
     assert "Crashed" in states(api, flow_run)
     assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
 
@@ -168,13 +142,13 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_own_words(api: str, one_w
     flow_run = start(api, "pretrain", config)
     poll(lambda: step(config) > 20, 120)
     rank = next(
-        pid for pid in processes(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        pid for pid in with_words(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
     kill([rank])
-    found = ended(api, flow_run)
-    assert found["state_name"] == "Failed"
-    assert DIED.search(found["state"]["message"]), found["state"]["message"]
-    poll(lambda: not processes(config.store_url), GONE_SECONDS)
+    end = ended(api, flow_run)
+    assert end["state_name"] == "Failed"
+    assert DIED.search(end["state"]["message"]), end["state"]["message"]
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
 
     def said() -> str:
         asked = {"task_runs": {"name": {"any_": ["train-tiny"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}

@@ -1,6 +1,5 @@
 """Everything killed at once, in the middle of each stage: the next run goes on, and ends as if nothing had happened."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from storage.layout import open_store
 from storage.manifest import latest_manifest
 from tests.flows.console import gpt2, poll, run_gpt2
 from tests.making import document, write_parquet
+from tests.processes import family, kill
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
@@ -50,29 +50,6 @@ def outcome(folder: Path) -> Outcome:
     }
     losses = [line["loss"] for line in read_metrics(store, "tiny")]
     return Outcome(manifest.digest, losses, last.files["model.safetensors"]["sha256"], evaluations)
-
-
-def family(pid: int) -> list[int]:
-    """The process and all that descend from it, sessions of their own included."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # gone since the folder was read
-    found = [pid]
-    for known in found:
-        found += [child for child, parent in parents.items() if parent == known]
-    return found
-
-
-def kill_all(pid: int) -> None:
-    for member in family(pid):
-        try:
-            os.kill(member, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +100,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_end(
     reached, unfinished = MOMENTS[moment]
     process = gpt2(*PRETRAIN, cwd=tmp_path)
     poll(lambda: reached(tmp_path) or process.poll() is not None, 180)
-    kill_all(process.pid)
+    kill(family(process.pid))
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert unfinished(tmp_path), "the kill came too late to prove anything"

@@ -18,6 +18,7 @@ from storage.store import read_json
 from tests.flows.console import gpt2, poll, run_gpt2
 from tests.flows.room import ended, run, set_state, start
 from tests.making import document, tiny_config, write_parquet
+from tests.processes import family
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -37,16 +38,6 @@ def serving(folder: Path, port: int, *words: str) -> Iterator[subprocess.Popen[s
         process.stdout.close()
 
 
-def tree(pid: int) -> list[int]:
-    """The process and all that descend from it."""
-    said = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
-    parents = {int(line.split()[0]): int(line.split()[1]) for line in said.splitlines()}
-    found = [pid]
-    for known in found:
-        found += [child for child, parent in parents.items() if parent == known]
-    return found
-
-
 def listening(pids: list[int]) -> set[str]:
     """The addresses on which these processes listen."""
     inodes = set()
@@ -57,13 +48,13 @@ def listening(pids: list[int]) -> set[str]:
             except OSError:
                 continue
     found = set()
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+    for table, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             place, state, inode = line.split()[1], line.split()[3], line.split()[9]
             if state == "0A" and inode in inodes:
                 packed = bytes.fromhex(place.partition(":")[0])
                 words = [packed[start : start + 4][::-1] for start in range(0, len(packed), 4)]
-                found.add(socket.inet_ntop(family, b"".join(words)))
+                found.add(socket.inet_ntop(kind, b"".join(words)))
     return found
 
 
@@ -81,12 +72,12 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
         return int((read_json(store, keys.progress("tiny")) or {"step": 0})["step"])
 
     with serving(tmp_path, port) as process:
-        found = tree(process.pid)
+        found = family(process.pid)
         assert len(found) >= 4  # server, two workers
         assert listening(found) == {"127.0.0.1"}
         flow_run = start(api, "pretrain", config)
         poll(lambda: steps() > 20, 120)
-        found = tree(process.pid)
+        found = family(process.pid)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 0, said
@@ -99,7 +90,7 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
         assert ended(api, flow_run, 2)["state_name"] == "Completed"
         assert steps() == 600
-        found = tree(process.pid)
+        found = family(process.pid)
         process.kill()  # nothing can be said any more: the others notice
         process.wait()
         poll(lambda: [pid for pid in found if Path(f"/proc/{pid}").exists()] == [], 30)
@@ -109,7 +100,7 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
 def test_what_ends_before_it_should_ends_all_with_a_remedy(tmp_path: Path, name: str) -> None:
     word = {"worker-train": "flows.worker", "server": "flows.server"}[name]
     with serving(tmp_path, free_port()) as process:
-        found = tree(process.pid)
+        found = family(process.pid)
         words = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in found}
         os.kill(next(pid for pid in found if word in words[pid] and "data" not in words[pid]), signal.SIGKILL)
         said, _ = process.communicate(timeout=60)

@@ -1,11 +1,9 @@
 """Tokenising under Prefect: the same bytes under every runner, and only what is missing is run."""
 
 import os
-import signal
 import threading
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from storage.plan import ShardJob
 from storage.store import Store
 from tests.flows.console import poll, shard_runs
 from tests.making import document, published, tiny_config, write_parquet
+from tests.processes import found, kill, parent
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -191,17 +190,9 @@ def test_what_may_pass_is_tried_again_and_bad_data_is_not(
     assert set(asked.values()) == {1}
 
 
-def spawned(parent: int) -> list[int]:
-    """The processes of a pool: children of this one that multiprocessing started to work."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):
-                words = (folder / "cmdline").read_bytes()
-                ours = (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent)
-                if ours and b"spawn_main" in words:
-                    found.append(int(folder.name))
-    return found
+def spawned(folder: Path) -> bool:
+    """Whether the process is one of a pool of ours: a child that multiprocessing started to work."""
+    return parent(folder) == os.getpid() and b"spawn_main" in (folder / "cmdline").read_bytes()
 
 
 @pytest.mark.full
@@ -216,7 +207,7 @@ def test_a_killed_worker_process_costs_what_it_had_in_hand_alone(tmp_path: Path)
     def kill_one() -> None:
         poll(lambda: len(list(folder.glob("*.json"))) > 5, 120)
         before.update({path: path.stat().st_mtime_ns for path in folder.glob("*.json")})
-        os.kill(spawned(os.getpid())[0], signal.SIGKILL)
+        kill(found(spawned)[:1])
 
     killer = threading.Thread(target=kill_one)
     killer.start()

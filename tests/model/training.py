@@ -24,6 +24,7 @@ from storage.layout import open_store
 from storage.manifest import Manifest
 from storage.store import Store
 from tests.making import tiny_config
+from tests.processes import kill, with_words
 
 STEPS = 12
 EXACT = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "skipped")
@@ -118,20 +119,11 @@ def training(store: Store, job_key: str, ranks: int, folder: Path) -> Iterator[T
 
 def processes_of(store: Store, job_key: str) -> list[int]:
     """The launcher and the ranks of a job, by the words they were started with."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):
-                words = (folder / "cmdline").read_text().split("\0")
-                if store.url in words and job_key in words:
-                    found.append(int(folder.name))
-    return found
+    return with_words(store.url, job_key)
 
 
 def kill_all(store: Store, job_key: str) -> None:
-    for process in processes_of(store, job_key):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    kill(processes_of(store, job_key))
     until(lambda: not processes_of(store, job_key), "a killed process is still there")
 
 
