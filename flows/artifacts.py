@@ -45,7 +45,7 @@ def replace(artifact: UUID | None, data: Any) -> None:
 def show_links(store: Store, title: str, links: dict[str, str]) -> None:
     """Show where a browser opens these keys of the store. BROWSER_S3_ENDPOINT is a bucket's address for browsers."""
     endpoint = os.environ.get("BROWSER_S3_ENDPOINT", "")
-    lines = [f"- [{what}]({store.link(key, endpoint)}): `{key}`" for what, key in links.items()]
+    lines = [f"- [{what}]({store.link(key, endpoint)}): {key}" for what, key in links.items()]
     show(create_markdown_artifact, markdown="\n".join(lines), key="links", description=title)
 
 

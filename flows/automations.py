@@ -1,8 +1,6 @@
 """What Prefect's server does by itself about our runs: finds dead ones, goes on with them, tells of failures.
 
 Only runs with the tag TAG are touched, which every deployment gives to its runs: a server may have others' flows too.
-Prefect's server (3.8) forgets, when it is started again, which events it has seen: of a run whose state changed twice
-within 5 minutes around that, the second change is acted upon 15 minutes later, never lost.
 """
 
 from datetime import timedelta

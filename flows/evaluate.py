@@ -83,7 +83,7 @@ def _answers(
     run: str, jobs: list[Job], futures: list[PrefectConcurrentFuture[Any]], failures: list[tuple[str, Exception]]
 ) -> list[dict[str, Any]]:
     """What each evaluation answered, as a table in Prefect's UI too; raises when one failed, or `failures` has one."""
-    rows = [{"evaluation": name, "step": "", "state": "Failed", "found": str(why)} for name, why in failures]
+    rows = [{"evaluation": name, "step": "", "state": "Failed", "found": [str(why)]} for name, why in failures]
     results = []
     for job, future in zip(jobs, futures, strict=True):
         row = {"evaluation": job.kind, "step": job.recipe["step"]}
@@ -91,12 +91,12 @@ def _answers(
             result = future.result()
         except (JobFailed, ValueError, StorageError) as error:
             failures.append((f"{job.kind} of step {job.recipe['step']:,}", error))
-            rows.append(row | {"state": "Failed", "found": str(error)})
+            rows.append(row | {"state": "Failed", "found": [str(error)]})
         else:
             results.append(result)
-            found = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
-            rows.append(row | {"state": str(future.state.name), "found": found})
-    shown = [row | {"found": row["found"][:300]} for row in rows]
+            found = [f"{name} {value:.4f}" for name, value in result["metrics"].items()]
+            rows.append(row | {"state": str(future.state.name), "found": found or [""]})
+    shown = [row | {"found": line[:300]} for row in rows for line in row["found"]]
     show(create_table_artifact, table=shown, key="evaluations", description=f"Evaluations of {run}")
     for name, why in failures:
         say("evaluate", f"{name} failed: {why}")

@@ -30,6 +30,8 @@ SETTINGS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     # kept in memory, leases of slots are gone when a server is started again, which then ends the runs that hold them
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # likewise which events automations have seen: those after the start would wait 15 minutes for those before it
+    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.ordering",
     # task runs are recorded one by one by default, 25 to 30 a second; in batches the records keep up
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",

@@ -238,7 +238,7 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
         return
     bar = Bar("tokenise", len(missing), "shards")
     others = {"shards": f"{total - len(missing):,} others", "state": "Done before", "why": "", "to run it again": ""}
-    lines: list[dict[str, Any]] = [others]
+    lines: list[dict[str, Any]] = [others] if len(missing) < total else []
     again = ""
     errors: list[BaseException] = []
     settled = 0

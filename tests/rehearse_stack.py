@@ -23,7 +23,8 @@ from tests.flows.console import poll
 ROOT = Path(__file__).parent.parent
 API = "http://127.0.0.1:4200/api"
 S3 = "http://127.0.0.1:9000"
-TURN = ("train", "postgres", "s3", "server", "data")  # whose main process is killed, one after the other
+# Whose main process is killed, one after the other: the trainer after the server, whose new one must still act on that.
+TURN = ("server", "train", "postgres", "s3", "data")
 GAP_SECONDS = 45.0  # between two kills: all that was killed is up again
 BUCKET = "gpt2"
 
