@@ -1,4 +1,4 @@
-"""In which order Prefect's server looks at events: as it comes with it, but for events of before the server's start.
+"""In which order Prefect's server looks at events: as it comes with it, but for what was before the server's start.
 
 Named by the setting PREFECT_SERVER_EVENTS_CAUSAL_ORDERING. An event that follows another one within 5 minutes waits
 until the server has seen that one, 15 minutes at most. What it has seen it knows in memory only (3.8): of a run whose
@@ -6,21 +6,28 @@ state changed before and after a restart, the second change waited all the 15 mi
 """
 
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from uuid import UUID
 
-from prefect.server.events.ordering import db
-from prefect.server.events.schemas.events import Event
+from prefect.server.events.ordering import event_handler, memory
+from prefect.server.events.schemas.events import ReceivedEvent
 
 STARTED_MILLISECONDS = time.time_ns() // 1_000_000  # the server imports this module when it starts
 
 
-class CausalOrdering(db.CausalOrdering):
-    """Prefect's, which keeps events that wait in the database, where they outlive the server."""
+class CausalOrdering(memory.CausalOrdering):
+    """Prefect's own, for which nothing follows an event of before this server's start."""
 
-    async def event_has_been_seen(self, event: UUID | Event) -> bool:
-        """Whether nobody need wait for that event: it was looked at, or is older than this server."""
-        number = event.id if isinstance(event, Event) else event
-        return made_milliseconds(number) < STARTED_MILLISECONDS or await super().event_has_been_seen(number)
+    @asynccontextmanager
+    async def preceding_event_confirmed(
+        self, handler: event_handler, event: ReceivedEvent, depth: int = 0
+    ) -> AsyncGenerator[None, None]:
+        """A block in which the event is looked at. Raises EventArrivedEarly when it has to wait."""
+        if event.follows and made_milliseconds(event.follows) < STARTED_MILLISECONDS:
+            event = event.model_copy(update={"follows": None})
+        async with super().preceding_event_confirmed(handler, event, depth):
+            yield
 
 
 def made_milliseconds(number: UUID) -> int:

@@ -2,10 +2,13 @@
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+from prefect.server.events.ordering import EventArrivedEarly
+from prefect.server.events.schemas.events import ReceivedEvent, Resource
 
 from flows import automations, ordering, server
 from model.config import RunConfig
@@ -13,21 +16,45 @@ from tests.flows.console import poll, run_gpt2
 from tests.flows.room import set_state, start, states
 from tests.servers import free_port
 
+OLD = UUID("017f22e2-79b0-7cc3-98c4-dc0c0c07398f")  # of 2022, from RFC 9562 A.6
+
 
 def test_the_time_in_a_number_of_version_7() -> None:
-    assert ordering.made_milliseconds(UUID("017f22e2-79b0-7cc3-98c4-dc0c0c07398f")) == 1_645_557_742_000  # RFC 9562 A.6
+    assert ordering.made_milliseconds(OLD) == 1_645_557_742_000
+
+
+def looked_at(follows: UUID | None, number: UUID) -> bool:
+    """Whether an event is looked at at once that follows another one."""
+    resource = Resource({"prefect.resource.id": "prefect.flow-run.1"})
+    occurred = datetime.now(UTC)
+    event = ReceivedEvent(occurred=occurred, event="state", resource=resource, id=number, follows=follows)
+
+    async def handler(event: ReceivedEvent, depth: int = 0) -> None:
+        raise AssertionError
+
+    async def look() -> bool:
+        async with ordering.CausalOrdering("test").preceding_event_confirmed(handler, event):
+            return True
+
+    try:
+        return asyncio.run(look())
+    except EventArrivedEarly:
+        return False
 
 
 def test_an_event_waits_only_for_one_that_can_still_come() -> None:
-    events = ordering.CausalOrdering("test")
-
-    def seen(number: UUID) -> bool:
-        return asyncio.run(events.event_has_been_seen(number))
-
     made_now = UUID(int=(time.time_ns() // 1_000_000 << 80) | 7 << 76 | 2 << 62)
-    assert seen(UUID("017f22e2-79b0-7cc3-98c4-dc0c0c07398f"))
-    assert not seen(made_now)
-    assert not seen(uuid4())
+    assert looked_at(follows=None, number=uuid4())
+    assert looked_at(follows=OLD, number=uuid4())
+    assert not looked_at(follows=made_now, number=uuid4())
+    assert not looked_at(follows=uuid4(), number=uuid4())
+
+
+def test_an_event_that_comes_late_itself_is_looked_at() -> None:
+    events = ordering.CausalOrdering("test")
+    assert not asyncio.run(events.event_has_been_seen(OLD))  # what was seen is thrown away
+    assert looked_at(follows=None, number=OLD)
+    assert asyncio.run(events.event_has_been_seen(OLD))
 
 
 @pytest.mark.full
