@@ -1,4 +1,4 @@
-"""In which order Prefect's server looks at events: as it comes with it, but for what was before the server's start.
+"""In which order Prefect's server looks at events: in Prefect's own, but none waits for one of before its start.
 
 Named by the setting PREFECT_SERVER_EVENTS_CAUSAL_ORDERING. An event that follows another one within 5 minutes waits
 until the server has seen that one, 15 minutes at most. What it has seen it knows in memory only (3.8): of a run whose

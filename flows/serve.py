@@ -26,10 +26,10 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
 
         for _ in bootstrap(config, scheduled=False):
             pass
+        settings = server.prefect_environment(port)
         workers = {
-            name: server.start(name, "flows.worker", ["--pool", pool], server.prefect_environment(port))
+            f"worker-{pool}": server.start(f"worker-{pool}", "flows.worker", ["--pool", pool], settings)
             for pool in POOLS
-            for name in [f"worker-{pool}"]
         }
         try:
             yield {"server": process, **workers}

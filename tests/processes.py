@@ -28,11 +28,16 @@ def parent(folder: Path) -> int:
     return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
 
 
+def children(pid: int) -> list[int]:
+    """The processes that it started, as far as they are there."""
+    return found(lambda folder: parent(folder) == pid)
+
+
 def family(pid: int) -> list[int]:
     """The process and all that descend from it, sessions of their own included."""
     members = [pid]
     for known in members:
-        members += found(lambda folder, known=known: parent(folder) == known)  # type: ignore[misc]  # its own known
+        members += children(known)
     return members
 
 

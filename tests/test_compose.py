@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from flows import server
+
 ROOT = Path(__file__).parent.parent
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -77,6 +79,13 @@ def test_the_image_is_of_a_plain_user_and_tells_nobody() -> None:
     allowed = (ROOT / ".dockerignore").read_text().splitlines()
     assert allowed[0] == "*"
     assert not any("secret" in line or ".env" in line or "data" in line for line in allowed)
+
+
+def test_the_server_has_the_settings_that_one_of_ones_own_has() -> None:
+    image = dict(re.findall(r"(\w+)=(\S+)", DOCKERFILE))
+    there = image | {name: str(value) for name, value in SERVICES["server"]["environment"].items()}
+    ours = server.SETTINGS.keys() - {"PREFECT_SERVER_LOGGING_LEVEL"}  # a container's log is for its server alone
+    assert {name: there.get(name) for name in ours} == {name: server.SETTINGS[name] for name in ours}
 
 
 def test_make_env_writes_random_secrets_once(tmp_path: Path) -> None:

@@ -148,12 +148,15 @@ def test_a_crashed_run_goes_on_and_a_failed_or_cancelled_one_does_not(api: str, 
     set_state(api, crashed, "CANCELLED")
 
 
-def test_runs_that_crash_again_and_again_are_not_started_for_ever(api: str, restarts: str) -> None:
+def test_runs_that_crash_again_and_again_wait_until_someone_switches_the_restart_on(api: str, restarts: str) -> None:
     crashing = start(api, "train", CONFIG)
     for _ in range(automations.CRASHES):
         set_state(api, crashing, "SCHEDULED", "AwaitingRetry")
         set_state(api, crashing, "CRASHED")
     poll(lambda: not automation(api, automations.RESUME)["enabled"])
+    assert run(api, crashing)["state_name"] == "Crashed"
+    ask(api, f"/automations/{restarts}", {"enabled": True}, "PATCH")
+    poll(lambda: run(api, crashing)["state_name"] == "AwaitingRetry")
 
 
 class Inbox(BaseHTTPRequestHandler):
