@@ -1,9 +1,12 @@
-"""The pipeline as Prefect flows: order, retries, fan-out. Moves no bytes itself, and never loads torch.
+"""The pipeline as Prefect flows: order, retries, fan-out, progress. Never imports torch.
 
     pretrain ─▶ download ─▶ tokenise ─▶ train ─▶ evaluate ─▶ report
-               a task a    shard tasks,  one      val_loss,   report.html,
-               file        then seal     process  completion, report.md
-                                         group    samples
 
-Each stage is a flow of its own and asks the store what is done before it does anything. `cli` is the console `gpt2`.
+Each stage is a flow in a module of its own and asks the store what is done before it starts.
+
+    console/      the `gpt2` command. A new verb goes here.
+    runtime/      what stages share: task windows, child processes, progress, artifacts
+    inspection/   read-only facts about runs: status, trace, garbage, doctor
+    pages/        HTML pages and plots
+    platform/     Prefect's server, workers, deployments and automations
 """

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import tokenizer
-from storage.canonical import digest, sha256
+from storage.digests import digest, sha256
 
 FILES = 6
 ROW_GROUP = 100

@@ -16,21 +16,21 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.progress import Bar, say
-from flows.tasks import in_window, passes, transient
+from flows.runtime.progress import Bar, say
+from flows.runtime.tasks import in_window, passes, transient
 from model import tokenizer
 from model.config import DataConfig, RunConfig
-from model.hellaswag import questions
-from model.run import pinned_run
+from model.evaluation.hellaswag import questions
+from model.runs.run import pinned_run
+from storage.datasets.manifest import pinned_left_out, read_manifest
+from storage.datasets.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
+from storage.datasets.shards import done, recorded
 from storage.errors import AlreadyExists, SourceInvalid
-from storage.layout import open_store
-from storage.manifest import pinned_left_out, read_manifest
-from storage.mirror import list_source, locate, mirror
-from storage.opening import open_source
-from storage.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
-from storage.shards import done, recorded
-from storage.sources import Listing, SourceFile, check_distinct
-from storage.store import Store
+from storage.sources.files import Listing, SourceFile, check_distinct
+from storage.sources.mirror import list_source, locate, mirror
+from storage.sources.reading import open_source
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 
 FILES_AT_ONCE = 4  # connections to the Hub: it answers a crowd with 429, and four fill a line of 1 Gbit/s
 PLANS_AT_ONCE = 16  # of a bucket each is a round trip

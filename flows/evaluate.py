@@ -10,20 +10,20 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.artifacts import show
 from flows.download import mirror_items
-from flows.launch import Processes
-from flows.progress import Bar, say
+from flows.runtime.artifacts import show
+from flows.runtime.processes import Processes
+from flows.runtime.progress import Bar, say
 from flows.train import Trained, run_job
+from model.checkpoints.records import CheckpointRecord, checkpoints
 from model.config import EvaluationConfig, RunConfig, differences
-from model.history import CheckpointRecord, checkpoints
-from model.job import Job, JobFailed, JobRefused
-from model.run import evaluation_jobs, pinned_run
+from model.runs.job import Job, JobFailed, JobRefused
+from model.runs.run import evaluation_jobs, pinned_run
 from storage import keys
+from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectMissing, StorageError
-from storage.layout import open_store
-from storage.manifest import latest_manifest
-from storage.store import Store, read_json
+from storage.stores.opening import open_store
+from storage.stores.store import Store, read_json
 
 
 @dataclass(frozen=True)

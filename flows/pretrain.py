@@ -9,20 +9,20 @@ from typing import Any
 from prefect import flow
 from prefect.utilities.engine import link_state_to_flow_run_result
 
-from flows.artifacts import show_links
 from flows.download import download
 from flows.evaluate import Evaluated, evaluate
 from flows.report import report
+from flows.runtime.artifacts import show_links
 from flows.tokenise import tokenise
 from flows.train import Trained, train
 from model import tokenizer
 from model.config import RunConfig
-from model.job import JobFailed, JobRefused
-from model.run import note_asked, pinned_run
+from model.runs.job import JobFailed, JobRefused
+from model.runs.run import note_asked, pinned_run
 from storage import keys
-from storage.layout import open_store
-from storage.manifest import check_binding
-from storage.store import Store
+from storage.datasets.manifest import check_binding
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")

@@ -6,17 +6,17 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.artifacts import Picture, show
-from flows.curves import curves
 from flows.evaluate import Evaluated
-from flows.facts import Facts, newest, run_facts
-from flows.pages import render
-from flows.progress import say
+from flows.inspection.facts import Facts, newest, run_facts
+from flows.pages.curves import curves
+from flows.pages.drawing import render
+from flows.runtime.artifacts import Picture, show
+from flows.runtime.progress import say
 from flows.train import Trained
 from model.config import RunConfig, differences
 from storage import keys
-from storage.layout import open_store
-from storage.store import Store, overwrite
+from storage.stores.opening import open_store
+from storage.stores.store import Store, overwrite
 
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)

@@ -15,20 +15,19 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows.artifacts import show
-from flows.audit import audit_version, find_leaks
 from flows.download import Downloaded
-from flows.progress import Bar, say
-from flows.tasks import in_window, passes, transient, workers
+from flows.leaks import audit_version, find_leaks
+from flows.runtime.artifacts import show
+from flows.runtime.progress import Bar, say
+from flows.runtime.tasks import in_window, passes, transient, workers
 from model import tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
-from model.job import JobFailed, note_failure
-from model.run import Run, pinned_run
-from storage import keys, shards
-from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
-from storage.layout import open_store
-from storage.lease import claim
-from storage.manifest import (
+from model.runs.job import JobFailed, note_failure
+from model.runs.run import Run, pinned_run
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.lease import claim
+from storage.datasets.manifest import (
     Manifest,
     check_binding,
     check_rebuilt,
@@ -37,9 +36,11 @@ from storage.manifest import (
     read_manifest,
     seal,
 )
-from storage.plan import FilePlan, ShardJob
-from storage.sources import Listing
-from storage.store import Store
+from storage.datasets.plan import FilePlan, ShardJob
+from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
+from storage.sources.files import Listing
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 
 IN_FLIGHT = 4  # tasks submitted a worker: enough to keep all busy, few enough to keep the flow small
 MOST_TASKS = 2_000  # of one flow run: beyond, its page and Prefect's server suffer

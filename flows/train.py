@@ -11,20 +11,20 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
-from flows.artifacts import Picture, show
-from flows.curves import loss_curve
-from flows.launch import Processes
-from flows.progress import Bar, say
+from flows.pages.curves import loss_curve
+from flows.runtime.artifacts import Picture, show
+from flows.runtime.processes import Processes
+from flows.runtime.progress import Bar, say
 from flows.tokenise import DatasetVersion
+from model.checkpoints.records import read_metrics
 from model.config import RunConfig
-from model.history import read_metrics
-from model.job import Job, JobFailed, ask, note_failure, read_result
-from model.run import Run, pin_run, pinned_run, training_job
+from model.runs.job import Job, JobFailed, ask, note_failure, read_result
+from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage import keys
+from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectMissing, StorageError
-from storage.layout import open_store
-from storage.manifest import latest_manifest
-from storage.store import Store, read_json
+from storage.stores.opening import open_store
+from storage.stores.store import Store, read_json
 
 WATCH_SECONDS = 1.0
 CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process

@@ -1,7 +1,12 @@
-"""Everything that computes: the configuration, the tokenizer, GPT-2, its training and its evaluation. Knows no Prefect.
+"""GPT-2: its configuration, training and evaluation. Never imports Prefect.
 
-    python -m model <store url> <job key>      one process of a job; torchrun -m model … for many ranks
+    runs/          jobs, and runs pinned to their inputs
+    checkpoints/   records of checkpoints, weights, import from and export to Hugging Face
+    data/          the order of training windows, and batches of them
+    training/      the training loop and its parts
+    evaluation/    validation loss, HellaSwag, samples. A new evaluation goes here.
+    processes/     ranks, devices, torchrun, parent watch, Kubernetes pods
 
-Torch-free, for the flows too: config, job, tokenizer, run. With torch, in reading order: gpt, optimizer, loader,
-distributed, checkpoint, metrics, trainer, evaluation, completion, sampling.
+`python -m model STORE JOB` runs one job. Modules that flows import (config, tokenizer, runs, checkpoints.records)
+import no torch.
 """

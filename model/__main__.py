@@ -20,14 +20,14 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from model.config import ResourcesConfig
-from model.distributed import DDPConfig
-from model.job import answer, read_job, read_result
-from model.parent import end_with_parent
-from model.scoring import evaluate
-from model.trainer import Trainer
-from storage import cache
+from model.evaluation.jobs import evaluate
+from model.processes.distributed import DDPConfig
+from model.processes.parent import end_with_parent
+from model.runs.job import answer, read_job, read_result
+from model.training.trainer import Trainer
+from storage.cache import shards as shard_cache
 from storage.errors import StorageError
-from storage.layout import open_store
+from storage.stores.opening import open_store
 
 USER_ERROR = 2
 
@@ -41,7 +41,7 @@ def run_job(store_url: str, job_key: str) -> int:
         if read_result(store, job) is not None:
             return 0
         resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
-        cache.limit_bytes = resources.cache_bytes
+        shard_cache.limit_bytes = resources.cache_bytes
         ddp = DDPConfig.detect(os.environ, resources.device)
         if ddp.is_main:
             print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device_name}", flush=True)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storage import keys
-from storage.filters import Filter, parse
+from storage.sources.filters import Filter, parse
 
 if TYPE_CHECKING:
-    from storage.plan import Shape
+    from storage.datasets.plan import Shape
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -65,7 +65,7 @@ class DataConfig(Section):
 
     def shape(self, tokenizer: str) -> "Shape":
         """What the dataset asks of its source files, with the tokenizer of that digest."""
-        from storage.plan import Shape  # pyarrow takes 0.2 s to import
+        from storage.datasets.plan import Shape  # pyarrow takes 0.2 s to import
 
         return Shape(
             shard_tokens=self.shard_tokens,

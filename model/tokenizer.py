@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from storage.canonical import digest, sha256
+from storage.digests import digest, sha256
 
 # r50k_pat_str of tiktoken_ext/openai_public.py, 0.14
 PUBLISHED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -1,13 +1,10 @@
-"""Bytes at keys: the object store, and what the pipeline keeps in it. Knows neither Prefect nor torch.
+"""The object store and everything kept in it: source files, token shards, manifests. Imports neither Prefect nor torch.
 
-    FORMAT                                        layout number; a reader refuses a higher one
-    sources/{digest}/{file}                       a published file as downloaded
-    datasets/{dataset}/shards/{shard_id}.bin      token ids, little-endian uint16, immutable
-    datasets/{dataset}/shards/{shard_id}.json     the shard's record, written last: record there = shard done
-    datasets/{dataset}/split.json                 the val shards and what the name is bound to, create-only
-    datasets/{dataset}/manifests/{sha256}.json    an immutable version of the dataset
-    datasets/{dataset}/latest.json                which manifest is the newest: swapped
-    runs/{run}/…                                  config, jobs, results, checkpoints, metrics, evaluations, report
+    stores/       where objects live: a folder or an S3 bucket. A new kind of store goes here.
+    sources/      published text: local files, buckets, the Hugging Face Hub, and their formats
+    datasets/     source files to token shards to sealed, immutable versions
+    cache/        verified copies of shards on this host
+    inspection/   read-only views of a dataset: summary, lineage, verification, leaks
 
-Reading order: errors, store, folder, keys, canonical, sources, plan, shards, manifest, cache.
+Every object's key is spelled in `keys.py`, every error is listed in `errors.py`.
 """

@@ -20,10 +20,13 @@ os.environ |= {
 os.environ.pop("HF_TOKEN", None)
 
 from model.config import RunConfig
-from storage import host_cache, mirror, s3, s3_client, sources
-from storage.layout import open_store
-from storage.manifest import Manifest
-from storage.store import Store
+from storage.cache import host as host_cache
+from storage.datasets.manifest import Manifest
+from storage.sources import files as sources
+from storage.sources import mirror
+from storage.stores import s3, s3_client
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
 

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from model.config import RunConfig
-from storage import keys, shards
-from storage.layout import open_store
-from storage.manifest import Manifest, seal
-from storage.mirror import list_source
-from storage.plan import plan_files
-from storage.store import Store
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, seal
+from storage.datasets.plan import plan_files
+from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.making import WORDS, tiny_config
 
 DUMPS = ("CC-MAIN-2024-10", None, "CC-MAIN-2021-04", "CC-MAIN-2024-10", "CC-MAIN-2013-20")

@@ -12,8 +12,8 @@ import numpy as np
 
 from model import tokenizer
 from storage import keys
-from storage.manifest import Manifest
-from storage.store import Store
+from storage.datasets.manifest import Manifest
+from storage.stores.store import Store
 
 Words = tuple[bytes, ...]
 RUN = 13

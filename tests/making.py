@@ -11,11 +11,11 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
 from model.config import RunConfig, load_config
-from storage import shards
-from storage.layout import open_store
-from storage.manifest import Manifest, seal
-from storage.mirror import list_source
-from storage.plan import plan_files
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, seal
+from storage.datasets.plan import plan_files
+from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
 
 WORDS = ("the", "of", "a", "model", "learns", "to", "write", "text", "one", "token", "after", "another", "because")
 

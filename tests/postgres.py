@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
-from model.parent import end_with_parent
-from tests.flows.console import poll
+from model.processes.parent import end_with_parent
+from tests.flows.client import poll
 from tests.servers import ROOT, START_SECONDS, free_port
 
 USER = "prefect"  # of the database, not of this host

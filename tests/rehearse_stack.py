@@ -18,7 +18,7 @@ import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from tests.flows.console import poll
+from tests.flows.client import poll
 
 ROOT = Path(__file__).parent.parent
 API = "http://127.0.0.1:4200/api"

@@ -22,17 +22,18 @@ if __name__ == "__main__":
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.job import ask
-from model.run import pin_run, training_job
-from storage import host_cache, s3, s3_client
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.manifest import Manifest
-from storage.store import Store
-from storage.verify import check_fully, check_versions
+from model.runs.job import ask
+from model.runs.run import pin_run, training_job
+from storage.cache import host as host_cache
+from storage.datasets.manifest import Manifest
+from storage.digests import sha256
+from storage.inspection.verify import check_fully, check_versions
+from storage.stores import s3, s3_client
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
-from tests.model.training import final_weights, history
+from tests.model.training_runs import final_weights, history
 from tests.proxy import Fault, Proxy, Request, spoiling
 
 ANYWHERE: tuple[Fault, ...] = (

@@ -25,15 +25,17 @@ if __name__ == "__main__":
 
 from safetensors.torch import load
 
-from model.history import CheckpointRecord, checkpoints, read_segments
-from model.job import read_job, read_result
-from storage import host_cache, keys, sources
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.store import Store, read_json
+from model.checkpoints.records import CheckpointRecord, checkpoints, read_segments
+from model.runs.job import read_job, read_result
+from storage import keys
+from storage.cache import host as host_cache
+from storage.digests import sha256
+from storage.sources import files as sources
+from storage.stores.opening import open_store
+from storage.stores.store import Store, read_json
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
-from tests.model.training import House, Training, history, processes_of, training, until
+from tests.model.training_runs import House, Training, history, processes_of, training, until
 from tests.proxy import Proxy, spoiling
 
 RANKS = 2

@@ -14,12 +14,12 @@ TOP = {
     "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "requirements.lock", "requirements-dev.lock", "data",
 }  # fmt: skip
 ENTRY_POINTS = {
-    "flows/artifacts.py",
-    "flows/console.py",
-    "flows/launch.py",
-    "flows/server.py",
+    "flows/runtime/artifacts.py",
+    "flows/console/options.py",
+    "flows/runtime/processes.py",
+    "flows/platform/server.py",
     "model/__main__.py",
-    "model/host.py",
+    "model/processes/pod.py",
 }
 KEY_LITERAL = re.compile(r"^(datasets|runs|sources)/|^(split|latest|progress|config)\.json$|^FORMAT$")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}
@@ -131,9 +131,16 @@ def test_locks_name_no_address() -> None:
         assert "index-url" not in text
 
 
-def test_the_readme_shows_the_tree() -> None:
-    """Every module is named in the README's tree, and the tree names no module that is not there."""
-    readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"^[│├└─ ]+(\w+\.py)\s", readme, re.MULTILINE))
-    there = {path.name for path in modules() if path.name != "__init__.py"}
-    assert named == there
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_readme_of_a_package_shows_its_tree(package: str) -> None:
+    """Every module is in its package's README, under its folder, and the tree names no other module."""
+    folder, shown = "", set()
+    for line in (ROOT / package / "README.md").read_text().splitlines():
+        if found := re.match(r"(│? *)[├└]── (\w+/|\w+\.py)", line):
+            indent, name = found.groups()
+            if name.endswith("/"):
+                folder = name
+            else:
+                shown.add((folder if indent else "") + name)
+    modules_of = (path.relative_to(ROOT / package).as_posix() for path in modules() if ROOT / package in path.parents)
+    assert shown == {name for name in modules_of if not name.endswith("__init__.py")}

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flows import server as prefect
+from flows.platform import server as prefect
 from tests import hub as stand_in
 from tests import servers
 from tests.making import document, write_parquet

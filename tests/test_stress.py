@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from storage import s3_client
+from storage.stores import s3_client
 from tests import servers
 from tests.conftest import S3Url
-from tests.storage.stores import SERVERS
+from tests.storage.store_kinds import SERVERS
 from tests.stress import READ_SECONDS, stress
 
 

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
+from model.checkpoints.records import checkpoints
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT
-from model.history import checkpoints
-from model.metrics import MetricsLog
-from model.optimizer import make_optimizer
-from model.saver import Saver
-from storage.layout import open_store
+from model.training.metrics import MetricsLog
+from model.training.optimizer import make_optimizer
+from model.training.saver import Saver
+from storage.stores.opening import open_store
 from tests import servers
 
 

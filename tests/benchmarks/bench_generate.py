@@ -25,10 +25,10 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import tokenizer
+from model.checkpoints.huggingface import CONV1D
 from model.config import ModelConfig
+from model.evaluation.sampling import Drawing, samples_of
 from model.gpt import GPT
-from model.huggingface import CONV1D
-from model.sampling import Drawing, samples_of
 
 PROMPT = "The history of the English language, as far as it is known, begins with"
 DRAWING, LIKELIEST = Drawing(0.9, 50, 1.0), Drawing(0.0, 0, 1.0)

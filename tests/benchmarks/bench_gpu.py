@@ -23,12 +23,12 @@ if __name__ == "__main__":
 
 import torch
 
+from model.checkpoints.records import checkpoints, read_metrics
 from model.config import RunConfig, load_config
-from model.history import checkpoints, read_metrics
-from model.job import Job, ask
-from model.run import pin_run, training_job
-from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest
+from model.runs.job import Job, ask
+from model.runs.run import pin_run, training_job
+from storage.datasets.manifest import Manifest, latest_manifest
+from storage.stores.opening import open_store
 from tests.making import build_dataset, document, write_parquet
 
 PRESET = Path(__file__).parents[2] / "deploy" / "configs" / "fineweb-edu-10b.toml"

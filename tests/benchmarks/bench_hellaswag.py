@@ -32,15 +32,15 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from model.checkpoints.huggingface import export_run, import_folder
+from model.checkpoints.records import put_checkpoint
 from model.config import ModelConfig
-from model.distributed import DDPConfig
-from model.evaluation import Evaluator
+from model.evaluation.evaluator import Evaluator
+from model.evaluation.hellaswag import CONVENTIONS, questions
+from model.evaluation.sampling import newest_model
 from model.gpt import GPT
-from model.hellaswag import CONVENTIONS, questions
-from model.history import put_checkpoint
-from model.huggingface import export_run, import_folder
-from model.sampling import newest_model
-from storage.layout import open_store
+from model.processes.distributed import DDPConfig
+from storage.stores.opening import open_store
 from tests.benchmarks import contest
 from tests.benchmarks.contest import RESULT, Outcome
 

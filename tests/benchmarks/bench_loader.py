@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.loader import DataLoader, MicroBatches
-from storage import host_cache, keys
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.manifest import COLUMNS, Manifest
+from model.data.loader import DataLoader, MicroBatches
+from storage import keys
+from storage.cache import host as host_cache
+from storage.datasets.manifest import COLUMNS, Manifest
+from storage.digests import sha256
+from storage.stores.opening import open_store
 from tests import servers
 from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome

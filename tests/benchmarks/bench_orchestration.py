@@ -30,11 +30,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flows import server
+from flows.platform import server
 from tests import postgres
 from tests.benchmarks import contest
 from tests.benchmarks.phases import megabytes
-from tests.flows.console import ask, poll
+from tests.flows.client import ask, poll
 
 GOAL = 1.2
 EARLY_JOBS = 200  # memory is flat when it grows little from here to the last
@@ -71,9 +71,9 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
 
     from flows import tokenise
     from model.config import load_config
-    from storage.layout import open_store
-    from storage.plan import FilePlan, Shape
-    from storage.sources import SourceFile
+    from storage.datasets.plan import FilePlan, Shape
+    from storage.sources.files import SourceFile
+    from storage.stores.opening import open_store
 
     tokenise._make = lambda *_: looks.job()
     settings = ["data.dataset=bench", "data.source=bench", "resources.runner=threads", f"resources.workers={workers}"]

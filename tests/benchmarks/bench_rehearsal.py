@@ -32,15 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import tokenizer
-from storage import keys, shards
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest
-from storage.mirror import mirror
-from storage.opening import open_source
-from storage.plan import Shape, plan_file
-from storage.sources import SourceFile
-from storage.store import Store
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, latest_manifest
+from storage.datasets.plan import Shape, plan_file
+from storage.digests import sha256
+from storage.sources.files import SourceFile
+from storage.sources.mirror import mirror
+from storage.sources.reading import open_source
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.benchmarks import phases
 from tests.benchmarks.phases import FLOW, WORK, Build, build_alone, megabytes, surroundings
 from tests.hub import Hub, Repository

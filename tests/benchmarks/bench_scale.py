@@ -33,17 +33,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.server import free_port
+from flows.platform.server import free_port
 from storage import keys
-from storage.canonical import canonical_json, sha256
-from storage.layout import open_store
-from storage.manifest import latest_manifest, read_manifest
-from storage.plan import ShardJob
-from storage.shards import Record
-from storage.store import Store
+from storage.datasets.manifest import latest_manifest, read_manifest
+from storage.datasets.plan import ShardJob
+from storage.datasets.shards import Record
+from storage.digests import canonical_json, sha256
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.benchmarks import phases
 from tests.benchmarks.phases import Phase, build_alone, surroundings
-from tests.flows.console import poll
+from tests.flows.client import poll
 
 DATASET, SOURCE = "edu", "org/edu"
 SHARD_TOKENS = 10_000_000
@@ -163,7 +163,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--build"]:  # the process that is measured
-        from storage import shards as real
+        from storage.datasets import shards as real
 
         real.build_shard = put_quickly
         phases.build(sys.argv[2], sys.argv[3:])

@@ -31,11 +31,13 @@ from typing import Any, NamedTuple
 import boto3
 from botocore.config import Config
 
-from storage import cache, host_cache, keys
-from storage.canonical import canonical_json, sha256
-from storage.layout import open_store
-from storage.manifest import COLUMNS, ShardRow, read_manifest
-from storage.store import Store
+from storage import keys
+from storage.cache import host as host_cache
+from storage.cache import shards as shard_cache
+from storage.datasets.manifest import COLUMNS, ShardRow, read_manifest
+from storage.digests import canonical_json, sha256
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests import servers
 
 try:
@@ -152,7 +154,7 @@ def bench_put(bodies: list[bytes], threads: int) -> None:
 
 
 def bench_get(bodies: list[bytes], folder: Path) -> None:
-    plain, caches = plain_client(), dict[int, cache.ShardCache]()  # one a thread
+    plain, caches = plain_client(), dict[int, shard_cache.ShardCache]()  # one a thread
     shard_rows = [ShardRow(f"{n:06d}", len(body) // 2, 1, 0, 1, sha256(body), "train") for n, body in enumerate(bodies)]
     host_cache.FOLDER = folder
 
@@ -161,7 +163,7 @@ def bench_get(bodies: list[bytes], folder: Path) -> None:
         caches.clear()
 
     def cold(n: int) -> int:
-        mine = caches.setdefault(threading.get_ident(), cache.ShardCache(store, DATASET))
+        mine = caches.setdefault(threading.get_ident(), shard_cache.ShardCache(store, DATASET))
         return int(mine.open(shard_rows[n]).nbytes)
 
     def of(client: Any, prefix: str) -> Callable[[int], int]:
@@ -195,8 +197,8 @@ def bench_get(bodies: list[bytes], folder: Path) -> None:
 def bench_warm(store: Store, bodies: list[bytes], shard_rows: list[ShardRow]) -> None:
     found = []
     for shard, body in zip(shard_rows, bodies, strict=True):
-        cache.ShardCache(store, DATASET).open(shard)
-        fresh = cache.ShardCache(store, DATASET)  # has proved nothing yet, as a new process
+        shard_cache.ShardCache(store, DATASET).open(shard)
+        fresh = shard_cache.ShardCache(store, DATASET)  # has proved nothing yet, as a new process
         hashing, opening = partial(hashlib.sha256, body), partial(fresh.open, shard)
         found.append([measured(work)[0] for work in (hashing, opening, opening, hashing)])
     hashed, first, second, _ = (median(column) for column in zip(*found, strict=True))
@@ -261,8 +263,8 @@ def bench_manifest(shards: int, times: int, most_seconds: float) -> None:
 
 def pass_through(url: str, folder: Path, size: int) -> list[tuple[float, float]]:
     """The peak and the mapped megabytes after 10 and 100 shards that were put, read and opened."""
-    host_cache.FOLDER, cache.limit_bytes, found = folder, 10 * size, []
-    opened = cache.ShardCache(store := open_store(url, create=True), DATASET)
+    host_cache.FOLDER, shard_cache.limit_bytes, found = folder, 10 * size, []
+    opened = shard_cache.ShardCache(store := open_store(url, create=True), DATASET)
     for n in range(100):
         body = os.urandom(size)
         store.put_new(shard_keys[n], body)

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows import server
+from flows.platform import server
 from model import tokenizer
 from tests.benchmarks import contest, tokenise_peers
 from tests.benchmarks.contest import Outcome

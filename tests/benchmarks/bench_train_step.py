@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT, Block, unpadded
-from model.optimizer import make_optimizer
 from model.tokenizer import VOCABULARY
+from model.training.optimizer import make_optimizer
 from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome
 from tests.benchmarks.phases import forget_peak, megabytes

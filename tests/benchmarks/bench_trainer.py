@@ -22,15 +22,15 @@ if __name__ == "__main__":
 import torch
 
 from model.__main__ import run_job
+from model.checkpoints.records import read_metrics
 from model.config import RunConfig
+from model.data.loader import DataLoader, inputs_and_targets, widened
 from model.gpt import GPT
-from model.history import read_metrics
-from model.job import ask
-from model.loader import DataLoader, inputs_and_targets, widened
-from model.optimizer import make_optimizer
-from model.run import pin_run, training_job
-from storage.layout import open_store
-from storage.manifest import Manifest
+from model.runs.job import ask
+from model.runs.run import pin_run, training_job
+from model.training.optimizer import make_optimizer
+from storage.datasets.manifest import Manifest
+from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 LIMIT = 0.01

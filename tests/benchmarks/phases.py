@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows import server
+from flows.platform import server
 from tests import hub as stand_in
 
 IMPORTS, BEGIN, LIST, PLAN, BETWEEN, LOOK, MAKE, SEAL, END, RECORDS, OVER = PHASES = (
@@ -135,8 +135,10 @@ def build_alone(
 def build(out: str, settings: list[str]) -> None:
     """Build in this process, and write its phases to the file."""
     phases = Phases()
-    from flows import dataset, download, records, tokenise
-    from storage import shards
+    from flows import download, tokenise
+    from flows.console import dataset
+    from flows.runtime import records
+    from storage.datasets import shards
 
     phases.mark(dataset, "run_flow", called=BEGIN)
     phases.mark(download, "list_source", called=LIST, returned=PLAN)

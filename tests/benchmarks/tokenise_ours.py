@@ -101,11 +101,11 @@ def pool(corpus: Path, shard_tokens: int) -> None:
 
 def build(corpus: Path, shard_tokens: int, settings: list[str]) -> None:
     """The stage as `gpt2 dataset build` runs it, but for the seal; then the proof that what it left is whole."""
-    from flows import records
+    from flows.runtime import records
     from storage import keys
-    from storage.layout import open_store
-    from storage.manifest import latest_manifest
-    from storage.verify import check_fully
+    from storage.datasets.manifest import latest_manifest
+    from storage.inspection.verify import check_fully
+    from storage.stores.opening import open_store
 
     since = datetime.now(UTC)
     config, warm = (

@@ -8,7 +8,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from flows import server
+from flows.platform import server
 
 # Prefect reads its settings when it is imported, which the tests' own imports do: so here, before them.
 server.HOME = Path(mkdtemp(prefix="prefect-"))
@@ -20,7 +20,7 @@ os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # 60 s, a te
 @pytest.fixture(scope="session")
 def api() -> Iterator[str]:
     """The address of a server of the tests' own, for flows in this process and for processes that inherit it."""
-    from flows import records
+    from flows.runtime import records
 
     since = datetime.now(UTC)
     with server.running_server(PORT):

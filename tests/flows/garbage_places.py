@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model import tokenizer
-from storage import keys, lease, shards
-from storage.manifest import Manifest, seal
-from storage.store import Store, read_json
-from storage.verify import check_fully, check_versions
+from storage import keys
+from storage.datasets import lease, shards
+from storage.datasets.manifest import Manifest, seal
+from storage.inspection.verify import check_fully, check_versions
+from storage.stores.store import Store, read_json
 from tests.storage.sealing import SETTINGS, built, jobs_of, record_key, shard_key, source_file
 
 HOUR = 3600.0

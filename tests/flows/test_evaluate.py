@@ -14,24 +14,25 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flows import cli, launch
-from flows.curves import curves
-from flows.facts import REFERENCES, references, run_facts
+from flows.console import cli
+from flows.inspection.facts import REFERENCES, references, run_facts
+from flows.inspection.status import run_status
+from flows.pages.curves import curves
 from flows.pretrain import evaluate_and_report
 from flows.report import markdown, page
-from flows.status import run_status
+from flows.runtime import processes
 from model.__main__ import run_job
+from model.checkpoints.records import checkpoints
 from model.config import RunConfig
-from model.history import checkpoints
-from model.job import JobFailed, ask
-from model.run import pin_run, training_job
+from model.runs.job import JobFailed, ask
+from model.runs.run import pin_run, training_job
 from storage import keys
+from storage.datasets.manifest import Manifest
 from storage.errors import ObjectMissing
-from storage.layout import open_store
-from storage.manifest import Manifest
-from storage.store import read_json
-from tests.flows.console import ask as asked_of
-from tests.flows.console import poll
+from storage.stores.opening import open_store
+from storage.stores.store import read_json
+from tests.flows.client import ask as asked_of
+from tests.flows.client import poll
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 ROOT = Path(__file__).parent.parent.parent
@@ -132,9 +133,9 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     api: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[datetime] = []
-    start = launch._Request.start
+    start = processes._Request.start
 
-    def kill(self: launch._Request) -> None:
+    def kill(self: processes._Request) -> None:
         first = "val_loss" in self.words[4] and not killed
         if first:
             self.words[1:3] = ["-c", UNENDING]
@@ -145,7 +146,7 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
             killed.append(datetime.now(UTC))
             os.kill(self.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(launch._Request, "start", kill)
+    monkeypatch.setattr(processes._Request, "start", kill)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
     before = read_json(store, keys.evaluation("tiny", 4, "val_loss"))  # of a test that asked otherwise, or none
     with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu"):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flows import server
+from flows.platform import server
 from flows.pretrain import build_dataset
-from storage.layout import open_store
-from storage.manifest import read_manifest
+from storage.datasets.manifest import read_manifest
+from storage.stores.opening import open_store
 from tests import postgres
-from tests.flows.console import ask, poll, run_gpt2
-from tests.flows.room import deployment, ended, start, worker
+from tests.flows.client import ask, poll, run_gpt2
+from tests.flows.deployments import deployment, ended, start, worker
 from tests.making import document, tiny_config, words, write_parquet
 from tests.servers import free_port
 
@@ -60,7 +60,7 @@ def test_a_standing_dask_cluster_makes_the_same_and_outlives_a_killed_worker(tmp
         config = tiny_config(str(tmp_path / "store"), str(source), *settings, "resources.workers=2")
         folder = tmp_path / "store" / "datasets" / "small" / "shards"
         flow = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "dataset", "build"]
+            [sys.executable, "-m", "flows.console.cli", "dataset", "build"]
             + [word for setting in [*words(config), *settings] for word in ("--set", setting)],
             env=os.environ | {"PREFECT_API_URL": api},
         )

@@ -8,17 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import download
-from flows.dataset import verify
+from flows.console.dataset import verify
+from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
-from flows.status import dataset_status
 from flows.tokenise import tokenise_shards
 from model.config import RunConfig
-from model.job import note_failure
-from storage import hub as client
-from storage import keys, shards
+from model.runs.job import note_failure
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
 from storage.errors import SourceInvalid, SourceUnavailable
-from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest, read_manifest
+from storage.sources import hub as client
+from storage.stores.opening import open_store
 from tests.hub import Hub
 from tests.making import document, tiny_config, words, write_parquet
 

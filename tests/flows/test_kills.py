@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from model.history import checkpoints, read_metrics
+from model.checkpoints.records import checkpoints, read_metrics
 from storage import keys
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.manifest import latest_manifest
-from tests.flows.console import gpt2, poll, run_gpt2
+from storage.datasets.manifest import latest_manifest
+from storage.digests import sha256
+from storage.stores.opening import open_store
+from tests.flows.client import gpt2, poll, run_gpt2
 from tests.making import document, write_parquet
 from tests.processes import family, kill
 

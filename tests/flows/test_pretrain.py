@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from flows.inspection.status import run_status
 from flows.pretrain import evaluate_and_report, pretrain
-from flows.status import run_status
 from model.config import RunConfig
-from model.job import JobRefused
-from model.run import find_run
+from model.runs.job import JobRefused
+from model.runs.run import find_run
 from storage import keys
 from storage.errors import SourceInvalid
-from storage.layout import open_store
-from storage.store import read_json
-from tests.flows.console import ask, poll
+from storage.stores.opening import open_store
+from storage.stores.store import read_json
+from tests.flows.client import ask, poll
 from tests.making import document, tiny_config, write_parquet
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from flows.bootstrap import bootstrap
+from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
 from storage import keys
-from storage.canonical import canonical_json
-from storage.layout import open_store
-from storage.manifest import latest_manifest
-from storage.shards import Record
-from storage.store import Store
-from tests.flows.console import ask, poll, shard_runs
-from tests.flows.room import ended, set_state, start, worker
+from storage.datasets.manifest import latest_manifest
+from storage.datasets.shards import Record
+from storage.digests import canonical_json
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests.flows.client import ask, poll, shard_runs
+from tests.flows.deployments import ended, set_state, start, worker
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]

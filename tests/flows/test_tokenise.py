@@ -12,19 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import records, tokenise
+from flows import tokenise
+from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
-from flows.status import dataset_status
+from flows.runtime import records
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
-from model.job import JobFailed
-from storage import keys, shards
+from model.runs.job import JobFailed
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import read_manifest
+from storage.datasets.plan import ShardJob
 from storage.errors import DatasetMismatch, SourceInvalid
-from storage.layout import open_store
-from storage.manifest import read_manifest
-from storage.plan import ShardJob
-from storage.store import Store
-from tests.flows.console import poll, shard_runs
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests.flows.client import poll, shard_runs
 from tests.making import document, published, tiny_config, write_parquet
 from tests.processes import found, kill, parent
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from flows import cli, train
-from model.job import read_job, read_result
-from model.run import Run
+from flows import train
+from flows.console import cli
+from model.runs.job import read_job, read_result
+from model.runs.run import Run
 from storage.errors import StoreUnavailable
-from storage.layout import open_store
-from storage.store import Store
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.making import build_dataset, tiny_config
 
 

@@ -11,18 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import tokenise as stage
-from flows.dataset import verify
+from flows.console.dataset import verify
 from flows.download import download
 from flows.pretrain import build_dataset
 from flows.tokenise import tokenise
 from model import tokenizer
 from model.config import RunConfig
-from storage import host_cache, keys, mirror, shards, sources
-from storage.layout import open_store
-from storage.manifest import Manifest, latest_manifest, read_manifest, seal
-from storage.plan import plan_files
-from storage.store import Store, overwrite
-from tests.flows.console import ask
+from storage import keys
+from storage.cache import host as host_cache
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, latest_manifest, read_manifest, seal
+from storage.datasets.plan import plan_files
+from storage.sources import files as sources
+from storage.sources import mirror
+from storage.stores.opening import open_store
+from storage.stores.store import Store, overwrite
+from tests.flows.client import ask
 from tests.flows.jobs import Jobs, counted
 from tests.leaks import documents, leaks_of, one_word_other, shouted, story
 from tests.making import tiny_config, words, write_parquet

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.distributed import DDPConfig
 from model.gpt import GPT
+from model.processes.distributed import DDPConfig
 
 SHAPE = ModelConfig(layers=1, heads=2, width=16, context_tokens=32)
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 
-from storage import sources
-from storage.layout import open_store
+from storage.sources import files as sources
+from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
-from tests.model.training import House, training
+from tests.model.training_runs import House, training
 
 
 @pytest.fixture(scope="session")

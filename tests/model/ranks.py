@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from model import trainer
-from model.distributed import DDPConfig
-from model.job import read_job
-from model.loader import MicroBatches
-from model.trainer import Trainer
-from storage.layout import open_store
+from model.data.loader import MicroBatches
+from model.processes.distributed import DDPConfig
+from model.runs.job import read_job
+from model.training import trainer
+from model.training.trainer import Trainer
+from storage.stores.opening import open_store
 
 STUCK_SECONDS = 120
 

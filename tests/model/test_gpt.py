@@ -11,8 +11,8 @@ from torch import Tensor
 from model import gpt
 from model.config import ModelConfig, TrainingConfig, load_config
 from model.gpt import GPT, PADDED_VOCABULARY
-from model.optimizer import make_optimizer
 from model.tokenizer import VOCABULARY
+from model.training.optimizer import make_optimizer
 
 SMALL = ModelConfig(layers=3, heads=4, width=32, context_tokens=24)
 BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from model.config import ModelConfig, TrainingConfig, load_config
 from model.gpt import GPT, unpadded
-from model.optimizer import make_optimizer
 from model.tokenizer import VOCABULARY
+from model.training.optimizer import make_optimizer
 
 PRESETS = [  # the shape, and which of transformers' two forms of attention it is held against
     ("fineweb-edu-10b", 12, 768, "eager"),

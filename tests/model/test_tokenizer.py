@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model import tokenizer
-from storage.canonical import sha256
+from storage.digests import sha256
 from tests.making import published
 
 GOLDEN = [  # openai/tiktoken: tests/test_encoding.py

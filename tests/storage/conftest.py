@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.layout import open_store
+from storage.stores.opening import open_store
 from tests.conftest import S3Url
 from tests.storage.sealing import source_file
-from tests.storage.stores import STORES, each
+from tests.storage.store_kinds import STORES, each
 
 
 @pytest.fixture(params=each(STORES))

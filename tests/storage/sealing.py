@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from model import tokenizer
-from storage import keys, shards, sources
-from storage.manifest import Manifest, seal
-from storage.plan import FilePlan, Shape, ShardJob, plan_file
-from storage.store import Store, read_json
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, seal
+from storage.datasets.plan import FilePlan, Shape, ShardJob, plan_file
+from storage.sources import files as sources
+from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
 
 BINDING = {"source": "*.parquet", "shard_tokens": 500}

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import tokenizer
-from storage import documents, shards, sources
-from storage.documents import Rows
-from storage.filters import parse
-from storage.folder import FolderStore
-from storage.plan import ShardJob
+from storage.datasets import shards
+from storage.datasets.plan import ShardJob
+from storage.sources import documents
+from storage.sources import files as sources
+from storage.sources.documents import Rows
+from storage.sources.filters import parse
+from storage.stores.folder import FolderStore
 
 TEXTS = ["one", "", "two words", "żółć 🙂", "a\r\nb\u2028c\x00d", "<|endoftext|>"]
 Ask = Callable[[Path], object]

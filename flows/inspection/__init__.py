@@ -1,0 +1,1 @@
+"""What can be told about runs from the store alone, without Prefect."""

@@ -1,0 +1,1 @@
+"""The Prefect platform around the flows: server, workers, deployments, automations."""

@@ -1,0 +1,1 @@
+"""What the stages share while they run: task windows, child processes, progress bars, Prefect artifacts."""

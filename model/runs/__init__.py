@@ -1,0 +1,1 @@
+"""Jobs, and runs pinned to their inputs. Imports no torch."""

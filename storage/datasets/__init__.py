@@ -1,0 +1,1 @@
+"""Datasets: source files planned into shards, shards tokenised and recorded, records sealed into versions."""

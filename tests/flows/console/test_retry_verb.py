@@ -1,0 +1,208 @@
+"""gpt2 retry: what failed is run again, and nothing else; the settings are those that were asked for last."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from flows import pretrain as flow_module
+from flows.console import cli
+from flows.pretrain import build_dataset, pretrain
+from flows.tokenise import DatasetVersion
+from model.config import RunConfig, load_config
+from model.runs.job import JobFailed
+from model.runs.run import find_run, note_asked
+from storage import keys
+from storage.cache import host as host_cache
+from storage.datasets.manifest import Manifest, latest_manifest
+from storage.datasets.shards import Record
+from storage.digests import canonical_json
+from storage.errors import DatasetMismatch, ShardCorrupt
+from storage.sources import files as sources
+from storage.sources import mirror
+from storage.stores.opening import open_store
+from storage.stores.store import Store, read_json
+from tests import making
+from tests.flows.client import poll, run_gpt2, shard_runs
+from tests.flows.jobs import counted
+from tests.making import document, tiny_config, write_parquet
+
+DATASET = "failing"
+
+
+class Failed(NamedTuple):
+    """A build of which one job in ten failed for good, what made them fail now gone; and an undisturbed version."""
+
+    config: RunConfig
+    failed: list[str]
+    expected: Manifest
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.config.store_url)
+
+    def retry(self, name: str, *overrides: str) -> None:
+        cli.retry(name, overrides=[f"store_url={self.config.store_url}", *overrides], verbose=True)
+
+    def sealed(self) -> Manifest | None:
+        return latest_manifest(self.store, DATASET)
+
+
+def spoil(store: Store, shard_id: str) -> None:
+    """Let a record promise bytes that no job of its recipe makes: from now on the job fails."""
+    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", {}, {})
+    store.put_new(keys.record(DATASET, shard_id), canonical_json(asdict(record)))
+
+
+@pytest.fixture(scope="module")
+def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
+    folder = tmp_path_factory.mktemp("failing")
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((sources, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
+            patch.setattr(module, name, folder / module.__name__)
+        for number in range(4):
+            write_parquet(
+                folder / "source" / f"file_{number}.parquet", [document(number * 100 + n, 90) for n in range(30)]
+            )
+        settings = [
+            f"data.dataset={DATASET}",
+            "data.shard_tokens=450",
+            "train.max_steps=2",
+            "train.checkpoint_every_steps=2",
+        ]
+        calm = tiny_config(str(folder / "calm"), str(folder / "source"), *settings)
+        expected = making.build_dataset(calm)
+        config = calm.model_copy(update={"store_url": str(folder / "store")})
+        store, failing = open_store(config.store_url, create=True), expected.shard_ids[4::12]
+        assert (len(failing), len(expected.shard_ids) > 25) == (3, True)
+        for shard_id in failing:
+            spoil(store, shard_id)
+        with pytest.raises(ShardCorrupt):
+            build_dataset(config)
+        return Failed(config, sorted(failing), expected)
+
+
+@pytest.fixture
+def failed(once: Failed, tmp_path: Path) -> Failed:
+    """A copy of it, in which what was wrong is mended."""
+    url = str(shutil.copytree(once.config.store_url, tmp_path / "store"))
+    found = once._replace(config=once.config.model_copy(update={"store_url": url}))
+    for shard_id in once.failed:
+        found.store.delete(keys.record(DATASET, shard_id))
+    return found
+
+
+def completed(api: str) -> dict[str, str]:
+    """The names of this dataset's shard tasks that ended well, by id."""
+    runs = shard_runs(api, {"name": {"any_": [f"tokenise-{DATASET}"]}})
+    return {run["id"]: run["name"] for run in runs if run["state_type"] == "COMPLETED"}
+
+
+@pytest.mark.parametrize("how", ["retry", "the same build again"])
+def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> None:
+    assert failed.sealed() is None
+    poll(lambda: len(completed(api)) >= len(failed.expected.shard_ids) - len(failed.failed))
+    before = completed(api)
+    with counted() as jobs:
+        if how == "retry":
+            failed.retry(DATASET, "resources.audit=true")
+        else:
+            build_dataset(failed.config)
+    assert sorted(jobs.asked) == failed.failed
+    assert failed.sealed() == failed.expected
+    names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
+    poll(lambda: sorted(name for one, name in completed(api).items() if one not in before) == names)
+    audit = read_json(failed.store, keys.audit(DATASET, failed.expected.digest))
+    assert (audit is not None) == (how == "retry")  # what was set at the retry is taken
+
+
+def stopped(_: RunConfig, version: DatasetVersion) -> None:
+    raise JobFailed(f"was asked to train on {version.manifest}")
+
+
+@pytest.mark.parametrize("to", ["train", pytest.param("the report", marks=pytest.mark.full)])
+def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
+    failed: Failed, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    for shard_id in failed.failed:
+        spoil(failed.store, shard_id)
+    with pytest.raises(ShardCorrupt):
+        pretrain(failed.config)
+    assert read_json(failed.store, keys.run_config("tiny")) is None
+    for shard_id in failed.failed:
+        failed.store.delete(keys.record(DATASET, shard_id))
+    with counted() as jobs, monkeypatch.context() as patch:
+        if to == "train":  # which takes a minute
+            patch.setattr(flow_module, "train", stopped)
+            with pytest.raises(JobFailed, match=failed.expected.digest):
+                failed.retry("tiny")
+        else:
+            failed.retry("tiny")
+    assert sorted(jobs.asked) == failed.failed
+    assert failed.sealed() == failed.expected
+    if to == "the report":
+        assert find_run(failed.store, "tiny").manifest == failed.expected.digest
+        assert find_run(failed.store, "tiny").config == failed.config.computed()
+        assert list(failed.store.list(keys.report("tiny", "html")))
+
+
+def test_a_name_nobody_asked_for_is_exit_code_2(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "data"), create=True)
+    code, said = run_gpt2("retry", "nobody", cwd=tmp_path)
+    assert (code, "'nobody'" in said, "Traceback" in said) == (2, True, False), said
+
+
+def test_a_refused_build_is_not_what_a_retry_asks_for(once: Failed) -> None:
+    """As a run's settings: those that the name is not bound to are refused before they are kept."""
+    calm = once.config.model_copy(update={"store_url": str(Path(once.config.store_url).with_name("calm"))})
+    key, store = keys.dataset_asked(DATASET), open_store(calm.store_url)
+    note_asked(store, key, calm)  # as the build that sealed it does
+    before = read_json(store, key)
+    data = calm.data.model_copy(update={"drop_val_leaks": True})
+    with pytest.raises(DatasetMismatch, match="drop_val_leaks"):
+        build_dataset(calm.model_copy(update={"data": data}))
+    assert read_json(store, key) == before
+
+
+# What is asked, without a flow
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
+    """What the verb hands to the flows, instead of minutes of training."""
+    found: list[tuple[str, RunConfig]] = []
+    monkeypatch.setattr(cli, "_pretrain", lambda config, _: found.append(("run", config)))
+    monkeypatch.setattr(cli, "build_dataset", lambda config, _: found.append(("dataset", config)))
+    return found
+
+
+def asked_for(store: Store, *overrides: str) -> RunConfig:
+    return load_config(None, [f"store_url={store.url}", "name=mine", "data.dataset=mine", *overrides])
+
+
+UNUSUAL = [
+    'data.filters=["dump in [\\"a\\", \\"b\\"]", "length >= 20"]', "data.config=2024", "data.drop_val_leaks=true",
+    "train.betas=[0.5, 0.75]", 'evaluation.prompts=["Zwei\\nZeilen 🙂", ""]', "train.batch_tokens=24576",
+    "resources.dask_address=tcp://host:1", "train.learning_rate=3e-5", "train.min_learning_rate=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["run", "dataset"])
+def test_what_was_asked_last_comes_back_whole(store: Store, taken: list[Any], kind: str) -> None:
+    key = (keys.run_asked if kind == "run" else keys.dataset_asked)("mine")
+    note_asked(store, key, asked_for(store))
+    note_asked(store, key, asked_for(store, *UNUSUAL))
+    cli.retry("mine", overrides=[f"store_url={store.url}"])
+    assert taken == [(kind, asked_for(store, *UNUSUAL))]
+    assert store.url not in bytes(store.read(key).body).decode()
+
+
+def test_a_setting_is_held_against_what_was_asked(store: Store, taken: list[Any]) -> None:
+    """3 ranks can share its batch, and could not share that of the defaults."""
+    note_asked(store, keys.run_asked("mine"), asked_for(store, *UNUSUAL))
+    cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=3"])
+    assert taken == [("run", asked_for(store, *UNUSUAL, "resources.processes=3"))]
+    with pytest.raises(ValueError, match="5 ranks"):
+        cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=5"])

@@ -1,0 +1,282 @@
+"""Garbage collection removes what nothing refers to any more, and nothing else: a dry run says just what would go."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.inspection.garbage import collect, find
+from model.__main__ import run_job
+from model.checkpoints.records import CheckpointRecord, checkpoints, retained
+from model.config import RunConfig
+from model.runs.job import ask, read_result
+from model.runs.run import evaluation_jobs, find_run, pin_run, training_job
+from model.training import saver, trainer
+from storage import keys
+from storage.cache import host as host_cache
+from storage.cache.host import HostCache
+from storage.datasets.lease import claim
+from storage.datasets.manifest import seal
+from storage.stores.opening import open_store
+from storage.stores.s3_client import own_client
+from storage.stores.store import Store
+from tests.conftest import S3Url
+from tests.flows.client import run_gpt2
+from tests.flows.garbage_places import HOUR, Place, holder
+from tests.making import build_dataset, tiny_config
+from tests.model.training_runs import assert_equal_runs
+from tests.storage.sealing import SETTINGS, built, record_key, shard_key, source_file
+
+KINDS = ["folder", "seaweedfs"]
+
+
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> Store:
+    url = str(tmp_path / "store") if request.param == "folder" else s3_url(request.param)
+    return open_store(url, create=True)
+
+
+@pytest.fixture
+def place(store: Store, tmp_path: Path) -> Place:
+    return Place(store, tmp_path)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path) -> Place:
+    """A place in which each object has an age of its own."""
+    return Place(open_store(str(tmp_path / "store"), create=True), tmp_path)
+
+
+def deleted(store: Store, grace_seconds: float) -> set[str]:
+    return {found.name for found in collect(store, grace_seconds)}
+
+
+# Shards
+
+
+def test_a_dry_run_names_what_would_go_and_deletes_nothing(place: Place) -> None:
+    before = place.there()
+    found = find(place.store, place.grace)
+    assert {one.name for one in found} == place.orphan_keys()
+    assert sum(one.size_bytes for one in found) == sum(
+        one.size for one in place.store.list("") if one.key in place.orphan_keys()
+    )
+    assert place.there() == before
+    assert holder(place.store) is None
+    assert deleted(place.store, place.grace) == place.orphan_keys()
+
+
+def test_orphans_go_and_the_shards_of_every_version_stay(place: Place) -> None:
+    newest = seal(place.store, "small", built(place.store, place.folder / "source" / "file_1.parquet"), **SETTINGS)
+    assert newest.parent == place.manifest.digest
+    given_up = set(place.manifest.shard_ids) - set(newest.shard_ids)
+    assert given_up  # shards that only the older version lists
+    orphans = built(place.store, source_file(place.folder / "source", 2))
+    place.store.put_new(keys.failure(record_key(orphans[0])), b'{"why": "it was killed"}')
+    place.age("")
+    before = place.there()
+    gone = deleted(place.store, place.grace)
+    expected = {key(name) for name in orphans for key in (shard_key, record_key)}
+    assert gone == expected | {keys.failure(record_key(orphans[0]))}
+    assert place.there() == before - gone
+    assert place.whole(newest)
+    assert place.whole(place.manifest)
+    assert deleted(place.store, place.grace) == set()
+
+
+def test_what_is_younger_than_the_grace_stays(store: Store, tmp_path: Path) -> None:
+    place = Place(store, tmp_path)
+    built(store, source_file(tmp_path / "source", 2))  # young
+    before = place.there()
+    assert find(store, HOUR) == []
+    assert deleted(store, HOUR) == set()
+    assert place.there() == before
+
+
+@pytest.mark.parametrize("young", ["shard", "record", "failure"])
+def test_one_young_orphan_keeps_all_of_its_dataset(in_folder: Place, young: str) -> None:
+    store, name = in_folder.store, in_folder.orphans[0]
+    store.put_new(keys.failure(record_key(name)), b"{}")
+    in_folder.age("")
+    key = {"shard": shard_key(name), "record": record_key(name), "failure": keys.failure(record_key(name))}[young]
+    path = store.local_path(key)
+    assert path
+    os.utime(path)
+    assert deleted(store, HOUR) == set()
+    in_folder.age("")
+    assert deleted(store, HOUR) == in_folder.orphan_keys() | {keys.failure(record_key(name))}
+
+
+def test_all_orphans_stay_while_a_build_began_within_the_grace(in_folder: Place) -> None:
+    claim(in_folder.store, "small", "build")
+    assert deleted(in_folder.store, HOUR) == set()
+    in_folder.age("")
+    assert deleted(in_folder.store, HOUR) == in_folder.orphan_keys()
+
+
+def test_a_build_after_the_collection_makes_again_what_it_wants(place: Place) -> None:
+    assert deleted(place.store, place.grace)
+    assert holder(place.store) is None
+    newest = seal(place.store, "small", built(place.store, place.source, place.other), **SETTINGS)
+    assert set(place.orphans) < set(newest.shard_ids)
+    assert place.whole(newest)
+
+
+# Runs
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next training end at this step, without a word."""
+    train_step = trainer.Trainer._train_step
+
+    def step_or_end(self: trainer.Trainer) -> object:
+        if self.step == step:
+            raise SystemExit
+        return train_step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", step_or_end)
+
+
+def steps(records: list[CheckpointRecord]) -> list[int]:
+    return [record.step for record in records]
+
+
+def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
+    store: Store, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train.checkpoint_every_steps=2", "train.keep_last=2", "train.keep_every_steps=4")
+    manifest = build_dataset(tiny_config(store.url, config.data.source))
+    jobs = {
+        name: training_job(
+            pin_run(store, tiny_config(store.url, config.data.source, f"name={name}", *words), manifest.digest, None)
+        )
+        for name in ("calm", "killed")
+    }
+    assert run_job(store.url, ask(store, jobs["calm"])) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "retain", lambda *_: None)  # killed before it gave anything up
+        killed_at(9, patch)
+        with pytest.raises(SystemExit):
+            run_job(store.url, ask(store, jobs["killed"]))
+    assert steps(checkpoints(store, "killed")) == [2, 4, 6, 8]
+    attempt = keys.checkpoint_file("killed", 10, "deadbeef", "model.safetensors")
+    segment = keys.metrics("killed", 8, "deadbeef")
+    store.put_new(attempt, b"as far as it came")
+    store.put_new(segment, b'{"step": 8}\n')
+    place_age(store)
+    there = {found.key for found in store.list("")}
+    grace = HOUR if store.local_path("FORMAT") else -HOUR
+    records = checkpoints(store, "killed")
+    kept = retained(records, 2, 4)
+    assert steps(kept) == [4, 6, 8]
+    expected = {attempt, segment, keys.checkpoint_record("killed", 2)}
+    expected |= {keys.checkpoint_file("killed", 2, records[0].attempt, name) for name in records[0].files}
+    assert {found.name for found in find(store, grace)} == expected
+    assert deleted(store, grace) == expected
+    assert {found.key for found in store.list("")} == there - expected
+    assert checkpoints(store, "killed") == kept
+    assert run_job(store.url, ask(store, jobs["killed"])) == 0
+    assert_equal_runs(store, "killed", "calm")
+    place_age(store)
+    deleted(store, grace)
+    manifest = find_run(store, "killed").manifest
+    asked = evaluation_jobs(
+        config.model_copy(update={"name": "killed"}), checkpoints(store, "killed")[-1], manifest, None
+    )
+    evaluations = [job for job in asked if job.kind in ("val_loss", "samples")]
+    assert len(evaluations) == 2
+    for job in evaluations:
+        assert run_job(store.url, ask(store, job)) == 0
+        assert read_result(store, job) is not None
+
+
+def place_age(store: Store) -> None:
+    for found in list(store.list("")):
+        if path := store.local_path(found.key):
+            os.utime(path, (time.time() - 2 * HOUR,) * 2)
+
+
+def test_a_checkpoint_that_lost_a_file_goes_and_the_one_before_it_stays(config: RunConfig, tmp_path: Path) -> None:
+    store = open_store(config.store_url, create=True)
+    job = training_job(pin_run(store, config, build_dataset(config).digest, None))
+    assert run_job(store.url, ask(store, job)) == 0
+    *before, newest = checkpoints(store, config.name)
+    lost = keys.checkpoint_file(config.name, newest.step, newest.attempt, "optimizer.safetensors")
+    store.delete(lost)
+    place_age(store)
+    gone = deleted(store, HOUR)
+    assert keys.checkpoint_record(config.name, newest.step) in gone
+    assert checkpoints(store, config.name) == before
+
+
+# What is no object, and what is no object of the store
+
+
+def test_unfinished_writes_go(place: Place) -> None:
+    if place.in_folder:
+        left = Path(place.store.url) / ".store" / "tmp" / "0123456789abcdef"
+        left.write_bytes(b"as far as it came")
+        assert find(place.store, HOUR) == [one for one in find(place.store, HOUR) if one.kind == "shard"]
+        os.utime(left, (0, 0))
+    else:
+        bucket, prefix = place.store.url.removeprefix("s3://").split("/")
+        key = f"{prefix}/{shard_key('half')}"
+        own_client().create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="SHA256")
+        assert find(place.store, HOUR) == []
+    named = [one.name for one in find(place.store, place.grace) if one.kind == "unfinished"]
+    assert len(named) == 1
+    assert place.store.unfinished(time.time() + HOUR) == tuple(named)
+    assert [one.name for one in collect(place.store, place.grace) if one.kind == "unfinished"] == named
+    assert place.store.unfinished(time.time() + HOUR) == ()
+
+
+def test_probes_of_killed_processes_go(place: Place) -> None:
+    key = keys.probe("0123456789abcdef")
+    place.store.put_new(key, b"1")
+    assert key not in deleted(place.store, HOUR)
+    place.age(keys.TEMPORARY)
+    assert key in deleted(place.store, place.grace)
+    assert key not in place.there()
+
+
+def test_files_that_were_set_aside_go(in_folder: Place) -> None:
+    host = HostCache(host_cache.FOLDER, 1 << 30)
+    host.open("0" * 64, lambda: b"damaged").close()
+    host.open("1" * 64, lambda: b"in use").close()
+    host.set_aside("0" * 64)
+    assert "quarantine" not in {found.kind for found in collect(in_folder.store, HOUR)}
+    named = [found for found in find(in_folder.store, -HOUR) if found.kind == "quarantine"]
+    assert [found.size_bytes for found in named] == [len(b"damaged")]
+    assert [found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine"] == named
+    assert host.quarantined() == []
+    assert host.has("1" * 64)
+
+
+def test_a_file_that_another_collector_removed_first_is_no_failure(in_folder: Place) -> None:
+    host = HostCache(host_cache.FOLDER, 1 << 30)
+    for sha256 in ("0" * 64, "1" * 64):
+        host.open(sha256, lambda: b"damaged").close()
+        host.set_aside(sha256)
+    here = (found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine")
+    assert next(here).name.startswith("0")
+    for path in host.quarantined():
+        path.unlink()
+    assert list(here) == []
+
+
+# The verb
+
+
+def test_the_verb_says_what_would_go_and_deletes_it_when_asked(in_folder: Place) -> None:
+    words = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.05"]
+    before = in_folder.there()
+    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
+    assert (code, "nothing was deleted" in said, "gpt2 gc --delete" in said) == (0, True, True)
+    assert all(key in said for key in in_folder.orphan_keys())
+    assert in_folder.there() == before
+    code, said = run_gpt2("gc", "--delete", *words, cwd=in_folder.folder)
+    assert (code, "nothing was deleted" in said) == (0, False)
+    assert in_folder.there() == before - in_folder.orphan_keys()
+    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
+    assert (code, "0 objects" in said, "--delete" in said) == (0, True, False)

@@ -1,0 +1,244 @@
+"""Builds and garbage collection in the same moment, or one of them killed: a sealed version is whole all the same."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from flows.inspection import garbage
+from flows.inspection.garbage import collect
+from model import tokenizer
+from storage.datasets import lease
+from storage.datasets.copy import Copying
+from storage.datasets.lease import claim, last_build
+from storage.datasets.manifest import Manifest
+from storage.errors import Conflict, ObjectMissing
+from storage.inspection.verify import check_fully
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests.conftest import S3Url
+from tests.flows.garbage_places import HOUR, Place, build, holder, lease_key, make_old
+from tests.storage.sealing import Spy, built, source_file
+
+ROOT = Path(__file__).parents[3]
+KINDS = ["folder", "seaweedfs"]
+ROUNDS = 8
+
+# Collects, says each deletion, and waits after it.
+COLLECTOR = """
+import sys
+from flows.garbage import collect
+from storage.layout import open_store
+for found in collect(open_store(sys.argv[1]), float(sys.argv[2])):
+    print(found.name, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> Place:
+    url = str(tmp_path / "store") if request.param == "folder" else s3_url(request.param)
+    return Place(open_store(url, create=True), tmp_path)
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path) -> Place:
+    return Place(open_store(str(tmp_path / "store"), create=True), tmp_path)
+
+
+# The lease
+
+
+def test_a_build_that_starts_while_garbage_is_deleted_is_refused_until_that_is_done(place: Place) -> None:
+    deleting = collect(place.store, place.grace)
+    gone = next(deleting).name
+    assert holder(place.store) == "collector"
+    with pytest.raises(Conflict, match=r"gc is deleting.*same command again"):
+        build(place.store, place.source, place.other)
+    assert {gone} | {found.name for found in deleting} == place.orphan_keys()
+    assert holder(place.store) is None
+    assert place.whole(build(place.store, place.source, place.other))
+
+
+def test_many_builds_may_hold_the_lease(place: Place) -> None:
+    claim(place.store, "small", "build")
+    first = place.store.read(lease_key()).etag
+    claim(place.store, "small", "build")
+    assert place.store.read(lease_key()).etag != first
+    assert holder(place.store) == "build"
+
+
+def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path) -> None:
+    """A copy that was killed left shards that no manifest lists; the next one counts them, and gc runs beside it."""
+    store = open_store(str(tmp_path / "to"), create=True)
+    killed = Copying(in_folder.store, store, "small")
+    for row in killed.missing:
+        killed.copy_shard(row)
+    make_old(store, "")
+    copying = Copying(in_folder.store, store, "small")
+    assert copying.missing == []
+    assert [found for found in collect(store, HOUR) if found.kind == "shard"] == []
+    copying.finish()
+    damaged = [check_fully(store, "small", row, tokenizer.EOT) for row in in_folder.manifest.rows()]
+    assert not any(damaged)
+
+
+def test_the_lease_of_a_killed_collector_ends_by_itself(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(place.store, "small", "collector")
+    for other in ("build", "collector"):
+        with pytest.raises(Conflict):
+            claim(place.store, "small", other, last_build(place.store, "small") + HOUR)  # type: ignore[arg-type]
+    monkeypatch.setattr(lease, "COLLECTING_SECONDS", -HOUR)
+    assert place.whole(build(place.store, place.source, place.other))
+    assert holder(place.store) == "build"
+
+
+def test_a_build_that_begins_between_the_look_and_the_claim_keeps_its_shards(
+    in_folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_first(store: Store, dataset: str, who: lease.Holder, idle_since: float) -> None:
+        claim(store, dataset, "build")
+        claim(store, dataset, who, idle_since)
+
+    monkeypatch.setattr(garbage, "claim", build_first)
+    before = in_folder.there()
+    with pytest.raises(Conflict, match="a build has just begun"):
+        list(collect(in_folder.store, HOUR))
+    assert in_folder.there() == before
+    assert holder(in_folder.store) == "build"
+
+
+def test_of_a_build_and_a_collector_that_claim_at_once_the_build_wins(place: Place) -> None:
+    before = place.there()
+    watched = Spy(place.store, lambda: claim(place.store, "small", "build"))
+    with pytest.raises(Conflict):
+        list(collect(watched, place.grace))  # type: ignore[arg-type]
+    assert place.there() == before
+    assert holder(place.store) == "build"
+
+
+def test_a_build_that_began_in_the_same_second_as_the_look_is_seen(place: Place) -> None:
+    """An S3 store says times in whole seconds, so `not later` may well be later."""
+    claim(place.store, "small", "build")
+    with pytest.raises(Conflict):
+        claim(place.store, "small", "collector", last_build(place.store, "small"))
+    assert holder(place.store) == "build"
+
+
+def test_a_collector_whose_lease_was_taken_over_deletes_nothing_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a host that slept for hours in between: its own clock does not say so."""
+    deleting = collect(place.store, place.grace)
+    next(deleting)
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "COLLECTING_SECONDS", -HOUR)
+        sealed = build(place.store, place.source, place.other)
+    with suppress(Conflict):
+        list(deleting)
+    assert place.whole(sealed)
+
+
+def test_a_collector_that_ends_leaves_the_lease_of_a_build_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleting = collect(place.store, place.grace)
+    next(deleting)
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "COLLECTING_SECONDS", -HOUR)
+        claim(place.store, "small", "build")
+    with suppress(Conflict):
+        list(deleting)
+    assert holder(place.store) == "build"
+
+
+# Killed
+
+
+@pytest.fixture
+def collector(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """A process that deletes one thing after the other, as it is told."""
+    words = [sys.executable, "-c", COLLECTOR, place.store.url, str(place.grace)]
+    process = subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("deletions", [1, 3, 5])
+def test_a_killed_collector_leaves_a_whole_store_and_the_next_one_goes_on(
+    place: Place, collector: subprocess.Popen[str], deletions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert collector.stdin
+    assert collector.stdout
+    gone = set()
+    for number in range(deletions):
+        if number:
+            collector.stdin.write("\n")
+            collector.stdin.flush()
+        gone.add(collector.stdout.readline().strip())
+    collector.kill()
+    collector.wait()
+    assert gone < place.orphan_keys()
+    assert place.orphan_keys() - place.there() == gone
+    assert place.whole()  # no record without its shard, either
+    assert holder(place.store) == "collector"
+    with pytest.raises(Conflict):
+        build(place.store, place.source, place.other)
+    monkeypatch.setattr(lease, "COLLECTING_SECONDS", -HOUR)
+    place.age("")
+    assert {found.name for found in collect(place.store, place.grace)} == place.orphan_keys() - gone
+    assert place.whole(build(place.store, place.source, place.other))
+
+
+# At once
+
+
+def keep_collecting(store: Store, together: threading.Barrier, built_now: threading.Event, deleted: list[str]) -> None:
+    together.wait()
+    while not built_now.is_set():
+        with suppress(Conflict):
+            deleted += [found.name for found in collect(store, HOUR)]
+
+
+def patient_build(store: Store, *paths: Path) -> Manifest:
+    """Builds as people do: the command is run again when it says so."""
+    while True:
+        with suppress(Conflict):
+            return build(store, *paths)
+
+
+def test_a_build_beside_a_collector_that_never_rests_seals_a_whole_version(in_folder: Place) -> None:
+    """The build counts shards that are old and that nobody lists, which is just what the collector deletes."""
+    store, paths, deleted = in_folder.store, [in_folder.source, in_folder.other], []
+    for number in range(ROUNDS):
+        path = source_file(in_folder.folder / "source", 2 + number, 8)
+        left = built(store, path)  # as a build that was killed long ago left it
+        in_folder.age("")
+        together, built_now = threading.Barrier(2), threading.Event()
+        collecting = threading.Thread(target=keep_collecting, args=(store, together, built_now, deleted))
+        collecting.start()
+        together.wait()
+        try:
+            for _ in range(2 * number):
+                list(store.list(""))  # each round a little later
+            paths.append(path)
+            sealed = patient_build(store, *paths)
+        finally:
+            built_now.set()
+            collecting.join()
+        assert in_folder.whole(sealed), number
+        assert set(left) < set(sealed.shard_ids)
+    assert in_folder.whole()
+
+
+def test_without_the_lease_the_build_above_would_lose_shards(in_folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "claim", lambda *_: None)
+
+    def collect_now() -> None:
+        assert list(collect(in_folder.store, HOUR))
+
+    with pytest.raises(ObjectMissing):
+        build(in_folder.store, in_folder.source, in_folder.other, before_seal=collect_now)

@@ -1,0 +1,248 @@
+"""Every window is traced to the very rows it was made of, and its text is shown even when they are gone."""
+
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from flows.inspection.trace import Asked, asked, windows
+from model.data.loader import DataLoader
+from model.data.order import WindowOrder
+from storage.datasets.shards import read_record
+from storage.errors import ObjectMissing
+from storage.inspection.lineage import Traced, hub_files, row_numbers, source_rows
+from storage.sources import files as sources
+from storage.sources import hub as client
+from storage.sources.mirror import mirror
+from tests.crawl import BARE, GOOD, LONG, SKIPPING, Crawl, Kept
+from tests.hub import Hub
+from tests.making import build_dataset, tiny_config
+
+T = 32
+WINDOWS_MORE = 7  # of the second epoch
+
+Leaks = Callable[[int, int], list[int]]
+
+
+def two_of_each(first: int, stop: int) -> list[int]:
+    return [first + 2, stop - 1]
+
+
+def loader(crawl: Crawl, one: Asked, split: str) -> DataLoader:
+    seed = crawl.config.train.seed
+    return DataLoader(crawl.store, "small", one.manifest, split, sequence_tokens=T, seed=seed)
+
+
+def traced(crawl: Crawl, one: Asked, split: str, first: int, count: int) -> list[list[Traced]]:
+    """The documents of each window."""
+    found = list(windows(crawl.store, crawl.config, one, split, first, count))
+    grouped = [(number, [document for _, document in parts]) for number, parts in groupby(found, lambda part: part[0])]
+    assert [number for number, _ in grouped] == list(range(first, first + count))
+    return [documents for _, documents in grouped]
+
+
+def whole_split(crawl: Crawl, one: Asked, split: str) -> tuple[np.ndarray, WindowOrder, list[list[Traced]]]:
+    """All windows of a split (and some of the next epoch) as the loader gives them, and as they are traced."""
+    order = one.order(split)
+    if split == "train":
+        count = order.epoch_windows + WINDOWS_MORE
+        read = loader(crawl, one, split).windows(0, count)
+    else:
+        count = order.epoch_windows
+        read = loader(crawl, one, split).windows_in_file_order(np.arange(count))
+    return read, order, traced(crawl, one, split, 0, count)
+
+
+def check_split(crawl: Crawl, one: Asked, split: str) -> None:
+    """The tokens are the loader's, and each document is the row of the source table that lies there in the shard."""
+    read, order, found = whole_split(crawl, one, split)
+    rows = list(one.manifest.rows(split))
+    expected = crawl.shard_documents(one.manifest)
+    located = order.locate(0, len(found)) if split == "train" else order.in_file_order(np.arange(len(found)))
+    starts = {name: np.cumsum([0, *(len(kept.ids) for kept in documents)]) for name, documents in expected.items()}
+    for tokens, documents, shard, window in zip(read, found, *located, strict=True):
+        assert np.array_equal(np.concatenate([document.ids for document in documents]), tokens)
+        name, at = rows[shard].shard_id, int(window) * T
+        for document in documents:
+            assert len(document.ids)
+            kept = expected[name][document.document]
+            start = at - starts[name][document.document]
+            assert kept.ids[start : start + len(document.ids)] == document.ids.tolist()
+            assert document[:-1] == (
+                name, document.document, kept.source, kept.row, kept.columns.get("id"), kept.columns.get("url"), "",
+            )  # fmt: skip
+            at += len(document.ids)
+        assert at == int(window) * T + T + 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("settings", "leaks"),
+    [((), None), ((BARE,), two_of_each), ((SKIPPING,), None), ((GOOD, SKIPPING), two_of_each), ((LONG,), None)],
+    ids=["all", "left out, no id", "some bad", "good, some bad, left out", "long"],
+)
+def test_every_window_is_made_of_the_rows_it_is_traced_to(
+    tmp_path: Path, kind: str, settings: tuple[str, ...], leaks: Leaks | None
+) -> None:
+    crawl = Crawl(tmp_path, *settings, kind=kind, bad=SKIPPING in settings)
+    crawl.build(leaks)
+    one = asked(crawl.store, crawl.config)
+    for split in ("train", "val"):
+        check_split(crawl, one, split)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("parquet", ()), ("parquet", (GOOD, SKIPPING)), ("jsonl", (GOOD, SKIPPING))]
+)
+def test_rows_of_a_shards_documents_are_those_of_the_source(
+    tmp_path: Path, kind: str, settings: tuple[str, ...]
+) -> None:
+    crawl = Crawl(tmp_path, *settings, kind=kind, bad=bool(settings))
+    manifest = crawl.build(two_of_each if settings else None)
+    for shard_id, kept in crawl.shard_documents(manifest).items():
+        record = read_record(crawl.store, "small", shard_id)
+        file = sources.identify(crawl.source / record.source)
+        everything = list(source_rows(file, record, range(len(kept))))
+        assert [(number, row.number, row.text) for number, row in everything] == [
+            (number, one.row, one.text) for number, one in enumerate(kept)
+        ]
+        assert list(source_rows(file, record, [])) == []
+        some = range(0, len(kept), 3)
+        assert row_numbers(file, record, some) == {number: kept[number].row for number in some}
+
+
+def test_any_windows_are_those_of_the_whole_enumeration(tmp_path: Path) -> None:
+    crawl = Crawl(tmp_path)
+    crawl.build()
+    one = asked(crawl.store, crawl.config)
+    _, order, whole = whole_split(crawl, one, "train")
+    for first, count in [(0, 1), (5, 9), (order.epoch_windows - 2, 4), (order.epoch_windows, 1)]:
+        found = traced(crawl, one, "train", first, count)
+        assert [list(map(str, documents)) for documents in found] == [
+            list(map(str, documents)) for documents in whole[first : first + count]
+        ]
+
+
+def test_windows_that_val_does_not_have_are_refused(tmp_path: Path) -> None:
+    crawl = Crawl(tmp_path)
+    crawl.build()
+    one = asked(crawl.store, crawl.config)
+    count = one.order("val").epoch_windows
+    assert len(traced(crawl, one, "val", count - 1, 1)) == 1
+    with pytest.raises(ValueError, match=f"{count}"):
+        traced(crawl, one, "val", count, 1)
+
+
+def test_a_dataset_that_was_never_sealed_is_refused(tmp_path: Path) -> None:
+    crawl = Crawl(tmp_path)
+    with pytest.raises(ObjectMissing, match="'small'"):
+        asked(crawl.store, crawl.config)
+
+
+# Sources that are gone, changed, or elsewhere
+
+
+def without_source(crawl: Crawl, one: Asked, gone: set[str]) -> list[Traced]:
+    """All documents of train; what is of a source that is gone says so, what is not has its row."""
+    read, _, found = whole_split(crawl, one, "train")
+    assert np.array_equal([np.concatenate([part.ids for part in documents]) for documents in found], read)
+    documents = [document for window in found for document in window]
+    for document in documents:
+        if document.source in gone:
+            assert (document.row, document.id, document.url) == (None, None, None)
+            assert document.why
+        else:
+            assert document.row is not None
+            assert not document.why
+    assert gone <= {document.source for document in documents}
+    return documents
+
+
+@pytest.mark.parametrize(
+    ("kind", "fate"),
+    [("parquet", "gone"), ("parquet", "changed"), ("parquet", "all gone"), ("jsonl", "gone"), ("jsonl", "cut")],
+)
+def test_the_text_is_shown_when_its_source_is_gone_and_why_is_said(tmp_path: Path, kind: str, fate: str) -> None:
+    crawl = Crawl(tmp_path, kind=kind)
+    crawl.build()
+    one = asked(crawl.store, crawl.config)
+    names = sorted(crawl.rows)
+    if fate == "changed":
+        crawl.write(names[1], crawl.rows[names[1]][::-1])
+    elif fate == "cut":
+        path = crawl.source / names[1]
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        for name in names if fate == "all gone" else names[1:]:
+            crawl.write(name, None)
+    gone = set(names) if fate == "all gone" else {names[1]}
+    for document in without_source(crawl, one, gone):
+        if document.source in gone:
+            assert document.source in document.why
+
+
+class Published(NamedTuple):
+    """A dataset of the Hub, of which a later commit holds something else, and what its shards were made of."""
+
+    crawl: Crawl
+    one: Asked
+    commit: str
+    expected: dict[str, list[Kept]]
+
+    def check(self) -> None:
+        """Some windows are traced to their rows."""
+        for documents in traced(self.crawl, self.one, "train", 0, 3):
+            for document in documents:
+                kept = self.expected[document.shard_id][document.document]
+                assert (document.source, document.row) == (f"data/{kept.source}", kept.row)
+                assert (document.id, document.url) == (kept.columns["id"], kept.columns["url"])
+
+
+@pytest.fixture
+def published(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Published:
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.2)
+    crawl = Crawl(tmp_path)
+    files = {f"data/{name}": (crawl.source / name).read_bytes() for name in sorted(crawl.rows)}
+    repository = hub.dataset("org/edu", files)
+    (commit,) = repository.commits
+    crawl.config = tiny_config(crawl.config.store_url, "org/edu", "data.config=default")
+    manifest = build_dataset(crawl.config)
+    repository.commit({"data/other.parquet": files["data/file_0.parquet"]})
+    hub.requests.clear()
+    return Published(crawl, asked(crawl.store, crawl.config), commit, crawl.shard_documents(manifest))
+
+
+def test_rows_of_a_hub_dataset_are_found_at_its_commit(published: Published, hub: Hub) -> None:
+    source = published.one.manifest.source
+    found = hub_files(published.one.manifest)
+    assert (list(found), [file.name for file in found.values()]) == (source["files"]["digest"], source["files"]["name"])
+    published.check()
+    resolved = hub.asked("/datasets/org/edu/resolve/*")
+    assert resolved
+    assert all(f"/resolve/{published.commit}/data/" in request.path for request in resolved)
+
+
+def test_rows_of_a_mirrored_dataset_are_found_without_the_hub(published: Published, hub: Hub) -> None:
+    for file in hub_files(published.one.manifest).values():
+        mirror(published.crawl.store, file)
+    del hub.repositories["org/edu"]
+    hub.requests.clear()
+    published.check()
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("fate", ["does not answer", "has it no longer", "lets only members see it"])
+def test_the_text_is_shown_when_the_hub_does_not_give_its_source(published: Published, hub: Hub, fate: str) -> None:
+    if fate == "does not answer":
+        hub.spoil("*", *["503"] * 1_000)
+    elif fate == "has it no longer":
+        del hub.repositories["org/edu"]
+    else:
+        hub.repositories["org/edu"].gated = True
+    (documents,) = traced(published.crawl, published.one, "train", 0, 1)
+    read = loader(published.crawl, published.one, "train").windows(0, 1)[0]
+    assert np.array_equal(np.concatenate([document.ids for document in documents]), read)
+    assert all(document.row is None and document.why for document in documents)

@@ -1,0 +1,159 @@
+"""Runs of the deployments under real workers: cancelled, killed, left by a dead worker, retried."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.platform import automations
+from flows.platform.bootstrap import bootstrap
+from model.checkpoints.records import checkpoints
+from model.config import RunConfig
+from storage import keys
+from storage.stores.opening import open_store
+from storage.stores.store import read_json
+from tests.flows.client import ask, poll
+from tests.flows.deployments import automation, ended, run, set_state, start, states, worker
+from tests.making import document, tiny_config, write_parquet
+from tests.processes import found, kill, with_words
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+
+STEPS = 300
+GONE_SECONDS = 10.0
+DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's words; the other rank, which lost it, may end first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered(api: str) -> None:
+    list(bootstrap(RunConfig(), scheduled=False))
+
+
+@pytest.fixture
+def one_worker(tmp_path: Path, registered: None) -> Iterator[int]:
+    """The process id of a worker of the pool `train`."""
+    with worker("train", tmp_path / "worker.log") as process:
+        yield process.pid
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A training of some seconds by two processes, with a checkpoint only where it is stopped."""
+    source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
+    steps = (f"train.max_steps={STEPS}", "train.checkpoint_every_steps=1000", "train.validate_every_steps=0")
+    return tiny_config(str(tmp_path / "store"), str(source), *steps, "resources.processes=2")
+
+
+def step(config: RunConfig) -> int:
+    """The step that the training has reached, as its own progress says."""
+    store = open_store(config.store_url, create=True)
+    return int((read_json(store, keys.progress(config.name)) or {"step": 0})["step"])
+
+
+def of_flow_run(flow_run: str) -> list[int]:
+    """The processes that Prefect started for a flow run: they have its id in their environment."""
+    return found(lambda folder: flow_run.encode() in (folder / "environ").read_bytes())
+
+
+def cancelled(api: str, flow_run: str, config: RunConfig) -> None:
+    """Cancel the run as the UI does; all its processes must be gone in time, and its state say so."""
+    assert with_words(config.store_url)
+    began = time.monotonic()
+    set_state(api, flow_run, "CANCELLING")
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    assert ended(api, flow_run)["state_name"] == "Cancelled"
+    poll(lambda: not of_flow_run(flow_run), max(GONE_SECONDS - (time.monotonic() - began), 1))
+
+
+def test_a_cancelled_training_saves_and_its_retry_goes_on(api: str, one_worker: int, config: RunConfig) -> None:
+    flow_run = start(api, "pretrain", config)
+    poll(lambda: step(config) > 20, 120)
+    cancelled(api, flow_run, config)
+    store = open_store(config.store_url)
+    [saved] = checkpoints(store, config.name)
+    assert 20 < saved.step < STEPS
+    assert run(api, flow_run)["run_count"] == 1
+    set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
+    assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    assert checkpoints(store, config.name)[-1].step == STEPS
+    stages = ask(api, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
+    assert sorted(stage["name"].partition("-")[0] for stage in stages if stage["state_name"] == "Completed") == sorted(
+        ["download", "tokenise", "download", "tokenise", "train", "evaluate", "report"]
+    )
+
+
+def test_a_cancelled_evaluation_is_gone_at_once(api: str, one_worker: int, config: RunConfig) -> None:
+    unending = config.evaluation.model_copy(update={"sample_tokens": 10**7})
+    quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
+    asked = config.model_copy(update={"evaluation": unending, "train": quick})
+    flow_run = start(api, "pretrain", asked)
+
+    def samples(folder: Path) -> bool:
+        words = (folder / "cmdline").read_text()
+        return config.store_url in words and "samples" in words
+
+    poll(lambda: found(samples), 120)
+    cancelled(api, flow_run, asked)
+
+
+def test_a_killed_flow_takes_its_processes_along_and_goes_on_by_itself(
+    api: str, one_worker: int, config: RunConfig
+) -> None:
+    flow_run = start(api, "pretrain", config)
+    poll(lambda: step(config) > 20, 120)
+    kill(of_flow_run(flow_run))
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    end = ended(api, flow_run, 2)
+    assert end["state_name"] == "Completed", (end["state"]["message"], states(api, flow_run))
+    assert "Crashed" in states(api, flow_run)
+    assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
+
+
+def test_a_run_whose_worker_died_with_it_is_crashed_and_its_slot_is_free(
+    api: str, config: RunConfig, tmp_path: Path
+) -> None:
+    resume = automation(api, automations.RESUME)["id"]
+    ask(api, f"/automations/{resume}", {"enabled": False}, "PATCH")
+    try:
+        with worker("train", tmp_path / "worker.log") as process:
+            flow_run = start(api, "pretrain", config)
+            poll(lambda: step(config) > 20, 120)
+            kill([process.pid, *of_flow_run(flow_run)])
+            process.wait()
+        died = time.monotonic()
+        short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
+        waiting = start(api, "pretrain", config.model_copy(update={"name": "after", "train": short}))
+        assert run(api, flow_run)["state_name"] == "Running"
+        with worker("train", tmp_path / "worker.log"):
+            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.BEAT_LIMIT_SECONDS + 30)
+            assert "Nothing was heard of this run" in run(api, flow_run)["state"]["message"]
+            assert time.monotonic() - died > 30  # its last heartbeat may be 30 s old
+            assert ended(api, waiting)["state_name"] == "Completed"
+            set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
+            assert ended(api, flow_run, 2)["state_name"] == "Completed"
+    finally:
+        ask(api, f"/automations/{resume}", {"enabled": True}, "PATCH")
+
+
+def test_a_rank_that_dies_fails_the_run_with_torchruns_own_words(api: str, one_worker: int, config: RunConfig) -> None:
+    flow_run = start(api, "pretrain", config)
+    poll(lambda: step(config) > 20, 120)
+    rank = next(
+        pid for pid in with_words(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+    kill([rank])
+    end = ended(api, flow_run)
+    assert end["state_name"] == "Failed"
+    assert DIED.search(end["state"]["message"]), end["state"]["message"]
+    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+
+    def said() -> str:
+        asked = {"task_runs": {"name": {"any_": ["train-tiny"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+        [task] = ask(api, "/task_runs/filter", asked)
+        logs: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
+        return "\n".join(line["message"] for line in logs)
+
+    poll(lambda: "2 processes on cpu" in said() and DIED.search(said()))

@@ -1,0 +1,346 @@
+"""Models go to Hugging Face's layout and come from it without a change, and what is no GPT-2 is refused in words."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from model import tokenizer
+from model.__main__ import run_job
+from model.checkpoints import huggingface
+from model.checkpoints.huggingface import export_run, import_folder, shapes
+from model.checkpoints.records import WEIGHTS, checkpoints
+from model.config import ModelConfig
+from model.data.loader import DataLoader
+from model.evaluation.sampling import newest_model
+from model.gpt import GPT
+from model.runs.run import find_run
+from storage import keys
+from storage.errors import CheckpointInvalid, ObjectMissing
+from storage.stores.store import Store
+from tests.model.training_runs import SHORT, STEPS, House, everything, flip_a_byte, losses
+
+SHAPE = ModelConfig(layers=1, heads=2, width=16, context_tokens=32)  # of the tests' own trainings
+C_ATTN, WTE, LN = "transformer.h.0.attn.c_attn.weight", "transformer.wte.weight", "transformer.h.0.ln_1.bias"
+TEXTS = (
+    "Hello, I'm a language model,",
+    "  two spaces, a tab\tand lines\n\n\n   end  ",
+    "naïve café — 日本語 🙂 e\u0301 \u00a0x",
+    "def f(x):\n    return x ** 2  # 1234567 don't I'LL we've",
+    "",
+)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that transformers has written, no weight of which is at its initial value."""
+    folder = tmp_path_factory.mktemp("published") / "gpt2"
+    torch.manual_seed(4)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def altered(published: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that copies the published model with other settings, tensors (None: left out) and files."""
+
+    def alter(settings: dict[str, Any], tensors: dict[str, np.ndarray | None] | None = None) -> Path:
+        folder = Path(shutil.copytree(published, tmp_path / "altered"))
+        said = json.loads((folder / "config.json").read_text()) | settings
+        kept = {name: value for name, value in said.items() if value != "left out"}
+        (folder / "config.json").write_text(json.dumps(kept))
+        if tensors is not None:
+            weights = load_file(folder / WEIGHTS) | tensors
+            save_file({name: weight for name, weight in weights.items() if weight is not None}, folder / WEIGHTS)
+        return folder
+
+    return alter
+
+
+def ids() -> Tensor:
+    return torch.randint(tokenizer.VOCABULARY, (2, 32), generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def our_logits(store: Store, run: str) -> Tensor:
+    model: GPT = newest_model(store, run)[0].eval()
+    return model.logits(model.hidden(ids()))
+
+
+@torch.no_grad()
+def their_logits(folder: Path) -> Tensor:
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids()).logits
+    return logits
+
+
+# Export
+
+
+def test_transformers_opens_what_a_training_left_and_computes_the_same(house: House, tmp_path: Path) -> None:
+    run = house.trained_here("to-export", *SHORT, "train.dropout=0.1")
+    before = everything(house.store)
+    record = export_run(house.store, run, tmp_path / "new" / "folder")
+    assert (record.step, everything(house.store)) == (STEPS, before)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder")
+    assert (type(found), found.dtype, found.config.resid_pdrop) == (GPT2LMHeadModel, torch.float32, 0.1)
+    with safe_open(tmp_path / "new" / "folder" / WEIGHTS, "np") as weights:
+        assert weights.metadata() == {"format": "pt"}  # transformers 4 opens no other
+    assert found.lm_head.weight is found.transformer.wte.weight
+    ours = our_logits(house.store, run)
+    torch.testing.assert_close(their_logits(tmp_path / "new" / "folder"), ours, rtol=0, atol=1e-4)
+    assert ours.max() > 1  # it has learnt something
+    begun = found.generate(ids()[:1, :4], max_new_tokens=6, do_sample=False)
+    assert begun.shape == (1, 10)
+
+
+def test_the_exported_tokenizer_is_this_one(house: House, published: Path, tmp_path: Path) -> None:
+    import_folder(house.store, "for-its-tokenizer", published)
+    export_run(house.store, "for-its-tokenizer", tmp_path / "folder")
+    found = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for text in TEXTS:
+        assert found(text)["input_ids"] == tokenizer.encode(text).tolist()
+        assert found.decode(tokenizer.encode(text).tolist()) == text
+    assert (len(found), found.eos_token_id, found.bos_token_id) == (50_257, tokenizer.EOT, tokenizer.EOT)
+    assert found.model_max_length == 32
+
+
+def test_every_file_is_readable_for_those_who_may_read_the_folder(
+    house: House, published: Path, tmp_path: Path
+) -> None:
+    import_folder(house.store, "readable", published)
+    export_run(house.store, "readable", tmp_path / "folder")
+    assert len({path.stat().st_mode for path in (tmp_path / "folder").iterdir()}) == 1
+
+
+def test_a_folder_that_holds_something_is_left_as_it_is(house: House, published: Path, tmp_path: Path) -> None:
+    import_folder(house.store, "not-twice", published)
+    (tmp_path / "empty").mkdir()
+    export_run(house.store, "not-twice", tmp_path / "empty")
+    (tmp_path / "file").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for taken in ("empty", "file"):
+        with pytest.raises(ValueError, match=rf"{taken}: an empty or a new folder.*Give another"):
+            export_run(house.store, "not-twice", tmp_path / taken)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("fails", ["fsync", "copymode"])
+def test_an_export_that_fails_leaves_nothing(
+    house: House, published: Path, tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = f"full-{fails}"
+    import_folder(house.store, run, published)
+    monkeypatch.setattr(huggingface.os if fails == "fsync" else huggingface.shutil, fails, full)
+    with pytest.raises(ValueError, match=r"export .*bytes were to be written.*No space left.*another folder"):
+        export_run(house.store, run, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_not_exported(
+    house: House, published: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ObjectMissing, match=r"'none-such'.*gpt2 pretrain"):
+        export_run(house.store, "none-such", tmp_path / "folder")
+    record = import_folder(house.store, "to-damage", published)
+    sums = flip_a_byte(house.store, keys.checkpoint_file("to-damage", 0, record.attempt, WEIGHTS))
+    with pytest.raises(CheckpointInvalid, match=rf"{sums[0]}, found {sums[1]}.*Delete"):
+        export_run(house.store, "to-damage", tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Import
+
+
+@pytest.mark.parametrize("form", ["GPT2LMHeadModel", "GPT2Model", "shards", "float16", "bfloat16", "older"])
+def test_what_transformers_wrote_is_imported_and_computes_the_same(
+    house: House, published: Path, form: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / form
+    kind = GPT2Model if form == "GPT2Model" else GPT2LMHeadModel
+    dtype = getattr(torch, form) if "float" in form else torch.float32
+    kind.from_pretrained(published, dtype=dtype).save_pretrained(
+        folder, max_shard_size="1MB" if form == "shards" else "5GB"
+    )
+    if form == "older":  # as the first conversions of OpenAI's files are
+        weights = {name.removeprefix("transformer."): one for name, one in load_torch(folder / WEIGHTS).items()}
+        mask = {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril().bool(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+        save_torch(weights | mask | {"lm_head.weight": weights["wte.weight"].clone()}, folder / WEIGHTS)
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
+        )
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "shards")
+    record = import_folder(house.store, f"from-{form}", folder)
+    assert (record.step, record.job, record.model) == (0, "import", SHAPE.model_dump())
+    assert checkpoints(house.store, f"from-{form}") == [record]
+    torch.testing.assert_close(our_logits(house.store, f"from-{form}"), their_logits(folder), rtol=0, atol=1e-4)
+
+
+def test_exported_imported_and_exported_again_it_is_the_same_bytes(
+    house: House, published: Path, tmp_path: Path
+) -> None:
+    import_folder(house.store, "once", published)
+    export_run(house.store, "once", tmp_path / "once")
+    import_folder(house.store, "imported-twice", tmp_path / "once")
+    export_run(house.store, "imported-twice", tmp_path / "imported-twice")
+    for path in (tmp_path / "once").iterdir():
+        assert path.read_bytes() == (tmp_path / "imported-twice" / path.name).read_bytes(), path.name
+    there, again = load_file(published / WEIGHTS), load_file(tmp_path / "imported-twice" / WEIGHTS)
+    assert there.keys() == again.keys()
+    assert all(np.array_equal(there[name], again[name]) for name in there)
+
+
+def test_a_training_starts_from_an_imported_model(house: House, published: Path) -> None:
+    record = import_folder(house.store, "pretrained", published)
+    key = house.ask("tuned", *SHORT, "train.start_from=pretrained")
+    assert find_run(house.store, "tuned").start == {"run": "pretrained", "step": 0, "attempt": record.attempt}
+    assert run_job(house.store.url, key) == 0
+    loader = DataLoader(house.store, "small", house.manifest, "train", sequence_tokens=32, seed=1337)
+    first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))
+    with torch.no_grad():
+        logits_BTV = AutoModelForCausalLM.from_pretrained(published)(first_BT[:, :-1]).logits
+        model = newest_model(house.store, "pretrained")[0].eval()
+        ours = model(first_BT[:, :-1], first_BT[:, 1:]).item() / 64
+    theirs = F.cross_entropy(logits_BTV.flatten(0, 1), first_BT[:, 1:].flatten()).item()
+    found = losses(house.store, "tuned")
+    assert found[0] == pytest.approx(ours, rel=1e-6, abs=0) == pytest.approx(theirs, rel=1e-5, abs=0)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
+
+
+def test_an_imported_run_is_not_trained_on_and_says_how_to(
+    house: House, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_folder(house.store, "weights-alone", published)
+    assert run_job(house.store.url, house.ask("weights-alone", *SHORT)) == 2
+    assert "train.start_from=weights-alone" in capsys.readouterr().err
+
+
+def test_shapes_are_those_of_the_model() -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_head=4, n_embd=48, n_positions=20))
+    shape = ModelConfig(layers=3, heads=4, width=48, context_tokens=20)
+    assert shapes(shape) == {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model_type": "gpt_neo"}, "'gpt2'.*'gpt_neo'"),
+        ({"model_type": "left out"}, "'gpt2'.*None"),
+        ({"vocab_size": 50_304}, "50257.*50304.*resize_token_embeddings"),
+        ({"vocab_size": 50_000}, "50257.*50000"),
+        ({"activation_function": "gelu"}, "'gelu_new'.*'gelu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings True.*False"),
+        ({"layer_norm_epsilon": 1e-6}, "1e-05.*1e-06"),
+        ({"scale_attn_weights": False}, "scale_attn_weights True.*False"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx False.*True"),
+        ({"add_cross_attention": True}, "add_cross_attention False.*True"),
+        ({"n_inner": 32}, "n_inner None.*32"),
+        ({"n_head": 3}, "n_head 3, n_embd 16"),
+        ({"n_layer": "many"}, "n_layer 'many'"),
+        ({"n_layer": 2}, r"transformer\.h\.1.*found none"),
+        ({"n_positions": 64}, r"wpe.*\(64, 16\).*\(32, 16\)"),
+    ],
+)
+def test_settings_that_are_not_gpt2s_are_refused(
+    altered: Callable[..., Path], store: Store, settings: dict[str, Any], said: str
+) -> None:
+    refuses(store, altered(settings), said)
+
+
+@pytest.mark.parametrize("settings", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 64}, {"n_ctx": 7}])
+def test_settings_that_say_the_same_are_taken(
+    altered: Callable[..., Path], store: Store, settings: dict[str, Any]
+) -> None:
+    assert import_folder(store, "same", altered(settings)).model == SHAPE.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({C_ATTN: None}, f"{C_ATTN}.*none"),
+        ({C_ATTN: np.zeros((48, 16), "f4")}, rf"{C_ATTN}.*\(16, 48\), found \(48, 16\)"),
+        ({WTE: np.zeros((50_304, 16), "f4")}, rf"{WTE}.*\(50257, 16\), found \(50304, 16\)"),
+        ({LN: np.full(16, np.nan, "f4")}, f"finite.*{LN}, found nan"),
+        ({LN: np.full(16, -np.inf, "f4")}, f"finite.*{LN}, found -inf"),
+        ({LN: np.zeros(16, "f8")}, f"{LN} in F32, F16, BF16, found F64"),
+        ({"lm_head.weight": np.zeros((50_257, 16), "f4")}, "token embedding, found another lm_head.weight"),
+        ({"transformer.h.0.crossattention.c_attn.bias": np.zeros(32, "f4")}, r"crossattention.*no such.*\(32,\)"),
+    ],
+)
+def test_tensors_that_are_not_gpt2s_are_refused(
+    altered: Callable[..., Path], store: Store, tensors: dict[str, np.ndarray | None], said: str
+) -> None:
+    refuses(store, altered({}, tensors), said)
+
+
+def test_files_that_cannot_be_read_are_refused(altered: Callable[..., Path], store: Store, tmp_path: Path) -> None:
+    folder = altered({})
+    weights, settings = folder / WEIGHTS, folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    refuses(store, folder, "safetensors in model.safetensors")
+    weights.unlink()
+    refuses(store, folder, "model.safetensors, found none")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refuses(store, folder, r"pytorch_model\.bin, a pickle.*save_pretrained")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {WTE: "model-00001-of-00002.safetensors"}}))
+    refuses(store, folder, "model-00001-of-00002.safetensors, found .*No such file")
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    index.write_text(json.dumps({"weight_map": {WTE: "../model.safetensors"}}))  # what lies outside is not its own
+    refuses(store, folder, "No such file")
+    for body in (b"[]", b"{", b"\xff"):
+        settings.write_bytes(body)
+        refuses(store, folder, r"an object in config\.json")
+    settings.unlink()
+    refuses(store, folder, r"config\.json, found .*No such file")
+    refuses(store, tmp_path / "none-such", "No such file")
+
+
+def test_a_run_that_is_there_is_not_imported_over(house: House, published: Path) -> None:
+    import_folder(house.store, "taken", published)
+    house.ask("pinned-only")
+    before = everything(house.store)
+    for run in ("taken", "pinned-only"):
+        with pytest.raises(ValueError, match=rf"'{run}'.*has it already.*--set name="):
+            import_folder(house.store, run, published)
+    assert everything(house.store) == before
+
+
+def refuses(store: Store, folder: Path, said: str) -> None:
+    """What is asked, what is found and what to do are said, and nothing is put into the store."""
+    before = everything(store)
+    with pytest.raises(ValueError, match=said) as caught:
+        import_folder(store, "refused", folder)
+    assert re.fullmatch(r"import .*: asked for .*, found .*\. [A-Z].*", str(caught.value), re.DOTALL)
+    assert everything(store) == before

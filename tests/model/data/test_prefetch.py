@@ -1,0 +1,121 @@
+"""A loader over an S3 store gives the same windows as over a folder, and brings the shards of the next group early."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import RunConfig
+from model.data import order as order_module
+from model.data.loader import DataLoader
+from model.data.order import GROUP_SHARDS, WindowOrder
+from storage import keys
+from storage.cache import host as host_cache
+from storage.cache.shards import ShardCache
+from storage.datasets.copy import Copying
+from storage.datasets.manifest import Manifest, ShardRow
+from storage.digests import sha256
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests.conftest import S3Url
+from tests.flows.client import poll
+from tests.making import build_dataset
+
+T = 32
+
+
+def copied(source: Store, target: Store) -> None:
+    copying = Copying(source, target, "small")
+    for row in copying.missing:
+        copying.copy_shard(row)
+    copying.finish()
+
+
+def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> DataLoader:
+    return DataLoader(store, "small", manifest, "train", sequence_tokens=T, seed=seed)
+
+
+def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[list[int]]:
+    """The groups of an epoch that hold a window, the plain way: all shards shuffled, cut every GROUP_SHARDS."""
+    shuffled = order_module._shuffled(len(sizes), seed, epoch).tolist()
+    cut = [shuffled[at : at + GROUP_SHARDS] for at in range(0, len(shuffled), GROUP_SHARDS)]
+    return [group for group in cut if any(order.windows_of_shard[shard] for shard in group)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 120), min_size=1, max_size=40), st.integers(1, 40), st.integers(0, 9), st.integers(0, 300)
+)
+def test_soon_are_the_shards_of_this_group_and_of_the_next_over_the_epochs_end(
+    sizes: list[int], sequence_tokens: int, seed: int, first: int
+) -> None:
+    if max(sizes) <= sequence_tokens:
+        return
+    order = WindowOrder(sizes, sequence_tokens, seed)
+    epoch, place = divmod(first, order.epoch_windows)
+    coming = [group for number in (epoch, epoch + 1) for group in groups(order, sizes, number, seed)]
+    coming += groups(order, sizes, epoch + 2, seed)
+    counts = [int(order.windows_of_shard[group].sum()) for group in coming]
+    at = 0
+    while place >= counts[at]:
+        place -= counts[at]
+        at += 1
+    assert order.soon(first) == coming[at] + coming[at + 1]
+    shards, _ = order.locate(first, counts[at] - place + counts[at + 1])
+    assert set(shards.tolist()) <= set(order.soon(first))
+    from_the_start, _ = order.locate(first - place, counts[at] + counts[at + 1])
+    assert set(from_the_start.tolist()) == {shard for shard in order.soon(first) if order.windows_of_shard[shard]}
+
+
+def test_a_loader_over_s3_gives_the_windows_of_one_over_a_folder(
+    config: RunConfig, store: Store, s3_url: S3Url
+) -> None:
+    manifest = build_dataset(config)
+    remote = open_store(s3_url("seaweedfs"), create=True)
+    copied(store, remote)
+    ours, theirs = loader_of(store, manifest), loader_of(remote, manifest)
+    for first in range(0, 2 * ours.order.epoch_windows, 50):
+        assert np.array_equal(ours.windows(first, 50), theirs.windows(first, 50))
+    chosen = np.arange(0, ours.order.epoch_windows, 3)
+    assert np.array_equal(ours.windows_in_file_order(chosen), theirs.windows_in_file_order(chosen))
+
+
+def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
+    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url("seaweedfs"), create=True)
+    rows = []
+    for number in range(3 * GROUP_SHARDS):
+        body = np.arange(number, number + 3 * T + 1).astype("<u2").tobytes()
+        store.put_new(keys.shard("small", f"shard-{number}"), body)
+        rows.append(ShardRow(f"shard-{number}", 3 * T + 1, 1, 0, 1, sha256(body), "train"))
+    columns = {name: list(values) for name, values in zip(ShardRow._fields, zip(*rows, strict=True), strict=True)}
+    reading = loader_of(store, Manifest("0" * 64, {}, {}, {}, {}, None, columns))
+    asked: list[list[str]] = []
+    prefetch = ShardCache.prefetch
+
+    def noting(self: ShardCache, wanted: list[ShardRow]) -> bool:
+        asked.append([row.shard_id for row in wanted])
+        return prefetch(self, wanted)
+
+    monkeypatch.setattr(ShardCache, "prefetch", noting)
+
+    def here() -> set[str]:
+        return {row.shard_id for row in rows if place(row).exists()}
+
+    def place(row: ShardRow) -> Path:
+        return host_cache.FOLDER / row.sha256[:2] / row.sha256
+
+    for group in range(6):  # two epochs
+        first = group * GROUP_SHARDS * 3
+        soon = [rows[shard].shard_id for shard in reading.order.soon(first)]
+        assert len(soon) == 2 * GROUP_SHARDS
+        poll(lambda first=first, soon=soon: reading.windows(first, 1) is not None and here() >= set(soon))
+        assert asked[-1] == soon
+        calls = len(asked)
+        reading.windows(first + 1, GROUP_SHARDS)
+        assert len(asked) == calls  # asked once a group
+        if group == 0:
+            assert here() == set(soon)

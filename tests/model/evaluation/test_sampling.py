@@ -1,0 +1,256 @@
+"""Samples are seeded, drawn from what the settings leave, end at `<|endoftext|>` and go on past the context."""
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import tokenizer
+from model.__main__ import run_job
+from model.config import ModelConfig, RunConfig
+from model.evaluation import sampling
+from model.evaluation.sampling import Drawing, draw, newest_model, samples_of
+from model.gpt import GPT
+from model.runs.job import ask
+from model.runs.run import pin_run, training_job
+from model.tokenizer import EOT
+from storage.datasets.manifest import Manifest
+from storage.errors import ObjectMissing
+from storage.stores.store import Store
+from tests.making import tiny_config
+
+ANY = Drawing(temperature=1.0, top_k=0, top_p=1.0)
+LIKELIEST = Drawing(temperature=0.0, top_k=0, top_p=1.0)
+CHANCES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(5)
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+        model.transformer.wte.weight[EOT] = 0  # never the likeliest
+    return model
+
+
+def drawn(drawing: Drawing, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
+    chances = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits_V = CHANCES.log() if logits_V is None else logits_V
+    return Counter(draw(logits_V.expand(times, -1), drawing, chances).tolist())
+
+
+def ids_of(model: GPT, prompt: str, count: int, drawing: Drawing = ANY, seed: int = 0) -> list[int]:
+    return samples_of(model, prompt, count, drawing, [seed])[0]
+
+
+@torch.no_grad()
+def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
+    """Greedy decoding the slow way: everything anew for each token; a full context of 8 goes on from its last half."""
+    ids = [EOT, *tokenizer.encode(prompt).tolist()]
+    written: list[int] = []
+    for _ in range(count):
+        ids = ids[-4:] if len(ids) > 8 else ids
+        written.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+        ids.append(written[-1])
+    return written
+
+
+# One token
+
+
+def test_draws_are_as_frequent_as_they_are_likely() -> None:
+    found = drawn(ANY, times=8_000)
+    for token, chance in enumerate(CHANCES.tolist()):
+        assert found[token] / 8_000 == pytest.approx(chance, abs=0.02)
+
+
+def test_temperature_flattens_and_sharpens() -> None:
+    for temperature in (0.5, 2.0):
+        expected = (CHANCES.log() / temperature).softmax(0).tolist()
+        found = drawn(Drawing(temperature, 0, 1.0), times=8_000)
+        assert [found[token] / 8_000 for token in range(4)] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("drawing", [LIKELIEST, Drawing(0.0, 3, 0.9), Drawing(1.0, 1, 1.0), Drawing(9.0, 1, 0.1)])
+def test_temperature_0_and_top_k_1_take_the_likeliest(drawing: Drawing) -> None:
+    for seed in range(50):
+        logits_V = torch.randn(1_000, generator=torch.Generator().manual_seed(seed))
+        chances = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert draw(logits_V[None], drawing, chances).tolist() == [int(logits_V.argmax())]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
+)
+def test_top_k_keeps_the_k_likeliest(top_k: int, kept: set[int]) -> None:
+    assert set(drawn(Drawing(1.0, top_k, 1.0))) == kept
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {1, 2, 3}), (0.96, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_smallest_set_that_suffices(top_p: float, kept: set[int]) -> None:
+    assert set(drawn(Drawing(1.0, 0, top_p))) == kept
+
+
+def test_top_p_counts_among_what_top_k_leaves() -> None:
+    assert set(drawn(Drawing(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
+    assert set(drawn(Drawing(1.0, 2, 0.63))) == {1, 3}
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits_V = torch.tensor([0.0, float("-inf"), 0.0])
+    assert set(drawn(ANY, logits_V)) == {0, 2}
+
+
+# A text
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(model: GPT) -> None:
+    assert ids_of(model, "Hello", 20, seed=3) == ids_of(model, "Hello", 20, seed=3)
+    assert ids_of(model, "Hello", 20, seed=3) != ids_of(model, "Hello", 20, seed=4)
+
+
+def test_a_seed_decides_alone_whatever_was_drawn_before(model: GPT) -> None:
+    expected = ids_of(model, "Hello", 10)
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert ids_of(model.train(), "Hello", 10) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "Hello", "one two three four five", "one two three four five six seven"])
+def test_a_text_goes_on_past_the_context_from_its_last_half(model: GPT, prompt: str) -> None:
+    found = ids_of(model, prompt, 30, LIKELIEST)
+    assert len(found) == 30
+    assert found == likeliest_ids(model, prompt, 30)
+
+
+def test_a_model_of_one_position_writes_too() -> None:
+    model = GPT(ModelConfig(layers=1, heads=1, width=8, context_tokens=1))
+    assert len(ids_of(model, "", 5)) == 5
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None:
+    assert len(ids_of(model, "one two three four five six seven", 1)) == 1
+    with pytest.raises(ValueError, match=r"at most 7 tokens.*found 8.*Shorten it"):
+        ids_of(model, "one two three four five six seven eight", 1)
+
+
+@pytest.mark.parametrize("texts", [2, 3, 16])
+@pytest.mark.parametrize("drawing", [ANY, Drawing(0.8, 20, 1.0), Drawing(1.2, 0, 0.7), LIKELIEST])
+def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: Drawing) -> None:
+    """Across the context's end, where all of it is made anew."""
+    seeds = range(40, 40 + texts)
+    together = samples_of(model, "Hello", 20, drawing, seeds)
+    assert together == [ids_of(model, "Hello", 20, drawing, seed) for seed in seeds]
+    assert len({tuple(ids) for ids in together}) == (1 if drawing is LIKELIEST else texts)
+
+
+def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
+    coming = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
+    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor(next(coming)))
+    assert samples_of(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
+    assert next(coming) == [1, 1]  # nothing was drawn once both had ended
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_text_ends_at_endoftext_which_is_no_part_of_it(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
+    coming = iter([7] * before + [EOT, 8])
+    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor([next(coming)]))
+    assert ids_of(model, "Hello", 50) == [7] * before
+
+
+def test_a_model_that_wants_to_end_ends() -> None:
+    model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.transformer.ln_f.bias[0] = 1
+        model.transformer.wte.weight[EOT, 0] = 50
+    assert ids_of(model, "Hello", 50) == []
+
+
+# The command
+
+
+@pytest.fixture
+def trained(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]) -> Store:
+    """A store with a run of one step, by the name of tiny."""
+    quick = tiny_config(store.url, config.data.source, "train.max_steps=1", "train.warmup_steps=0")
+    assert run_job(store.url, ask(store, training_job(pin_run(store, quick, build(quick).digest, None)))) == 0
+    return store
+
+
+def command(store: Store, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    asked = [sys.executable, "-m", "model.evaluation.sampling", store.url, *words]
+    return subprocess.run(asked, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+
+
+def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp_path: Path) -> None:
+    prompt = "Once upon a time"
+    found = command(trained, "tiny", "--prompt", prompt, "--tokens", "6", "--samples", "2", "--seed", "8", cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    model, step = newest_model(trained, "tiny")
+    assert step == 1
+    drawing = Drawing(0.9, 50, 1.0)
+    texts = [prompt + tokenizer.decode(ids) for ids in samples_of(model, prompt, 6, drawing, [8, 9])]
+    assert all(text.rstrip("\ufffd") in found.stdout for text in texts)
+
+
+def test_the_command_refuses_an_unknown_run_by_name(trained: Store, tmp_path: Path) -> None:
+    found = command(trained, "nowhere", "--prompt", "x", cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "nowhere" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match="tiny"):
+        newest_model(store, "tiny")
+
+
+def test_text_is_shown_as_it_is_drawn_and_characters_never_in_halves(
+    trained: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = " smiles 🙂 naïvely, 日本語."
+    ids = tokenizer.encode(text).tolist()
+    assert len(ids) > len(text) // 2  # some characters need several tokens
+    shown = ""
+
+    def slowly(*_: Any) -> Iterator[tuple[int]]:
+        nonlocal shown
+        for place, token in enumerate(ids):
+            shown += capsys.readouterr().out
+            complete = tokenizer.decode(ids[:place])
+            if not complete.endswith("\ufffd"):
+                assert shown == "She" + complete
+            yield (token,)
+
+    monkeypatch.setattr(sampling, "grow", slowly)
+    monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She"])
+    assert sampling.main() == 0
+    assert (shown + capsys.readouterr().out).rstrip("\n") == "She" + text
+
+
+@pytest.mark.parametrize("words", [("--top-p", "0"), ("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "-1")])
+def test_settings_that_mean_nothing_are_refused(
+    trained: Store, words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She", *words])
+    try:
+        code: object = sampling.main()
+    except SystemExit as ended:  # argparse's own way
+        code = ended.code
+    assert code == 2
+    assert words[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")

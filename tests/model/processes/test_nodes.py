@@ -1,0 +1,121 @@
+"""Two hosts train one run: two network namespaces with a cable between them, the same command on each.
+
+Needs root and iproute2, as `make test-full` does.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
+
+from model import __main__ as launcher
+from model.__main__ import _address, launch
+from model.config import ResourcesConfig
+from tests.model.training_runs import STEPS, House, assert_equal_runs, checkpoints, kill_all, processes_of, until
+
+ADDRESSES = ("10.97.31.1", "10.97.31.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two namespaces, each with a loopback and one end of a cable."""
+    names = [f"gpt2-{secrets.token_hex(3)}" for _ in ADDRESSES]
+    ends = [f"v{name[5:]}" for name in names]
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "name", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def started(host: str, house: House, key: str, folder: Path) -> subprocess.Popen[bytes]:
+    """The printed command, on that host."""
+    words = ["ip", "netns", "exec", host, sys.executable, "-m", "model", house.store.url, key]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}  # as two ranks of one host have
+    with (folder / host).open("wb") as out:
+        return subprocess.Popen(words, stdout=out, stderr=out, env=environment, start_new_session=True)
+
+
+@pytest.mark.full
+def test_two_hosts_train_as_two_processes_of_one_do_and_go_on_after_one_has_died(
+    house: House, undisturbed: Callable[[int], str], hosts: list[str], tmp_path: Path
+) -> None:
+    settings = ("resources.nodes=2", "resources.processes=1", f"resources.rendezvous={ADDRESSES[0]}:29500")
+    key = house.ask("two-hosts", *settings)
+
+    def said(host: str) -> str:
+        return (tmp_path / host).read_text()
+
+    try:
+        first, second = (started(host, house, key, tmp_path) for host in hosts)
+        until(lambda: any("step      6/" in said(host) for host in hosts), "no step was made", seconds=120)
+        found = subprocess.run(["ip", "netns", "pids", hosts[1]], check=True, capture_output=True, text=True)
+        for pid in found.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        second.wait()
+        until(lambda: first.poll() is not None, "the other host waits", seconds=60)
+        assert first.returncode == 1, said(hosts[0])
+        assert "Traceback" not in said(hosts[0])
+        until(lambda: not processes_of(house.store, key), "a rank outlives its host's launcher", seconds=30)
+        assert checkpoints(house.store, "two-hosts")[-1].step >= 4
+        again = [started(host, house, key, tmp_path) for host in hosts]
+        assert [process.wait(timeout=120) for process in again] == [0, 0], [said(host) for host in hosts]
+    finally:
+        kill_all(house.store, key)
+    assert "2 processes on cpu" in said(hosts[0]) + said(hosts[1])
+    assert checkpoints(house.store, "two-hosts")[-1].step == STEPS
+    assert_equal_runs(house.store, "two-hosts", undisturbed(2))
+
+
+def test_the_first_host_is_the_one_that_has_the_address() -> None:
+    assert _address("127.0.0.1:29500") == ("127.0.0.1", True)
+    assert _address("localhost:29500")[1]
+
+
+@pytest.mark.parametrize("rendezvous", ["127.0.0.1", "no.such.host.invalid:29500", "127.0.0.1:port"])
+def test_an_address_that_leads_nowhere_is_refused(rendezvous: str) -> None:
+    with pytest.raises(ValueError, match=r"resources\.rendezvous"):
+        _address(rendezvous)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
+def test_a_launcher_ends_well_at_the_one_signal_at_which_ranks_save(
+    monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+) -> None:
+    def stopped(_: list[str]) -> None:
+        raise SignalException("stopped", sent)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launcher, "torchrun", stopped)
+    assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == code
+
+
+def test_hosts_that_do_not_meet_are_told_where_and_when_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone(words: list[str]) -> None:
+        assert "127.0.0.1:29500" in words
+        raise RendezvousTimeoutError("nobody came")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launcher, "torchrun", alone)
+    resources = ResourcesConfig(nodes=2, rendezvous="127.0.0.1:29500")
+    with pytest.raises(ValueError, match=r"2 hosts.*nobody came.*first one first"):
+        launch("./store", "runs/tiny/jobs/train.json", resources, 1)

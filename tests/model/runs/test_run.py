@@ -1,0 +1,200 @@
+"""A run is pinned to its inputs, and its jobs are named by what decides their answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.checkpoints.records import CheckpointRecord
+from model.config import RunConfig
+from model.runs.job import Job, answer, ask, note_failure, read_job, read_result
+from model.runs.run import evaluation_jobs, find_run, pin_run, pinned_run, training_job
+from storage import keys
+from storage.errors import DatasetMismatch, ObjectMissing
+from storage.stores.store import Store, overwrite
+from tests.making import tiny_config
+
+MANIFEST = "a" * 64
+
+
+def config(*overrides: str) -> RunConfig:
+    return tiny_config("./store", "*.parquet", *overrides)
+
+
+def pin(store: Store, *overrides: str, manifest: str = MANIFEST, items: str | None = None) -> list[Job]:
+    """The training and the evaluations of a run that is pinned now."""
+    asked = config(*overrides)
+    return [training_job(pin_run(store, asked, manifest, items)), *evaluation_jobs(asked, record(), manifest, items)]
+
+
+def record(step: int = 12, weights: str = "b" * 64) -> CheckpointRecord:
+    files = {"model.safetensors": {"size_bytes": 1, "sha256": weights}}
+    return CheckpointRecord(step, "x", files, "train-x", config().model.model_dump(), {}, {}, [])
+
+
+def ids(jobs: list[Job]) -> list[str]:
+    return [job.job_id for job in jobs]
+
+
+# Pinned
+
+
+def test_a_run_that_was_never_started_is_pinned_to_nothing(store: Store) -> None:
+    assert pinned_run(store, config()) is None
+    assert find_run(store, "tiny") is None
+
+
+def test_a_run_is_pinned_to_its_settings_and_its_manifest(store: Store) -> None:
+    run = pin_run(store, config(), MANIFEST, "sources/x/items.jsonl")
+    assert (run.manifest, run.items, run.dataset, run.name) == (MANIFEST, "sources/x/items.jsonl", "small", "tiny")
+    assert run == pinned_run(store, config()) == find_run(store, "tiny")
+    assert RunConfig.model_validate({"name": "tiny"} | run.config).computed() == config().computed()
+
+
+def test_the_first_pin_stands(store: Store) -> None:
+    first = pin_run(store, config(), MANIFEST, None)
+    body = store.read(keys.run_config("tiny"))
+    assert pin_run(store, config(), "b" * 64, "other") == first
+    assert store.read(keys.run_config("tiny")) == body
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["train.seed=5"], ["train.seed", "1337", "5"]),
+        (["model.layers=3"], ["model.layers", "1", "3"]),
+        (["data.shard_tokens=7"], ["data.shard_tokens", "1000", "7"]),
+        (["data.source=other"], ["data.source", "*.parquet", "other"]),
+        (["train.betas=[0.5, 0.6]"], ["train.betas", "0.5"]),
+        (["train.seed=5", "model.layers=3"], ["train.seed", "model.layers"]),
+        (["train.batch_tokens=1024", "train.micro_batch_sequences=32"], ["train.batch_tokens", "256", "1024"]),
+    ],
+)
+def test_other_settings_under_one_name_are_refused_and_named(
+    store: Store, overrides: list[str], facts: list[str]
+) -> None:
+    pin_run(store, config(), MANIFEST, None)
+    for asked in (
+        lambda: pinned_run(store, config(*overrides)),
+        lambda: pin_run(store, config(*overrides), MANIFEST, None),
+    ):
+        with pytest.raises(DatasetMismatch) as found:
+            asked()
+        for fact in ["tiny", "name=", *facts]:
+            assert fact in str(found.value)
+        assert "train.max_steps" not in str(found.value), "only what differs is named"
+
+
+def test_other_settings_under_another_name_are_another_run(store: Store) -> None:
+    pin_run(store, config(), MANIFEST, None)
+    assert pinned_run(store, config("name=other", "train.seed=5")) is None
+    assert pin_run(store, config("name=other", "train.seed=5"), MANIFEST, None).name == "other"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["resources.workers=3"], ["resources.runner=processes"], ["resources.processes=2"], ["store_url=/elsewhere"],
+        ["resources.concurrent_evaluations=3", "store_url=file:///x"],
+        ["evaluation.samples=9", "evaluation.checkpoint=5000", 'evaluation.prompts=["x"]'],
+    ],
+)  # fmt: skip
+def test_how_it_runs_and_what_it_is_asked_may_differ_from_start_to_start(store: Store, overrides: list[str]) -> None:
+    run = pin_run(store, config(), MANIFEST, None)
+    assert pinned_run(store, config(*overrides)) == run
+
+
+def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) -> None:
+    pin_run(store, config(), MANIFEST, None)
+    key = keys.run_config("tiny")
+    older = json.loads(store.read(key).body)
+    del older["config"]["train"]["dropout"], older["config"]["data"]["drop_val_leaks"]
+    overwrite(store, key, json.dumps(older).encode())
+    assert pinned_run(store, config()) is not None
+    with pytest.raises(DatasetMismatch, match=r"train\.dropout"):
+        pinned_run(store, config("train.dropout=0.1"))
+
+
+# Jobs
+
+
+def test_jobs_are_named_by_their_recipes_only(store: Store, tmp_path: Path) -> None:
+    first = ids(pin(store))
+    assert (
+        ids(pin(store, "name=other", "resources.workers=5", "resources.processes=2", f"store_url={tmp_path}")) == first
+    )
+    assert len(set(first)) == 4
+    assert [name.rsplit("-", 1)[0] for name in first] == ["train", "val_loss", "completion", "samples"]
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("train.seed=5", {0, 2, 3}),
+        ("train.max_steps=13", {0}),
+        ("model.layers=3", {0}),
+        ("train.sequence_tokens=16", {0, 1}),
+        ("evaluation.precision=bf16", {1, 2}),
+        ("evaluation.checkpoint=12", set()),
+        ("evaluation.validation_tokens=99", {1}),
+        ("evaluation.completion_items=99", {2}),
+        ("evaluation.temperature=0.1", {3}),
+        ("evaluation.top_k=3", {3}),
+        ('evaluation.prompts=["x"]', {3}),
+        ("evaluation.samples=5", {3}),
+    ],
+)
+def test_a_setting_renames_just_the_jobs_that_it_decides(store: Store, override: str, changed: set[int]) -> None:
+    before, after = ids(pin(store)), ids(pin(store, "name=other", override))
+    assert {place for place in range(4) if before[place] != after[place]} == changed
+
+
+def test_another_manifest_renames_every_job_but_the_one_that_reads_nothing_of_it(store: Store) -> None:
+    before, after = ids(pin(store)), ids(pin(store, "name=other", manifest="b" * 64))
+    assert set(before) & set(after) == {before[3]}
+
+
+@pytest.mark.parametrize("other", [record(step=8), record(weights="c" * 64)])
+def test_another_step_or_other_weights_rename_every_evaluation(other: CheckpointRecord) -> None:
+    ours, theirs = (ids(evaluation_jobs(config(), one, MANIFEST, None)) for one in (record(), other))
+    assert not set(ours) & set(theirs)
+
+
+def test_without_a_dataset_or_a_file_of_items_only_samples_are_left() -> None:
+    wanted = config("evaluation.hellaswag=org/swag")  # which could not be had
+    assert [job.kind for job in evaluation_jobs(wanted, record(), None, None)] == ["samples"]
+    assert [job.kind for job in evaluation_jobs(wanted, record(), MANIFEST, None)] == ["val_loss", "samples"]
+
+
+def test_a_file_of_items_takes_the_place_of_the_completion_set(store: Store) -> None:
+    kinds = [job.kind for job in pin(store, items="sources/x/items.jsonl")]
+    assert kinds == ["train", "val_loss", "hellaswag", "samples"]
+    other = ids(pin(store, "name=other", items="sources/y/items.jsonl"))
+    assert {place for place, name in enumerate(ids(pin(store))) if name != other[place]} == {2}
+
+
+def test_a_recipe_is_the_same_after_the_store(store: Store) -> None:
+    for job in pin(store):
+        assert read_job(store, ask(store, job)) == job
+        assert read_job(store, ask(store, job)).job_id == job.job_id
+
+
+def test_a_job_is_done_when_its_first_answer_is_there(store: Store) -> None:
+    job = pin(store)[1]
+    record = keys.result(job.run, job.job_id)
+    assert read_result(store, job) is None
+    note_failure(store, record, "no space")
+    note_failure(store, record, "killed")
+    assert json.loads(store.read(keys.failure(record)).body) == {"why": "killed"}
+    assert read_result(store, job) is None
+    answer(store, job, {"loss": 3.5})
+    assert read_result(store, job) == {"loss": 3.5}
+    answer(store, job, {"loss": 4.5})
+    assert read_result(store, job) == {"loss": 3.5}
+    with pytest.raises(ObjectMissing):
+        store.read(keys.failure(record))
+
+
+def test_a_job_that_was_never_asked_is_named(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match="train-00000000"):
+        read_job(store, keys.job("tiny", "train-00000000"))

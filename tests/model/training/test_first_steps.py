@@ -1,0 +1,50 @@
+"""GPT-2 124M itself takes three steps: it begins as a guess does, learns, and every gradient is a number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.gpt import GPT
+from model.processes.distributed import DDPConfig
+from model.runs.run import pin_run, training_job
+from model.training.trainer import Trainer
+from storage.stores.opening import open_store
+from tests.making import build_dataset, document, tiny_config, write_parquet
+
+TOKENS = 1_024  # a step; about 9 s on 2 cores. 4,096 were tried by hand
+
+
+@pytest.mark.full
+def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "source.parquet", [document(number, 200) for number in range(60)])
+    config = tiny_config(
+        str(tmp_path / "store"), str(tmp_path / "source.parquet"), "model.layers=12", "model.heads=12",
+        "model.width=768", "model.context_tokens=1024", "train.sequence_tokens=512", f"train.batch_tokens={TOKENS}",
+        "train.micro_batch_sequences=2", "train.max_steps=3", "train.warmup_steps=0", "train.learning_rate=6e-4",
+        "train.min_learning_rate=6e-5",
+        "train.validate_every_steps=0", "train.checkpoint_every_steps=3", "data.shard_tokens=4000", "data.val_shards=1",
+    )  # fmt: skip
+    store, manifest = open_store(str(tmp_path / "store"), create=True), build_dataset(config)
+    trainer = Trainer(
+        store, training_job(pin_run(store, config, manifest.digest, None)), DDPConfig(0, 1, torch.device("cpu"))
+    )
+    losses: list[float] = []
+    finite: list[int] = []
+    step = Trainer._train_step
+
+    def noting(self: Trainer) -> object:
+        found = step(self)
+        losses.append(found[0]["loss"])
+        finite.append(sum(bool(weight.grad.isfinite().all()) for weight in self.model.parameters()))
+        return found
+
+    monkeypatch.setattr(Trainer, "_train_step", noting)
+    assert trainer.fit() == {"step": 3, "tokens": 3 * TOKENS, "environment": trainer.ddp.environment}
+    assert isinstance(trainer.model, GPT)
+    assert trainer.model.parameter_count == 124_439_808
+    assert 10.85 <= losses[0] <= 11.10
+    assert losses[2] < losses[1] < losses[0]
+    assert finite == [148] * 3

@@ -1,0 +1,173 @@
+"""A training seen from outside: a store to train in, processes that are killed, and what a run leaves behind."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.__main__ import run_job
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
+from model.config import RunConfig
+from model.runs.job import ask
+from model.runs.run import pin_run, training_job
+from storage import keys
+from storage.datasets.manifest import Manifest
+from storage.digests import sha256
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests.making import tiny_config
+from tests.processes import kill, with_words
+
+STEPS = 12
+EXACT = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "skipped")
+BATCH_TOKENS = 256  # steps of about 0.05 s: long enough to be killed in the middle
+SHORT = ("train.batch_tokens=64", "train.validate_every_steps=0")
+
+
+class House(NamedTuple):
+    """A store with a dataset; every test trains a run of its own in it."""
+
+    store: Store
+    source: str
+    manifest: Manifest
+
+    def config(self, run: str, *overrides: str) -> RunConfig:
+        ours = [f"name={run}", f"train.batch_tokens={BATCH_TOKENS}", f"train.max_steps={STEPS}"]
+        return tiny_config(self.store.url, self.source, *ours, *overrides)
+
+    def ask(self, run: str, *overrides: str) -> str:
+        """Pin a run and ask for its training. Returns the job's key."""
+        return ask(
+            self.store, training_job(pin_run(self.store, self.config(run, *overrides), self.manifest.digest, None))
+        )
+
+    def trained_here(self, run: str, *overrides: str) -> str:
+        """A run that was trained in this very process."""
+        assert run_job(self.store.url, self.ask(run, *overrides)) == 0
+        return run
+
+    def copy_without_runs(self, folder: Path) -> "House":
+        shutil.copytree(self.store.url, folder, ignore=shutil.ignore_patterns("runs"))
+        return House(open_store(str(folder)), self.source, self.manifest)
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Poll for the condition; fail when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        threading.Event().wait(0.001)
+
+
+class Training:
+    """`python -m model` of one job, leader of its own session, with its output in files."""
+
+    def __init__(self, store: Store, job_key: str, ranks: int, folder: Path) -> None:
+        self._store, self._job_key, self._folder = store, job_key, folder
+        words = [sys.executable, "-m", "model", store.url, job_key, "--processes", str(ranks)]
+        with self._file("out").open("w") as out, self._file("err").open("w") as err:
+            self._process = subprocess.Popen(words, stdout=out, stderr=err, cwd=folder, start_new_session=True)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / name
+
+    def said(self) -> str:
+        return self._file("out").read_text() + self._file("err").read_text()
+
+    def errors(self) -> str:
+        return self._file("err").read_text()
+
+    def steps(self) -> list[int]:
+        return [int(step) for step in re.findall(r"^step +(\d+)/", self._file("out").read_text(), re.MULTILINE)]
+
+    def wait(self) -> int:
+        return self._process.wait(timeout=120)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Poll for the condition while the training goes on."""
+        until(lambda: condition() or self._process.poll() is not None, "the training neither came there nor ended")
+        assert self._process.poll() is None, self.said()
+
+    def terminate(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the group, and to the ranks, which torchrun gives sessions of their own."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        kill_all(self._store, self._job_key)
+
+
+@contextmanager
+def training(store: Store, job_key: str, ranks: int, folder: Path) -> Iterator[Training]:
+    folder.mkdir(exist_ok=True)
+    process = Training(store, job_key, ranks, folder)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def processes_of(store: Store, job_key: str) -> list[int]:
+    """The launcher and the ranks of a job, by the words they were started with."""
+    return with_words(store.url, job_key)
+
+
+def kill_all(store: Store, job_key: str) -> None:
+    kill(processes_of(store, job_key))
+    until(lambda: not processes_of(store, job_key), "a killed process is still there")
+
+
+def history(store: Store, run: str) -> list[dict[str, Any]]:
+    """All that was logged but for seconds, speed and memory, which no two runs share."""
+    lines = [{name: line[name] for name in line if name in EXACT} for line in read_metrics(store, run)]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return lines
+
+
+def losses(store: Store, run: str) -> list[float]:
+    return [line["loss"] for line in history(store, run)]
+
+
+def final_weights(store: Store, run: str, steps: int = STEPS) -> bytes | bytearray | memoryview:
+    last = checkpoints(store, run)[-1]
+    assert last.step == steps
+    return store.read(keys.checkpoint_file(run, last.step, last.attempt, WEIGHTS)).body
+
+
+def assert_equal_runs(store: Store, run: str, other: str) -> None:
+    assert history(store, run) == history(store, other)
+    assert final_weights(store, run) == final_weights(store, other)
+
+
+def copy_checkpoints(store: Store, run: str, other: str, last_step: int = STEPS) -> list[CheckpointRecord]:
+    """Put a run's checkpoints up to a step under the name of another run. Returns them."""
+    for listed in list(store.list(keys.checkpoints(run))):
+        name = listed.key.removeprefix(keys.checkpoints(run))
+        if int(name[:6]) <= last_step:
+            store.put_new(keys.checkpoints(other) + name, store.read(listed.key).body)
+    return checkpoints(store, other)
+
+
+def flip_a_byte(store: Store, key: str) -> tuple[str, str]:
+    """Damage an object but for its size. Returns its sha256 before and after."""
+    path = store.local_path(key)
+    assert path is not None
+    body = bytearray(path.read_bytes())
+    before = sha256(body)
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
+    return before, sha256(body)
+
+
+def everything(store: Store) -> dict[str, float]:
+    return {listed.key: listed.modified for listed in store.list("")}

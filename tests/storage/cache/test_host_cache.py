@@ -1,0 +1,318 @@
+"""Processes of a host share one download of each file, bounded, whatever is killed, full or damaged meanwhile."""
+
+import errno
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from storage.cache import host as host_cache
+from storage.cache.host import HostCache
+from storage.digests import sha256
+from storage.errors import StoreUnusable
+from tests.flows.client import poll
+
+ROOT = Path(__file__).parents[3]
+SIZE = 10_000
+MUCH = 1 << 40
+
+# Opens one file and says what it holds. Its fetch is noted in a file; it waits there, or in the write, when told to.
+PROCESS = """
+import os, sys
+from pathlib import Path
+from storage import host_cache
+from storage.canonical import sha256
+
+folder, name, body, noted, waits = sys.argv[1:]
+
+def wait(at):
+    if waits == at:
+        print("begun", flush=True)
+        sys.stdin.readline()
+
+def fetch():
+    with open(noted, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    wait("in the fetch")
+    return Path(body).read_bytes()
+
+def fsync(descriptor, sync=os.fsync):
+    wait("in the write")
+    sync(descriptor)
+
+host_cache.os.fsync = fsync
+print("opening", flush=True)
+with host_cache.HostCache(Path(folder), 1 << 40).open(name, fetch) as file:
+    print(sha256(file.read()), flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, folder: Path) -> Iterator[Start]:
+    """A function that starts a process which opens the file of that body."""
+    started: list[subprocess.Popen[str]] = []
+
+    def started_process(body: bytes, waits: str = "nowhere") -> subprocess.Popen[str]:
+        (tmp_path / "body").write_bytes(body)
+        words = [str(folder), sha256(body), str(tmp_path / "body"), str(tmp_path / "noted"), waits]
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *words], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        started.append(process)
+        return process
+
+    yield started_process
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def fetches(tmp_path: Path) -> int:
+    return len((tmp_path / "noted").read_text().splitlines())
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+
+
+def body_of(number: int, size: int = SIZE) -> bytes:
+    return bytes([number]) * size
+
+
+def fill(cache: HostCache, *numbers: int, size: int = SIZE) -> None:
+    for number in numbers:
+        body = body_of(number, size)
+        cache.open(sha256(body), lambda body=body: body).close()  # type: ignore[misc]
+
+
+def age(folder: Path, number: int, seconds: float) -> None:
+    name = sha256(body_of(number))
+    os.utime(folder / name[:2] / name, (seconds, seconds))
+
+
+def held(cache: HostCache) -> list[int]:
+    """Which of the numbered files are there."""
+    return [number for number in range(20) if cache.has(sha256(body_of(number)))]
+
+
+# Many processes
+
+
+def test_processes_that_open_the_same_file_fetch_it_once(start: Start, tmp_path: Path, folder: Path) -> None:
+    body = os.urandom(SIZE)
+    first = start(body, "in the fetch")
+    assert [said(first), said(first)] == ["opening", "begun"]
+    others = [start(body) for _ in range(3)]
+    assert [said(other) for other in others] == ["opening"] * 3
+    go_on(first)
+    assert [said(process) for process in (first, *others)] == [sha256(body)] * 4
+    assert fetches(tmp_path) == 1
+    assert [path.read_bytes() for path in files(folder)] == [body]
+
+
+@pytest.mark.parametrize("waits", ["in the fetch", "in the write"])
+def test_a_killed_fetch_hangs_nobody_and_leaves_nothing_wrong(
+    start: Start, tmp_path: Path, folder: Path, waits: str
+) -> None:
+    body = os.urandom(SIZE)
+    first = start(body, waits)
+    assert [said(first), said(first)] == ["opening", "begun"]
+    others = [start(body) for _ in range(3)]
+    assert [said(other) for other in others] == ["opening"] * 3
+    assert not HostCache(folder, MUCH).has(sha256(body))
+    first.kill()
+    assert [said(other) for other in others] == [sha256(body)] * 3
+    assert fetches(tmp_path) == 2
+    assert [path.name for path in files(folder)] == [sha256(body)]
+
+
+def test_a_part_that_a_dead_process_left_is_written_over(folder: Path) -> None:
+    body = os.urandom(SIZE)
+    part = folder / sha256(body)[:2] / "part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(os.urandom(2 * SIZE))
+    with HostCache(folder, MUCH).open(sha256(body), lambda: body) as file:
+        assert file.read() == body
+    assert [path.name for path in files(folder)] == [sha256(body)]
+
+
+# Eviction
+
+
+def test_the_least_recently_used_go_first_and_the_limit_holds(folder: Path) -> None:
+    cache = HostCache(folder, 3 * SIZE)
+    fill(cache, 1, 2, 3)
+    for number in (1, 2, 3):
+        age(folder, number, number)
+    fill(cache, 1)  # used again, now
+    fill(cache, 4)
+    assert held(cache) == [1, 3, 4]
+    fill(cache, 5)
+    assert held(cache) == [1, 4, 5]
+    assert cache.used_bytes() == 3 * SIZE
+
+
+def test_a_file_that_another_process_has_open_stays_until_that_ends(start: Start, folder: Path) -> None:
+    cache = HostCache(folder, 2 * SIZE)
+    body = body_of(1)
+    process = start(body)
+    assert [said(process), said(process)] == ["opening", sha256(body)]
+    age(folder, 1, 0)
+    fill(cache, 2, 3)
+    assert held(cache) == [1, 3]
+    process.kill()
+    process.wait()
+    age(folder, 1, 0)
+    fill(cache, 4)
+    assert held(cache) == [3, 4]
+
+
+def test_a_file_stays_as_long_as_a_map_of_it_lives_though_its_file_object_is_closed(folder: Path) -> None:
+    cache = HostCache(folder, SIZE)
+    body = body_of(1)
+    with cache.open(sha256(body), lambda: body) as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert file.closed
+    age(folder, 1, 0)
+    fill(cache, 2)
+    assert held(cache) == [1, 2]  # over the limit rather than without what is in use
+    assert mapped[:] == body
+    mapped.close()
+    age(folder, 1, 0)
+    fill(cache, 3)
+    assert held(cache) == [3]
+
+
+def test_the_test_above_fails_where_a_file_is_not_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: None if how == fcntl.LOCK_SH else lock(file, how))
+    with pytest.raises(AssertionError):
+        test_a_file_stays_as_long_as_a_map_of_it_lives_though_its_file_object_is_closed(folder)
+
+
+def test_a_file_that_is_evicted_between_open_and_lock_is_fetched_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, body, evicted = HostCache(folder, MUCH), body_of(1), []
+    fill(cache, 1)
+    lock = fcntl.flock
+
+    def evict_before(file: object, how: int) -> None:
+        if how == fcntl.LOCK_SH and not evicted:
+            evicted.append(host_cache._evict(folder / sha256(body)[:2] / sha256(body)))
+        lock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", evict_before)
+    with cache.open(sha256(body), lambda: body) as file:
+        assert os.fstat(file.fileno()).st_nlink == 1
+        assert file.read() == body
+    assert evicted == [True]
+
+
+def test_a_new_file_is_in_use_as_soon_as_it_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, evicted = body_of(1), []
+    rename = Path.rename
+
+    def evict_after(path: Path, target: Path) -> Path:
+        found = rename(path, target)
+        evicted.append(host_cache._evict(target))
+        return found
+
+    monkeypatch.setattr(Path, "rename", evict_after)
+    with HostCache(folder, MUCH).open(sha256(body), lambda: body) as file:
+        assert file.read() == body
+        assert evicted == [False]
+        assert [path.name for path in files(folder)] == [sha256(body)]
+    assert host_cache._evict(folder / sha256(body)[:2] / sha256(body))
+
+
+def test_a_damaged_file_is_set_aside_and_fetched_again(folder: Path) -> None:
+    cache, body = HostCache(folder, MUCH), body_of(1)
+    cache.open(sha256(body), lambda: b"damaged").close()
+    cache.set_aside(sha256(body))
+    cache.set_aside(sha256(body))  # another process was faster
+    assert [path.read_bytes() for path in cache.quarantined()] == [b"damaged"]
+    assert cache.used_bytes() == 0
+    with cache.open(sha256(body), lambda: body) as file:
+        assert file.read() == body
+
+
+# A disk that is full or cannot be written
+
+
+def test_a_full_disk_gets_as_much_room_as_is_wanted_and_is_tried_again(folder: Path) -> None:
+    cache = HostCache(folder, MUCH)
+    fill(cache, 1, 2, 3)
+    for number in (1, 2, 3):
+        age(folder, number, number)
+    body = body_of(4, SIZE + SIZE // 2)
+    part = folder / sha256(body)[:2] / "part"
+    part.parent.mkdir(exist_ok=True)
+    part.symlink_to("/dev/full")  # the first write finds no space left on the device
+    with cache.open(sha256(body), lambda: body) as file:
+        assert file.read() == body
+    assert held(cache) == [3]
+    assert not part.is_symlink()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_stays_full_says_what_to_do_and_keeps_no_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    tries = []
+
+    def full(_: int) -> None:
+        tries.append(1)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    body = body_of(1)
+    with pytest.raises(StoreUnusable, match=rf"{os.strerror(number)}.*Free some space.*resources\.cache_bytes"):
+        HostCache(folder, MUCH).open(sha256(body), lambda: body)
+    assert len(tries) == (1 if number == errno.EIO else 2)
+    assert files(folder) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnusable, match=r"file/shards.*HOME"):
+        HostCache(tmp_path / "file" / "shards", MUCH).open("0" * 64, lambda: b"")
+
+
+def test_what_the_fetch_raises_is_the_callers_and_locks_nobody_out(folder: Path) -> None:
+    cache, body = HostCache(folder, MUCH), body_of(1)
+
+    def fail() -> bytes:
+        raise ValueError("no such shard")
+
+    with pytest.raises(ValueError, match="no such shard"):
+        cache.open(sha256(body), fail)
+    with closing(cache.open(sha256(body), lambda: body)) as file:
+        assert file.read() == body
+    poll(lambda: files(folder) == [folder / sha256(body)[:2] / sha256(body)], 1)

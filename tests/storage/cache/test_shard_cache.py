@@ -1,0 +1,92 @@
+"""The cache hands out what the manifest lists, or says which shard is bad and how to mend it."""
+
+import numpy as np
+import pytest
+
+from model.config import RunConfig
+from storage import keys
+from storage.cache.shards import ShardCache
+from storage.datasets.manifest import Manifest, ShardRow
+from storage.digests import sha256
+from storage.errors import ObjectMissing, ShardCorrupt
+from storage.stores.store import Store, overwrite
+from tests.making import build_dataset
+
+COMMAND = "gpt2 dataset verify --repair"
+
+
+@pytest.fixture
+def manifest(config: RunConfig, store: Store) -> Manifest:
+    return build_dataset(config)
+
+
+@pytest.fixture
+def row(manifest: Manifest) -> ShardRow:
+    return list(manifest.rows())[1]
+
+
+def replace(store: Store, row: ShardRow, body: bytes) -> None:
+    overwrite(store, keys.shard("small", row.shard_id), body)
+
+
+def test_every_shard_is_opened_as_its_token_ids(store: Store, manifest: Manifest) -> None:
+    cache = ShardCache(store, "small")
+    for row in manifest.rows():
+        tokens = cache.open(row)
+        assert (tokens.dtype, len(tokens)) == (np.dtype("<u2"), row.tokens)
+        assert tokens.tobytes() == store.read(keys.shard("small", row.shard_id)).body
+        assert tokens[0] == 50256
+
+
+def test_an_opened_shard_cannot_be_written(store: Store, row: ShardRow) -> None:
+    tokens = ShardCache(store, "small").open(row)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_a_shard_is_opened_once_in_a_process(store: Store, row: ShardRow) -> None:
+    cache = ShardCache(store, "small")
+    assert cache.open(row) is cache.open(row)
+
+
+@pytest.mark.parametrize("place", [0, 777, -1])
+def test_a_flipped_byte_names_the_shard_both_digests_and_the_command(store: Store, row: ShardRow, place: int) -> None:
+    body = bytearray(store.read(keys.shard("small", row.shard_id)).body)
+    body[place] ^= 0x10
+    replace(store, row, bytes(body))
+    with pytest.raises(ShardCorrupt) as found:
+        ShardCache(store, "small").open(row)
+    for fact in (row.shard_id, "small", row.sha256, sha256(body), COMMAND):
+        assert fact in str(found.value)
+
+
+@pytest.mark.parametrize("cut", ["empty", "odd", "short", "long"])
+def test_a_shard_of_another_size_names_the_shard_both_digests_and_the_command(
+    store: Store, row: ShardRow, cut: str
+) -> None:
+    whole = store.read(keys.shard("small", row.shard_id)).body
+    body = {"empty": b"", "odd": whole[:-1], "short": whole[:-200], "long": whole + b"\0\0"}[cut]
+    replace(store, row, body)
+    with pytest.raises(ShardCorrupt) as found:
+        ShardCache(store, "small").open(row)
+    said = f"{len(body):,}" if cut == "long" else sha256(body)  # what is too long is not even read
+    for fact in (row.shard_id, row.sha256, said, COMMAND):
+        assert fact in str(found.value)
+
+
+def test_a_missing_shard_names_the_shard_and_the_command(store: Store, row: ShardRow) -> None:
+    store.delete(keys.shard("small", row.shard_id))
+    with pytest.raises(ObjectMissing) as found:
+        ShardCache(store, "small").open(row)
+    for fact in (row.shard_id, "small", COMMAND):
+        assert fact in str(found.value)
+
+
+def test_a_bad_shard_is_opened_once_it_is_mended(store: Store, row: ShardRow) -> None:
+    whole = store.read(keys.shard("small", row.shard_id)).body
+    replace(store, row, whole[:-2])
+    cache = ShardCache(store, "small")
+    with pytest.raises(ShardCorrupt):
+        cache.open(row)
+    replace(store, row, whole)
+    assert cache.open(row).tobytes() == whole

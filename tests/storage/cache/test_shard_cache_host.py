@@ -1,0 +1,296 @@
+"""Shards of an S3 store come through the host's cache: fetched once, verified once, mended once, named when lost."""
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage import keys
+from storage.cache import host as host_cache
+from storage.cache import shards as shard_cache
+from storage.cache.shards import OPEN_SHARDS, ShardCache
+from storage.datasets.manifest import ShardRow
+from storage.digests import sha256
+from storage.errors import ObjectMissing, ShardCorrupt
+from storage.stores.opening import open_store
+from storage.stores.store import Body, Object, Store, overwrite
+from tests.conftest import S3Url
+from tests.flows.client import poll
+
+ROOT = Path(__file__).parents[3]
+COMMAND = "gpt2 dataset verify --repair"
+
+# Opens a shard as training does, and notes each time when its bytes are asked from the store.
+PROCESS = """
+import sys
+from storage.cache import ShardCache
+from storage.canonical import sha256
+from storage.layout import open_store
+from storage.manifest import ShardRow
+
+url, noted, shard_id, tokens, digest = sys.argv[1:]
+read = ShardCache._read
+
+def noting(self, row):
+    with open(noted, "a") as file:
+        file.write(row.shard_id + "\\n")
+    return read(self, row)
+
+ShardCache._read = noting
+opened = ShardCache(open_store(url), "small")
+print("ready", flush=True)
+sys.stdin.readline()
+print(sha256(opened.open(ShardRow(shard_id, int(tokens), 1, 0, 1, digest, "train")).data), flush=True)
+"""
+
+
+@pytest.fixture
+def store(s3_url: S3Url) -> Store:
+    return open_store(s3_url("seaweedfs"), create=True)
+
+
+MakeRows = Callable[[int], list[ShardRow]]
+
+
+@pytest.fixture
+def rows(store: Store) -> MakeRows:
+    """A function that puts so many small shards and gives their rows."""
+
+    def made(count: int) -> list[ShardRow]:
+        found = []
+        for number in range(count):
+            body = np.arange(number, number + 500).astype("<u2").tobytes()
+            store.put_new(keys.shard("small", f"shard-{number}"), body)
+            found.append(ShardRow(f"shard-{number}", 500, 1, 0, 500, sha256(body), "train"))
+        return found
+
+    return made
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards whose bytes were asked from the store."""
+    found: list[str] = []
+    read = ShardCache._read
+
+    def noting(self: ShardCache, row: ShardRow) -> Body:
+        found.append(row.shard_id)
+        return read(self, row)
+
+    monkeypatch.setattr(ShardCache, "_read", noting)
+    return found
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the shards that a cache has hashed."""
+    found: list[int] = []
+
+    def counting(body: memoryview) -> str:
+        found.append(body.nbytes)
+        return sha256(body)
+
+    monkeypatch.setattr(shard_cache, "sha256", counting)
+    return found
+
+
+def place(row: ShardRow) -> Path:
+    return host_cache.FOLDER / row.sha256[:2] / row.sha256
+
+
+def here() -> list[Path]:
+    return sorted(path for path in host_cache.FOLDER.rglob("*") if path.is_file())
+
+
+def mapped_files() -> int:
+    """Descriptors of this process that are open on files of the cache."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            found += descriptor.readlink().is_relative_to(host_cache.FOLDER)
+        except FileNotFoundError:
+            continue  # the one that lists the folder
+    return found
+
+
+def whole(tokens: np.ndarray, row: ShardRow) -> bool:
+    return sha256(tokens.tobytes()) == row.sha256
+
+
+# Fetched and verified once
+
+
+def test_processes_that_open_the_same_shard_download_it_once(store: Store, rows: MakeRows, tmp_path: Path) -> None:
+    row = rows(1)[0]
+    words = [store.url, str(tmp_path / "noted"), row.shard_id, str(row.tokens), row.sha256]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *words], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:  # all at once
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate()[0].strip() for process in processes] == [row.sha256] * 4
+    assert (tmp_path / "noted").read_text().splitlines() == [row.shard_id]
+    assert whole(ShardCache(store, "small").open(row), row)
+
+
+def test_a_shard_is_hashed_at_the_first_open_of_a_process_and_not_after_others_were_opened(
+    store: Store, rows: MakeRows, hashed: list[int], reads: list[str]
+) -> None:
+    made = rows(OPEN_SHARDS + 5)
+    opened = ShardCache(store, "small")
+    for row in [*made, *made[:3]]:
+        assert whole(opened.open(row), row)
+    assert len(hashed) == len(made)
+    assert len(reads) == len(made)
+    again = ShardCache(store, "small")
+    assert whole(again.open(made[0]), made[0])
+    assert len(hashed) == len(made) + 1
+    assert len(reads) == len(made)
+
+
+def test_few_files_are_open_however_many_shards_were(store: Store, rows: MakeRows) -> None:
+    opened = ShardCache(store, "small")
+    counts = []
+    for row in rows(OPEN_SHARDS + 8):
+        opened.open(row)
+        counts.append(mapped_files())
+    assert counts == [min(number, OPEN_SHARDS) for number in range(1, OPEN_SHARDS + 9)]
+
+
+# Damage
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": lambda body: bytes([body[0] ^ 1]) + body[1:],
+    "truncated": lambda body: body[:-2],
+    "empty": lambda body: body[:0],
+    "longer": lambda body: body + b"\0\0",
+    "odd": lambda body: body[:-1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_the_cache_is_set_aside_said_and_fetched_once_more(
+    store: Store, rows: MakeRows, reads: list[str], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    row = rows(1)[0]
+    assert whole(ShardCache(store, "small").open(row), row)
+    damaged = DAMAGES[damage](place(row).read_bytes())
+    place(row).write_bytes(damaged)
+    opened = ShardCache(store, "small")
+    with caplog.at_level(logging.WARNING, "storage.cache"):
+        assert whole(opened.open(row), row)
+    assert [row.shard_id in record.getMessage() for record in caplog.records] == [True]
+    assert reads == [row.shard_id] * 2
+    aside = host_cache.HostCache(host_cache.FOLDER, 0).quarantined()
+    assert [path.read_bytes() for path in aside] == [damaged]
+    assert whole(ShardCache(store, "small").open(row), row)
+    assert len(reads) == 2
+
+
+def test_a_disk_that_gives_back_other_bytes_is_named(
+    store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = rows(1)[0]
+    write = host_cache._write
+    monkeypatch.setattr(host_cache, "_write", lambda path, body: write(path, DAMAGES["flipped"](bytes(body))))
+    with pytest.raises(ShardCorrupt, match=rf"{row.shard_id}.*this host's disk"):
+        ShardCache(store, "small").open(row)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_is_damaged_in_the_store_is_named_and_not_kept(store: Store, rows: MakeRows, damage: str) -> None:
+    row = rows(1)[0]
+    key = keys.shard("small", row.shard_id)
+    body = DAMAGES[damage](bytes(store.read(key).body))
+    overwrite(store, key, body)
+    opened = ShardCache(store, "small")
+    with pytest.raises(ShardCorrupt) as found:
+        opened.open(row)
+    said = f"{len(body):,}" if damage == "longer" else sha256(body)  # what is too long is not even read
+    for fact in (row.shard_id, "small", row.sha256, said, COMMAND):
+        assert fact in str(found.value)
+    assert here() == []
+    overwrite(store, key, np.arange(500).astype("<u2").tobytes())
+    assert whole(opened.open(row), row)
+
+
+def test_bytes_that_were_damaged_on_their_way_are_fetched_again(
+    store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers that keep no sum of an object leave it to the reader to notice."""
+    row = rows(1)[0]
+    read = store.read
+    flipped = DAMAGES["flipped"](bytes(read(keys.shard("small", row.shard_id)).body))
+    come = [Object(flipped, "", sha256(flipped))]
+    monkeypatch.setattr(store, "read", lambda key, limit_bytes: come.pop() if come else read(key, limit_bytes))
+    assert whole(ShardCache(store, "small").open(row), row)
+    assert come == []
+
+
+# In the background
+
+
+def test_shards_come_in_the_background_one_list_of_them_at_a_time(
+    store: Store, rows: MakeRows, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = rows(4)
+    go_on, counting = threading.Event(), ShardCache._read
+
+    def waiting(self: ShardCache, row: ShardRow) -> Body:
+        assert go_on.wait(60)
+        return counting(self, row)
+
+    monkeypatch.setattr(ShardCache, "_read", waiting)
+    opened = ShardCache(store, "small")
+    assert opened.prefetch(made[:3])
+    assert not opened.prefetch(made)
+    assert here() == []
+    go_on.set()
+    poll(lambda: [path for path in here() if path.name != "part"] == sorted(map(place, made[:3])))
+    poll(lambda: opened.prefetch(made))
+    poll(lambda: place(made[3]).exists())
+    assert reads == [row.shard_id for row in made]
+    for row in made:
+        assert whole(opened.open(row), row)
+    assert len(reads) == len(made)
+
+
+def test_what_cannot_be_fetched_early_is_told_to_the_one_who_opens_it(store: Store, rows: MakeRows) -> None:
+    made = rows(3)
+    store.delete(keys.shard("small", made[1].shard_id))
+    overwrite(store, keys.shard("small", made[2].shard_id), b"damaged!")
+    opened = ShardCache(store, "small")
+    assert opened.prefetch(made[1:])
+    poll(lambda: opened.prefetch(made[2:]))
+    poll(lambda: opened.prefetch(made[:1]))
+    poll(lambda: place(made[0]).exists())
+    with pytest.raises(ObjectMissing, match=made[1].shard_id):
+        opened.open(made[1])
+    with pytest.raises(ShardCorrupt, match=made[2].shard_id):
+        opened.open(made[2])
+    assert whole(opened.open(made[0]), made[0])
+
+
+def test_a_limit_that_holds_a_few_shards_still_opens_all(
+    store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "limit_bytes", 3_000)  # three shards
+    monkeypatch.setattr(shard_cache, "OPEN_SHARDS", 2)
+    opened = ShardCache(store, "small")
+    for row in rows(12) * 2:
+        assert whole(opened.open(row), row)
+        assert len(here()) <= 3

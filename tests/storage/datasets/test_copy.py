@@ -1,0 +1,94 @@
+"""A copy of a dataset into a store that holds what a killed or damaged copy left there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model import tokenizer
+from storage import keys
+from storage.datasets.copy import Copying
+from storage.datasets.manifest import Manifest, latest_manifest, seal
+from storage.datasets.shards import build_shard, read_record
+from storage.errors import ShardCorrupt
+from storage.inspection.verify import check_fully, check_versions
+from storage.stores.opening import open_store
+from storage.stores.store import Store, overwrite
+from tests.making import document, write_parquet
+from tests.storage.sealing import SETTINGS, jobs_of, record_key, sealed, shard_key
+from tests.storage.store_kinds import listed
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "from"), create=True)
+
+
+@pytest.fixture
+def manifest(source: Store, files: list[Path]) -> Manifest:
+    return sealed(source, *files)
+
+
+@pytest.fixture
+def target(url: str) -> Store:
+    return open_store(url)
+
+
+def copied(source: Store, target: Store) -> Manifest:
+    copying = Copying(source, target, "small")
+    for row in copying.missing:
+        copying.copy_shard(row)
+    copying.finish()
+    found = latest_manifest(target, "small")
+    assert found is not None
+    return found
+
+
+SPOIL: dict[str, Callable[[bytes], bytes]] = {
+    "whole": lambda body: body,
+    "damaged": lambda body: bytes(len(body)),
+    "cut": lambda body: body[:100],
+}
+
+
+@pytest.mark.parametrize(
+    ("left", "recorded"),  # what is recorded and of the right size counts as done: damage in it is for `verify`
+    [("nothing", False), ("nothing", True), ("whole", False), ("damaged", False), ("cut", False), ("cut", True)],
+)
+def test_a_copy_is_whole_whatever_an_earlier_one_left(
+    source: Store, target: Store, manifest: Manifest, left: str, recorded: bool
+) -> None:
+    row = list(manifest.rows())[3]
+    if left != "nothing":
+        target.put_new(shard_key(row.shard_id), SPOIL[left](bytes(source.read(shard_key(row.shard_id)).body)))
+    if recorded:
+        target.put_new(record_key(row.shard_id), source.read(record_key(row.shard_id)).body)
+    found = copied(source, target)
+    assert found == manifest
+    assert [check_fully(target, "small", row, tokenizer.EOT) for row in found.rows()] == [None] * len(found.shard_ids)
+    assert list(check_versions(target, "small", found)) == []
+
+
+def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
+    source: Store, target: Store, files: list[Path]
+) -> None:
+    longest = write_parquet(files[0].with_name("longest.parquet"), [document(1)])
+    jobs = [*jobs_of(*files), *jobs_of(longest, filters=("length > 100_000",))]
+    for job in jobs:
+        build_shard(source, "small", job, tokenizer.encode, tokenizer.EOT)
+    manifest = seal(source, "small", [job.shard_id for job in jobs], **SETTINGS)
+    assert manifest.empty == (jobs[-1].shard_id,)
+    source.put_new(keys.audit("small", manifest.digest), b"{}")
+    assert copied(source, target) == manifest
+    assert read_record(target, "small", manifest.empty[0]) == read_record(source, "small", manifest.empty[0])
+    assert target.read(keys.audit("small", manifest.digest)).body == b"{}"
+
+
+@pytest.mark.usefixtures("manifest")
+def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store) -> None:
+    copying = Copying(source, target, "small")
+    row = copying.missing[0]
+    overwrite(source, shard_key(row.shard_id), bytes(row.tokens * 2))
+    with pytest.raises(ShardCorrupt, match=row.shard_id):
+        copying.copy_shard(row)
+    assert listed(target, keys.shards("small")) == []

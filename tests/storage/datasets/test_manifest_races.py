@@ -1,0 +1,88 @@
+"""Manifests that are sealed at once: one version is made, and who is late is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.datasets.manifest import Manifest, latest_manifest, seal
+from storage.errors import Conflict
+from storage.stores.store import Store
+from tests.storage.sealing import SETTINGS, Spy, built, manifests, pointer, sealed, source_file
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_of_two_builders_of_the_same_version_both_succeed(store: Store, files: list[Path]) -> None:
+    planned = built(store, *files)
+    seen: list[Manifest] = []
+    ours = seal(
+        Spy(store, lambda: seen.append(seal(store, "small", planned, **SETTINGS))), "small", planned, **SETTINGS
+    )  # type: ignore[arg-type]
+    assert seen == [ours]
+    assert (pointer(store)["sequence"], len(manifests(store))) == (1, 1)
+
+
+def test_of_two_builders_of_different_versions_one_is_told_to_run_again(
+    store: Store, tmp_path: Path, files: list[Path]
+) -> None:
+    first = sealed(store, *files)
+    theirs_planned = built(store, *files, source_file(tmp_path / "source", 8))
+    ours_planned = built(store, *files, source_file(tmp_path / "source", 9))
+    theirs: list[Manifest] = []
+    late = Spy(store, lambda: theirs.append(seal(store, "small", theirs_planned, **SETTINGS)))
+    with pytest.raises(Conflict) as told:
+        seal(late, "small", ours_planned, **SETTINGS)  # type: ignore[arg-type]
+    assert theirs[0].digest in str(told.value)
+    assert latest_manifest(store, "small") == theirs[0]
+    ours = seal(store, "small", ours_planned, **SETTINGS)
+    assert (theirs[0].parent, ours.parent) == (first.digest, theirs[0].digest)
+    assert (pointer(store)["manifest"], pointer(store)["sequence"]) == (ours.digest, 3)
+
+
+SEAL = """
+import json, sys
+from storage.errors import Conflict
+from storage.layout import open_store
+from storage.manifest import seal
+url, planned, settings = json.loads(sys.argv[1])
+store = open_store(url)
+print("ready", flush=True)
+for dataset in sys.stdin:
+    try:
+        print(seal(store, dataset.strip(), planned, **settings).digest, flush=True)
+    except Conflict:
+        print("conflict", flush=True)
+"""
+
+
+def test_processes_that_seal_at_once_make_one_version(store: Store, files: list[Path]) -> None:
+    names = [f"set-{number}" for number in range(10)]
+    for name in names:
+        planned = built(store, *files, dataset=name)
+    asked = json.dumps([store.url, planned, SETTINGS])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEAL, asked], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    try:
+        for process in started:
+            assert process.stdout and process.stdout.readline() == "ready\n"
+        for name in names:
+            for process in started:
+                assert process.stdin
+                process.stdin.write(f"{name}\n")
+                process.stdin.flush()
+            answers = {process.stdout.readline().strip() for process in started if process.stdout}
+            digest = seal(store, name, planned, **SETTINGS).digest
+            assert answers - {"conflict"} == {digest}
+            assert (pointer(store, name)["manifest"], pointer(store, name)["sequence"]) == (digest, 1)
+            assert len(manifests(store, name)) == 1
+    finally:
+        for process in started:
+            process.communicate()
+    assert [process.returncode for process in started] == [0] * 3

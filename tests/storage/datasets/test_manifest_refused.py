@@ -1,0 +1,222 @@
+"""What no manifest is made of and what is not taken for one: missing shards, other settings, damage."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import (
+    COLUMNS,
+    Manifest,
+    check_binding,
+    check_rebuilt,
+    latest_manifest,
+    read_manifest,
+    seal,
+)
+from storage.digests import canonical_json, sha256
+from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
+from storage.stores.store import Store, overwrite
+from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, sealed, source_file
+
+# Not sealed
+
+
+@pytest.mark.parametrize("lost", ["shard", "record"])
+def test_a_missing_shard_is_named_and_nothing_is_sealed(store: Store, files: list[Path], lost: str) -> None:
+    planned = built(store, *files)
+    store.delete(keys.shard("small", planned[3]) if lost == "shard" else keys.record("small", planned[3]))
+    with pytest.raises(ObjectMissing, match=f"{planned[3]}.*gpt2 dataset build"):
+        seal(store, "small", planned, **SETTINGS)
+    assert manifests(store) == []
+    assert latest_manifest(store, "small") is None
+
+
+def test_a_seal_that_failed_binds_the_name_to_nothing(store: Store, tmp_path: Path, files: list[Path]) -> None:
+    planned = built(store, *files)
+    store.delete(keys.record("small", planned[3]))
+    with pytest.raises(ObjectMissing):
+        seal(store, "small", planned, **SETTINGS)
+    other = source_file(tmp_path / "other", 5)
+    found = seal(store, "small", built(store, other), **SETTINGS | {"binding": {"source": "other"}})
+    assert {row.shard_id.split("-")[0] for row in found.rows()} == {"file_5"}
+
+
+def test_a_shard_of_another_size_is_not_done(store: Store, files: list[Path]) -> None:
+    planned = built(store, *files)
+    overwrite(store, keys.shard("small", planned[1]), b"short")
+    with pytest.raises(ObjectMissing, match=planned[1]):
+        seal(store, "small", planned, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "facts"),
+    [
+        ({"source": "other", "shard_tokens": 500}, ["source", "*.parquet", "other"]),
+        ({"source": "*.parquet", "shard_tokens": 600}, ["shard_tokens", "500", "600"]),
+        (BINDING | {"filters": ["score > 3"]}, ["filters", "score > 3"]),
+        ({"source": "*.parquet"}, ["shard_tokens", "500"]),
+    ],
+)
+def test_a_name_bound_to_other_settings_names_the_field(
+    store: Store, files: list[Path], asked: dict[str, Any], facts: list[str]
+) -> None:
+    first = sealed(store, *files)
+    for ask in (
+        lambda: check_binding(store, "small", asked),
+        lambda: seal(store, "small", first.shard_ids, **SETTINGS | {"binding": asked}),
+    ):
+        with pytest.raises(DatasetMismatch) as found:
+            ask()
+        for fact in ["small", "data.dataset", *facts]:
+            assert fact in str(found.value)
+    assert pointer(store)["sequence"] == 1
+
+
+def test_the_same_settings_and_a_new_name_are_bound_freely(store: Store, files: list[Path]) -> None:
+    sealed(store, *files)
+    check_binding(store, "small", dict(BINDING))
+    check_binding(store, "unknown", {"source": "other"})
+
+
+# Not read
+
+
+def damage(store: Store, manifest: Manifest) -> str:
+    """Change one digit of the manifest's bytes; returns their digest."""
+    path = store.local_path(keys.manifest("small", manifest.digest))
+    assert path is not None
+    body = path.read_bytes().replace(b'"documents":', b'"Documents":', 1)
+    path.write_bytes(body)
+    return sha256(body)
+
+
+def test_damaged_manifest_bytes_are_refused_with_both_digests(store: Store, files: list[Path]) -> None:
+    first = sealed(store, *files)
+    found = damage(store, first)
+    for ask in (lambda: read_manifest(store, "small", first.digest), lambda: latest_manifest(store, "small")):
+        with pytest.raises(ObjectCorrupt, match=f"{first.digest}.*{found}"):
+            ask()
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_a_damaged_manifest_that_was_deleted_is_sealed_again(
+    store: Store, tmp_path: Path, files: list[Path], versions: int
+) -> None:
+    """What the message of a damaged manifest tells people to do has to work."""
+    last = sealed(store, *files)
+    if versions == 2:
+        files.append(source_file(tmp_path / "source", 9))
+        last = sealed(store, *files)
+    damage(store, last)
+    store.delete(keys.manifest("small", last.digest))
+    again = sealed(store, *files)
+    assert again.columns == last.columns
+    assert latest_manifest(store, "small") == again
+    assert versions == 2 or again.digest == last.digest
+
+
+@pytest.mark.parametrize("shards", [None, {}, {"name": ["a column of a later version"]}])
+def test_a_manifest_of_a_higher_schema_is_refused(store: Store, files: list[Path], shards: object) -> None:
+    def change(value: dict[str, Any]) -> None:
+        value["schema"] = 9
+        if shards is not None:
+            value["shards"] = shards
+
+    with pytest.raises(StoreUnusable, match="schema 9"):
+        read_manifest(store, "small", crafted(store, files, change))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("shard_id", "../../../etc/passwd"),
+        ("shard_id", "a/b"),
+        ("shard_id", ""),
+        ("shard_id", 7),
+        ("sha256", "../" + "0" * 61),
+        ("sha256", None),
+        ("tokens", 1 << 40),
+        ("tokens", 0),
+        ("tokens", -1),
+        ("tokens", "many"),
+        ("split", "test"),
+    ],
+)
+def test_a_value_that_cannot_be_a_key_or_a_size_is_refused(
+    store: Store, files: list[Path], column: str, value: object
+) -> None:
+    def put_in(manifest: dict[str, Any]) -> None:
+        manifest["shards"][column][3] = value
+
+    with pytest.raises(ObjectCorrupt, match="columns of shard names"):
+        read_manifest(store, "small", crafted(store, files, put_in))
+
+
+SPOILT: dict[str, Callable[[dict[str, Any], str], object]] = {
+    "shorter": lambda value, column: value["shards"][column].pop(),
+    "missing": lambda value, column: value["shards"].pop(column),
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("how", SPOILT)
+def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
+    with pytest.raises(ObjectCorrupt, match="columns of shard names"):
+        read_manifest(store, "small", crafted(store, files, lambda value: SPOILT[how](value, column)))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
+def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
+    store.put_new(keys.manifest("small", sha256(body)), body)
+    with pytest.raises(ObjectCorrupt, match=sha256(body)):
+        read_manifest(store, "small", sha256(body))
+
+
+def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], object]) -> str:
+    """Put a changed manifest under the digest of its bytes, as only a writer of the store can. Returns that."""
+    value = json.loads(store.read(keys.manifest("small", sealed(store, *files).digest)).body)
+    change(value)
+    body = canonical_json(value)
+    store.put_new(keys.manifest("small", sha256(body)), body)
+    return sha256(body)
+
+
+def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store: Store, files: list[Path]) -> None:
+    first = sealed(store, *files)
+    shards.forget(store, "small", first.shard_ids[0])
+    with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put its source file back"):
+        seal(store, "small", built(store, *files[1:]), **SETTINGS)
+    assert latest_manifest(store, "small") == first
+
+
+def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
+    with pytest.raises(ObjectMissing, match="0" * 64):
+        read_manifest(store, "small", "0" * 64)
+    assert latest_manifest(store, "never-sealed") is None
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_damaged_pointer_is_named(store: Store, files: list[Path], body: bytes) -> None:
+    planned = sealed(store, *files).shard_ids
+    overwrite(store, keys.dataset_latest("small"), body)
+    for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned, **SETTINGS)):
+        with pytest.raises(ObjectCorrupt, match="latest"):
+            ask()
+
+
+def test_a_rebuilt_shard_of_other_bytes_is_refused_with_both_digests(store: Store, files: list[Path]) -> None:
+    first = sealed(store, *files)
+    row = list(first.rows())[4]
+    check_rebuilt(store, "small", first, {row.shard_id})
+    key = keys.record("small", row.shard_id)
+    overwrite(store, key, store.read(key).body.replace(row.sha256.encode(), b"0" * 64))
+    check_rebuilt(store, "small", first, set(first.shard_ids) - {row.shard_id})
+    with pytest.raises(ShardCorrupt) as found:
+        check_rebuilt(store, "small", first, {row.shard_id})
+    for fact in (row.shard_id, row.sha256, "0" * 64, "gpt2 dataset verify --repair"):
+        assert fact in str(found.value)

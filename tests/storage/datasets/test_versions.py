@@ -1,0 +1,133 @@
+"""The line of versions and what one holds that another does not: it adds up with the manifests, and hides nothing."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import keys
+from storage.datasets.manifest import Manifest, ShardRow, seal
+from storage.datasets.versions import difference, find, line, newest
+from storage.errors import ObjectMissing
+from storage.stores.store import Store
+from tests.crawl import Crawl, crawled
+from tests.storage.sealing import SETTINGS, built, source_file
+
+
+def rows_of(manifest: Manifest) -> dict[str, ShardRow]:
+    return {row.shard_id: row for row in manifest.rows()}
+
+
+def tokens(manifest: Manifest) -> int:
+    return sum(row.tokens for row in manifest.rows())
+
+
+def counted(old: Manifest, new: Manifest) -> dict[str, Any]:
+    """Shards, documents and tokens that came and went, from the two lists of shards."""
+    was, now = rows_of(old), rows_of(new)
+    came = [now[name] for name in now.keys() - was.keys()]
+    went = [was[name] for name in was.keys() - now.keys()]
+    return {
+        "shards": {"added": len(came), "removed": len(went)},
+        "documents": {"added": sum(row.documents for row in came), "removed": sum(row.documents for row in went)},
+        "tokens": {"added": sum(row.tokens for row in came), "removed": sum(row.tokens for row in went)},
+    }
+
+
+@pytest.fixture
+def refreshed(tmp_path: Path) -> tuple[Crawl, list[Manifest]]:
+    """A dataset of three versions: in the second a file is new, one changed and one gone; the third is the first."""
+    crawl = Crawl(tmp_path, names=("file_0", "file_1", "file_2"))
+    before = {name: list(rows) for name, rows in crawl.rows.items()}
+    first = crawl.build()
+    crawl.write("file_1.parquet", before["file_1.parquet"][:-1])
+    crawl.write("file_2.parquet", None)
+    crawl.write("file_3.parquet", [crawled(3, number) for number in range(40)])
+    second = crawl.build()
+    for name, rows in before.items():
+        crawl.write(name, rows)
+    crawl.write("file_3.parquet", None)
+    return crawl, [first, second, crawl.build()]
+
+
+def test_a_refresh_is_told_by_files_shards_documents_and_tokens(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+    _, (first, second, third) = refreshed
+    files = {"added": ["file_3.parquet"], "changed": ["file_1.parquet"], "removed": ["file_2.parquet"]}
+    found = difference(first, second)
+    assert found == counted(first, second) | {"files": files, "settings": []}
+    assert all(found["shards"].values())
+    assert tokens(first) + found["tokens"]["added"] - found["tokens"]["removed"] == tokens(second)
+    back = difference(second, third)
+    files = {"added": ["file_2.parquet"], "changed": ["file_1.parquet"], "removed": ["file_3.parquet"]}
+    assert back == counted(second, third) | {"files": files, "settings": []}
+    nothing = {"added": 0, "removed": 0}
+    for same in (difference(second, second), difference(first, third)):
+        assert [same[name] for name in ("shards", "documents", "tokens")] == [nothing] * 3
+        assert same["files"] == {"added": [], "changed": [], "removed": []}
+
+
+def test_the_line_goes_from_the_newest_version_to_the_first(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+    crawl, versions = refreshed
+    found = list(line(crawl.store, "small"))
+    assert [version for version, _ in found] == versions[::-1]
+    assert newest(crawl.store, "small") == versions[-1]
+    sealed = [crawl.store.stat(keys.manifest("small", version.digest)).modified for version in versions[::-1]]
+    assert [at for _, at in found] == sealed == sorted(sealed, reverse=True)
+
+
+def test_settings_in_which_versions_differ_are_named(tmp_path: Path) -> None:
+    one = Crawl(tmp_path / "one").build()
+    other = Crawl(tmp_path / "other", "data.shard_tokens=700", 'data.filters=["int_score >= 2"]').build()
+    assert difference(one, other)["settings"] == difference(other, one)["settings"] == ["filters", "shard_tokens"]
+
+
+def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path: Path) -> None:
+    crawl = Crawl(tmp_path, names=("2024/pages", "2025/pages"))
+    first = crawl.build()
+    unseen = []
+    for year in ("2024", "2025"):
+        crawl.write(f"{year}/pages.parquet", [crawled(int(year), number) for number in range(40)])
+        second = crawl.build()
+        assert first.source["files"]["digest"] != second.source["files"]["digest"]
+        if not any(difference(first, second)["files"].values()):
+            unseen.append(year)
+        first = second
+    assert unseen == []
+
+
+# A version by the beginning of its digest
+
+
+def test_a_version_is_found_by_any_beginning_that_is_its_own(store: Store, tmp_path: Path) -> None:
+    planned = built(store, source_file(tmp_path, 0, documents=120))
+    versions = [seal(store, "small", planned[:count], **SETTINGS) for count in range(3, 3 + 17)]  # 17 share a digit
+    assert find(store, "small", "latest") == versions[-1]
+    sharing = defaultdict(list)
+    for version in versions:
+        sharing[version.digest[0]].append(version)
+        assert find(store, "small", version.digest) == find(store, "small", version.digest[:12]) == version
+    for digit, matching in sharing.items():
+        if len(matching) == 1:
+            assert find(store, "small", digit) == matching[0]
+    digit, several = max(sharing.items(), key=lambda found: len(found[1]))
+    assert len(several) > 1
+    with pytest.raises(ValueError, match=f"'{digit}'") as caught:
+        find(store, "small", digit)
+    assert [version.digest for version in several if version.digest[:12] not in str(caught.value)] == []
+
+
+def test_an_unknown_version_is_refused_with_those_there_are(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+    crawl, versions = refreshed
+    with pytest.raises(ObjectMissing, match="'none-such'") as caught:
+        find(crawl.store, "small", "none-such")
+    for version in versions:
+        assert version.digest[:12] in str(caught.value)
+
+
+def test_a_dataset_that_was_never_sealed_has_no_version(store: Store) -> None:
+    for look in (newest, lambda *named: list(line(*named)), lambda *named: find(*named, "latest")):
+        with pytest.raises(ObjectMissing, match=r"'small'.*gpt2 dataset build"):
+            look(store, "small")
+    with pytest.raises(ObjectMissing, match="'small'"):
+        find(store, "small", "0")

@@ -1,0 +1,93 @@
+"""Two texts count as the same by their words alone, and a run's hash says whether the run occurs: held against sets."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from storage.inspection import matching
+from storage.inspection.matching import Wanted, digest_of, ngrams, normalised
+from tests.leaks import RUN, Words, runs_of, words_of
+
+VOCABULARY = [b"a", b"b", b"ab", b"0", b"the", b"model", "é".encode(), "語".encode(), b"x" * 40]
+
+
+def joined(words: Words) -> bytes:
+    return b" ".join(words)
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)))
+@example(bytes(range(256)))
+def test_normalised_is_the_words_with_one_space_between(text: bytes) -> None:
+    assert normalised(text) == joined(words_of(text))
+    assert normalised(normalised(text)) == normalised(text)
+
+
+def test_case_punctuation_and_space_make_no_other_text_and_letters_do() -> None:
+    same = ["It is 7 o'clock.", " it\tIS\r\n7--O CLOCK!?", "(It) is_7 [o`clock]", "\x00it is\x7f7 o clock\x1f"]
+    assert {normalised(text.encode()) for text in same} == {b"it is 7 o clock"}
+    other = ["café", "cafe", "CAFÉ", "caf", "cafe\u0301", "ca fé", "東京", "東 京", "東京。"]
+    assert len({digest_of(normalised(text.encode())) for text in other}) == len(other)
+    assert normalised("東京 x".encode()) == "東京 x".encode()
+    assert {normalised(text) for text in (b"", b" \n", b".,;:!?-'\"", b"\x00")} == {b""}
+
+
+RUNS: dict[Words, int] = {}  # of all texts of this test: a run must have one hash wherever it stands
+HASHES: dict[int, Words] = {}
+
+
+@settings(deadline=None, database=None, max_examples=300)
+@given(st.lists(st.sampled_from(VOCABULARY), max_size=60).map(tuple))
+def test_equal_runs_have_equal_hashes_and_other_runs_others(words: Words) -> None:
+    found = ngrams(joined(words))
+    assert found.dtype == np.uint64
+    assert len(found) == max(len(words) - RUN + 1, 0)
+    for place, value in enumerate(found.tolist()):
+        run = words[place : place + RUN]
+        assert RUNS.setdefault(run, value) == value
+        assert HASHES.setdefault(value, run) == run
+
+
+@pytest.mark.parametrize("pair", [(b"0", b"1"), (b"ab", b"ba"), (b"abbabaab", b"baababba"), (b"a", b"aa")])
+def test_runs_of_two_words_are_told_apart(pair: Words) -> None:
+    """All 8,192 of them: texts that differ little are where a sum of powers would fail first."""
+    drawn = random.Random(1)
+    words = tuple(drawn.choice(pair) for _ in range(50_000))
+    assert len(np.unique(ngrams(joined(words)))) == len(runs_of(words)) > 8_000
+
+
+@pytest.mark.parametrize(("block_bytes", "longest"), [(200, 9), (4_097, 9), (4_097, 600)])
+def test_a_text_of_many_blocks_has_the_runs_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, longest: int
+) -> None:
+    """No run less, and none that begins or ends within a word."""
+    drawn = random.Random(longest)
+    for count in (RUN - 1, RUN, 60, 1_500):
+        words = tuple(b"%0*d" % (drawn.randint(1, longest), drawn.randrange(10)) for _ in range(count))
+        with monkeypatch.context() as patch:
+            whole = set(ngrams(joined(words)).tolist())
+            assert len(whole) == len(runs_of(words))
+            patch.setattr(matching, "BLOCK_BYTES", block_bytes)
+            found = set(ngrams(joined(words)).tolist())
+        assert (count, len(found - whole), len(whole - found)) == (count, 0, 0)
+
+
+FEW = st.sampled_from([0, 1, 2**40 - 1, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1])  # several share a filter's bit
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(st.lists(FEW | st.integers(0, 2**64 - 1), max_size=20), st.lists(FEW | st.integers(0, 2**64 - 1), max_size=40))
+def test_what_is_wanted_is_found_among_others(wanted: list[int], others: list[int]) -> None:
+    asked, there = np.array(wanted, np.uint64), np.array(others + wanted[::2], np.uint64)
+    found = Wanted(asked).among(there)
+    assert sorted(found.tolist()) == sorted(there[np.isin(there, asked)].tolist())
+
+
+def test_many_hashes_are_found_as_numpy_finds_them() -> None:
+    drawn = np.random.default_rng(1)
+    asked = drawn.integers(0, 2**64, 200_000, np.uint64, endpoint=False)
+    there = np.append(drawn.integers(0, 2**64, 300_000, np.uint64, endpoint=False), asked[::7])
+    assert np.array_equal(np.sort(Wanted(asked).among(there)), np.sort(there[np.isin(there, asked)]))

@@ -1,0 +1,298 @@
+"""Each depth of verify finds the damage that it can, names the shard, and calls a whole dataset whole.
+
+`quick` finds a byte that was rewritten only where the store keeps a sum of each object, as S3 stores do and folders do
+not; what a disk has changed beneath a store is for `full` to find.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model import tokenizer
+from storage import keys
+from storage.datasets import shards
+from storage.datasets.manifest import Manifest, ShardRow, seal
+from storage.datasets.plan import ShardJob
+from storage.datasets.shards import DTYPE, Record, build_shard, read_record
+from storage.digests import canonical_json, sha256
+from storage.inspection.verify import Damage, check_documents, check_fully, check_quickly, check_versions
+from storage.sources import files as sources
+from storage.sources.files import Listing
+from storage.stores.opening import open_store
+from storage.stores.store import Store, overwrite
+from tests.conftest import S3Url
+from tests.making import document
+from tests.storage.sealing import SETTINGS, built, jobs_of, sealed
+from tests.storage.source_files import write_lines
+from tests.storage.store_kinds import STORES, each
+
+ALL = 1_000_000
+
+
+@pytest.fixture(params=each(STORES))
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> Store:
+    url = str(tmp_path / "store") if request.param == "folder" else s3_url(request.param)
+    return open_store(url, create=True)
+
+
+@pytest.fixture
+def manifest(store: Store, files: list[Path]) -> Manifest:
+    return sealed(store, *files[:2])
+
+
+def quickly(store: Store, manifest: Manifest) -> list[str]:
+    return [found.name for row in manifest.rows() if (found := check_quickly(store, "small", row))]
+
+
+def fully(store: Store, manifest: Manifest) -> list[str]:
+    return [found.name for row in manifest.rows() if (found := check_fully(store, "small", row, tokenizer.EOT))]
+
+
+def deeply(store: Store, manifest: Manifest, *paths: Path, count: int = ALL, seed: int = 0) -> list[Damage | None]:
+    files = [sources.identify(path) for path in paths]
+    return list(check_documents(store, "small", manifest, files, tokenizer.encode, count=count, seed=seed))
+
+
+def damaged(found: list[Damage | None]) -> list[str]:
+    return [damage.name for damage in found if damage]
+
+
+def key_of(row: ShardRow) -> str:
+    return keys.shard("small", row.shard_id)
+
+
+def body_of(store: Store, row: ShardRow) -> bytes:
+    return bytes(store.read(key_of(row)).body)
+
+
+def change_record(store: Store, shard_id: str, **values: Any) -> Record:
+    record = replace(read_record(store, "small", shard_id), **values)
+    overwrite(store, keys.record("small", shard_id), canonical_json(asdict(record)))
+    return record
+
+
+def swap_with_the_next(store: Store, row: ShardRow, other: ShardRow) -> None:
+    ours, theirs = body_of(store, row), body_of(store, other)
+    overwrite(store, key_of(row), theirs)
+    overwrite(store, key_of(other), ours)
+
+
+def flip(store: Store, row: ShardRow, _: ShardRow) -> None:
+    body = bytearray(body_of(store, row))
+    body[len(body) // 2] ^= 1
+    overwrite(store, key_of(row), bytes(body))
+
+
+Damaging = Callable[[Store, ShardRow, ShardRow], object]
+ALWAYS, WITH_SUMS, NEVER = "always", "where the store keeps sums", "never"
+DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # what is done, when quick finds it, in how many shards
+    "missing": (lambda store, row, _: store.delete(key_of(row)), ALWAYS, 1),
+    "truncated": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row)[:-2]), ALWAYS, 1),
+    "longer": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row) + b"\0\0"), ALWAYS, 1),
+    "empty": (lambda store, row, _: overwrite(store, key_of(row), b""), ALWAYS, 1),
+    "swapped": (swap_with_the_next, ALWAYS, 2),
+    "flipped": (flip, WITH_SUMS, 1),
+    "no record": (lambda store, row, _: store.delete(keys.record("small", row.shard_id)), ALWAYS, 1),
+    "other counts": (lambda store, row, _: change_record(store, row.shard_id, documents=row.documents + 1), NEVER, 1),
+    "other sum": (lambda store, row, _: change_record(store, row.shard_id, sha256="0" * 64), NEVER, 1),
+    "no JSON": (lambda store, row, _: overwrite(store, keys.record("small", row.shard_id), b"{"), NEVER, 1),
+}
+
+
+def test_a_whole_dataset_is_called_whole(store: Store, manifest: Manifest, files: list[Path]) -> None:
+    assert quickly(store, manifest) == fully(store, manifest) == []
+    assert list(check_versions(store, "small", manifest)) == []
+    found = deeply(store, manifest, *files[:2])
+    assert found == [None] * sum(row.documents for row in manifest.rows())
+
+
+def test_s3_stores_keep_a_sum_of_each_object_and_folders_do_not(store: Store, manifest: Manifest) -> None:
+    row = next(manifest.rows())
+    assert store.stat(key_of(row)).sha256 == (row.sha256 if store.url.startswith("s3://") else None)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_depth_finds_what_it_can(store: Store, manifest: Manifest, damage: str) -> None:
+    act, when, count = DAMAGES[damage]
+    rows = list(manifest.rows())
+    assert rows[3].tokens != rows[4].tokens  # so that a swap shows in the sizes
+    act(store, rows[3], rows[4])
+    expected = [row.shard_id for row in rows[3 : 3 + count]]
+    assert fully(store, manifest) == expected
+    keeps_sums = store.stat(keys.FORMAT).sha256 is not None
+    assert quickly(store, manifest) == (expected if when == ALWAYS or (when == WITH_SUMS and keeps_sums) else [])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("damage", ["no record", "no JSON"])
+def test_a_lost_record_does_not_keep_the_versions_from_being_checked(
+    store: Store, manifest: Manifest, damage: str, split: str
+) -> None:
+    row = next(manifest.rows(split))
+    DAMAGES[damage][0](store, row, row)
+    assert fully(store, manifest) == [row.shard_id]
+    assert {found.name for found in check_versions(store, "small", manifest)} <= {row.shard_id}
+
+
+# What a build put wrongly: shard, record and manifest agree with each other
+
+
+def made(store: Store, job: ShardJob, encode: Callable[[str], np.ndarray] = tokenizer.encode) -> Record:
+    return build_shard(store, "small", job, encode, tokenizer.EOT)
+
+
+def sealed_with(store: Store, jobs: list[ShardJob], wrong: Callable[[ShardJob], object]) -> Manifest:
+    """A version of whose shards one is wrong."""
+    for job in jobs:
+        made(store, job) if job is not jobs[3] else wrong(job)
+    return seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
+
+
+def test_a_manifest_that_lists_another_number_of_documents_is_found(store: Store, files: list[Path]) -> None:
+    jobs = jobs_of(*files)
+
+    def miscount(job: ShardJob) -> None:
+        change_record(store, job.shard_id, documents=made(store, job).documents + 1)
+
+    manifest = sealed_with(store, jobs, miscount)
+    assert fully(store, manifest) == [jobs[3].shard_id]
+    assert quickly(store, manifest) == []
+    found = deeply(store, manifest, *files)
+    assert set(damaged(found)) <= {jobs[3].shard_id}
+    assert None in found
+
+
+def test_an_id_that_gpt2_does_not_have_is_found(store: Store, files: list[Path]) -> None:
+    jobs = jobs_of(*files)
+
+    def raise_an_id(job: ShardJob) -> None:
+        def encode(text: str) -> np.ndarray:
+            ids = tokenizer.encode(text).copy()
+            ids[-1] = tokenizer.EOT + 1
+            return ids
+
+        made(store, job, encode)
+
+    manifest = sealed_with(store, jobs, raise_an_id)
+    assert fully(store, manifest) == [jobs[3].shard_id]
+    (found,) = [check_fully(store, "small", row, tokenizer.EOT) for row in list(manifest.rows())[3:4]]
+    assert found
+    assert "50,257" in found.wrong
+
+
+def test_a_shard_that_was_tokenised_otherwise_is_found_by_a_deep_look_alone(store: Store, files: list[Path]) -> None:
+    jobs = jobs_of(*files)
+    manifest = sealed_with(store, jobs, lambda job: made(store, job, lambda text: tokenizer.encode(text.upper())))
+    assert quickly(store, manifest) == fully(store, manifest) == []
+    rows = list(manifest.rows())
+    found = deeply(store, manifest, *files)
+    assert damaged(found) == [jobs[3].shard_id] * rows[3].documents
+    assert len(found) == sum(row.documents for row in rows)
+
+
+def test_a_shard_of_other_rows_than_its_record_says_is_found_by_a_deep_look(store: Store, files: list[Path]) -> None:
+    jobs = jobs_of(*files)
+
+    def shifted(job: ShardJob) -> None:
+        row_from, row_to = job.rows
+        record = made(store, replace(job, recipe=job.recipe | {"row_from": row_from + 1, "row_to": row_to}))
+        change_record(store, job.shard_id, recipe=job.recipe)
+        assert record.documents == row_to - row_from - 1
+
+    manifest = sealed_with(store, jobs, shifted)
+    assert fully(store, manifest) == []
+    assert set(damaged(deeply(store, manifest, *files))) == {jobs[3].shard_id}
+
+
+# A deep look
+
+
+def test_a_deep_look_draws_as_many_documents_as_are_asked_for_by_its_seed(store: Store, files: list[Path]) -> None:
+    jobs = jobs_of(*files)
+    for job in jobs:
+        made(store, job, lambda text: tokenizer.encode(text.upper()))
+    manifest = seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
+    drawn = [deeply(store, manifest, *files, count=5, seed=seed) for seed in (1, 1, 2)]
+    assert [len(found) for found in drawn] == [5, 5, 5]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_deep_look_finds_the_lines_of_jsonl(store: Store, tmp_path: Path) -> None:
+    texts = [document(number) for number in range(30)]
+    lines = [f'{{"body": "{text}"}}' for text in texts]
+    path = write_lines(tmp_path / "lines.jsonl", *(line for text in lines for line in (text, "  ")))  # blank ones, too
+    jobs = jobs_of(path, text_column="body")
+    manifest = sealed_with(store, jobs, lambda job: made(store, job, lambda text: tokenizer.encode(text + "!")))
+    found = deeply(store, manifest, path)
+    assert len(found) == len(texts)
+    assert damaged(found) == [jobs[3].shard_id] * list(manifest.rows())[3].documents
+
+
+def test_a_source_that_is_gone_or_changed_is_named_and_the_rest_is_compared(
+    store: Store, manifest: Manifest, files: list[Path]
+) -> None:
+    of_second = [job.shard_id for job in jobs_of(files[1])]
+    assert damaged(deeply(store, manifest, files[0])) == of_second
+    assert None in deeply(store, manifest, files[0])
+    identified = [sources.identify(path) for path in files[:2]]
+    files[1].unlink()
+    found = list(check_documents(store, "small", manifest, identified, tokenizer.encode, count=ALL, seed=0))
+    assert damaged(found) == of_second
+    assert str(files[1]) in next(damage.wrong for damage in found if damage)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "no record", "no JSON"])
+def test_a_deep_look_goes_on_after_a_damaged_shard(
+    store: Store, manifest: Manifest, files: list[Path], damage: str
+) -> None:
+    rows = list(manifest.rows())
+    DAMAGES[damage][0](store, rows[3], rows[4])
+    found = deeply(store, manifest, *files[:2])
+    assert damaged(found) == [rows[3].shard_id]
+    assert len(found) == 1 + sum(row.documents for row in rows if row != rows[3])
+
+
+# Versions
+
+
+def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files: list[Path]) -> None:
+    first = sealed(store, files[0])
+    second = sealed(store, *files[:2])
+    third = sealed(store, *files)
+    assert [second.parent, third.parent] == [first.digest, second.digest]
+    assert list(check_versions(store, "small", third)) == []
+    overwrite(store, keys.manifest("small", first.digest), b"{}")
+    assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {first.digest}"]
+    store.delete(keys.manifest("small", second.digest))
+    assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {second.digest}"]
+
+
+def test_rows_that_are_in_train_and_in_val_are_found(store: Store, files: list[Path]) -> None:
+    """As another cut of a file, or the file under another name, gives them."""
+    renamed = Path(shutil.copy(files[0], files[0].with_name("renamed.parquet")))
+    others = [*jobs_of(*files[:2], shard_tokens=300), *jobs_of(renamed)]
+    for job in others:
+        made(store, job)
+    val = jobs_of(*files[:2])[:2]
+    built(store, *files[:2])
+    source = Listing(tuple(sources.identify(path) for path in [*files[:2], renamed]), {}).described()
+    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], **SETTINGS | {"source": source})
+    last = max(job.rows[1] for job in val)
+    expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and job.rows[0] < last}
+    assert {found.name for found in check_versions(store, "small", manifest)} == expected
+    assert {name.split("-")[0] for name in expected} == {"file_0", "renamed"}
+    assert len(expected) < len(others)
+    assert fully(store, manifest) == []
+
+
+def test_the_sum_that_is_compared_is_that_of_the_bytes(store: Store, manifest: Manifest) -> None:
+    """The guard of the tests above: what is looked for in a shard is in it."""
+    for row in manifest.rows():
+        ids = np.frombuffer(body_of(store, row), DTYPE)
+        assert (sha256(body_of(store, row)), int(ids[0])) == (row.sha256, tokenizer.EOT)
+        assert shards.is_done(store, "small", row.shard_id)

@@ -1,0 +1,83 @@
+"""Source files in a bucket that is not ours: any key is found, known by its content, and read by ranges."""
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from model import tokenizer
+from storage import keys
+from storage.datasets import shards
+from storage.errors import SourceInvalid
+from storage.sources import files as sources
+from storage.stores.s3_client import own_client
+from storage.stores.store import Store
+from tests import servers
+from tests.conftest import S3Url
+from tests.making import document, write_parquet
+from tests.storage.sealing import jobs_of, plans_of
+from tests.storage.source_files import write_jsonl
+from tests.storage.store_kinds import SERVERS, each
+
+
+@pytest.fixture(params=each(SERVERS))
+def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str:
+    """The URL of a folder of a bucket with files of other programs' naming, and their copies in tmp_path."""
+    s3_url(request.param)
+    folder = secrets.token_hex(6)
+    texts = [document(number) for number in range(60)]
+    write_parquet(tmp_path / "year=2024" / "part 1.parquet", texts)
+    write_jsonl(tmp_path / "lines.jsonl", texts)
+    for name in ("year=2024/part 1.parquet", "lines.jsonl"):
+        own_client().put_object(Bucket=servers.BUCKET, Key=f"{folder}/{name}", Body=(tmp_path / name).read_bytes())
+    own_client().put_object(Bucket=servers.BUCKET, Key=f"{folder}/_SUCCESS", Body=b"")
+    return f"s3://{servers.BUCKET}/{folder}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("", ["lines.jsonl"]),
+        ("/*.jsonl", ["lines.jsonl"]),
+        ("/**/*.parquet", ["year=2024/part 1.parquet"]),
+        ("/year=*/part ?.parquet", ["year=2024/part 1.parquet"]),
+        ("/lines.jsonl", ["lines.jsonl"]),
+        ("/year=2024", ["year=2024/part 1.parquet"]),
+    ],
+)
+def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]) -> None:
+    assert sources.find(bucket + pattern) == [f"{bucket}/{name}" for name in names]
+
+
+def test_a_pattern_that_names_nothing_is_refused(bucket: str) -> None:
+    for pattern in ("/*.parquet", "/none.jsonl", "/none"):
+        with pytest.raises(ValueError, match=r"data\.source.*no such file"):
+            sources.find(bucket + pattern)
+
+
+@pytest.mark.parametrize("name", ["year=2024/part 1.parquet", "lines.jsonl"])
+def test_a_file_of_a_bucket_gives_the_shards_of_its_copy_here(
+    bucket: str, tmp_path: Path, store: Store, name: str
+) -> None:
+    local = jobs_of(tmp_path / name)
+    (planned,) = plans_of(f"{bucket}/{name}")
+    there = list(planned.jobs())
+    assert [job.recipe for job in there] == [job.recipe for job in local]
+    assert [job.shard_id for job in there] == [job.shard_id for job in local]
+    for job in there:
+        shards.build_shard(store, "there", job, tokenizer.encode, tokenizer.EOT)
+    for job in local:
+        record = shards.build_shard(store, "here", job, tokenizer.encode, tokenizer.EOT)
+        assert shards.read_record(store, "there", job.shard_id).sha256 == record.sha256
+    assert len(list(store.list(keys.shards("there")))) == 2 * len(there)
+
+
+def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store) -> None:
+    (planned,) = plans_of(f"{bucket}/lines.jsonl")
+    key = f"{bucket.rpartition('/')[2]}/lines.jsonl"
+    own_client().put_object(Bucket=servers.BUCKET, Key=key, Body=b'{"text": "other"}\n' * 60)
+    with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*changed since"):
+        shards.build_shard(store, "small", next(planned.jobs()), tokenizer.encode, tokenizer.EOT)
+    own_client().delete_object(Bucket=servers.BUCKET, Key=key)
+    with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*gone"):
+        sources.identify(f"{bucket}/lines.jsonl")

@@ -1,0 +1,187 @@
+"""Filters: read in one spelling, asked of columns, and what they leave out is counted and in no shard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import tokenizer
+from storage.datasets import shards
+from storage.datasets.plan import ShardJob
+from storage.datasets.shards import Record
+from storage.errors import SourceInvalid
+from storage.inspection.lineage import source_rows
+from storage.sources import files as sources
+from storage.sources.filters import parse
+from storage.stores.store import Store
+from tests.making import document
+from tests.storage.sealing import jobs_of
+from tests.storage.source_files import rows, write_lines, write_table
+
+SCORES = [1, 4, None, 5, 3, 4]
+TEXTS = [document(number) for number in range(len(SCORES))]
+DUMPS = ["A", "B", "A", None, "C", "B"]
+
+
+def written(folder: Path, kind: str) -> Path:
+    columns: dict[str, Any] = {"text": TEXTS, "int_score": SCORES, "dump": DUMPS, "id": [f"<{n}>" for n in range(6)]}
+    if kind == "parquet":
+        return write_table(folder / "a.parquet", columns, row_group_size=2)
+    items = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return write_lines(folder / "a.jsonl", *(json.dumps(item) for item in items))
+
+
+def made(store: Store, path: Path, *filters: str, **shape: Any) -> tuple[ShardJob, Record, list[str]]:
+    """The one shard of a file, its record, and the texts in it."""
+    (job,) = jobs_of(path, shard_tokens=10_000, filters=filters, **shape)
+    texts: list[str] = []
+
+    def encode(text: str) -> Any:
+        texts.append(text)
+        return tokenizer.encode(text)
+
+    return job, shards.build_shard(store, "small", job, encode, tokenizer.EOT), texts
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "kept"),
+    [
+        ("int_score >= 4", 4, True),
+        ("int_score>=4", 3.5, False),
+        ("int_score > 4", 4, False),
+        ("score < 0.5", 0.25, True),
+        ("score <= 0.5", 0.5, True),
+        ("dump == 'A'", "A", True),
+        ('dump != "A"', "A", False),
+        ("dump in ['B', 'A']", "A", True),
+        ("dump   not  in ['B', 'A']", "A", False),
+        ("dump not in ['B']", "A", True),
+        ("int_score >= 4", None, False),
+        ("dump not in ['B']", None, False),
+        ("good == True", True, True),
+    ],
+)
+def test_a_filter_keeps(text: str, found: object, kept: bool) -> None:
+    assert parse(text).keeps(found) is kept
+
+
+def test_a_filter_has_one_spelling() -> None:
+    assert str(parse(" dump  in ('B','A' , 'A')")) == str(parse("dump in ['A', 'B']")) == "dump in ['A', 'B']"
+    assert str(parse("x>=4")) == "x >= 4"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "int_score", "int_score >=", ">= 4", "int_score => 4", "int_score >= four", "a.b == 1", "dump in 'A'",
+     "dump == ['A']", "int_score >= 4 and x", "x == open('/etc/passwd')", "x == None", "x == {}", "x in [[1]]"],
+)  # fmt: skip
+def test_what_is_no_filter_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.filters.*cannot be read.*int_score >= 4"):
+        parse(text)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        (["int_score >= 4"], [1, 3, 5]),
+        (["int_score >= 4", "dump == 'B'"], [1, 5]),
+        (["dump in ['A', 'C']"], [0, 2, 4]),
+        ([f"length > {len(TEXTS[2])}"], [n for n in range(6) if len(TEXTS[n]) > len(TEXTS[2])]),
+    ],
+)
+def test_a_shard_holds_what_the_filters_keep(
+    tmp_path: Path, store: Store, kind: str, filters: list[str], kept: list[int]
+) -> None:
+    path = written(tmp_path, kind)
+    job, record, texts = made(store, path, *filters)
+    assert texts == [TEXTS[number] for number in kept]
+    assert (record.documents, record.filtered, record.skipped) == (len(kept), 6 - len(kept), 0)
+    assert sum(record.lengths) == len(kept)
+    assert sum(record.dumps.values()) == sum(DUMPS[number] is not None for number in kept)
+    found = dict(source_rows(job.source, record, range(len(kept))))
+    assert [found[number].number for number in range(len(kept))] == kept
+    assert [found[number].text for number in range(len(kept))] == texts
+
+
+def test_filtered_rows_cost_a_plan_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, "parquet")
+    assert [tokens > 0 for tokens in rows(path, "text", "int_score >= 4").tokens] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert jobs_of(path, filters=("int_score >= 9",)) == []
+    ranges = [job.rows for job in jobs_of(path, shard_tokens=80, filters=("int_score >= 4",))]
+    assert ranges == [(0, 3), (3, 5), (5, 6)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(
+        SourceInvalid, match=r"'score'.*score > 1.*dump.*id.*int_score.*length|'score'.*int_score.*'length'"
+    ):
+        rows(written(tmp_path, kind), "text", "score > 1")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_value_of_another_type_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(SourceInvalid, match=r"int_score >= 'four'.*int"):
+        rows(written(tmp_path, kind), "text", "int_score >= 'four'")
+
+
+def test_filters_decide_the_name_and_their_spelling_does_not(tmp_path: Path) -> None:
+    path = written(tmp_path, "parquet")
+    (plain,) = jobs_of(path, shard_tokens=10_000)
+    (strict,) = jobs_of(path, shard_tokens=10_000, filters=(str(parse("int_score>=4")),))
+    assert plain.shard_id != strict.shard_id
+    assert strict.recipe["filters"] == ["int_score >= 4"]
+
+
+# Documents that cannot be taken
+
+
+def refusing(text: str) -> Any:
+    if text == TEXTS[3]:
+        raise ValueError("tiktoken gave up")
+    return tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_document_that_cannot_be_taken_is_named_or_left_out(tmp_path: Path, store: Store, kind: str) -> None:
+    path = written(tmp_path, kind)
+    (job,) = jobs_of(path, shard_tokens=10_000)
+    with pytest.raises(SourceInvalid, match=rf"a\.{kind}: row 3 \(id <3>\): tiktoken gave up.*on_bad_document=skip"):
+        shards.build_shard(store, "small", job, refusing, tokenizer.EOT)
+    (job,) = jobs_of(path, shard_tokens=10_000, on_bad_document="skip")
+    record = shards.build_shard(store, "small", job, refusing, tokenizer.EOT)
+    assert (record.documents, record.skipped, record.skipped_rows) == (5, 1, [3])
+    found = dict(source_rows(job.source, record, [2, 3]))
+    assert [found[number].number for number in (2, 3)] == [2, 4]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_null_text_is_left_out_when_asked(tmp_path: Path, store: Store, kind: str) -> None:
+    if kind == "parquet":
+        path = write_table(tmp_path / "a.parquet", {"text": ["one", None, "three"]})
+    else:
+        path = write_lines(tmp_path / "a.jsonl", '{"text": "one"}', '{"text": null}', '{"text": "three"}')
+    with pytest.raises(SourceInvalid, match="null"):
+        jobs_of(path)
+    (job,) = jobs_of(path, on_bad_document="skip")
+    record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
+    assert (record.documents, record.skipped_rows) == (2, [1])
+
+
+def test_a_shard_of_which_all_is_left_out_is_done_and_in_no_version(tmp_path: Path, store: Store) -> None:
+    path = write_table(tmp_path / "a.parquet", {"text": ["one", "two"]})
+    (job,) = jobs_of(path, filters=("length > 9",))
+    record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
+    assert (record.tokens, record.filtered) == (0, 2)
+    assert shards.is_done(store, "small", job.shard_id)
+    assert set(shards.done(store, "small", [job.shard_id], {})) == {job.shard_id}
+    assert sources.identify(path).digest == job.recipe["source"]

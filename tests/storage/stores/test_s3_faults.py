@@ -1,0 +1,229 @@
+"""What happens between us and the server is mended or named: never a wrong byte, a doubled write, an endless wait."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
+
+import boto3
+import pytest
+
+from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnavailable
+from storage.stores import retries, s3_body, s3_client
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+from tests import servers
+from tests.conftest import S3Url
+from tests.proxy import Fault, Proxy, Request, spoiling
+from tests.storage.store_kinds import SERVERS, each, listed
+
+BODY = os.urandom(300_000)
+FAULTS = [fault for fault in get_args(Fault) if fault != "409"]
+
+
+class Spoilt:
+    """A store behind a proxy; `next` holds the faults of the coming requests."""
+
+    def __init__(self) -> None:
+        self.next: list[Fault | None] = []
+        self.always: Callable[[Request], Fault | None] = lambda _: None
+        self.proxy: Proxy
+        self.store: Store
+
+    def plan(self, request: Request) -> Fault | None:
+        return self.next.pop(0) if self.next else self.always(request)
+
+    def put_past_the_proxy(self, key: str, body: bytes) -> None:
+        bucket, prefix = self.store.url.removeprefix("s3://").split("/")
+        upstream = self.proxy.upstream.geturl()
+        boto3.Session().client("s3", endpoint_url=upstream).put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=body)
+
+    def requests(self, ask: Callable[[], object]) -> list[Request]:
+        """What is sent while `ask` runs."""
+        before = len(self.proxy.seen)
+        ask()
+        return self.proxy.seen[before:]
+
+
+@pytest.fixture(params=each(SERVERS))
+def spoilt(
+    request: pytest.FixtureRequest,
+    running: Callable[[str], servers.Server],
+    s3_url: S3Url,
+    monkeypatch: pytest.MonkeyPatch,
+    forget_client: Callable[[], None],
+) -> Iterator[Spoilt]:
+    url = s3_url(request.param)
+    monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(s3_body, "PIECE_BYTES", 50_000)
+    found = Spoilt()
+    with spoiling(running(request.param).endpoint, found.plan) as found.proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", found.proxy.endpoint)
+        forget_client()
+        found.store = open_store(url, create=True)
+        found.store.put_new("body", BODY)
+        yield found
+
+
+# Reading
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_read_gives_the_right_bytes_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+    spoilt.next = [fault]
+    sent = spoilt.requests(lambda: None if spoilt.store.read("body").body == BODY else pytest.fail("other bytes"))
+    assert len(sent) <= 2
+
+
+def test_a_cut_body_is_taken_up_where_it_ended_and_of_the_same_object(spoilt: Spoilt) -> None:
+    etag = spoilt.store.read("body").etag
+    spoilt.next = ["cut", "cut", "cut"]  # it is kept from the second answer on
+    sent = spoilt.requests(lambda: spoilt.store.read("body"))
+    assert "range" not in sent[0].headers and "range" not in sent[1].headers
+    starts = [int(again.headers["range"].removeprefix("bytes=").split("-")[0]) for again in sent[2:]]
+    assert 0 < starts[0] < starts[1] < len(BODY)
+    assert [again.headers["if-match"] for again in sent[2:]] == [etag, etag]
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(spoilt: Spoilt) -> None:
+    other = os.urandom(len(BODY))
+
+    def replace_before_the_third(request: Request) -> Fault | None:
+        if request.number == first + 2:
+            spoilt.put_past_the_proxy("body", other)
+        return "cut" if request.number < first + 2 else None
+
+    first = len(spoilt.proxy.seen)
+    spoilt.always = replace_before_the_third
+    assert spoilt.store.read("body").body == other
+
+
+def test_a_range_is_right_after_a_cut(spoilt: Spoilt) -> None:
+    for fault in ("cut", "reset", "503"):
+        spoilt.next = [None, fault]  # the first request asks for the size
+        assert spoilt.store.read_range("body", 1000, 200_000) == BODY[1000:201_000]
+
+
+def test_what_is_damaged_in_the_store_is_named_after_three_tries(spoilt: Spoilt) -> None:
+    spoilt.always = lambda request: "flip" if request.method == "GET" else None
+
+    def read() -> None:
+        with pytest.raises(ObjectCorrupt, match=r"body.*sha256.*delete"):
+            spoilt.store.read("body")
+
+    assert len(spoilt.requests(read)) == 3
+
+
+def test_an_object_that_is_too_large_is_refused_before_its_body_is_read(spoilt: Spoilt) -> None:
+    spoilt.always = lambda _: "stall in body"
+    started = time.monotonic()
+    with pytest.raises(ObjectCorrupt, match=f"1,000 bytes.*{len(BODY):,}"):
+        spoilt.store.read("body", 1000)
+    assert time.monotonic() - started < s3_client.READ_SECONDS
+
+
+# Writing
+
+
+@pytest.mark.parametrize("fault", get_args(Fault))
+def test_a_put_makes_one_object_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+    spoilt.next = [fault]
+    etag = spoilt.store.put_new("made", BODY)
+    assert spoilt.store.read("made")[:2] == (BODY, etag)
+    with pytest.raises(AlreadyExists):
+        spoilt.store.put_new("made", BODY[::-1])
+
+
+@pytest.mark.parametrize("fault", get_args(Fault))
+def test_a_swap_is_made_once_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+    first = spoilt.store.swap("pointer", b"one", None)
+    spoilt.next = [fault]
+    second = spoilt.store.swap("pointer", b"two", first)
+    assert spoilt.store.read("pointer")[:2] == (b"two", second)
+    with pytest.raises(Conflict):
+        spoilt.store.swap("pointer", b"three", first)
+
+
+def test_a_put_that_lost_to_other_bytes_says_so_after_a_lost_request(spoilt: Spoilt) -> None:
+    spoilt.store.put_new("taken", b"theirs")
+    for fault in ("reset", "lost"):
+        spoilt.next = [fault]
+        with pytest.raises(AlreadyExists):
+            spoilt.store.put_new("taken", b"ours")
+    assert spoilt.store.read("taken").body == b"theirs"
+
+
+def test_a_conflict_that_is_not_settled_is_a_lost_race(spoilt: Spoilt) -> None:
+    etag = spoilt.store.put_new("pointer", b"one")
+    spoilt.always = lambda request: "409" if request.method == "PUT" else None
+    with pytest.raises(AlreadyExists):
+        spoilt.store.put_new("other", b"1")
+    with pytest.raises(Conflict):
+        spoilt.store.swap("pointer", b"two", etag)
+
+
+def test_of_racing_writers_one_wins_though_answers_are_lost(spoilt: Spoilt) -> None:
+    spoilt.always = lambda request: "lost" if request.method == "PUT" and request.number % 3 == 0 else None
+
+    def write(number: int) -> str | None:
+        try:
+            return spoilt.store.put_new("raced", f"writer {number}".encode()) and f"writer {number}"
+        except AlreadyExists:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        won = [name for name in pool.map(write, range(8)) if name]
+    assert [spoilt.store.read("raced").body.decode()] == won
+
+
+def test_a_full_queue_is_waited_for_as_long_as_it_asks(spoilt: Spoilt) -> None:
+    spoilt.next = ["503 later"]
+    started = time.monotonic()
+    spoilt.store.read("body")
+    assert time.monotonic() - started >= 1
+
+
+def test_patience_ends_and_says_what_to_check(spoilt: Spoilt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 1.0)
+    spoilt.always = lambda _: "reset"
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=r"read 'body'.*tries.*AWS_ENDPOINT_URL.*same command again"):
+        spoilt.store.read("body")
+    assert time.monotonic() - started < 3
+
+
+def test_a_missing_object_is_asked_for_once(spoilt: Spoilt) -> None:
+    def read() -> None:
+        with pytest.raises(ObjectMissing):
+            spoilt.store.read("none")
+
+    assert len(spoilt.requests(read)) == 1
+
+
+def test_listing_and_deleting_are_right_after_faults(spoilt: Spoilt) -> None:
+    faults: list[Fault] = ["reset", "cut", "lost"]
+    for fault in faults:
+        spoilt.next = [fault]
+        assert listed(spoilt.store, "bo") == ["body"]
+        spoilt.store.put_new("gone", b"1")
+        spoilt.next = [fault]
+        spoilt.store.delete("gone")
+        assert listed(spoilt.store, "gone") == []
+
+
+def test_bytes_that_come_are_progress_and_patience_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, come = [0.0], [0]
+    monkeypatch.setattr(retries.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def slow(progress: int) -> None:
+        now[0] += 50
+        come[0] += progress
+        if come[0] < 10:
+            raise ConnectionResetError
+
+    s3_client.patiently("s3://x", "read", lambda: slow(1), lambda: come[0])
+    come[0] = 0
+    with pytest.raises(StoreUnavailable, match="3 tries"):
+        s3_client.patiently("s3://x", "read", lambda: slow(0), lambda: come[0])

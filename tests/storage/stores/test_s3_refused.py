@@ -1,0 +1,265 @@
+"""What a store in a bucket refuses: servers that lie, clear text, strangers. No message holds a secret."""
+
+import os
+import re
+import ssl
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from storage import keys
+from storage.errors import StorageError, StoreUnavailable, StoreUnusable
+from storage.stores import retries, s3_client
+from storage.stores.opening import open_store
+from tests import servers
+from tests.conftest import S3Url
+from tests.dishonest import dishonest_server
+from tests.storage.store_kinds import SERVERS, each, listed
+
+Forget = Callable[[], None]
+
+
+@pytest.fixture(params=each(SERVERS))
+def url(request: pytest.FixtureRequest, s3_url: S3Url) -> str:
+    return s3_url(request.param)
+
+
+# Servers that lie
+
+STORE = f"s3://{servers.BUCKET}/x"
+Lying = Callable[..., AbstractContextManager[tuple[str, dict[str, bytes]]]]
+
+
+@pytest.fixture
+def lying(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget) -> Lying:
+    """A function that starts a dishonest server which holds the start of `STORE`, and lets this process talk to it."""
+
+    @contextmanager
+    def started(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+        s3_url("seaweedfs")  # some credentials
+        with dishonest_server(tls) as (endpoint, held):
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+            forget_client()
+            held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
+            yield endpoint, held
+
+    return started
+
+
+def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(lying: Lying) -> None:
+    with lying() as (endpoint, held):
+        before = dict(held)
+        store = open_store(STORE)
+        asks: list[Callable[[], object]] = [
+            store.probe,
+            lambda: store.put_new("made", b"1"),
+            lambda: store.swap("pointer", b"1", None),
+        ]
+        for ask in asks:
+            with pytest.raises(StoreUnusable) as found:
+                ask()
+            for fact in ("Dishonest", endpoint, "create-only put and compare-and-swap", "SeaweedFS", "MinIO", "folder"):
+                assert fact in str(found.value)
+        assert held == before
+
+
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(lying: Lying, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
+    with lying() as (_, held):
+        held[f"/{servers.BUCKET}/x/body"] = b"0123456789"
+        store = open_store(STORE)
+        assert store.read("body").body == b"0123456789"
+        with pytest.raises(StoreUnavailable, match="a range was asked for, all of the object came"):
+            store.read_range("body", 4, 2)
+
+
+def test_an_honest_server_is_probed_once_a_process(url: str) -> None:
+    store = open_store(url, create=True)
+    assert store.probe().refuses_damaged
+    assert "127.0.0.1" in store.probe().server
+    store.put_new("one", b"1")
+    assert listed(store, "") == [keys.FORMAT, "one"]
+
+
+def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_works(
+    lying: Lying, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
+) -> None:
+    with lying(own_certificate(tmp_path / "own.pem")):
+        monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("asked again"))
+        with pytest.raises(StoreUnusable, match="AWS_CA_BUNDLE"):
+            open_store(STORE)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "own.pem"))
+        forget_client()
+        open_store(STORE)
+
+
+def own_certificate(path: Path) -> ssl.SSLContext:
+    """A certificate for this host that only its maker knows; its public half is written to `path`."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    today = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(names, critical=True)
+        .sign(key, SHA256())
+    )
+    path.write_bytes(made.public_bytes(Encoding.PEM))
+    secret = path.with_suffix(".key")
+    secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, secret)
+    return context
+
+
+# Clear text
+
+
+@pytest.mark.parametrize("host", ["example.invalid:9000", "127.0.0.1.example.invalid"])
+def test_plain_http_beyond_this_host_is_refused_unless_the_url_asks_for_it(
+    url: str, host: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}")
+    monkeypatch.setattr(s3_client, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.0)
+    forget_client()
+    with pytest.raises(StoreUnusable, match=r"https, found http://.*s3\+http://"):
+        open_store(url)
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):  # it was tried: nobody answers there
+        open_store(url.replace("s3://", "s3+http://"))
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://key:sekret@bucket/x", "s3://Bucket", "s3://b", "s3://bucket//x", "s3://bucket/../x", "http://key:sekret@bucket/x"]
+)  # fmt: skip
+def test_a_url_that_is_none_is_not_echoed(place: str) -> None:
+    with pytest.raises(StoreUnusable, match="store_url") as found:
+        open_store(place)
+    assert "sekret" not in str(found.value)
+
+
+# Strangers
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "sekret-that-is-wrong"}, "AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "nobody-we-know"}, "AWS_ACCESS_KEY_ID"),
+        ({"AWS_SECRET_ACCESS_KEY": None, "AWS_ACCESS_KEY_ID": None}, "no credentials.*AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_strangers_are_told_what_to_set_and_no_secret_is_shown(
+    url: str, changed: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    open_store(url, create=True)
+    for name, value in changed.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    forget_client()
+    with pytest.raises(StoreUnusable, match=said) as found:
+        open_store(url)
+    shown = "".join(traceback.format_exception(found.value))
+    assert servers.SECRET not in shown and "sekret-that-is-wrong" not in shown
+
+
+@pytest.mark.parametrize("answer", ["AuthorizationHeaderMalformed", "PermanentRedirect"])
+def test_the_region_is_read_from_where_the_remedy_says(
+    answer: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    (variable,) = re.findall(r"AWS_\w+", s3_client.REMEDIES[answer])
+    monkeypatch.setenv(variable, "eu-north-1")
+    forget_client()
+    assert s3_client.own_client().meta.region_name == "eu-north-1"
+
+
+def test_who_may_only_read_reads_and_is_refused_the_rest(
+    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+) -> None:
+    url = s3_url("seaweedfs")
+    open_store(url, create=True).put_new("made", b"1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.READER_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.READER_SECRET)
+    forget_client()
+    store = open_store(url)
+    assert store.read("made").body == b"1"
+    for ask in (lambda: store.put_new("more", b"1"), lambda: store.delete("made"), store.probe):
+        with pytest.raises(StoreUnusable, match="may not"):
+            ask()
+    assert listed(store, "") == [keys.FORMAT, "made"]
+
+
+def test_a_missing_bucket_is_named_with_the_command_that_makes_it(url: str) -> None:
+    for create in (False, True):
+        with pytest.raises(StoreUnusable, match=r"no-such-bucket.*aws s3 mb"):
+            open_store("s3://no-such-bucket/x", create=create)
+
+
+# One client a process, and never the transfer manager
+
+
+def test_a_client_made_before_a_fork_is_not_used_after_it(url: str) -> None:
+    store = open_store(url, create=True)
+    ours = id(s3_client.own_client())
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            os._exit(0 if id(s3_client.own_client()) != ours and store.read(keys.FORMAT).body else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_no_put_is_sent_in_clear_sums_or_by_the_transfer_manager(url: str) -> None:
+    """Header by header, over http and (as far as the signature) https, in a process that has just begun."""
+    script = f"""
+import sys
+from storage import s3, s3_client
+from storage.layout import open_store
+s3.WHOLE_BYTES, s3.PART_BYTES = 6 << 20, 5 << 20
+sent = []
+s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
+store = open_store({url!r}, create=True)
+store.put_new("small", b"1")
+store.put_new("large", bytes(11 << 20))
+store.read("small")
+puts = [request for request in sent if request.method == "PUT"]
+assert len(puts) > 5
+for request in puts:
+    assert request.headers["x-amz-checksum-sha256"], request.url
+    assert len(request.headers["x-amz-content-sha256"]) == 64, request.headers
+    assert "/{servers.BUCKET}/" in request.url
+assert not [name for name in sys.modules if "awscrt" in name or name == "s3transfer.crt"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    secure = f"""
+import os
+os.environ["AWS_ENDPOINT_URL_S3"] = "https://127.0.0.1:1"
+from storage import s3, s3_client
+s3_client.PATIENCE_SECONDS = 0.0
+s3.honest.add(("https://127.0.0.1:1", "{servers.BUCKET}"))
+sent = []
+s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
+try:
+    s3.S3Store("{servers.BUCKET}", "x", "s3://x", plain_http=False).put_new("small", b"1")
+except Exception as error:
+    assert "AWS_ENDPOINT_URL" in str(error), error
+assert len(sent) == 1 and sent[0].headers["x-amz-content-sha256"] != b"STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+assert sent[0].headers["x-amz-checksum-sha256"] and "x-amz-trailer" not in sent[0].headers
+print(sent[0].headers["x-amz-content-sha256"])
+"""
+    subprocess.run([sys.executable, "-c", secure], check=True, timeout=60)

@@ -1,0 +1,286 @@
+"""The contract of every kind of store: a new kind joins by one more entry of `STORES` in stores.py."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing
+from storage.stores.opening import open_store
+from storage.stores.s3_client import own_client
+from storage.stores.store import Body, Store, overwrite, read_json
+from tests.storage.store_kinds import listed
+
+BAD_KEYS = [
+    "",
+    ".",
+    "..",
+    "/abs",
+    "a//b",
+    "a/",
+    "/",
+    ".hidden",
+    "a/.hidden",
+    "a/../b",
+    "a/..",
+    "a b",
+    "a\n",
+    "a\0b",
+    "é",
+]
+
+
+@pytest.fixture
+def store(url: str) -> Store:
+    return open_store(url)
+
+
+# Create-only put
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_what_was_put_is_read_back(store: Store, kind: Callable[[bytes], Body]) -> None:
+    etag = store.put_new("a/b.bin", kind(b"some bytes"))
+    assert store.read("a/b.bin")[:2] == (b"some bytes", etag)
+
+
+def test_an_empty_object_is_an_object(store: Store) -> None:
+    etag = store.put_new("empty", b"")
+    assert store.read("empty")[:2] == (b"", etag)
+    assert store.stat("empty").size == 0
+    assert store.read_range("empty", 0, 10) == b""
+
+
+def test_an_object_that_is_larger_than_it_can_be_is_refused(store: Store) -> None:
+    store.put_new("key", b"some bytes")
+    assert store.read("key", 10).body == b"some bytes"
+    with pytest.raises(ObjectCorrupt, match=r"at most 9 bytes.*found 10"):
+        store.read("key", 9)
+
+
+def test_a_second_put_is_refused_and_leaves_the_first_bytes(store: Store) -> None:
+    etag = store.put_new("key", b"first")
+    for body in (b"second", b"first"):
+        with pytest.raises(AlreadyExists, match="key"):
+            store.put_new("key", body)
+    assert store.read("key")[:2] == (b"first", etag)
+
+
+def test_a_deleted_key_can_be_put_again(store: Store) -> None:
+    store.put_new("key", b"first")
+    store.delete("key")
+    store.put_new("key", b"second")
+    assert store.read("key").body == b"second"
+
+
+# Compare-and-swap
+
+
+def test_swap_replaces_the_object_that_was_read(store: Store) -> None:
+    first = store.swap("pointer", b"one", None)
+    assert store.read("pointer")[:2] == (b"one", first)
+    second = store.swap("pointer", b"two", first)
+    assert store.read("pointer")[:2] == (b"two", second)
+    assert store.swap("pointer", b"three", second) != second
+
+
+def test_swap_takes_the_etag_of_a_put(store: Store) -> None:
+    store.swap("key", b"two", store.put_new("key", b"one"))
+    assert store.read("key").body == b"two"
+
+
+def test_swap_with_a_stale_etag_is_a_conflict_and_changes_nothing(store: Store) -> None:
+    first = store.swap("pointer", b"one", None)
+    second = store.swap("pointer", b"two", first)
+    with pytest.raises(Conflict, match="pointer"):
+        store.swap("pointer", b"three", first)
+    assert store.read("pointer")[:2] == (b"two", second)
+
+
+def test_swap_that_expects_nothing_is_a_conflict_where_something_is(store: Store) -> None:
+    store.put_new("key", b"one")
+    with pytest.raises(Conflict):
+        store.swap("key", b"two", None)
+    assert store.read("key").body == b"one"
+
+
+def test_swap_that_expects_an_object_is_a_conflict_where_nothing_is(store: Store) -> None:
+    etag = store.put_new("key", b"one")
+    store.delete("key")
+    with pytest.raises(Conflict):
+        store.swap("key", b"two", etag)
+    assert listed(store, "key") == []
+
+
+def test_overwrite_puts_whatever_was_there(store: Store) -> None:
+    overwrite(store, "page", b"one")
+    overwrite(store, "page", b"two")
+    assert store.read("page").body == b"two"
+
+
+# Reading
+
+
+def test_a_link_opens_the_object_alone_without_a_key(store: Store) -> None:
+    store.put_new("runs/a/report.html", b"<p>one")
+    store.put_new("runs/a/other.html", b"<p>two")
+    link = store.link("runs/a/report.html")
+    with urlopen(link) as page:  # noqa: S310  # the test's own server, or a file
+        assert page.read() == b"<p>one"
+        assert page.headers["Content-Type"] == "text/html"
+    if link.startswith("http"):
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(link.replace("report", "other"))  # noqa: S310
+        assert store.link("runs/a/report.html", "http://elsewhere:1").startswith("http://elsewhere:1/")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: store.read("a/none"),
+        lambda store: store.read_range("a/none", 0, 1),
+        lambda store: store.stat("a/none"),
+    ],
+)
+def test_a_missing_object_is_named(store: Store, ask: Callable[[Store], object]) -> None:
+    with pytest.raises(ObjectMissing, match="a/none"):
+        ask(store)
+    store.put_new("a/other", b"1")
+    with pytest.raises(ObjectMissing, match="a/none"):
+        ask(store)
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "expected"),
+    [(0, 4, b"0123"), (3, 4, b"3456"), (8, 2, b"89"), (8, 100, b"89"), (10, 5, b""), (99, 5, b""), (4, 0, b"")],
+)
+def test_read_range_gives_what_lies_there(store: Store, start: int, length: int, expected: bytes) -> None:
+    store.put_new("digits", b"0123456789")
+    assert store.read_range("digits", start, length) == expected
+
+
+def test_stat_says_size_and_time(store: Store) -> None:
+    store.put_new("a/key", b"12345")
+    found = store.stat("a/key")
+    assert (found.key, found.size) == ("a/key", 5)
+    assert abs(found.modified - time.time()) < 3600
+    assert [(found.key, found.size) for found in store.list("a/")] == [("a/key", 5)]
+
+
+def test_the_folder_of_an_object_is_no_object(store: Store) -> None:
+    store.put_new("a/b/c", b"1")
+    for ask in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
+        with pytest.raises(ObjectMissing):
+            ask("a/b")
+    store.delete("a/b")
+    assert listed(store, "a/") == ["a/b/c"]
+
+
+def test_nothing_lies_below_an_object(store: Store) -> None:
+    store.put_new("a", b"1")
+    for ask in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
+        with pytest.raises(ObjectMissing):
+            ask("a/b")
+    store.delete("a/b")
+    assert listed(store, "a/") == []
+    assert store.read("a").body == b"1"
+
+
+def test_json_that_is_not_there_is_none(store: Store) -> None:
+    assert read_json(store, "none.json") is None
+    store.put_new("some.json", b'{"a": 1}')
+    assert read_json(store, "some.json") == {"a": 1}
+
+
+# Listing
+
+
+def test_a_listing_holds_just_the_prefix(store: Store) -> None:
+    names = ["a/b.bin", "a/b/c", "a/b/d/e", "a/bc/d", "a/b-1", "a/c", "ab", "b/a"]
+    for name in names:
+        store.put_new(name, name.encode())
+    for prefix in ["a", "a/", "a/b", "a/b/", "a/b/d", "a/b.", "ab", "a/c", "b/a", "c", "a/x/", "a/c/"]:
+        assert listed(store, prefix) == sorted(name for name in names if name.startswith(prefix)), prefix
+    assert set(names) < set(listed(store, ""))
+    assert all(found.size == len(found.key) for found in store.list("a"))
+
+
+@pytest.mark.parametrize("prefix", ["/", "/a", "//", "..", "../", "../contract/", "a/../"])
+def test_a_prefix_that_no_key_has_lists_nothing(store: Store, prefix: str) -> None:
+    store.put_new("a", b"1")
+    found: list[str] = []
+    with suppress(ValueError):
+        found = listed(store, prefix)
+    assert found == []
+
+
+def test_a_listing_of_more_than_a_page_is_whole(store: Store) -> None:
+    names = [f"many/{number:04d}" for number in range(1_100)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: store.put_new(name, b"1"), names))
+    assert listed(store, "many/") == names
+    assert listed(store, "many/09") == names[900:1000]
+
+
+@pytest.mark.parametrize("name", ["a/two words", "a/é", "a/b~", "a/two words/c"])
+def test_what_is_none_of_our_objects_is_not_listed(store: Store, name: str) -> None:
+    store.put_new("a/key", b"1")
+    put_by_hand(store, name)
+    assert listed(store, "a/") == ["a/key"]
+
+
+def put_by_hand(store: Store, name: str) -> None:
+    """What people and other programs put beside the objects, where no key can be."""
+    if beside := store.local_path("a/key"):
+        path = beside.parent.parent / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1")
+    else:
+        bucket, prefix = store.url.removeprefix("s3://").split("/")
+        own_client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"1")
+
+
+def test_delete_of_what_is_not_there_does_nothing(store: Store) -> None:
+    store.delete("a/key")
+    store.put_new("a/key", b"1")
+    store.delete("a/key")
+    store.delete("a/key")
+    assert listed(store, "a") == []
+    with pytest.raises(ObjectMissing):
+        store.read("a/key")
+
+
+# What the store is
+
+
+def test_the_probe_passes_and_leaves_nothing(store: Store) -> None:
+    before = listed(store, "")
+    store.probe()
+    store.probe()
+    assert listed(store, "") == before
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+def test_a_bad_key_is_refused_by_every_verb(store: Store, key: str) -> None:
+    before = listed(store, "")
+    for ask in (
+        lambda: store.read(key),
+        lambda: store.read_range(key, 0, 1),
+        lambda: store.put_new(key, b"1"),
+        lambda: store.swap(key, b"1", None),
+        lambda: store.stat(key),
+        lambda: store.delete(key),
+        lambda: store.local_path(key),
+    ):
+        with pytest.raises(ValueError, match="cannot be part of a key"):
+            ask()
+    assert listed(store, "") == before
+
+
+def test_opening_again_finds_what_was_put(store: Store, url: str) -> None:
+    store.put_new("key", b"1")
+    assert open_store(url, create=True).read("key").body == b"1"
