@@ -18,7 +18,7 @@ from model.runs.job import ask
 from model.runs.run import pin_run, training_job
 from storage.stores.opening import open_store
 from tests.making import build_dataset, tiny_config
-from tests.model import test_nodes
+from tests.model.processes import test_nodes
 from tests.model.training_runs import kill_all, until
 
 TEXT = (Path(__file__).parents[3] / "deploy" / "kubernetes.yaml").read_text()
