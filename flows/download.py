@@ -6,47 +6,31 @@ A file whose shards are all made is neither fetched nor read again: its plan is 
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.handoffs import Downloaded
+from flows.items import mirror_items
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import in_window, passes, transient
+from flows.runtime.tasks import in_window, is_transient, retry_if_transient
 from model import tokenizer
 from model.config import DataConfig, RunConfig
-from model.evaluation.hellaswag import questions
 from model.runs.run import pinned_run
 from storage.datasets.manifest import pinned_left_out, read_manifest
-from storage.datasets.plan import FilePlan, Shape, keep_plan, plan_file, plan_files, read_plan
-from storage.datasets.shards import done, recorded
-from storage.errors import AlreadyExists, SourceInvalid
+from storage.datasets.plan import DatasetSettings, FilePlan, plan_file, plan_files, put_plan, read_plan
+from storage.datasets.shards import finished_shards, recorded_shards
 from storage.sources.files import Listing, SourceFile, check_distinct
 from storage.sources.mirror import list_source, locate, mirror
-from storage.sources.reading import open_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
 FILES_AT_ONCE = 4  # connections to the Hub: it answers a crowd with 429, and four fill a line of 1 Gbit/s
 PLANS_AT_ONCE = 16  # of a bucket each is a round trip
-
-
-class Downloaded:
-    """The plan of each source file in order, what the Hub says of their dataset, the key of the HellaSwag items where
-    some are given, and why files could not be had.
-
-    No dataclass: Prefect would write all of it into the flow run's parameters, which it limits to 512 KiB.
-    """
-
-    __slots__ = ("failed", "items", "origin", "plans")
-
-    def __init__(self, plans: list[FilePlan], origin: dict[str, str], items: str | None, failed: list[str]) -> None:
-        self.plans, self.origin, self.items, self.failed = plans, origin, items, failed
 
 
 @task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
@@ -60,7 +44,7 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
 
 @task(
     task_run_name="file-{file.name}", cache_policy=NO_CACHE,
-    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
+    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
 )  # fmt: skip
 def prepare_file(
     file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, come: Callable[[str, int], None]
@@ -71,31 +55,9 @@ def prepare_file(
     planned = read_plan(store, data.dataset, file, shape, limit_tokens)
     if planned is None:
         planned = replace(plan_file(located, shape, limit_tokens), file=file)
-        keep_plan(store, data.dataset, planned, limit_tokens)
+        put_plan(store, data.dataset, planned, limit_tokens)
     come(file.digest, file.size_bytes)
     return planned
-
-
-@task(
-    task_run_name="items-{source}", cache_policy=NO_CACHE,
-    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=transient,
-)  # fmt: skip
-def mirror_items(source: str, store_url: str) -> str:
-    """Bring the file of HellaSwag items into the store. Returns its key. Raises SourceInvalid, naming a bad line."""
-    store = open_store(store_url)
-    found, _ = list_source(store, source, "", "main", "validation")
-    if len(found.files) != 1:
-        raise SourceInvalid(
-            f"evaluation.hellaswag = {source!r}: one file of split 'validation' was expected, found "
-            f"{len(found.files)}. Give one .jsonl or .parquet file."
-        )
-    file = mirror(store, found.files[0])
-    if not found.origin:
-        opened = open_source(file)
-        with suppress(AlreadyExists):  # named by its content
-            store.put_new(file.key, opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes))
-    questions(store.read(file.key).body, file.key)  # a file that cannot be asked is found before anything is trained
-    return file.key
 
 
 def download(config: RunConfig, *, with_items: bool = True) -> Downloaded:
@@ -115,7 +77,7 @@ def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
     run = pinned_run(store, config)
     if run is not None:
         manifest = read_manifest(store, run.dataset, run.manifest)
-        if len(done(store, run.dataset, manifest.shard_ids, manifest.made)) == len(manifest.shard_ids):
+        if len(finished_shards(store, run.dataset, manifest.shard_ids, manifest.made)) == len(manifest.shard_ids):
             say("download", f"nothing to do, the run is pinned to manifest {run.manifest[:12]}")
             return Downloaded([], {}, run.items, [])
         data = data.model_copy(update={"revision": run.commit or data.revision})
@@ -156,7 +118,7 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
     plans = {one.file: replace(one, left_out=left_out) for one in known if one}
     asked = [file for file in found.files if file not in plans]
     if data.mirror and found.origin:
-        there = recorded(store, data.dataset)
+        there = recorded_shards(store, data.dataset)
         made = {file for file, one in plans.items() if there.issuperset(one.shard_ids)}
         asked = [file for file in found.files if file not in made]
     come: Counter[str] = Counter()
@@ -174,7 +136,7 @@ def _all(config: RunConfig, store: Store, found: Listing) -> tuple[list[FilePlan
             errors.append(error)
     bar.close()
     for error in errors:
-        if len(errors) == len(found.files) or not passes(error):
+        if len(errors) == len(found.files) or not is_transient(error):
             raise error
     return [plans[file] for file in found.files if file in plans], [str(error) for error in errors]
 
@@ -191,5 +153,5 @@ def _limited(config: RunConfig, store: Store, found: Listing) -> tuple[list[File
     return list(plan_files(store, data.dataset, found.files, _shape(data), make, left_out)), []
 
 
-def _shape(data: DataConfig) -> Shape:
-    return data.shape(tokenizer.identity()["sha256"])
+def _shape(data: DataConfig) -> DatasetSettings:
+    return data.settings(tokenizer.identity()["sha256"])

@@ -1,6 +1,5 @@
 """The fourth stage: fan out the evaluations of checkpoints, each a tracked task and a job of its own process."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,29 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectConcurrentFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.download import mirror_items
+from flows.handoffs import Evaluated, Trained
+from flows.items import mirror_items
 from flows.runtime.artifacts import show
-from flows.runtime.processes import Processes
+from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
-from flows.train import Trained, run_job
 from model.checkpoints.records import CheckpointRecord, checkpoints
 from model.config import EvaluationConfig, RunConfig, differences
 from model.runs.job import Job, JobFailed, JobRefused
 from model.runs.run import evaluation_jobs, pinned_run
-from storage import keys
 from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectMissing, StorageError
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What the evaluations answered."""
-
-    results: list[dict[str, Any]]
 
 
 @task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     """Wait for one evaluation's process. Returns its result: name, metrics and the key of all that was found."""
     store = open_store(store_url)
-    kept = read_json(store, keys.evaluation(job.run, job.recipe["step"], job.kind))
+    kept = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
     if kept is None or kept.get("job") != job.job_id:
-        store.delete(keys.result(job.run, job.job_id))  # asked otherwise since: what it found was overwritten
+        store.delete(RunKeys(job.run).result(job.job_id))  # asked otherwise since: what it found was overwritten
     return run_job(store, job, processes)
 
 

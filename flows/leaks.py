@@ -9,24 +9,24 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.download import mirror_items
+from flows.items import mirror_items
 from flows.pages.dataset_card import leak_line
 from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import workers
+from flows.runtime.tasks import worker_count
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.evaluation.hellaswag import completion_style, questions
 from model.evaluation.items import Item
-from storage import keys
 from storage.datasets.manifest import ShardRow, read_manifest
 from storage.datasets.plan import FilePlan
-from storage.datasets.shards import Made, read_record
-from storage.datasets.versions import newest
+from storage.datasets.shards import ShardSummary, read_record
+from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
 from storage.inspection import matching
-from storage.inspection.leaks import audit
+from storage.inspection.leaks import find_repeats
 from storage.inspection.lineage import row_numbers
+from storage.keys import DatasetKeys
 from storage.sources.mirror import locate
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite, read_json
@@ -38,7 +38,7 @@ def audit_version(
 ) -> dict[str, Any]:
     """The leak report of one version, made unless it is there: `items` is the key of the HellaSwag items, if any."""
     store = open_store(store_url)
-    key = keys.audit(dataset, manifest)
+    key = DatasetKeys(dataset).leaks(manifest)
     report = read_json(store, key)
     if report is None or report["asked"] != items:
         overwrite(store, key, canonical_json(_report(store, dataset, manifest, items, resources)))
@@ -55,7 +55,9 @@ def _report(store: Store, dataset: str, manifest: str, items: str | None, resour
     contexts, endings = [_grams(item, ending=False) for item in found], [_grams(item, ending=True) for item in found]
     wanted = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
     bar = Bar("audit", len(rows), "shards")
-    repeated, hits = audit(store.url, dataset, rows, tokenizer.decode_bytes, wanted, workers(resources), bar.advance)
+    repeated, hits = find_repeats(
+        store.url, dataset, rows, tokenizer.decode_bytes, wanted, worker_count(resources), bar.advance
+    )
     bar.close()
     counts = {split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")}
     in_train = {
@@ -83,7 +85,7 @@ def audit_dataset(config: RunConfig) -> dict[str, Any]:
     """Look for leaks in the dataset's newest version."""
     data, store = config.data, open_store(config.store_url)
     items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
-    manifest = newest(store, data.dataset).digest
+    manifest = newest_version(store, data.dataset).digest
     return audit_version(data.dataset, manifest, items, config.resources, config.store_url)
 
 
@@ -91,7 +93,7 @@ def audit_dataset(config: RunConfig) -> dict[str, Any]:
 def find_leaks(
     dataset: str,
     plans: Sequence[FilePlan],
-    made: Mapping[str, Made],
+    made: Mapping[str, ShardSummary],
     val: Sequence[str],
     resources: ResourcesConfig,
     store_url: str,
@@ -105,7 +107,9 @@ def find_leaks(
     ]
     bar = Bar("leaks", len(rows), "shards")
     nothing = np.empty(0, np.uint64)
-    repeated, _ = audit(store_url, dataset, rows, tokenizer.decode_bytes, nothing, workers(resources), bar.advance)
+    repeated, _ = find_repeats(
+        store_url, dataset, rows, tokenizer.decode_bytes, nothing, worker_count(resources), bar.advance
+    )
     bar.close()
     return _rows_of(open_store(store_url), dataset, plans, repeated.leaks)
 

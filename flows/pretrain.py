@@ -10,17 +10,18 @@ from prefect import flow
 from prefect.utilities.engine import link_state_to_flow_run_result
 
 from flows.download import download
-from flows.evaluate import Evaluated, evaluate
+from flows.evaluate import evaluate
+from flows.handoffs import Evaluated, Trained
 from flows.report import report
 from flows.runtime.artifacts import show_links
 from flows.tokenise import tokenise
-from flows.train import Trained, train
+from flows.train import train
 from model import tokenizer
 from model.config import RunConfig
 from model.runs.job import JobFailed, JobRefused
-from model.runs.run import note_asked, pinned_run
-from storage import keys
+from model.runs.run import keep_request, pinned_run
 from storage.datasets.manifest import check_binding
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -32,7 +33,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     if pinned_run(store, config) is None:  # refuses other settings before they are kept
         _check_binding(store, config)
     downloaded = download(config)
-    note_asked(store, keys.run_asked(config.name), config)  # a source that cannot be read leaves nothing behind
+    keep_request(store, RunKeys(config.name).request, config)  # a source that cannot be read leaves nothing behind
     version = tokenise(config, downloaded)
     trained = train(config, version)
     return _evaluate_and_report(config, trained)
@@ -44,7 +45,7 @@ def build_dataset(config: RunConfig) -> str:
     store = open_store(config.store_url, create=True)
     _check_binding(store, config)
     downloaded = download(config, with_items=config.resources.audit)  # of these only a leak report has need
-    note_asked(store, keys.dataset_asked(config.data.dataset), config)
+    keep_request(store, DatasetKeys(config.data.dataset).request, config)
     version = tokenise(config, downloaded)
     return str(version.manifest)
 
@@ -61,7 +62,7 @@ def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
     """Evaluate the checkpoints of a run that are asked for, and write its report."""
     store = open_store(config.store_url)
     if pinned_run(store, config) is not None:
-        note_asked(store, keys.run_asked(config.name), config)
+        keep_request(store, RunKeys(config.name).request, config)
     return _evaluate_and_report(config, None)
 
 
@@ -80,7 +81,7 @@ def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str
     facts = report(config, evaluated)
     pages = {"report": facts["report"]}
     if data := facts["dataset"]:
-        pages["manifest"] = keys.manifest(data["name"], data["manifest"])
+        pages["manifest"] = DatasetKeys(data["name"]).manifest(data["manifest"])
     show_links(open_store(config.store_url), f"Pages of {config.name}; of a bucket they open for 7 days", pages)
     if isinstance(found, BaseException):
         raise found

@@ -6,15 +6,14 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.evaluate import Evaluated
+from flows.handoffs import Evaluated, Trained
 from flows.inspection.facts import Facts, newest, run_facts
 from flows.pages.curves import curves
 from flows.pages.drawing import render
 from flows.runtime.artifacts import Picture, show
 from flows.runtime.progress import say
-from flows.train import Trained
 from model.config import RunConfig, differences
-from storage import keys
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 
@@ -28,7 +27,7 @@ def write_report(run_name: str, store_url: str) -> dict[str, Any]:
         key = title.lower().replace(" ", "-").replace("_", "-")
         Picture(f"plot-{key}", f"{title}, {run_name}").show(svg)
     shown = {name: facts[name] for name in ("name", "dataset", "training")}
-    return shown | {"samples": facts["samples"][:1], "report": keys.report(run_name, "html")}
+    return shown | {"samples": facts["samples"][:1], "report": RunKeys(run_name).report("html")}
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
@@ -43,8 +42,8 @@ def keep_report(store: Store, run: str) -> tuple[Facts, dict[str, str]]:
     """Put the run's two pages into the store. Returns the facts and the plots that they show."""
     facts = run_facts(store, run)
     plots = curves([facts])
-    overwrite(store, keys.report(run, "html"), page([facts], plots))
-    overwrite(store, keys.report(run, "md"), markdown([facts]).encode())
+    overwrite(store, RunKeys(run).report("html"), page([facts], plots))
+    overwrite(store, RunKeys(run).report("md"), markdown([facts]).encode())
     return facts, plots
 
 

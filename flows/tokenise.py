@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -15,11 +15,11 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
-from flows.download import Downloaded
+from flows.handoffs import DatasetVersion, Downloaded
 from flows.leaks import audit_version, find_leaks
 from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import in_window, passes, transient, workers
+from flows.runtime.tasks import in_window, is_transient, retry_if_transient, worker_count
 from model import tokenizer
 from model.config import DataConfig, ResourcesConfig, RunConfig
 from model.runs.job import JobFailed, note_failure
@@ -38,6 +38,7 @@ from storage.datasets.manifest import (
 )
 from storage.datasets.plan import FilePlan, ShardJob
 from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
+from storage.keys import DatasetKeys
 from storage.sources.files import Listing
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -48,22 +49,13 @@ MOST_LINES = 1_000  # of the table of shard jobs
 POOLS = 3  # begun in a row, where a process of each is killed
 
 
-@dataclass(frozen=True)
-class DatasetVersion:
-    """A sealed manifest's digest, the Hub's commit it was made of, and the key of the HellaSwag items."""
-
-    manifest: str
-    commit: str | None
-    items: str | None
-
-
 @task(
     task_run_name="{name}",
     cache_policy=NO_CACHE,  # Prefect's cache says `Cached` even when the data is gone; the record is the truth
     retries=2,
     retry_delay_seconds=[2, 10],
     retry_jitter_factor=0.5,
-    retry_condition_fn=transient,
+    retry_condition_fn=retry_if_transient,
 )
 def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # `name` names it
     """Make some shards of one source file and their records, or find them; a failed one stops no other."""
@@ -73,20 +65,22 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
         try:
             made += _make(store, dataset, job)
         except (ValueError, StorageError, OSError) as error:
-            note_failure(store, keys.record(dataset, job.shard_id), str(error))
+            note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(error))
             errors[job.shard_id] = error
     if errors:
-        passing = [error for error in errors.values() if passes(error)]  # worth another try: the shards made are kept
+        passing = [
+            error for error in errors.values() if is_transient(error)
+        ]  # worth another try: the shards made are kept
         raise [*passing, *errors.values()][0]
     return made if made else Completed(name="Skipped", message="the records were there")
 
 
 def _make(store: Store, dataset: str, job: ShardJob) -> bool:
     """Make one shard; False when it was there."""
-    if shards.is_done(store, dataset, job.shard_id):
+    if shards.is_finished(store, dataset, job.shard_id):
         return False
     record = shards.build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
-    store.delete(keys.failure(keys.record(dataset, job.shard_id)))
+    store.delete(keys.failure(DatasetKeys(dataset).record(job.shard_id)))
     get_run_logger().info("%s: %s tokens of %s documents", job.shard_id, f"{record.tokens:,}", f"{record.documents:,}")
     return True
 
@@ -101,7 +95,7 @@ def seal_dataset(
         open_store(store_url),
         data.dataset,
         planned,
-        recipe=data.shape(identity["sha256"]).recipe(),
+        recipe=data.settings(identity["sha256"]).recipe(),
         tokenizer=identity,
         source=source,
         binding=data.binding(identity["sha256"]),
@@ -140,7 +134,7 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
     """What runs the shard jobs: the same task code and the same bytes under each."""
-    count = workers(resources)
+    count = worker_count(resources)
     if resources.runner == "processes":
         return ProcessPoolTaskRunner(count)
     if resources.runner == "threads":
@@ -165,7 +159,7 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     planned = [shard_id for one in plans for shard_id in one.shard_ids]
     claim(store, data.dataset, "build")  # before anything that is there is counted on
     latest = latest_manifest(store, data.dataset)
-    finished = shards.done(store, data.dataset, planned, latest.made if latest else {})
+    finished = shards.finished_shards(store, data.dataset, planned, latest.made if latest else {})
     missing = set(planned) - set(finished)
     _run_missing(config, plans, missing, len(planned))
     if downloaded.failed:
@@ -181,7 +175,7 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     source = Listing(tuple(one.file for one in plans), downloaded.origin).described()
     manifest = seal_dataset(planned, source, data, config.store_url, left_out or {})
     for shard_id in shards.failures(store, data.dataset) if missing else ():  # of jobs that nobody asks for any more
-        store.delete(keys.failure(keys.record(data.dataset, shard_id)))
+        store.delete(keys.failure(DatasetKeys(data.dataset).record(shard_id)))
     pinned = f"manifest {manifest.digest[:12]}"
     say("tokenise", f"{pinned} is unchanged" if latest and latest.digest == manifest.digest else f"sealed {pinned}")
     return manifest
@@ -192,7 +186,7 @@ def _without_leaks(
 ) -> tuple[list[FilePlan], dict[str, list[int]]]:
     """The plans with the val shards that lack what is in train, those shards made, and the rows they lack."""
     data = config.data
-    made = shards.done(store, data.dataset, planned, {})
+    made = shards.finished_shards(store, data.dataset, planned, {})
     val = planned[: data.val_shards]
     left_out = find_leaks(data.dataset, plans, made, val, config.resources, config.store_url)
     count = sum(len(rows) for rows in left_out.values())
@@ -204,14 +198,14 @@ def _without_leaks(
     say("leaks", f"{count:,} documents of {len(left_out):,} val shards are in train too: left out of val")
     plans = [replace(one, left_out=left_out) for one in plans]
     again = {shard_id for one in plans for shard_id in one.shard_ids} - set(planned)
-    _run_missing(config, plans, again - set(shards.done(store, data.dataset, again, {})), len(planned))
+    _run_missing(config, plans, again - set(shards.finished_shards(store, data.dataset, again, {})), len(planned))
     return plans, left_out
 
 
 def _mend(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> Manifest:
     """Make again just the shards of the run's manifest that the store has lost; a pinned run gets no new version."""
     manifest = read_manifest(store, run.dataset, run.manifest)
-    lost = set(manifest.shard_ids) - set(shards.done(store, run.dataset, manifest.shard_ids, manifest.made))
+    lost = set(manifest.shard_ids) - set(shards.finished_shards(store, run.dataset, manifest.shard_ids, manifest.made))
     found = lost.intersection(shard_id for one in downloaded.plans for shard_id in one.shard_ids)
     if len(found) < len(lost):
         raise DatasetMismatch(
@@ -246,7 +240,7 @@ def _run_missing(config: RunConfig, plans: list[FilePlan], missing: set[str], to
     for jobs, error, future in in_window(
         _groups(plans, missing, config.resources),
         lambda jobs: tokenise_shards.submit(_name(jobs), jobs, dataset, config.store_url),
-        IN_FLIGHT * workers(config.resources),
+        IN_FLIGHT * worker_count(config.resources),
     ):
         settled += len(jobs)
         bar.to(settled)

@@ -3,57 +3,29 @@
 import contextvars
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed
 
+from flows.handoffs import DatasetVersion, Trained
 from flows.pages.curves import loss_curve
 from flows.runtime.artifacts import Picture, show
-from flows.runtime.processes import Processes
+from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
-from flows.tokenise import DatasetVersion
 from model.checkpoints.records import read_metrics
 from model.config import RunConfig
-from model.runs.job import Job, JobFailed, ask, note_failure, read_result
+from model.runs.job import Job, read_result
 from model.runs.run import Run, pin_run, pinned_run, training_job
-from storage import keys
 from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectMissing, StorageError
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 
 WATCH_SECONDS = 1.0
 CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The step a training ended at."""
-
-    step: int
-
-
-def run_job(store: Store, job: Job, processes: Processes) -> Any:
-    """Run a job in a process and return its result, from a task's thread; a job that is done is Skipped.
-
-    Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
-    """
-    if (result := read_result(store, job)) is not None:
-        return Completed(name="Skipped", message="its result was there", data=result)
-    try:
-        processes.run(ask(store, job), get_run_logger().info)
-        if (result := read_result(store, job)) is None:
-            raise JobFailed(
-                f"job {job.job_id!r} stopped before its end, as it was asked to. Run the same command again."
-            )
-    except (JobFailed, ValueError) as error:
-        note_failure(store, keys.result(job.run, job.job_id), str(error))
-        raise
-    return result
 
 
 @task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
@@ -123,7 +95,7 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
     while not ended.wait(WATCH_SECONDS):
         try:
             seen = seen or {line["step"]: line for line in read_metrics(store, run.name)}  # before it was started again
-            progress: dict[str, Any] = read_json(store, keys.progress(run.name)) or {}
+            progress: dict[str, Any] = read_json(store, RunKeys(run.name).progress) or {}
         except StorageError:
             continue  # the trainer says what is wrong with the store, and goes on
         if lines := progress.get("since_checkpoint"):

@@ -23,7 +23,7 @@ from model.config import ResourcesConfig
 from model.evaluation.jobs import evaluate
 from model.processes.distributed import DDPConfig
 from model.processes.parent import end_with_parent
-from model.runs.job import answer, read_job, read_result
+from model.runs.job import put_result, read_job, read_result
 from model.training.trainer import Trainer
 from storage.cache import shards as shard_cache
 from storage.errors import StorageError
@@ -52,7 +52,7 @@ def run_job(store_url: str, job_key: str) -> int:
         if result is None:
             print(f"{job.job_id}: stopped as asked, saved; the same command goes on from here", flush=True)
             return 0
-        answer(store, job, result)
+        put_result(store, job, result)
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

@@ -1,6 +1,29 @@
-"""Every key in the store is spelled here and nowhere else. Knows no store."""
+"""Every key in the store is spelled here and nowhere else.
+
+    FORMAT                                          the layout number; a reader refuses a higher one
+    sources/{digest}/{file}                         a source file, mirrored
+    sources/listings/{digest}.json                  what a Hub source held when it was last listed
+    datasets/{name}/shards/{shard_id}.bin           token ids, little-endian uint16, immutable
+    datasets/{name}/shards/{shard_id}.json          the shard's record, written last
+    datasets/{name}/plans/{digest}.json             which rows of a source file become which shards
+    datasets/{name}/split.json                      the val shards and the settings the name is bound to; create-only
+    datasets/{name}/manifests/{sha256}.json         an immutable version
+    datasets/{name}/audits/{sha256}.json            the leak report of a version
+    datasets/{name}/latest.json                     pointer to the newest manifest, swapped
+    datasets/{name}/lease.json  asked.json          who may change the dataset; the last request for it
+    runs/{name}/config.json  asked.json             what the run is pinned to; the last request for it
+    runs/{name}/jobs/{job}.json  .result.json       what one process is asked; what it answered
+    runs/{name}/checkpoints/{step}/{attempt}/…      a checkpoint's files; {step}.json is its record, written last
+    runs/{name}/metrics/{first_step}-{attempt}.jsonl
+    runs/{name}/progress.json                       how far the training is, swapped
+    runs/{name}/evaluations/{step}/{name}.json      and {name}.items.parquet
+    runs/{name}/report.html  report.md
+
+Prefixes end in "/". `X.failure.json` beside a record or result says why its job last failed.
+"""
 
 import re
+from dataclasses import dataclass
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -11,22 +34,22 @@ TEMPORARY = "tmp/"
 
 
 def check_name(kind: str, name: str) -> str:
-    """The name itself, when it can be one segment of a key. Raises ValueError otherwise."""
+    """Return the name if it can be one segment of a key. Raises ValueError otherwise."""
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{kind} {name!r} cannot be part of a key. It must begin with a letter or a digit and hold only letters, "
-            f"digits, '.', '_' and '-', 200 at most. Choose such a name."
+            f"{kind} {name!r} cannot be part of a key. Start with a letter or a digit and use only letters, digits, "
+            f"'.', '_' and '-', at most 200."
         )
     return name
 
 
 def as_name(text: str) -> str:
-    """The text with what cannot stand in a key replaced; empty when nothing is left of it."""
+    """The text with every character that a key cannot hold replaced by "_"; may be empty."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")
 
 
 def check_key(key: str) -> str:
-    """The key itself, when every segment of it is a name. Raises ValueError otherwise: no key leaves the store."""
+    """Return the key if every segment is a name, so that no key leaves the store. Raises ValueError otherwise."""
     for segment in key.split("/"):
         check_name("the key", segment)
     return key
@@ -38,187 +61,172 @@ def is_key(text: str) -> bool:
 
 
 def probe(token: str) -> str:
-    """A key that a look at the store writes and deletes."""
+    """A key that probing a store writes and deletes."""
     return f"{TEMPORARY}{token}"
 
 
 def source(digest: str, name: str) -> str:
-    """A source file that was copied into the store."""
+    """A source file mirrored into the store."""
     return check_key(f"sources/{digest}/{name}")
 
 
 def listing(digest: str) -> str:
-    """What a source of the Hub held when it was asked last."""
+    """What a Hub source held when it was last listed."""
     return check_key(f"sources/listings/{digest}.json")
 
 
-def dataset(name: str) -> str:
-    """The prefix of one dataset."""
-    return f"{DATASETS}{check_name('dataset', name)}/"
-
-
-def shards(name: str) -> str:
-    """The prefix of a dataset's shards and records."""
-    return f"{dataset(name)}shards/"
-
-
-def shard(name: str, shard_id: str) -> str:
-    """One shard's token ids."""
-    return f"{shards(name)}{check_name('shard', shard_id)}.bin"
-
-
-def record(name: str, shard_id: str) -> str:
-    """One shard's record."""
-    return f"{shards(name)}{check_name('shard', shard_id)}.json"
-
-
-def shard_of(name: str, key: str) -> tuple[str | None, bool]:
-    """The shard whose token ids or record lie at the key (None: neither does), and whether it is the record."""
-    shard_id, _, suffix = key.removeprefix(shards(name)).rpartition(".")
-    return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
-
-
 def failure(key: str) -> str:
-    """Why the job whose record or result is at `key` failed last; gone once it succeeds."""
+    """Why the job whose record or result is at `key` last failed; deleted when it succeeds."""
     return f"{key.removesuffix('.json')}.failure.json"
 
 
-def plans(name: str) -> str:
-    """The prefix of the plans of a dataset's source files."""
-    return f"{dataset(name)}plans/"
-
-
-def plan(name: str, digest: str) -> str:
-    """Which rows of one source file become which shards."""
-    return check_key(f"{plans(name)}{digest}.json")
-
-
-def split(name: str) -> str:
-    """The dataset's pinned val shards and what its name is bound to."""
-    return f"{dataset(name)}split.json"
-
-
-def lease(name: str) -> str:
-    """Who may change which shards of the dataset count."""
-    return f"{dataset(name)}lease.json"
-
-
-def manifests(name: str) -> str:
-    """The prefix of a dataset's versions."""
-    return f"{dataset(name)}manifests/"
-
-
-def manifest(name: str, digest: str) -> str:
-    """One version of a dataset."""
-    return f"{manifests(name)}{check_name('manifest', digest)}.json"
-
-
-def audit(name: str, digest: str) -> str:
-    """The leak report of one version."""
-    return check_key(f"{dataset(name)}audits/{digest}.json")
-
-
-def dataset_asked(name: str) -> str:
-    """The configuration with which the dataset was asked for last."""
-    return f"{dataset(name)}asked.json"
-
-
-def dataset_latest(name: str) -> str:
-    """The pointer to a dataset's newest manifest."""
-    return f"{dataset(name)}latest.json"
-
-
-def run(name: str) -> str:
-    """The prefix of one run."""
-    return f"{RUNS}{check_name('run', name)}/"
-
-
-def run_config(name: str) -> str:
-    """The configuration a run is pinned to."""
-    return f"{run(name)}config.json"
-
-
-def run_asked(name: str) -> str:
-    """The configuration with which the run was asked for last, before it is pinned."""
-    return f"{run(name)}asked.json"
-
-
-def jobs(name: str) -> str:
-    """The prefix of what a run's processes are asked, and answered."""
-    return f"{run(name)}jobs/"
-
-
-def job(name: str, job_id: str) -> str:
-    """What one process is asked."""
-    return f"{jobs(name)}{check_name('job', job_id)}.json"
-
-
-def result(name: str, job_id: str) -> str:
-    """What a process answered; there = the job is done."""
-    return f"{jobs(name)}{check_name('job', job_id)}.result.json"
-
-
 def failed_job(key: str) -> str | None:
-    """The job whose failure is noted at the key; None when the key is another one."""
+    """The job whose failure is at `key`, or None if `key` holds something else."""
     ending = ".result.failure.json"
     return f"{key.removesuffix(ending)}.json" if key.endswith(ending) else None
 
 
-def checkpoints(name: str) -> str:
-    """The prefix of a run's checkpoints."""
-    return f"{run(name)}checkpoints/"
+@dataclass(frozen=True)
+class DatasetKeys:
+    """The keys of one dataset. Raises ValueError for a name that cannot be part of a key."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        check_name("dataset", self.name)
+
+    @property
+    def prefix(self) -> str:
+        return f"{DATASETS}{self.name}/"
+
+    @property
+    def shards(self) -> str:
+        """The prefix of shards and their records."""
+        return f"{self.prefix}shards/"
+
+    def shard(self, shard_id: str) -> str:
+        return f"{self.shards}{check_name('shard', shard_id)}.bin"
+
+    def record(self, shard_id: str) -> str:
+        return f"{self.shards}{check_name('shard', shard_id)}.json"
+
+    def shard_of(self, key: str) -> tuple[str | None, bool]:
+        """The shard whose token ids or record are at `key` (None for neither), and whether it is the record."""
+        shard_id, _, suffix = key.removeprefix(self.shards).rpartition(".")
+        return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
+
+    @property
+    def plans(self) -> str:
+        """The prefix of the plans of the source files."""
+        return f"{self.prefix}plans/"
+
+    def plan(self, digest: str) -> str:
+        return check_key(f"{self.plans}{digest}.json")
+
+    @property
+    def split(self) -> str:
+        return f"{self.prefix}split.json"
+
+    @property
+    def lease(self) -> str:
+        return f"{self.prefix}lease.json"
+
+    @property
+    def manifests(self) -> str:
+        """The prefix of all versions."""
+        return f"{self.prefix}manifests/"
+
+    def manifest(self, digest: str) -> str:
+        return f"{self.manifests}{check_name('manifest', digest)}.json"
+
+    def leaks(self, digest: str) -> str:
+        """The leak report of the version with that digest."""
+        return check_key(f"{self.prefix}audits/{digest}.json")
+
+    @property
+    def request(self) -> str:
+        """The configuration of the last request to build the dataset."""
+        return f"{self.prefix}asked.json"
+
+    @property
+    def latest(self) -> str:
+        return f"{self.prefix}latest.json"
 
 
-def checkpoint_file(name: str, step: int, attempt: str, file: str) -> str:
-    """One file of a checkpoint, as one attempt wrote it."""
-    return check_key(f"{checkpoints(name)}{step:06d}/{attempt}/{file}")
+@dataclass(frozen=True)
+class RunKeys:
+    """The keys of one run. Raises ValueError for a name that cannot be part of a key."""
 
+    name: str
 
-def checkpoint_record(name: str, step: int) -> str:
-    """A checkpoint's record."""
-    return f"{checkpoints(name)}{step:06d}.json"
+    def __post_init__(self) -> None:
+        check_name("run", self.name)
 
+    @property
+    def prefix(self) -> str:
+        return f"{RUNS}{self.name}/"
 
-def run_latest(name: str) -> str:
-    """The pointer to a run's newest complete checkpoint."""
-    return f"{run(name)}latest.json"
+    @property
+    def config(self) -> str:
+        return f"{self.prefix}config.json"
 
+    @property
+    def request(self) -> str:
+        """The configuration of the last request for the run."""
+        return f"{self.prefix}asked.json"
 
-def all_metrics(name: str) -> str:
-    """The prefix of a run's metrics."""
-    return f"{run(name)}metrics/"
+    @property
+    def jobs(self) -> str:
+        """The prefix of jobs and results."""
+        return f"{self.prefix}jobs/"
 
+    def job(self, job_id: str) -> str:
+        return f"{self.jobs}{check_name('job', job_id)}.json"
 
-def metrics(name: str, first_step: int, attempt: str) -> str:
-    """The metrics between two checkpoints, as one attempt wrote them."""
-    return check_key(f"{all_metrics(name)}{first_step:06d}-{attempt}.jsonl")
+    def result(self, job_id: str) -> str:
+        return f"{self.jobs}{check_name('job', job_id)}.result.json"
 
+    @property
+    def checkpoints(self) -> str:
+        """The prefix of checkpoint records and files."""
+        return f"{self.prefix}checkpoints/"
 
-def progress(name: str) -> str:
-    """Where a running training stands, for the live curve."""
-    return f"{run(name)}progress.json"
+    def checkpoint_file(self, step: int, attempt: str, file: str) -> str:
+        return check_key(f"{self.checkpoints}{step:06d}/{attempt}/{file}")
 
+    def checkpoint_record(self, step: int) -> str:
+        return f"{self.checkpoints}{step:06d}.json"
 
-def all_evaluations(name: str) -> str:
-    """The prefix of a run's evaluations."""
-    return f"{run(name)}evaluations/"
+    @property
+    def latest(self) -> str:
+        """Pointer to the newest complete checkpoint."""
+        return f"{self.prefix}latest.json"
 
+    @property
+    def metrics(self) -> str:
+        """The prefix of all metrics."""
+        return f"{self.prefix}metrics/"
 
-def evaluations(name: str, step: int) -> str:
-    """The prefix of one checkpoint's evaluations."""
-    return f"{all_evaluations(name)}{step:06d}/"
+    def metrics_segment(self, first_step: int, attempt: str) -> str:
+        """The metrics of one attempt between two checkpoints."""
+        return check_key(f"{self.metrics}{first_step:06d}-{attempt}.jsonl")
 
+    @property
+    def progress(self) -> str:
+        return f"{self.prefix}progress.json"
 
-def evaluation(name: str, step: int, evaluation_name: str) -> str:
-    """One evaluation of one checkpoint."""
-    return check_key(f"{evaluations(name, step)}{evaluation_name}.json")
+    @property
+    def evaluations(self) -> str:
+        """The prefix of all evaluations."""
+        return f"{self.prefix}evaluations/"
 
+    def evaluation(self, step: int, name: str) -> str:
+        return check_key(f"{self.evaluations}{step:06d}/{name}.json")
 
-def evaluation_items(name: str, step: int, evaluation_name: str) -> str:
-    """The evaluation's answers, one row an item."""
-    return check_key(f"{evaluations(name, step)}{evaluation_name}.items.parquet")
+    def evaluation_items(self, step: int, name: str) -> str:
+        """The evaluation's answers as parquet, one row per item."""
+        return check_key(f"{self.evaluations}{step:06d}/{name}.items.parquet")
 
-
-def report(name: str, suffix: str) -> str:
-    """The run's report for people: `html` or `md`."""
-    return f"{run(name)}report.{suffix}"
+    def report(self, suffix: str) -> str:
+        """The report as `html` or `md`."""
+        return f"{self.prefix}report.{suffix}"

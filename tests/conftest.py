@@ -30,7 +30,7 @@ from storage.stores.store import Store
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
-pytest.register_assert_rewrite("tests.model.training", "tests.storage.sealing")  # they assert for the tests
+pytest.register_assert_rewrite("tests.model.training_runs", "tests.storage.sealing")  # they assert for the tests
 
 
 @pytest.fixture(autouse=True)

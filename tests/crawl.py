@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from model.config import RunConfig
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, seal
 from storage.datasets.plan import plan_files
+from storage.keys import DatasetKeys
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -106,7 +106,7 @@ class Crawl:
     def build(self, leaks: Callable[[int, int], list[int]] | None = None) -> Manifest:
         """Make and seal the dataset; `leaks` names, of a val shard's first row and row to, those that it must lack."""
         data, identity = self.config.data, tokenizer.identity()
-        shape = data.shape(identity["sha256"])
+        shape = data.settings(identity["sha256"])
         found, _ = list_source(self.store, data.source, data.config, data.revision, "train")
         jobs = [job for one in plan_files(self.store, data.dataset, found.files, shape) for job in one.jobs()]
         left_out = {job.shard_id: leaks(*job.rows) for job in jobs[: data.val_shards]} if leaks else {}
@@ -114,7 +114,7 @@ class Crawl:
         plans = plan_files(self.store, data.dataset, found.files, shape, left_out=left_out)
         jobs = [job for one in plans for job in one.jobs()]
         for job in jobs:
-            if not shards.is_done(self.store, data.dataset, job.shard_id):
+            if not shards.is_finished(self.store, data.dataset, job.shard_id):
                 shards.build_shard(self.store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
         return seal(
             self.store, data.dataset, [job.shard_id for job in jobs], recipe=shape.recipe(), tokenizer=identity,
@@ -149,5 +149,5 @@ class Crawl:
 
     def ids(self, manifest: Manifest, split: str) -> np.ndarray:
         """The tokens of a split in order, read from the files of its shards."""
-        names = [keys.shard(self.config.data.dataset, row.shard_id) for row in manifest.rows(split)]
+        names = [DatasetKeys(self.config.data.dataset).shard(row.shard_id) for row in manifest.rows(split)]
         return np.concatenate([np.fromfile(str(self.store.local_path(name)), "<u2") for name in names])

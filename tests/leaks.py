@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model import tokenizer
-from storage import keys
 from storage.datasets.manifest import Manifest
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 Words = tuple[bytes, ...]
@@ -63,7 +63,7 @@ def documents(store: Store, dataset: str, manifest: Manifest) -> list[Document]:
     """A version's documents in order, from the bytes of its shards."""
     found = []
     for row in manifest.rows():
-        ids = np.frombuffer(store.read(keys.shard(dataset, row.shard_id)).body, "<u2")
+        ids = np.frombuffer(store.read(DatasetKeys(dataset).shard(row.shard_id)).body, "<u2")
         parts = np.split(ids, np.flatnonzero(ids == tokenizer.EOT))[1:]
         for number, part in enumerate(parts):
             text = tokenizer.decode(part[1:].tolist())

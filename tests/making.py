@@ -10,7 +10,8 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, seal
 from storage.datasets.plan import plan_files
@@ -54,7 +55,7 @@ def build_dataset(config: RunConfig) -> Manifest:
     store = open_store(config.store_url, create=True)
     data = config.data
     identity = tokenizer.identity()
-    shape = data.shape(identity["sha256"])
+    shape = data.settings(identity["sha256"])
     found, _ = list_source(store, data.source, data.config, data.revision, "train")
     plans = list(plan_files(store, data.dataset, found.files, shape))
     for job in (job for one in plans for job in one.jobs()):

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest
@@ -110,7 +110,7 @@ def _round(url: str, source: Path) -> Outcome:
     manifest = build_dataset(config)
     store = open_store(url)
     job = training_job(pin_run(store, config, manifest.digest, None))
-    assert run_job(url, ask(store, job)) == 0
+    assert run_job(url, put_job(store, job)) == 0
     return _outcome(store, manifest)
 
 

@@ -27,9 +27,9 @@ from safetensors.torch import load
 
 from model.checkpoints.records import CheckpointRecord, checkpoints, read_segments
 from model.runs.job import read_job, read_result
-from storage import keys
 from storage.cache import host as host_cache
 from storage.digests import sha256
+from storage.keys import RunKeys
 from storage.sources import files as sources
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
@@ -77,7 +77,7 @@ class Proof:
         there = checkpoints(self._store, RUN)
         steps = [record.step for record in there]
         assert (steps or [0])[-1] >= self.step, f"step {self.step} was saved, the newest is now of {steps}"
-        latest: dict[str, Any] | None = read_json(self._store, keys.run_latest(RUN))  # type: ignore[assignment]
+        latest: dict[str, Any] | None = read_json(self._store, RunKeys(RUN).latest)  # type: ignore[assignment]
         assert latest is not None or len(there) <= 1, f"no latest, but checkpoints of {steps}"
         if there:
             self.step = steps[-1]
@@ -86,7 +86,9 @@ class Proof:
             self.stale += 1
             assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
             self._load(CheckpointRecord(**read_json(self._store, latest["record"])))  # type: ignore[arg-type]
-        names = {listed.key.removeprefix(keys.checkpoints(RUN)) for listed in self._store.list(keys.checkpoints(RUN))}
+        names = {
+            listed.key.removeprefix(RunKeys(RUN).checkpoints) for listed in self._store.list(RunKeys(RUN).checkpoints)
+        }
         begun = {name.rpartition("/")[0] for name in names if "/" in name}  # 000005/0123456789ab
         assert len(there) == sum("/" not in name for name in names), f"a record without its files: {names}"
         self.cut_saves += any(int(attempt[:6]) > self.step for attempt in begun - self._attempts)
@@ -94,7 +96,7 @@ class Proof:
 
     def _load(self, record: CheckpointRecord) -> None:
         for name, stated in record.files.items():
-            key = keys.checkpoint_file(RUN, record.step, record.attempt, name)
+            key = RunKeys(RUN).checkpoint_file(record.step, record.attempt, name)
             body = self._store.read(key, stated["size_bytes"]).body
             assert sha256(body) == stated["sha256"], key
             assert all(tensor.isfinite().all() for tensor in load(bytes(body)).values()), key
@@ -147,8 +149,8 @@ class Killer:
         """How many writes of saves were begun."""
         return sum(
             request.method in ("PUT", "DELETE")
-            and keys.run(RUN) in request.path
-            and keys.progress(RUN) not in request.path
+            and RunKeys(RUN).prefix in request.path
+            and RunKeys(RUN).progress not in request.path
             for request in self._proxy.seen[first:]
         )
 
@@ -224,7 +226,7 @@ def _compare(store: Store, steps: int) -> None:
     ours, theirs = checkpoints(store, RUN), checkpoints(store, CALM)
     assert ours[-1].step == theirs[-1].step == steps
     assert ours[-1].files == theirs[-1].files  # names, sizes and sha256s
-    assert (read_json(store, keys.run_latest(RUN)) or {})["step"] == steps
+    assert (read_json(store, RunKeys(RUN).latest) or {})["step"] == steps
     assert len(ours) == KEEP_LAST
 
 

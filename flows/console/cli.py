@@ -15,10 +15,11 @@ from rich.table import Table
 from flows.console import serving
 from flows.console.dataset import build_dataset, dataset
 from flows.console.options import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow, say
-from model.config import ModelConfig, RunConfig, config_of, differences, load_config
+from model.config import ModelConfig, RunConfig, differences
+from model.config_file import config_of, load_config
 from model.runs.job import JobFailed
-from storage import keys
 from storage.errors import StorageError
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 
@@ -90,7 +91,7 @@ def retry(
     place = [override for override in overrides or [] if override.partition("=")[0].strip() == "store_url"]
     store_url = load_config(config, place).store_url
     store = open_store(store_url)
-    for key, is_run in ((keys.run_asked(name), True), (keys.dataset_asked(name), False)):
+    for key, is_run in ((RunKeys(name).request, True), (DatasetKeys(name).request, False)):
         if (asked := read_json(store, key)) is not None:
             wanted = config_of(asked | {"store_url": store_url}, overrides or [])
             _pretrain(wanted, verbose) if is_run else build_dataset(wanted, verbose)
@@ -113,7 +114,7 @@ def train(
     store = open_store(asked.store_url)
     if ask:
         from flows.train import started_run
-        from model.runs.job import ask as put
+        from model.runs.job import put_job as put
         from model.runs.run import training_job
 
         key = put(store, training_job(started_run(store, asked)))
@@ -176,7 +177,7 @@ def report(
 
     if to is None:
         pages.keep_report(store, names[0])
-        say("report", f"{asked.store_url.rstrip('/')}/{keys.report(names[0], 'html')}")
+        say("report", f"{asked.store_url.rstrip('/')}/{RunKeys(names[0]).report('html')}")
         return
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
     try:

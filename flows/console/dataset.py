@@ -12,7 +12,9 @@ from rich.progress import track
 
 from flows.console.options import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
 from flows.console.versions import add_to
-from model.config import DataConfig, RunConfig, load_config
+from model.config import DataConfig, RunConfig
+from model.config_file import load_config
+from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -54,13 +56,12 @@ def verify(
     Exit code 0: it is. 1: something is damaged; the command that mends it is printed. 2: it could not be checked.
     """
     from model import tokenizer
-    from storage import keys
-    from storage.datasets.versions import newest
+    from storage.datasets.versions import newest_version
     from storage.inspection.verify import check_documents, check_fully, check_quickly, check_versions
 
     asked = load_config(config, overrides or [])
     store, name = open_store(asked.store_url), asked.data.dataset
-    manifest = newest(store, name)
+    manifest = newest_version(store, name)
     if as_json and repair:
         raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
     data = asked.data
@@ -94,7 +95,7 @@ def verify(
     if repair and again:
         _check_source(store, data, files, again)  # before anything is given up
         for shard_id in sorted(again):  # without its record a shard's job runs again, and replaces what is damaged
-            store.delete(keys.record(name, shard_id))
+            store.delete(DatasetKeys(name).record(shard_id))
         build(config, [*(overrides or []), f"data.revision={data.revision}"], verbose)
     if len(damaged) > (len(again) if repair else 0):
         raise typer.Exit(1)
@@ -113,7 +114,7 @@ def _check_source(store: Store, data: DataConfig, files: Sequence[SourceFile], s
     from storage.datasets.manifest import pinned_left_out
     from storage.datasets.plan import plan_files
 
-    shape = data.shape(tokenizer.identity()["sha256"])
+    shape = data.settings(tokenizer.identity()["sha256"])
     plans = plan_files(store, data.dataset, files, shape, left_out=pinned_left_out(store, data.dataset))
     if gone := shard_ids.difference(*(one.shard_ids for one in plans)):
         raise ValueError(

@@ -69,4 +69,4 @@ def run_flow(flow: Any, config: RunConfig) -> Any:
         try:
             return flow.with_options(on_running=[show_page])(config)
         finally:
-            records.wait(since, RECORDS_SECONDS)
+            records.wait_for_task_runs(since, RECORDS_SECONDS)

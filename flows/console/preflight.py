@@ -20,7 +20,7 @@ def check(config: RunConfig) -> None:
         run = None
     if run is None:
         if not sources.is_on_hub(config.data.source):
-            sources.find(config.data.source)
+            sources.find_files(config.data.source)
         items = config.evaluation.hellaswag
         if items and not sources.is_on_hub(items) and not Path(items).is_file():
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flows.console.options import ConfigFile, Overrides, console, prefect, say
-from model.config import load_config
+from model.config_file import load_config
 
 
 def add_to(app: typer.Typer) -> None:

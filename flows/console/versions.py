@@ -10,7 +10,8 @@ import typer
 from rich.progress import Progress
 
 from flows.console.options import ConfigFile, Overrides, console
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -34,10 +35,10 @@ class Format(StrEnum):
 
 def log(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The dataset's versions, newest first: when each was sealed, what it holds and what it added and took away."""
-    from storage.datasets.versions import difference, line
+    from storage.datasets.versions import difference, history_with_times
 
     store, asked = _opened(config, overrides)
-    found = list(line(store, asked.data.dataset))
+    found = list(history_with_times(store, asked.data.dataset))
     for number, (version, sealed) in enumerate(found):
         parent = found[number + 1][0] if number + 1 < len(found) else None
         changes = difference(parent, version) if parent else None
@@ -66,10 +67,10 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """What version B holds that version A does not, and the other way round: files, shards, documents, tokens."""
-    from storage.datasets.versions import difference, find
+    from storage.datasets.versions import difference, find_version
 
     store, asked = _opened(config, overrides)
-    found = difference(find(store, asked.data.dataset, old), find(store, asked.data.dataset, new))
+    found = difference(find_version(store, asked.data.dataset, old), find_version(store, asked.data.dataset, new))
     if as_json:
         print(json.dumps(found))
         return
@@ -90,12 +91,12 @@ def show(
 ) -> None:
     """The dataset's card: totals, source files, dumps, lengths of documents, what was left out, leaks."""
     from flows.pages.dataset_card import page, print_card
-    from storage.datasets.versions import find
+    from storage.datasets.versions import find_version
     from storage.inspection.summary import card
 
     store, asked = _opened(config, overrides)
     with console.status("reading the records of its shards"):
-        found = card(store, asked.data.dataset, find(store, asked.data.dataset, version))
+        found = card(store, asked.data.dataset, find_version(store, asked.data.dataset, version))
     if html is not None:
         try:
             part = html.with_name(f"{html.name}.part")
@@ -174,10 +175,10 @@ def export(
 ) -> None:
     """Write the dataset as nanoGPT (train.bin, val.bin) or llm.c (shards with a header) read it."""
     from storage.datasets.export import export as write
-    from storage.datasets.versions import find
+    from storage.datasets.versions import find_version
 
     store, asked = _opened(config, overrides)
-    manifest = find(store, asked.data.dataset, version)
+    manifest = find_version(store, asked.data.dataset, version)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("export", total=sum(row.tokens for row in manifest.rows()))
         files = write(store, asked.data.dataset, manifest, to, layout, lambda tokens: progress.advance(bar, tokens))

@@ -7,9 +7,9 @@ from flows.pages.dataset_card import leak_line
 from model.checkpoints.records import CheckpointRecord, checkpoints, read_metrics
 from model.runs.job import read_result
 from model.runs.run import Run, find_run, training_job
-from storage import keys
 from storage.datasets.manifest import read_manifest
 from storage.errors import ObjectMissing
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Store, read_json
 
 Facts = dict[str, Any]
@@ -72,7 +72,7 @@ def run_facts(store: Store, name: str) -> Facts:
 
 def read_evaluations(store: Store, run: str) -> list[Facts]:
     """The evaluations of a run that are there, by step and name."""
-    listed = sorted(one.key for one in store.list(keys.all_evaluations(run)) if one.key.endswith(".json"))
+    listed = sorted(one.key for one in store.list(RunKeys(run).evaluations) if one.key.endswith(".json"))
     found = (read_json(store, key) for key in listed)  # one that is being made again may have gone meanwhile
     return [one for one in found if one is not None and "job" in one]
 
@@ -106,7 +106,7 @@ def _dataset(store: Store, run: Run | None, evaluations: list[Facts]) -> Facts |
         "shards": len(manifest.shard_ids),
         "tokens": sum(sums["tokens"] for sums in manifest.totals.values()),
         "tokenizer": manifest.tokenizer,
-        "leaks": leak_line(read_json(store, keys.audit(name, digest))),
+        "leaks": leak_line(read_json(store, DatasetKeys(name).leaks(digest))),
     }
 
 

@@ -19,8 +19,9 @@ from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.datasets.lease import claim, holds, last_build, release
 from storage.datasets.manifest import read_manifest
-from storage.datasets.versions import digests
+from storage.datasets.versions import version_digests
 from storage.errors import Conflict
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Stat, Store, clock, read_json
 
 
@@ -80,9 +81,11 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
 
 def _shards(store: Store, dataset: str, before: float, *, leased: bool = False) -> list[Stat]:
     """What no version of the dataset lists, unless a build may still want it."""
-    there = list(store.list(keys.shards(dataset)))  # before the manifests: what is sealed meanwhile is none of these
+    there = list(
+        store.list(DatasetKeys(dataset).shards)
+    )  # before the manifests: what is sealed meanwhile is none of these
     live: set[str] = set()
-    for digest in digests(store, dataset):
+    for digest in version_digests(store, dataset):
         version = read_manifest(store, dataset, digest)
         live.update(version.shard_ids, version.empty)
     dead = [found for found in there if _shard_id(dataset, found.key) not in live]
@@ -91,7 +94,7 @@ def _shards(store: Store, dataset: str, before: float, *, leased: bool = False) 
 
 
 def _shard_id(dataset: str, key: str) -> str:
-    name = key.removeprefix(keys.shards(dataset))
+    name = key.removeprefix(DatasetKeys(dataset).shards)
     return name.removesuffix(".failure.json").removesuffix(".json").removesuffix(".bin")
 
 
@@ -102,11 +105,11 @@ def _of_run(store: Store, name: str, before: float) -> list[Stat]:
         return []  # an imported model has one checkpoint, and no training that left anything
     asked: Any = read_json(store, training_job(run).key) or {}
     train = run.config["train"] | asked.get("how", {}).get("train", {})  # as it was asked for last
-    there = [*_old(store, keys.checkpoints(name), before), *_old(store, keys.all_metrics(name), before)]
+    there = [*_old(store, RunKeys(name).checkpoints, before), *_old(store, RunKeys(name).metrics, before)]
     live = set()
     for record in retained(checkpoints(store, name), train["keep_last"], train["keep_every_steps"]):
-        live.add(keys.checkpoint_record(name, record.step))
-        live.update(keys.checkpoint_file(name, record.step, record.attempt, file) for file in record.files)
+        live.add(RunKeys(name).checkpoint_record(record.step))
+        live.update(RunKeys(name).checkpoint_file(record.step, record.attempt, file) for file in record.files)
         live.update(record.metrics)
     dead = [found for found in there if found.key not in live]
     return sorted(dead, key=lambda found: not found.key.endswith(".json"))  # records first

@@ -10,6 +10,7 @@ from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.errors import ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
 
@@ -26,8 +27,7 @@ def run_names(store: Store) -> list[str]:
     """The runs that were started in this store, and the models that were imported into it."""
     there = {listed.key for listed in store.list(keys.RUNS)}
     names = {key.removeprefix(keys.RUNS).split("/")[0] for key in there}
-    begins = (keys.run_config, lambda name: keys.checkpoint_record(name, 0))
-    return sorted(name for name in names if any(begin(name) in there for begin in begins))
+    return sorted(name for name in names if {RunKeys(name).config, RunKeys(name).checkpoint_record(0)} & there)
 
 
 def dataset_names(store: Store) -> list[str]:
@@ -42,7 +42,7 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
     if manifest is None:
         lines = [Line(f"dataset {dataset}", "not sealed yet: gpt2 dataset build goes on")]
     else:
-        finished = shards.done(store, dataset, manifest.shard_ids, manifest.made)
+        finished = shards.finished_shards(store, dataset, manifest.shard_ids, manifest.made)
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
@@ -63,18 +63,18 @@ def run_status(store: Store, name: str) -> list[Line]:
         lines, wanted = [Line(f"run {name}", "a model that was imported, not trained here")], ["samples"]
     else:
         lines = _trained(store, run, step)
-        asked: Any = read_json(store, keys.run_asked(name)) or run.config
+        asked: Any = read_json(store, RunKeys(name).request) or run.config
         wanted = ["val_loss", "hellaswag" if asked["evaluation"]["hellaswag"] else "completion", "samples"]
     lines += _evaluated(store, name, step, wanted)
-    reported = any(True for _ in store.list(keys.report(name, "html")))
+    reported = any(True for _ in store.list(RunKeys(name).report("html")))
     return [*lines, Line("  report", "written" if reported else "missing")]
 
 
 def _trained(store: Store, run: Run, step: int) -> list[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = shards.done(store, run.dataset, manifest.shard_ids, manifest.made)
+    finished = shards.finished_shards(store, run.dataset, manifest.shard_ids, manifest.made)
     job = training_job(run)
-    failure = read_json(store, keys.failure(keys.result(run.name, job.job_id)))
+    failure = read_json(store, keys.failure(RunKeys(run.name).result(job.job_id)))
     saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
     return [
         Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
@@ -90,14 +90,14 @@ def _evaluated(store: Store, run: str, step: int, wanted: list[str]) -> list[Lin
 
     A failure counts until the same is answered after it, be it asked otherwise.
     """
-    prefix = keys.all_evaluations(run)
+    prefix = RunKeys(run).evaluations
     written: dict[tuple[str, int], float] = {}
     for one in store.list(prefix):
         if one.key.endswith(".json"):
             at, _, kind = one.key.removeprefix(prefix).removesuffix(".json").partition("/")
             written[kind, int(at)] = one.modified
     failed: dict[tuple[str, int], str] = {}
-    for one in sorted(store.list(keys.jobs(run)), key=lambda listed: listed.modified):
+    for one in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
         if (key := keys.failed_job(one.key)) and (failure := read_json(store, one.key)):
             job = read_job(store, key)
             if job.kind != "train" and one.modified >= written.get(about := (job.kind, job.recipe["step"]), 0):

@@ -14,14 +14,14 @@ from model.checkpoints.records import checkpoints
 from model.config import RunConfig, TrainingConfig
 from model.data.order import WindowOrder
 from model.runs.run import Run, find_run
-from storage import keys
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.datasets.shards import read_record
-from storage.datasets.versions import newest
+from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, StorageError
 from storage.inspection import lineage
 from storage.inspection.lineage import Traced
+from storage.keys import RunKeys
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
 from storage.stores.store import Store, read_json
@@ -48,7 +48,7 @@ def asked(store: Store, config: RunConfig) -> Asked:
     """The run of the configuration's name as it is pinned, else the configuration on the dataset's newest version."""
     run = find_run(store, config.name)
     if run is None:
-        return Asked(None, config.data.dataset, newest(store, config.data.dataset), config.train)
+        return Asked(None, config.data.dataset, newest_version(store, config.data.dataset), config.train)
     manifest = read_manifest(store, run.dataset, run.manifest)
     return Asked(run, run.dataset, manifest, TrainingConfig.model_validate(run.config["train"]))
 
@@ -134,9 +134,9 @@ def ancestry(store: Store, one: Asked, checkpoint: int | None, evaluation: str |
 
 
 def _evaluation(store: Store, run: Run, step: int, name: str) -> dict[str, Any]:
-    found = read_json(store, keys.evaluation(run.name, step, name))
+    found = read_json(store, RunKeys(run.name).evaluation(step, name))
     if found is None:
-        prefix = keys.evaluations(run.name, step)
+        prefix = f"{RunKeys(run.name).evaluations}{step:06d}/"
         names = (one.key.removeprefix(prefix) for one in store.list(prefix))
         there = sorted(one.removesuffix(".json") for one in names if one.endswith(".json"))
         raise ObjectMissing(

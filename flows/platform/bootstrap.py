@@ -20,7 +20,8 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.platform import automations
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POOLS = {"data": None, "train": 1}  # runs at once: a host's GPUs, and its cores, are for one training

@@ -15,11 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
+from prefect import get_run_logger
 from prefect.futures import PrefectConcurrentFuture
+from prefect.states import Completed
 
-from model.runs.job import JobFailed, JobRefused
+from model.runs.job import Job, JobFailed, JobRefused, note_failure, put_job, read_result
+from storage.keys import RunKeys
+from storage.stores.store import Store
 
 USER_ERROR = 2  # exit code of a process that found what a user can mend
 GRACE_SECONDS = 8.0  # for a last checkpoint: a cancelled run has 10 s to be gone
@@ -126,3 +130,22 @@ class Processes:
                 continue
             request.start()
             self._started.append(request)
+
+
+def run_job(store: Store, job: Job, processes: Processes) -> Any:
+    """Run a job in a process and return its result, from a task's thread; a job that is done is Skipped.
+
+    Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
+    """
+    if (result := read_result(store, job)) is not None:
+        return Completed(name="Skipped", message="its result was there", data=result)
+    try:
+        processes.run(put_job(store, job), get_run_logger().info)
+        if (result := read_result(store, job)) is None:
+            raise JobFailed(
+                f"job {job.job_id!r} stopped before its end, as it was asked to. Run the same command again."
+            )
+    except (JobFailed, ValueError) as error:
+        note_failure(store, RunKeys(job.run).result(job.job_id), str(error))
+        raise
+    return result

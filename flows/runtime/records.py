@@ -12,7 +12,7 @@ POLL_SECONDS = 0.5
 SETTLED_POLLS = 2  # events that are still on their way would add task runs
 
 
-def wait(since: datetime, limit_seconds: float) -> None:
+def wait_for_task_runs(since: datetime, limit_seconds: float) -> None:
     """Return when every task run of the flows started since then has ended and no more appear, or at the limit."""
     APILogHandler().flush()  # or the log is sent at exit, 70 s of retries after the server was stopped
     deadline = time.monotonic() + limit_seconds

@@ -18,19 +18,19 @@ Asked = TypeVar("Asked")
 LOOK_SECONDS = 0.5
 
 
-def workers(resources: ResourcesConfig) -> int:
+def worker_count(resources: ResourcesConfig) -> int:
     """How many things at once `resources` asks for."""
     return resources.workers or (os.cpu_count() or 1)
 
 
-def passes(error: object) -> bool:
+def is_transient(error: object) -> bool:
     """Whether an error may be gone at the next try: what disk or network did, never bad data."""
     return isinstance(error, OSError | StoreUnavailable | SourceUnavailable)
 
 
-def transient(_task: Any, _run: Any, state: State[Any]) -> bool:
+def retry_if_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
     """The same of a task's final state, as Prefect asks it."""
-    return passes(state.result(raise_on_failure=False))
+    return is_transient(state.result(raise_on_failure=False))
 
 
 def in_window(

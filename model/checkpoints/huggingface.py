@@ -23,6 +23,7 @@ from model.tokenizer import EOT, VOCABULARY, ranks
 from storage import keys
 from storage.digests import sha256
 from storage.errors import CheckpointInvalid, ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
 SHAPE = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "n_positions": "context_tokens"}
@@ -121,7 +122,7 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
     Raises ValueError when the run is there already, and when the folder holds no whole GPT-2.
     """
     model = shape_of(folder)
-    if checkpoints(store, run) or read_json(store, keys.run_config(run)) is not None:
+    if checkpoints(store, run) or read_json(store, RunKeys(run).config) is not None:
         remedy = "Choose another name: --set name=…"
         raise _refused(folder, f"a new run {run!r}", f"that store {store.url!r} has it already", remedy)
     body = _body(folder, model)
@@ -153,12 +154,12 @@ def _refused(folder: Path, asked: str, found: str, remedy: str) -> ValueError:
 
 def _checkpoint(store: Store, run: str, record: CheckpointRecord) -> dict[str, np.ndarray]:
     """The checkpoint's weights as this program has them. Raises CheckpointInvalid when their bytes are other ones."""
-    key, stated = keys.checkpoint_file(run, record.step, record.attempt, WEIGHTS), record.files[WEIGHTS]
+    key, stated = RunKeys(run).checkpoint_file(record.step, record.attempt, WEIGHTS), record.files[WEIGHTS]
     found = store.read(key, stated["size_bytes"])
     if found.sha256 != stated["sha256"]:
         raise CheckpointInvalid(
             f"run {run!r}: {key!r} should have sha256 {stated['sha256']}, found {found.sha256}. "
-            f"Delete {keys.checkpoint_record(run, record.step)!r} to export the checkpoint before."
+            f"Delete {RunKeys(run).checkpoint_record(record.step)!r} to export the checkpoint before."
         )
     weights: dict[str, np.ndarray] = load(bytes(found.body))
     assert weights.keys() == shapes(ModelConfig.model_validate(record.model)).keys()

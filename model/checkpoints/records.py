@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from storage import keys
 from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, CheckpointInvalid
+from storage.keys import RunKeys
 from storage.stores.store import Body, Store, overwrite, read_json
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
@@ -36,14 +36,14 @@ class CheckpointRecord:
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     """The complete checkpoints of a run, oldest first: record there, and every file of the size it states."""
-    prefix = keys.checkpoints(run)
+    prefix = RunKeys(run).checkpoints
     sizes = {listed.key: listed.size for listed in store.list(prefix)}
     found = []
     for key in sizes:
         if STEP_RECORD.fullmatch(key.removeprefix(prefix)) and (value := read_json(store, key)) is not None:
             record = CheckpointRecord(**value)  # type: ignore[arg-type]  # JSON of our own
             files = {
-                keys.checkpoint_file(run, record.step, record.attempt, name): found
+                RunKeys(run).checkpoint_file(record.step, record.attempt, name): found
                 for name, found in record.files.items()
             }
             if all(sizes.get(file) == stated["size_bytes"] for file, stated in files.items()):
@@ -62,17 +62,17 @@ def put_checkpoint(
     attempt = attempt or secrets.token_hex(6)
     for name, body in files.items():
         with suppress(AlreadyExists):  # nobody else has this attempt: an earlier try has put it
-            store.put_new(keys.checkpoint_file(run, about["step"], attempt, name), body)
+            store.put_new(RunKeys(run).checkpoint_file(about["step"], attempt, name), body)
     stated = {name: {"size_bytes": len(body), "sha256": sha256(body)} for name, body in files.items()}
     record = _put_record(store, run, CheckpointRecord(attempt=attempt, files=stated, **about))
-    pointer = {"step": record.step, "record": keys.checkpoint_record(run, record.step), "commit_id": attempt}
-    overwrite(store, keys.run_latest(run), canonical_json(pointer))
+    pointer = {"step": record.step, "record": RunKeys(run).checkpoint_record(record.step), "commit_id": attempt}
+    overwrite(store, RunKeys(run).latest, canonical_json(pointer))
     return record
 
 
 def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
     """The record that is in the store then: this one, or that of an earlier try which was not told so."""
-    key, body = keys.checkpoint_record(run, record.step), canonical_json(asdict(record))
+    key, body = RunKeys(run).checkpoint_record(record.step), canonical_json(asdict(record))
     try:
         store.put_new(key, body)
     except AlreadyExists as error:
@@ -108,9 +108,9 @@ def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> Non
     there = checkpoints(store, run)
     kept = retained(there, keep_last, keep_every_steps)
     for record in [record for record in there if record not in kept]:
-        store.delete(keys.checkpoint_record(run, record.step))  # first: without it the rest does not count
+        store.delete(RunKeys(run).checkpoint_record(record.step))  # first: without it the rest does not count
         for name in record.files:
-            store.delete(keys.checkpoint_file(run, record.step, record.attempt, name))
+            store.delete(RunKeys(run).checkpoint_file(record.step, record.attempt, name))
 
 
 def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:

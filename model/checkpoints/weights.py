@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord
 from model.gpt import GPT, unpadded
-from storage import keys
 from storage.errors import CheckpointInvalid
+from storage.keys import RunKeys
 from storage.stores.store import Body, Store
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
@@ -97,13 +97,13 @@ def load_optimizer(
 
 
 def _read(store: Store, run: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:
-    key = keys.checkpoint_file(run, record.step, record.attempt, name)
+    key = RunKeys(run).checkpoint_file(record.step, record.attempt, name)
     stated = record.files[name]
     found = store.read(key, stated["size_bytes"])
     if found.sha256 != stated["sha256"]:
         raise CheckpointInvalid(
             f"run {run!r}: {key!r} should have sha256 {stated['sha256']}, found {found.sha256}. "
-            f"Delete {keys.checkpoint_record(run, record.step)!r} and run again: it goes on from the checkpoint before."
+            f"Delete {RunKeys(run).checkpoint_record(record.step)!r} and run again: it resumes from the one before."
         )
     try:
         return load(bytes(found.body))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.data.loader import DataLoader, inputs_and_targets, widened
 from model.evaluation.items import ENDINGS, Item
-from model.evaluation.packing import batches, lay_out, rows
+from model.evaluation.packing import batch_rows, pack_items, to_tensors
 from model.gpt import EMBEDDING, GPT, unpadded
 from model.processes.distributed import DDPConfig
 
@@ -77,10 +77,10 @@ class Evaluator:
         """
         self.model.eval()
         losses = np.zeros(len(items) * ENDINGS)
-        mine = rows(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
+        mine = pack_items(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
         done = 0
-        for batch in batches(mine, BATCH_TOKENS[self.adding]):
-            laid = lay_out(batch, self.ddp.device)
+        for batch in batch_rows(mine, BATCH_TOKENS[self.adding]):
+            laid = to_tensors(batch, self.ddp.device)
             with self.autocast():
                 x_BTC = self.model.hidden(laid.tokens_BT, positions_BT=laid.positions_BT, mask_B1TT=laid.mask_B1TT)
             # The head in fp32: of two logits that bf16 rounds the difference may be below 0

@@ -25,14 +25,14 @@ from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.evaluation.items import Item, document_items
-from model.evaluation.sampling import Drawing, samples_of
+from model.evaluation.sampling import SamplingSettings, sample_texts
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job
-from storage import keys
 from storage.datasets.manifest import read_manifest
 from storage.digests import canonical_json, sha256
 from storage.errors import ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
 SAY_SECONDS = 5.0
@@ -42,7 +42,7 @@ Found = dict[str, Any]
 def evaluate(store: Store, job: Job, ddp: DDPConfig) -> Found:
     """Do an evaluation job as this rank. Returns its result: name, step, metrics and the key of all that was found."""
     step = job.recipe["step"]
-    key = keys.evaluation(job.run, step, job.kind)
+    key = RunKeys(job.run).evaluation(step, job.kind)
     evaluator = Evaluator(_model(store, job).to(ddp.device), ddp, job.recipe.get("precision", "fp32"))
     if ddp.is_main:
         evaluator.progress = partial(_say, job.kind, [time.monotonic()])
@@ -52,7 +52,7 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> Found:
         about = {"name": job.kind, "step": step, "job": job.job_id, "environment": ddp.environment}
         if answers is not None:
             store.delete(key)  # of a job with other settings it may be, whose answers are overwritten now
-            overwrite(store, keys.evaluation_items(job.run, step, job.kind), answers)
+            overwrite(store, RunKeys(job.run).evaluation_items(step, job.kind), answers)
             about["answers_sha256"] = sha256(answers)
         overwrite(store, key, canonical_json(about | {"precision": evaluator.precision} | found))
     return {"name": job.kind, "step": step, "metrics": found["metrics"], "key": key}
@@ -108,13 +108,13 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Found:
 def samples(_store: Store, job: Job, evaluator: Evaluator) -> Found:
     """What the model writes after each prompt."""
     recipe, ddp = job.recipe, evaluator.ddp
-    drawing = Drawing(recipe["temperature"], recipe["top_k"], recipe["top_p"])
+    drawing = SamplingSettings(recipe["temperature"], recipe["top_k"], recipe["top_p"])
     seeds = [recipe["seed"] + index for index in range(recipe["samples"])]
     written = []
     for number, prompt in enumerate(recipe["prompts"], 1):
         ids_NT = torch.zeros(len(seeds), recipe["sample_tokens"], dtype=torch.int64)  # id + 1; 0: none
         mine = range(ddp.rank, len(seeds), ddp.ranks)
-        texts = samples_of(evaluator.model, prompt, recipe["sample_tokens"], drawing, [seeds[row] for row in mine])
+        texts = sample_texts(evaluator.model, prompt, recipe["sample_tokens"], drawing, [seeds[row] for row in mine])
         for row, ids in zip(mine, texts, strict=True):
             ids_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
         for ids in ddp.sum(ids_NT.to(ddp.device)).tolist():

@@ -45,7 +45,7 @@ class Batch:
     slots_N: Tensor
 
 
-def rows(items: Sequence[Item], context_tokens: int) -> list[Row]:
+def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
     """A row an item, the longest first; one an ending where they do not fit together.
 
     What is too long for the model is cut on the left of the context, as lm-evaluation-harness does it: to the last
@@ -67,7 +67,7 @@ def rows(items: Sequence[Item], context_tokens: int) -> list[Row]:
     return sorted(found, key=lambda row: -row.tokens)
 
 
-def batches(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
+def batch_rows(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
     """Neighbours together, of about the same length: with their padding `most_tokens` at once, or a single one."""
     batch: list[Row] = []
     for row in sorted_rows:
@@ -79,7 +79,7 @@ def batches(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]
         yield batch
 
 
-def lay_out(batch: Sequence[Row], device: torch.device) -> Batch:
+def to_tensors(batch: Sequence[Row], device: torch.device) -> Batch:
     """The rows as tensors on the device, padded on the right; nothing scored looks at padding, none of it is scored."""
     width = max(row.tokens for row in batch)
     tokens, positions, parts = ([[0] * width for _ in batch] for _ in range(3))

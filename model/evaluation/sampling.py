@@ -23,7 +23,7 @@ from storage.stores.store import Store
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingSettings:
     """How the next token is drawn: see `EvaluationConfig` for what the numbers mean."""
 
     temperature: float
@@ -31,18 +31,20 @@ class Drawing:
     top_p: float
 
 
-def samples_of(model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seeds: Sequence[int]) -> list[list[int]]:
+def sample_texts(
+    model: GPT, prompt: str, sample_tokens: int, drawing: SamplingSettings, seeds: Sequence[int]
+) -> list[list[int]]:
     """What follows the prompt, one text a seed, all at once: the ids that `grow` gives, up to `<|endoftext|>`."""
     if not seeds:  # of more ranks than samples one has nothing to do
         return []
-    columns = list(grow(model, prompt, sample_tokens, drawing, seeds))
+    columns = list(generate(model, prompt, sample_tokens, drawing, seeds))
     texts = (list(ids) for ids in zip(*columns, strict=True)) if columns else ([] for _ in seeds)
     return [ids[: ids.index(tokenizer.EOT)] if tokenizer.EOT in ids else ids for ids in texts]
 
 
 @torch.inference_mode()
-def grow(
-    model: GPT, prompt: str, sample_tokens: int, drawing: Drawing, seeds: Sequence[int]
+def generate(
+    model: GPT, prompt: str, sample_tokens: int, drawing: SamplingSettings, seeds: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
     """The next id of each text, `sample_tokens` times or until all have ended; of one that has it is `<|endoftext|>`.
 
@@ -62,7 +64,7 @@ def grow(
     for _ in range(sample_tokens):
         x_BC = model.hidden(fed_BT, past=past)[:, -1]
         chances = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
-        drawn = draw(model.logits(x_BC).float().expand(len(seeds), -1), drawing, chances).tolist()
+        drawn = next_tokens(model.logits(x_BC).float().expand(len(seeds), -1), drawing, chances).tolist()
         ended = [one or token == tokenizer.EOT for one, token in zip(ended, drawn, strict=True)]
         if all(ended):
             return
@@ -87,7 +89,7 @@ def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
     return ids
 
 
-def draw(logits_BV: Tensor, drawing: Drawing, chances_B: Tensor) -> Tensor:
+def next_tokens(logits_BV: Tensor, drawing: SamplingSettings, chances_B: Tensor) -> Tensor:
     """One token id a row: the likeliest at temperature 0, else drawn from the top k and top p by a chance in [0, 1)."""
     if drawing.temperature == 0:
         return logits_BV.argmax(-1).cpu()
@@ -142,9 +144,9 @@ def main() -> int:
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    drawing = Drawing(asked.temperature, asked.top_k, asked.top_p)
+    drawing = SamplingSettings(asked.temperature, asked.top_k, asked.top_p)
     for index in range(asked.samples):
-        _show(asked.prompt, grow(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]))
+        _show(asked.prompt, generate(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]))
         sys.stdout.write("\n\n" if index + 1 < asked.samples else "\n")
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists
+from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_json
 
 
@@ -39,10 +40,10 @@ class Job:
     @property
     def key(self) -> str:
         """Where the job is asked."""
-        return keys.job(self.run, self.job_id)
+        return RunKeys(self.run).job(self.job_id)
 
 
-def ask(store: Store, job: Job) -> str:
+def put_job(store: Store, job: Job) -> str:
     """Put the job where its processes find it, as it is to run this time. Returns its key."""
     overwrite(store, job.key, canonical_json(asdict(job)))
     return job.key
@@ -53,16 +54,16 @@ def read_job(store: Store, key: str) -> Job:
     return Job(**json.loads(store.read(key).body))
 
 
-def answer(store: Store, job: Job, result: dict[str, Any]) -> None:
+def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:
     """Put the job's result: from now on it is done."""
     with suppress(AlreadyExists):  # another process of the same job was faster; same recipe, same answer
-        store.put_new(keys.result(job.run, job.job_id), canonical_json(result))
-    store.delete(keys.failure(keys.result(job.run, job.job_id)))
+        store.put_new(RunKeys(job.run).result(job.job_id), canonical_json(result))
+    store.delete(keys.failure(RunKeys(job.run).result(job.job_id)))
 
 
 def read_result(store: Store, job: Job) -> dict[str, Any] | None:
     """What the job's process answered, or None when it is not done."""
-    return read_json(store, keys.result(job.run, job.job_id))
+    return read_json(store, RunKeys(job.run).result(job.job_id))
 
 
 def note_failure(store: Store, record_key: str, why: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints
 from model.config import RunConfig, TrainingConfig, differences
 from model.runs.job import Job
-from storage import keys
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_json
 
 
@@ -58,7 +58,7 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
     try:
-        store.put_new(keys.run_config(config.name), canonical_json(pinned_values))
+        store.put_new(RunKeys(config.name).config, canonical_json(pinned_values))
         return run
     except AlreadyExists:
         pinned = pinned_run(store, config)
@@ -76,14 +76,14 @@ def _start(store: Store, parent: str) -> dict[str, Any]:
     return {"run": parent, "step": kept[-1].step, "attempt": kept[-1].attempt}
 
 
-def note_asked(store: Store, key: str, config: RunConfig) -> None:
+def keep_request(store: Store, key: str, config: RunConfig) -> None:
     """Keep what was asked for last, so that `gpt2 retry` can ask for it again."""
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
 
 
 def find_run(store: Store, name: str) -> Run | None:
     """The run of that name; None when it was never started, as a model that was imported."""
-    found: dict[str, Any] | None = read_json(store, keys.run_config(name))
+    found: dict[str, Any] | None = read_json(store, RunKeys(name).config)
     return None if found is None else Run(**found)
 
 

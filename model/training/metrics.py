@@ -10,9 +10,9 @@ import threading
 import time
 from typing import Any
 
-from storage import keys
 from storage.digests import canonical_json
 from storage.errors import StorageError
+from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
 PROGRESS_SECONDS = 10.0  # a live curve needs no more, and each is a write to the store
@@ -64,7 +64,7 @@ class MetricsLog:
         """Put the lines as one more segment; returns the keys of all of them, for the checkpoint's record."""
         if not lines:
             return self._segments
-        key = keys.metrics(self._run, json.loads(lines[0])["step"], secrets.token_hex(6))
+        key = RunKeys(self._run).metrics_segment(json.loads(lines[0])["step"], secrets.token_hex(6))
         self._store.put_new(key, "".join(f"{line}\n" for line in lines).encode())
         return [*self._segments, key]
 
@@ -80,7 +80,7 @@ class MetricsLog:
             return
         body = {"step": lines[-1]["step"] + 1, "max_steps": self._max_steps, "since_checkpoint": lines}
         try:
-            overwrite(self._store, keys.progress(self._run), canonical_json(body))
+            overwrite(self._store, RunKeys(self._run).progress, canonical_json(body))
         except StorageError as error:
             print(f"progress could not be shown: {error}", flush=True)
 

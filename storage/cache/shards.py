@@ -10,13 +10,13 @@ from collections import OrderedDict
 
 import numpy as np
 
-from storage import keys
 from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.datasets.manifest import ShardRow
 from storage.datasets.shards import DTYPE, read_shard
 from storage.digests import sha256
 from storage.errors import ShardCorrupt, StorageError
+from storage.keys import DatasetKeys
 from storage.stores.store import Body, Store
 
 OPEN_SHARDS = 32  # mapped at once, each a file descriptor: training reads 8 at a time, validation one after the other
@@ -71,7 +71,7 @@ class ShardCache:
 
     def _mapped(self, row: ShardRow) -> np.ndarray | None:
         """The shard's file as an array, or None when it does not hold what it should."""
-        path = self._store.local_path(keys.shard(self._dataset, row.shard_id))
+        path = self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))
         try:
             with path.open("rb") if path else self._host.open(row.sha256, lambda: self._read(row)) as file:
                 tokens: np.ndarray = np.memmap(file, DTYPE, mode="r")  # keeps the file open, so the cache keeps it, too
@@ -87,7 +87,7 @@ class ShardCache:
         return read_shard(self._store, self._dataset, row.shard_id, row.tokens, row.sha256)
 
     def _local(self, row: ShardRow) -> bool:
-        return self._store.local_path(keys.shard(self._dataset, row.shard_id)) is not None
+        return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id)) is not None
 
     def _fetch_all(self, rows: list[ShardRow]) -> None:
         for row in rows:

@@ -5,12 +5,12 @@ The order is the one of a build: what is named comes before what names it, so a 
 
 from contextlib import suppress
 
-from storage import keys
 from storage.datasets.lease import claim
-from storage.datasets.manifest import ShardRow, point_latest
-from storage.datasets.shards import done, put_shard, read_shard
+from storage.datasets.manifest import ShardRow, update_latest
+from storage.datasets.shards import finished_shards, put_shard, read_shard
 from storage.datasets.versions import history
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 
 
@@ -27,7 +27,7 @@ class Copying:
         self._check_target()
         claim(target, dataset, "build")
         rows = {row.shard_id: row for version in self._versions for row in version.rows()}
-        there = done(target, dataset, list(rows), {row.shard_id: row.made for row in rows.values()})
+        there = finished_shards(target, dataset, list(rows), {row.shard_id: row.made for row in rows.values()})
         self.total = len(rows)
         self.missing = [row for row in rows.values() if row.shard_id not in there]
 
@@ -35,30 +35,33 @@ class Copying:
         """Copy a shard, proved by its sha256, then its record. Raises ShardCorrupt, ObjectMissing."""
         body = read_shard(self._source, self._dataset, row.shard_id, row.tokens, row.sha256)
         put_shard(self._target, self._dataset, row.shard_id, body, row.sha256)
-        self._copy(keys.record(self._dataset, row.shard_id))
+        self._copy(DatasetKeys(self._dataset).record(row.shard_id))
 
     def finish(self) -> None:
         """Copy the split and the manifests, oldest first, and point the other store's `latest` at the newest.
 
         With each goes what belongs to it: the records of shards of which nothing was kept, and its leak report.
         """
-        self._copy(keys.split(self._dataset))
+        self._copy(DatasetKeys(self._dataset).split)
         for version in reversed(self._versions):
             for shard_id in version.empty:
-                self._copy(keys.shard(self._dataset, shard_id))
-                self._copy(keys.record(self._dataset, shard_id))
-            self._copy(keys.manifest(self._dataset, version.digest))
+                self._copy(DatasetKeys(self._dataset).shard(shard_id))
+                self._copy(DatasetKeys(self._dataset).record(shard_id))
+            self._copy(DatasetKeys(self._dataset).manifest(version.digest))
             with suppress(ObjectMissing):  # nobody asked for one
-                self._copy(keys.audit(self._dataset, version.digest))
-        point_latest(self._target, self._dataset, self.manifest, self._check_target())
+                self._copy(DatasetKeys(self._dataset).leaks(version.digest))
+        update_latest(self._target, self._dataset, self.manifest, self._check_target())
 
     def _check_target(self) -> str | None:
         """The version that the other store's `latest` names; it and the split must be ours."""
-        pointer = read_json(self._target, keys.dataset_latest(self._dataset))
+        pointer = read_json(self._target, DatasetKeys(self._dataset).latest)
         stands_at = str(pointer["manifest"]) if pointer else None
-        split = read_json(self._target, keys.split(self._dataset))
+        split = read_json(self._target, DatasetKeys(self._dataset).split)
         ours = [version.digest for version in self._versions]
-        if stands_at not in (None, *ours) or split not in (None, read_json(self._source, keys.split(self._dataset))):
+        if stands_at not in (None, *ours) or split not in (
+            None,
+            read_json(self._source, DatasetKeys(self._dataset).split),
+        ):
             raise DatasetMismatch(
                 f"dataset {self._dataset!r}: {self._target.url!r} holds another dataset of this name (manifest "
                 f"{stands_at}), which {self._source.url!r} does not know. Copy to another store or prefix."

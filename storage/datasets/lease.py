@@ -8,9 +8,9 @@ import json
 import secrets
 from typing import Literal
 
-from storage import keys
 from storage.digests import canonical_json
 from storage.errors import Conflict, ObjectMissing
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, clock
 
 COLLECTING_SECONDS = 3600.0  # after which a build takes the lease over: a collector that was killed blocks no longer
@@ -22,7 +22,7 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
 
     Raises Conflict while a collector is at work, and for a collector when a build began after `idle_since`.
     """
-    key = keys.lease(dataset)
+    key = DatasetKeys(dataset).lease
     while True:
         try:
             found = store.read(key)
@@ -48,7 +48,7 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
 def holds(store: Store, dataset: str, etag: str) -> bool:
     """Whether the lease of that etag still stands: nobody has taken it over."""
     try:
-        return store.read(keys.lease(dataset)).etag == etag
+        return store.read(DatasetKeys(dataset).lease).etag == etag
     except ObjectMissing:
         return False
 
@@ -56,13 +56,13 @@ def holds(store: Store, dataset: str, etag: str) -> bool:
 def release(store: Store, dataset: str, etag: str) -> None:
     """End a collector's lease, unless somebody has taken it over."""
     if holds(store, dataset, etag):
-        store.delete(keys.lease(dataset))
+        store.delete(DatasetKeys(dataset).lease)
 
 
 def last_build(store: Store, dataset: str) -> float:
     """When a build of the dataset began last (Unix seconds of the store), 0 when none is known."""
     try:
-        return store.stat(keys.lease(dataset)).modified
+        return store.stat(DatasetKeys(dataset).lease).modified
     except ObjectMissing:
         return 0.0
 

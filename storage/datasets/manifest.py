@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from storage import keys
 from storage.datasets import shards
-from storage.datasets.shards import Made
+from storage.datasets.shards import ShardSummary
 from storage.digests import canonical_json, sha256
 from storage.errors import (
     AlreadyExists,
@@ -26,10 +26,11 @@ from storage.errors import (
     ShardCorrupt,
     StoreUnusable,
 )
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 
 SCHEMA = 1
-COLUMNS = ("shard_id", *Made._fields, "split")
+COLUMNS = ("shard_id", *ShardSummary._fields, "split")
 MOST_TOKENS = 1 << 31  # of one shard: 4 GiB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -46,9 +47,9 @@ class ShardRow(NamedTuple):
     split: str
 
     @property
-    def made(self) -> Made:
+    def made(self) -> ShardSummary:
         """The row without name and split."""
-        return Made(*self[1:-1])
+        return ShardSummary(*self[1:-1])
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Manifest:
         return dict(zip(self.source["files"]["name"], self.source["files"]["digest"], strict=True))
 
     @property
-    def made(self) -> dict[str, Made]:
+    def made(self) -> dict[str, ShardSummary]:
         """What it says of each shard, by shard_id."""
         return {row.shard_id: row.made for row in self.rows()}
 
@@ -93,7 +94,7 @@ class Manifest:
 
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     """The manifest of that digest. Raises ObjectMissing, and ObjectCorrupt when its bytes are not its name's."""
-    body, _, found = store.read(keys.manifest(dataset, digest))
+    body, _, found = store.read(DatasetKeys(dataset).manifest(digest))
     if found != digest:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {found}. "
@@ -131,12 +132,12 @@ def _wrong(columns: dict[str, list[Any]]) -> list[Any]:
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     """The dataset's newest version, or None when it was never sealed."""
-    pointer = read_json(store, keys.dataset_latest(dataset))
+    pointer = read_json(store, DatasetKeys(dataset).latest)
     if pointer is None:
         return None
     if "manifest" not in pointer:
         raise ObjectCorrupt(
-            f"object {keys.dataset_latest(dataset)!r} of store {store.url!r} names no manifest. Delete it, run again."
+            f"object {DatasetKeys(dataset).latest!r} of store {store.url!r} names no manifest. Delete it, run again."
         )
     try:
         return read_manifest(store, dataset, str(pointer["manifest"]))
@@ -146,7 +147,7 @@ def latest_manifest(store: Store, dataset: str) -> Manifest | None:
 
 def check_binding(store: Store, dataset: str, binding: dict[str, Any]) -> None:
     """Raise DatasetMismatch when the dataset's name was bound to other settings at its first seal."""
-    split = read_json(store, keys.split(dataset))
+    split = read_json(store, DatasetKeys(dataset).split)
     bound = None if split is None else split["bound"]
     if bound is None or bound == binding:
         return
@@ -193,7 +194,7 @@ def seal(
     shard is not done, DatasetMismatch when the name is bound otherwise.
     """
     check_binding(store, dataset, binding)
-    pointer: dict[str, Any] = read_json(store, keys.dataset_latest(dataset)) or {}
+    pointer: dict[str, Any] = read_json(store, DatasetKeys(dataset).latest) or {}
     parent = latest_manifest(store, dataset)
     val = _pinned_val(store, dataset)
     if val is None:
@@ -204,7 +205,7 @@ def seal(
         )
     asked = set(planned)
     listed = [shard_id for shard_id in val if shard_id not in asked] + planned
-    finished = shards.done(store, dataset, listed, parent.made if parent else {})
+    finished = shards.finished_shards(store, dataset, listed, parent.made if parent else {})
     if missing := [shard_id for shard_id in listed if shard_id not in finished]:
         raise ObjectMissing(
             f"dataset {dataset!r}: {len(listed):,} shards were asked for, {len(missing):,} are not done, "
@@ -232,14 +233,14 @@ def seal(
     body = canonical_json(facts | {"schema": SCHEMA, "shards": columns} | ({"empty": empty} if empty else {}))
     digest = sha256(body)
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
-        store.put_new(keys.manifest(dataset, digest), body)
+        store.put_new(DatasetKeys(dataset).manifest(digest), body)
     sealed = Manifest(digest=digest, columns=columns, empty=empty, **facts)
-    point_latest(store, dataset, sealed, pointer.get("manifest"))
+    update_latest(store, dataset, sealed, pointer.get("manifest"))
     return sealed
 
 
 def _pinned_val(store: Store, dataset: str) -> list[str] | None:
-    pinned: dict[str, Any] | None = read_json(store, keys.split(dataset))
+    pinned: dict[str, Any] | None = read_json(store, DatasetKeys(dataset).split)
     return None if pinned is None else [str(shard_id) for shard_id in pinned["val"]]
 
 
@@ -247,7 +248,7 @@ def pinned_left_out(store: Store, dataset: str) -> dict[str, list[int]] | None:
     """Rows that the val shards lack since they are in train, by the shard_id of a shard that held them; None when the
     split is not pinned yet.
     """
-    pinned: dict[str, Any] | None = read_json(store, keys.split(dataset))
+    pinned: dict[str, Any] | None = read_json(store, DatasetKeys(dataset).split)
     return None if pinned is None else dict(pinned.get("left_out", {}))
 
 
@@ -256,7 +257,9 @@ def _pin_split(
 ) -> list[str]:
     pinned: dict[str, Any] = {"val": val, "bound": binding}
     try:
-        store.put_new(keys.split(dataset), canonical_json(pinned | ({"left_out": dict(left_out)} if left_out else {})))
+        store.put_new(
+            DatasetKeys(dataset).split, canonical_json(pinned | ({"left_out": dict(left_out)} if left_out else {}))
+        )
     except AlreadyExists:
         check_binding(store, dataset, binding)
     found = _pinned_val(store, dataset)
@@ -264,7 +267,7 @@ def _pin_split(
     return found
 
 
-def _columns(made: dict[str, Made], val: set[str]) -> dict[str, list[Any]]:
+def _columns(made: dict[str, ShardSummary], val: set[str]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for shard_id, found in made.items():
         if found.tokens:
@@ -274,11 +277,11 @@ def _columns(made: dict[str, Made], val: set[str]) -> dict[str, list[Any]]:
     return columns
 
 
-def _totals(made: dict[str, Made], val: set[str]) -> dict[str, dict[str, int]]:
+def _totals(made: dict[str, ShardSummary], val: set[str]) -> dict[str, dict[str, int]]:
     totals = {}
     for split in ("train", "val"):
         found = [one for shard_id, one in made.items() if (shard_id in val) == (split == "val")]
-        counts = {name: sum(getattr(one, name) for one in found) for name in Made._fields[:-1]}
+        counts = {name: sum(getattr(one, name) for one in found) for name in ShardSummary._fields[:-1]}
         totals[split] = {"shards": sum(one.tokens > 0 for one in found)} | counts
     return totals
 
@@ -290,9 +293,9 @@ def _lineage(store: Store, dataset: str, digest: str | None) -> Iterator[str]:
         digest = read_manifest(store, dataset, digest).parent
 
 
-def point_latest(store: Store, dataset: str, manifest: Manifest, pointed: str | None) -> None:
+def update_latest(store: Store, dataset: str, manifest: Manifest, pointed: str | None) -> None:
     """Swap `latest`, which names the digest `pointed`, to the manifest. There already is success: another builder's."""
-    key, digest = keys.dataset_latest(dataset), manifest.digest
+    key, digest = DatasetKeys(dataset).latest, manifest.digest
     try:
         current = store.read(key)
         etag: str | None = current.etag

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing
+from storage.keys import DatasetKeys
 from storage.sources import documents, filters
 from storage.sources.files import SourceFile, check_distinct
 from storage.sources.filters import Filter
@@ -28,7 +28,7 @@ FORMAT = 1  # raised by hand when the same recipe would give other bytes
 
 
 @dataclass(frozen=True)
-class Shape:
+class DatasetSettings:
     """What a dataset asks of its source files; with their content it decides every byte."""
 
     shard_tokens: int
@@ -93,7 +93,7 @@ class FilePlan:
     """
 
     file: SourceFile
-    shape: Shape
+    shape: DatasetSettings
     row_ends: tuple[int, ...]
     start_bytes: tuple[int, ...] | None
     tokens: int
@@ -132,7 +132,7 @@ class FilePlan:
             row_from = row_to
 
 
-def plan_file(file: SourceFile, shape: Shape, limit_tokens: int = 0) -> FilePlan:
+def plan_file(file: SourceFile, shape: DatasetSettings, limit_tokens: int = 0) -> FilePlan:
     """Cut one file, or, with a limit, its first rows of so many tokens. Raises SourceInvalid."""
     asked = tuple(filters.parse(text) for text in shape.filters)
     found = documents.rows(file, shape.text_column, asked, strict=shape.on_bad_document == "fail")
@@ -165,7 +165,7 @@ def plan_files(
     store: Store,
     dataset: str,
     files: Sequence[SourceFile],
-    shape: Shape,
+    shape: DatasetSettings,
     make: Callable[[SourceFile, int], FilePlan] | None = None,
     left_out: Mapping[str, list[int]] | None = None,
 ) -> Iterator[FilePlan]:
@@ -186,7 +186,9 @@ def plan_files(
                 return
 
 
-def read_plan(store: Store, dataset: str, file: SourceFile, shape: Shape, limit_tokens: int = 0) -> FilePlan | None:
+def read_plan(
+    store: Store, dataset: str, file: SourceFile, shape: DatasetSettings, limit_tokens: int = 0
+) -> FilePlan | None:
     """The plan that an earlier build kept of this file, or None."""
     key = _key(dataset, file, shape, limit_tokens)
     try:
@@ -204,7 +206,7 @@ def read_plan(store: Store, dataset: str, file: SourceFile, shape: Shape, limit_
         ) from error
 
 
-def keep_plan(store: Store, dataset: str, planned: FilePlan, limit_tokens: int = 0) -> None:
+def put_plan(store: Store, dataset: str, planned: FilePlan, limit_tokens: int = 0) -> None:
     """Put the plan where `read_plan` finds it."""
     names = ("row_ends", "start_bytes", "tokens", "limited")
     found = {name: getattr(planned, name) for name in names}
@@ -215,6 +217,6 @@ def keep_plan(store: Store, dataset: str, planned: FilePlan, limit_tokens: int =
         )
 
 
-def _key(dataset: str, file: SourceFile, shape: Shape, limit_tokens: int) -> str:
+def _key(dataset: str, file: SourceFile, shape: DatasetSettings, limit_tokens: int) -> str:
     recipe = {"format": FORMAT, "source": file.digest, "shape": shape.recipe(), "limit_tokens": limit_tokens}
-    return keys.plan(dataset, digest(recipe))
+    return DatasetKeys(dataset).plan(digest(recipe))

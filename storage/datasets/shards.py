@@ -22,6 +22,7 @@ from storage import keys
 from storage.datasets.plan import ShardJob
 from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
+from storage.keys import DatasetKeys
 from storage.sources import documents
 from storage.sources.mirror import locate
 from storage.stores.store import Body, Store, overwrite, read_json
@@ -32,7 +33,7 @@ RECORDS_AT_ONCE = 16  # of a bucket each is a round trip of 3 ms and more
 RECORDS_IN_FLIGHT = 1_000  # asked for at once: 130,000 futures would take 200 MB
 
 
-class Made(NamedTuple):
+class ShardSummary(NamedTuple):
     """What a manifest says of a shard: its counts and the sha256 of its bytes."""
 
     tokens: int
@@ -71,9 +72,9 @@ class Record:
         return self.tokens * DTYPE.itemsize
 
     @property
-    def made(self) -> Made:
+    def made(self) -> ShardSummary:
         """What a manifest says of it."""
-        return Made(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
+        return ShardSummary(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
 
 
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str], np.ndarray], eot: int) -> Record:
@@ -100,7 +101,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Callable[[str
 
 def _put_record(store: Store, dataset: str, record: Record) -> None:
     """Put a record. One that is there and cannot be read gives way, one that says other bytes does not."""
-    key, body = keys.record(dataset, record.shard_id), canonical_json(asdict(record))
+    key, body = DatasetKeys(dataset).record(record.shard_id), canonical_json(asdict(record))
     try:
         store.put_new(key, body)
     except AlreadyExists as error:
@@ -114,7 +115,7 @@ def _put_record(store: Store, dataset: str, record: Record) -> None:
             ) from error
 
 
-def _made(store: Store, dataset: str, shard_id: str) -> Made | None:
+def _made(store: Store, dataset: str, shard_id: str) -> ShardSummary | None:
     """What the record says, None when it cannot be read: then the job makes both again."""
     try:
         return read_record(store, dataset, shard_id).made
@@ -131,21 +132,21 @@ def _versions() -> dict[str, str]:
 
 def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str) -> None:
     """Put a shard's bytes, of that sha256. Other bytes at its key are damaged ones: they and the record give way."""
-    key = keys.shard(dataset, shard_id)
+    key = DatasetKeys(dataset).shard(shard_id)
     try:
         store.put_new(key, body)
     except AlreadyExists:
         try:
             read_shard(store, dataset, shard_id, len(body) // DTYPE.itemsize, sha256)
         except (ObjectMissing, ShardCorrupt):  # no job of this recipe writes other bytes
-            forget(store, dataset, shard_id)
+            delete_shard(store, dataset, shard_id)
             with suppress(AlreadyExists):  # somebody else mends it, too
                 store.put_new(key, body)
 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:
     """The record of a finished shard. Raises ObjectMissing when the shard is not done."""
-    key = keys.record(dataset, shard_id)
+    key = DatasetKeys(dataset).record(shard_id)
     body = store.read(key).body
     try:
         return Record(**json.loads(body))
@@ -158,14 +159,16 @@ def read_record(store: Store, dataset: str, shard_id: str) -> Record:
 
 def failures(store: Store, dataset: str) -> dict[str, str]:
     """Why each shard job that failed last did so, by shard_id."""
-    prefix, suffix = keys.shards(dataset), keys.failure("")
+    prefix, suffix = DatasetKeys(dataset).shards, keys.failure("")
     failed = sorted(listed.key for listed in store.list(prefix) if listed.key.endswith(suffix))
     return {
         key.removeprefix(prefix).removesuffix(suffix): str((read_json(store, key) or {}).get("why")) for key in failed
     }
 
 
-def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[str, Made]) -> dict[str, Made]:
+def finished_shards(
+    store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[str, ShardSummary]
+) -> dict[str, ShardSummary]:
     """Those of the shards that are done: the record is there, and the shard's size is the one it states.
 
     One listing; a record is read only for shards that no manifest knows (`known`, by shard_id). Keeps 8 bytes and a
@@ -179,7 +182,7 @@ def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[st
             has_record[number] = True
         elif number is not None:
             sizes[number] = size_bytes
-    found: dict[str, Made] = {}
+    found: dict[str, ShardSummary] = {}
     there = (shard_id for shard_id, number in asked.items() if has_record[number])
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         while window := list(islice(there, RECORDS_IN_FLIGHT)):
@@ -192,31 +195,31 @@ def done(store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[st
     return found
 
 
-def recorded(store: Store, dataset: str) -> set[str]:
+def recorded_shards(store: Store, dataset: str) -> set[str]:
     """The shards whose record is there."""
     return {shard_id for shard_id, is_record, _ in _listed(store, dataset) if is_record}
 
 
 def _listed(store: Store, dataset: str) -> Iterator[tuple[str, bool, int]]:
     """Each shard and each record that is there: shard_id, whether it is the record, size in bytes."""
-    for listed in store.list(keys.shards(dataset)):
-        shard_id, is_record = keys.shard_of(dataset, listed.key)
+    for listed in store.list(DatasetKeys(dataset).shards):
+        shard_id, is_record = DatasetKeys(dataset).shard_of(listed.key)
         if shard_id is not None:
             yield shard_id, is_record, listed.size
 
 
-def is_done(store: Store, dataset: str, shard_id: str) -> bool:
+def is_finished(store: Store, dataset: str, shard_id: str) -> bool:
     """Whether this one shard is done, without a listing: a listing by each of n jobs would be n times n objects."""
     try:
-        return store.stat(keys.shard(dataset, shard_id)).size == read_record(store, dataset, shard_id).size_bytes
+        return store.stat(DatasetKeys(dataset).shard(shard_id)).size == read_record(store, dataset, shard_id).size_bytes
     except (ObjectMissing, ShardCorrupt):
         return False
 
 
-def forget(store: Store, dataset: str, shard_id: str) -> None:
+def delete_shard(store: Store, dataset: str, shard_id: str) -> None:
     """Remove a shard so that its job runs again: the record first, so that at no moment a record lacks its shard."""
-    store.delete(keys.record(dataset, shard_id))
-    store.delete(keys.shard(dataset, shard_id))
+    store.delete(DatasetKeys(dataset).record(shard_id))
+    store.delete(DatasetKeys(dataset).shard(shard_id))
 
 
 def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
@@ -224,7 +227,7 @@ def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: s
     rebuild = "Rebuild it: gpt2 dataset verify --repair"
     for _ in range(2):  # bytes that were damaged on their way come whole the next time
         try:
-            found = store.read(keys.shard(dataset, shard_id), tokens * DTYPE.itemsize)
+            found = store.read(DatasetKeys(dataset).shard(shard_id), tokens * DTYPE.itemsize)
         except (ObjectMissing, ObjectCorrupt) as error:
             kind = ObjectMissing if isinstance(error, ObjectMissing) else ShardCorrupt
             raise kind(

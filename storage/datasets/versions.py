@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from storage import keys
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
 from storage.errors import ObjectMissing
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 
-def newest(store: Store, dataset: str) -> Manifest:
+def newest_version(store: Store, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing when the dataset was never sealed."""
     found = latest_manifest(store, dataset)
     if found is None:
@@ -19,29 +19,29 @@ def newest(store: Store, dataset: str) -> Manifest:
 
 def history(store: Store, dataset: str) -> Iterator[Manifest]:
     """The newest version and its ancestors, newest first. Raises ObjectMissing when the dataset was never sealed."""
-    version: Manifest | None = newest(store, dataset)
+    version: Manifest | None = newest_version(store, dataset)
     while version is not None:
         yield version
         version = read_manifest(store, dataset, version.parent) if version.parent else None
 
 
-def line(store: Store, dataset: str) -> Iterator[tuple[Manifest, float]]:
+def history_with_times(store: Store, dataset: str) -> Iterator[tuple[Manifest, float]]:
     """The same, each with the time (Unix seconds) when it was sealed."""
     for version in history(store, dataset):
-        yield version, store.stat(keys.manifest(dataset, version.digest)).modified
+        yield version, store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
 
 
-def digests(store: Store, dataset: str) -> list[str]:
+def version_digests(store: Store, dataset: str) -> list[str]:
     """Every version that lies in the store, of whatever line, in no order."""
-    prefix = keys.manifests(dataset)
+    prefix = DatasetKeys(dataset).manifests
     return [found.key.removeprefix(prefix).removesuffix(".json") for found in store.list(prefix)]
 
 
-def find(store: Store, dataset: str, named: str) -> Manifest:
+def find_version(store: Store, dataset: str, named: str) -> Manifest:
     """The version whose digest begins so; `latest` is the newest. Raises ObjectMissing, and ValueError for several."""
     if named == "latest":
-        return newest(store, dataset)
-    there = digests(store, dataset)
+        return newest_version(store, dataset)
+    there = version_digests(store, dataset)
     matching = [digest for digest in there if digest.startswith(named)]
     if not matching:
         known = ", ".join(sorted(digest[:12] for digest in there)) or "none"

@@ -16,7 +16,7 @@ import numpy as np
 from storage.datasets.manifest import ShardRow
 from storage.datasets.shards import DTYPE, document_bounds, read_shard
 from storage.inspection import matching
-from storage.inspection.matching import Wanted
+from storage.inspection.matching import HashSet
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -39,19 +39,21 @@ class Repeated(NamedTuple):
     pairs: dict[str, list[tuple[tuple[str, int], tuple[str, int]]]]
 
 
-def look(store: Store, dataset: str, row: ShardRow, decode: Decode, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
+def scan_shard(
+    store: Store, dataset: str, row: ShardRow, decode: Decode, wanted: HashSet
+) -> tuple[np.ndarray, np.ndarray]:
     """A shard's documents as SEEN (an empty one is like no other), and the wanted hashes that occur in it."""
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
     seen, hits = [], [np.empty(0, np.uint64)]
     for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
         if words := matching.normalised(decode(ids[start + 1 : stop].tolist())):
-            name = matching.digest_of(words)
+            name = matching.text_digest(words)
             seen.append((int.from_bytes(name[:8], "little"), int.from_bytes(name[8:], "little"), 0, number))
             hits.append(wanted.among(matching.ngrams(words)))
     return np.array(seen, SEEN), np.unique(np.concatenate(hits))
 
 
-def audit(
+def find_repeats(
     store_url: str,
     dataset: str,
     rows: Sequence[ShardRow],
@@ -88,16 +90,16 @@ def _looks(
 class _Asked:
     """What a process of the pool was asked, once for all shards."""
 
-    facts: tuple[Store, str, Decode, Wanted]
+    facts: tuple[Store, str, Decode, HashSet]
 
 
 def _begin(store_url: str, dataset: str, decode: Decode, grams: np.ndarray) -> None:
-    _Asked.facts = (open_store(store_url), dataset, decode, Wanted(grams))
+    _Asked.facts = (open_store(store_url), dataset, decode, HashSet(grams))
 
 
 def _look(row: ShardRow) -> tuple[np.ndarray, np.ndarray]:
     store, dataset, decode, wanted = _Asked.facts
-    seen, hits = look(store, dataset, row, decode, wanted)
+    seen, hits = scan_shard(store, dataset, row, decode, wanted)
     return seen, hits if row.split == "train" else hits[:0]
 
 

@@ -32,7 +32,7 @@ def normalised(text: bytes) -> bytes:
     return b" ".join(text.translate(_TABLE).split())
 
 
-def digest_of(words: bytes) -> bytes:
+def text_digest(words: bytes) -> bytes:
     """Names a normalised text: 16 bytes, so that among 10**12 documents no two differing ones are called the same."""
     return hashlib.blake2b(words, digest_size=DIGEST_BYTES).digest()
 
@@ -84,7 +84,7 @@ def _of_block(words: bytes) -> np.ndarray:
     return hashes
 
 
-class Wanted:
+class HashSet:
     """Hashes that are looked for: which of them occur among others."""
 
     def __init__(self, hashes: np.ndarray) -> None:

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
 
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.datasets.shards import RECORDS_AT_ONCE, Record, read_record
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 
 COUNTED = ("tokens", "documents", "skipped", "filtered", "text_bytes")
@@ -32,7 +32,7 @@ def card(store: Store, dataset: str, manifest: Manifest) -> dict[str, Any]:
             lengths = [ours + theirs for ours, theirs in zip_longest(lengths, record.lengths, fillvalue=0)]
     left_out = sum(counts["filtered"] for counts in files.values())
     rows = left_out + sum(counts["documents"] + counts["skipped"] for counts in files.values())
-    report = read_json(store, keys.audit(dataset, manifest.digest))
+    report = read_json(store, DatasetKeys(dataset).leaks(manifest.digest))
     return {
         "dataset": dataset,
         "manifest": manifest.digest,

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage import keys
 from storage.datasets.manifest import Manifest, ShardRow, read_manifest
-from storage.datasets.shards import DTYPE, Made, document_bounds, read_record, read_shard
+from storage.datasets.shards import DTYPE, ShardSummary, document_bounds, read_record, read_shard
 from storage.errors import ObjectMissing, StorageError
 from storage.inspection.lineage import source_rows
+from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.stores.store import Store
@@ -30,8 +30,8 @@ class Damage(NamedTuple):
 def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
     """What the shard's size, the sum that the store keeps of it, or a missing record show, without reading it."""
     try:
-        found = store.stat(keys.shard(dataset, row.shard_id))
-        store.stat(keys.record(dataset, row.shard_id))
+        found = store.stat(DatasetKeys(dataset).shard(row.shard_id))
+        store.stat(DatasetKeys(dataset).record(row.shard_id))
     except ObjectMissing as error:
         return Damage(row.shard_id, str(error))
     size_bytes = row.tokens * DTYPE.itemsize
@@ -49,7 +49,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
         record = read_record(store, dataset, row.shard_id)
     except StorageError as error:
         return Damage(row.shard_id, str(error))
-    for name in Made._fields:
+    for name in ShardSummary._fields:
         if getattr(record, name) != getattr(row, name):
             return Damage(
                 row.shard_id,

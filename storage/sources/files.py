@@ -70,7 +70,7 @@ def is_on_hub(source: str) -> bool:
     return bool(HUB_NAME.fullmatch(source)) and Path(source).suffix not in SUFFIXES and not Path(source).exists()
 
 
-def find(source: str) -> list[str]:
+def find_files(source: str) -> list[str]:
     """The places of the source files that a path, a folder or a glob names, sorted. Raises ValueError for none."""
     found = _in_bucket(source) if BUCKET.match(source) else _on_host(source)
     if not found:
@@ -93,7 +93,7 @@ def identify(place: str | Path) -> SourceFile:
     return _identify_object(str(place)) if BUCKET.match(str(place)) else _identify_path(Path(place).absolute())
 
 
-def apart(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     """The files, each named from the folder that holds them all: two called the same can be told apart."""
     if len({file.name for file in files}) == len(files):
         return tuple(files)

@@ -34,7 +34,9 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
     """
     if not sources.is_on_hub(source):
         with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            return Listing(sources.apart(list(pool.map(sources.identify, sources.find(source)))), {}), ""
+            return Listing(
+                sources.with_distinct_names(list(pool.map(sources.identify, sources.find_files(source)))), {}
+            ), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = _remembered(read_json(store, key))
     if known and known.origin["commit"] == revision:

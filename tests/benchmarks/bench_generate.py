@@ -27,11 +27,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import tokenizer
 from model.checkpoints.huggingface import CONV1D
 from model.config import ModelConfig
-from model.evaluation.sampling import Drawing, samples_of
+from model.evaluation.sampling import SamplingSettings, sample_texts
 from model.gpt import GPT
 
 PROMPT = "The history of the English language, as far as it is known, begins with"
-DRAWING, LIKELIEST = Drawing(0.9, 50, 1.0), Drawing(0.0, 0, 1.0)
+DRAWING, LIKELIEST = SamplingSettings(0.9, 50, 1.0), SamplingSettings(0.0, 0, 1.0)
 TARGET = 1.5
 SIZES = {"small": ModelConfig(layers=4, heads=4, width=256), "124M": ModelConfig()}
 
@@ -88,13 +88,13 @@ def main() -> None:
           "| same ids at temperature 0 |\n| --- | ---: | ---: | ---: | ---: | --- | --- |", flush=True)  # fmt: skip
     for size in asked.sizes.split(","):
         ours, theirs = pair(SIZES[size])
-        greedy = samples_of(ours, PROMPT, asked.tokens, LIKELIEST, [0])
+        greedy = sample_texts(ours, PROMPT, asked.tokens, LIKELIEST, [0])
         same = greedy == peer(theirs, 1, asked.tokens, draw=False)
         for texts in map(int, asked.texts.split(",")):
             both: list[tuple[float, float]] = []
             for number in range(asked.rounds + 1):  # the first one warms up
                 seeds = range(texts * number, texts * (number + 1))
-                mine = seconds(lambda: samples_of(ours, PROMPT, asked.tokens, DRAWING, seeds), texts, asked.tokens)  # noqa: B023
+                mine = seconds(lambda: sample_texts(ours, PROMPT, asked.tokens, DRAWING, seeds), texts, asked.tokens)  # noqa: B023
                 both.append((mine, seconds(lambda: peer(theirs, texts, asked.tokens, draw=True), texts, asked.tokens)))  # noqa: B023
             ratios = [theirs_took / took for took, theirs_took in both[1:]]
             rates = [texts * asked.tokens / median(one[who] for one in both[1:]) for who in (0, 1)]

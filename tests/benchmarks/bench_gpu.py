@@ -24,8 +24,9 @@ if __name__ == "__main__":
 import torch
 
 from model.checkpoints.records import checkpoints, read_metrics
-from model.config import RunConfig, load_config
-from model.runs.job import Job, ask
+from model.config import RunConfig
+from model.config_file import load_config
+from model.runs.job import Job, put_job
 from model.runs.run import pin_run, training_job
 from storage.datasets.manifest import Manifest, latest_manifest
 from storage.stores.opening import open_store
@@ -64,7 +65,7 @@ def train(config: RunConfig, job: Job, *, until: int = 0, how: int = signal.SIGT
     """Train until that step, then send the signal. Returns the exit code and when each step was said, in seconds."""
     started = time.monotonic()
     store = open_store(config.store_url)
-    words = [sys.executable, "-m", "model", config.store_url, ask(store, job)]
+    words = [sys.executable, "-m", "model", config.store_url, put_job(store, job)]
     seen: list[float] = []
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PRESET.parents[2],
                           start_new_session=True) as process:  # fmt: skip

@@ -39,10 +39,10 @@ from torch import Tensor
 
 from model import tokenizer
 from model.data.loader import DataLoader, MicroBatches
-from storage import keys
 from storage.cache import host as host_cache
 from storage.datasets.manifest import COLUMNS, Manifest
 from storage.digests import sha256
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from tests import servers
 from tests.benchmarks import contest
@@ -246,7 +246,7 @@ def prepare(
     for url in urls.values():
         store = open_store(url, create=True)
         for path in sorted((folder / SHARDS).glob("*.bin")):
-            store.put_new(keys.shard(DATASET, path.stem), path.read_bytes())
+            store.put_new(DatasetKeys(DATASET).shard(path.stem), path.read_bytes())
     if peers:
         words = [peers, str(PEERS), "write", str(folder / SHARDS), str(folder / "peers")]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -70,8 +70,8 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
     from prefect import flow
 
     from flows import tokenise
-    from model.config import load_config
-    from storage.datasets.plan import FilePlan, Shape
+    from model.config_file import load_config
+    from storage.datasets.plan import DatasetSettings, FilePlan
     from storage.sources.files import SourceFile
     from storage.stores.opening import open_store
 
@@ -81,7 +81,8 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
     open_store(config.store_url, create=True)
     plans = [
         FilePlan(
-            SourceFile(f"file_{start:06d}.parquet", 1, f"{start:064x}", "nowhere"), Shape(10_000_000, "0" * 64),
+            SourceFile(f"file_{start:06d}.parquet", 1, f"{start:064x}", "nowhere"),
+            DatasetSettings(10_000_000, "0" * 64),
             tuple(range(1, min(SHARDS_A_FILE, jobs - start) + 1)), None, 0, limited=False,
         )
         for start in range(0, jobs, SHARDS_A_FILE)

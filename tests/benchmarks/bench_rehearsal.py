@@ -35,8 +35,9 @@ from model import tokenizer
 from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.plan import Shape, plan_file
+from storage.datasets.plan import DatasetSettings, plan_file
 from storage.digests import sha256
+from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
 from storage.sources.mirror import mirror
 from storage.sources.reading import open_source
@@ -157,7 +158,7 @@ def show_mirroring(store: Store, hub: Hub) -> None:
 
 def plan_all(files: list[SourceFile], filters: tuple[str, ...]) -> tuple[float, float, float, int]:
     """Seconds, the peak in MB, what of it was there before, and the planned tokens of all files, one by one."""
-    shape = Shape(SHARD_TOKENS, tokenizer.identity()["sha256"], filters=filters)
+    shape = DatasetSettings(SHARD_TOKENS, tokenizer.identity()["sha256"], filters=filters)
     phases.forget_peak()
     before, since = megabytes("VmRSS"), time.perf_counter()
     tokens = sum(plan_file(file, shape).tokens for file in files)
@@ -220,7 +221,7 @@ def newest(store: Store, dataset: str) -> Manifest:
 
 def versions(store: Store, dataset: str) -> list[str]:
     """Every object that says what the dataset's versions are, with its time."""
-    wanted = (keys.manifests(dataset), keys.dataset_latest(dataset), keys.split(dataset))
+    wanted = (DatasetKeys(dataset).manifests, DatasetKeys(dataset).latest, DatasetKeys(dataset).split)
     return sorted(f"{found.key} {found.modified}" for prefix in wanted for found in store.list(prefix))
 
 
@@ -277,7 +278,7 @@ def rehearse_local(folder: Path, store: Store, settings: list[str], bodies: dict
     (local := folder / "local").mkdir()
     for name, body in bodies.items():
         (local / Path(name).name).write_bytes(body)
-    there, wanted = (store.local_path(keys.shards(name).rstrip("/")) for name in ("edu", "local"))
+    there, wanted = (store.local_path(DatasetKeys(name).shards.rstrip("/")) for name in ("edu", "local"))
     assert there is not None
     assert wanted is not None
     wanted.mkdir(parents=True)
@@ -307,12 +308,12 @@ def rehearse_change(folder: Path, hub: Hub, store: Store, settings: list[str], b
     hub.repositories[SOURCE].commit(bodies | {name: changed})
     hub.requests.clear()
     first = newest(store, "edu")
-    before = {found.key: found.modified for found in store.list(keys.shards("edu"))}
+    before = {found.key: found.modified for found in store.list(DatasetKeys("edu").shards)}
     with opened(sources_in(store)) as seen:
         found = build_alone(folder, settings)
     second = newest(store, "edu")
-    after = {one.key: one.modified for one in store.list(keys.shards("edu"))}
-    made = {keys.shard("edu", one) for one in set(second.shard_ids) - set(first.shard_ids)}
+    after = {one.key: one.modified for one in store.list(DatasetKeys("edu").shards)}
+    made = {DatasetKeys("edu").shard(one) for one in set(second.shard_ids) - set(first.shard_ids)}
     ranges = greedy(counts.tolist())
     assert {key for key in after.items() - before.items() if key[0].endswith(".bin")} == {
         (key, after[key]) for key in made

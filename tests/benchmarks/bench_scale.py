@@ -34,11 +34,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.platform.server import free_port
-from storage import keys
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.datasets.plan import ShardJob
 from storage.datasets.shards import Record
 from storage.digests import canonical_json, sha256
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.benchmarks import phases
@@ -61,8 +61,8 @@ def put_quickly(store: Store, dataset: str, job: ShardJob, *_: Any) -> Record:
         versions={"python": "3.11.7", "gpt2-pipeline": "0.1.0", "numpy": "2.4.6", "tiktoken": "0.14.0"},
         dumps={job.source.name.split("/")[1]: DOCUMENTS},
     )  # fmt: skip
-    store.put_new(keys.shard(dataset, job.shard_id), body)
-    store.put_new(keys.record(dataset, job.shard_id), canonical_json(asdict(record)))
+    store.put_new(DatasetKeys(dataset).shard(job.shard_id), body)
+    store.put_new(DatasetKeys(dataset).record(job.shard_id), canonical_json(asdict(record)))
     return record
 
 

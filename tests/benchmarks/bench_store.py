@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import boto3
 from botocore.config import Config
 
-from storage import keys
 from storage.cache import host as host_cache
 from storage.cache import shards as shard_cache
 from storage.datasets.manifest import COLUMNS, ShardRow, read_manifest
 from storage.digests import canonical_json, sha256
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests import servers
@@ -55,7 +55,7 @@ PLAIN, CHECKED = "boto3, defaults", "boto3, defaults, what ours put (SHA-256 che
 TO_FILE = "boto3, download_file (to a file, no fsync)"
 ALONE = partial(ProcessPoolExecutor, 1, get_context("spawn"))  # for work in a process of its own
 numbers = count()
-shard_keys = [keys.shard(DATASET, f"{n:06d}") for n in range(1000)]
+shard_keys = [DatasetKeys(DATASET).shard(f"{n:06d}") for n in range(1000)]
 
 
 class Contender(NamedTuple):
@@ -210,8 +210,12 @@ def bench_warm(store: Store, bodies: list[bytes], shard_rows: list[ShardRow]) ->
 
 def bench_list(objects: int) -> None:
     with new_bucket() as bucket, ThreadPoolExecutor(8) as pool:
-        store, plain, prefix = open_store(f"s3://{bucket}/ours", create=True), plain_client(), keys.shards(DATASET)
-        list(pool.map(lambda n: store.put_new(keys.record(DATASET, f"{n:06d}"), b"{}"), range(objects)))
+        store, plain, prefix = (
+            open_store(f"s3://{bucket}/ours", create=True),
+            plain_client(),
+            DatasetKeys(DATASET).shards,
+        )
+        list(pool.map(lambda n: store.put_new(DatasetKeys(DATASET).record(f"{n:06d}"), b"{}"), range(objects)))
         pages = partial(plain.get_paginator("list_objects_v2").paginate, Bucket=bucket, Prefix=f"ours/{prefix}")
         contenders = [
             Contender("ours", lambda _: sum(1 for _ in store.list(prefix))),
@@ -230,7 +234,7 @@ def put_manifest(store: Store, shards: int) -> str:
          sha256(b"%d" % n), "train" if n else "val") for n in range(shards)), strict=True)), strict=True))  # fmt: skip
     made = {"recipe": {"shard_tokens": 10_000_000}, "tokenizer": {"name": "gpt2"}, "totals": {}, "parent": None}
     body = canonical_json({"schema": 1, **made, "shards": columns})
-    store.put_new(keys.manifest(DATASET, sha256(body)), body)
+    store.put_new(DatasetKeys(DATASET).manifest(sha256(body)), body)
     return sha256(body)
 
 
@@ -242,7 +246,7 @@ def megabytes_of(name: str) -> float:
 def open_manifest(url: str, digest: str, times: int) -> tuple[float, float, float]:
     """Median seconds, those of plain get_object and json.loads, and the peak's growth in MB."""
     store, plain, (bucket, prefix) = open_store(url), plain_client(), url.removeprefix("s3://").split("/")
-    get = partial(plain.get_object, Bucket=bucket, Key=f"{prefix}/{keys.manifest(DATASET, digest)}")
+    get = partial(plain.get_object, Bucket=bucket, Key=f"{prefix}/{DatasetKeys(DATASET).manifest(digest)}")
     before = megabytes_of("VmHWM")
     ours = [measured(lambda: read_manifest(store, DATASET, digest))[0] for _ in range(times)]
     grown = megabytes_of("VmHWM") - before

@@ -26,7 +26,7 @@ from model.checkpoints.records import read_metrics
 from model.config import RunConfig
 from model.data.loader import DataLoader, inputs_and_targets, widened
 from model.gpt import GPT
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from model.training.optimizer import make_optimizer
 from storage.datasets.manifest import Manifest
@@ -77,7 +77,7 @@ def main() -> None:
         job = training_job(pin_run(store, config, manifest.digest, None))
         bare = bare_seconds(config, manifest, steps // 4)
         with contextlib.redirect_stdout(io.StringIO()):
-            assert run_job(store.url, ask(store, job)) == 0
+            assert run_job(store.url, put_job(store, job)) == 0
         bare += bare_seconds(config, manifest, steps // 4)
         lines = read_metrics(store, config.name)
     assert len(lines) == steps

@@ -22,7 +22,8 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from model import tokenizer
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 
 WORKERS = 2
 AT_ONCE = 32  # documents a worker takes at once: whoever is quicker takes more
@@ -102,9 +103,9 @@ def pool(corpus: Path, shard_tokens: int) -> None:
 def build(corpus: Path, shard_tokens: int, settings: list[str]) -> None:
     """The stage as `gpt2 dataset build` runs it, but for the seal; then the proof that what it left is whole."""
     from flows.runtime import records
-    from storage import keys
     from storage.datasets.manifest import latest_manifest
     from storage.inspection.verify import check_fully
+    from storage.keys import DatasetKeys
     from storage.stores.opening import open_store
 
     since = datetime.now(UTC)
@@ -123,9 +124,9 @@ def build(corpus: Path, shard_tokens: int, settings: list[str]) -> None:
     damaged = [found for row in manifest.rows() if (found := check_fully(store, "bench", row, tokenizer.EOT))]
     assert not damaged, damaged
     assert manifest.shard_ids == planned
-    last = max(store.stat(keys.record("bench", shard_id)).modified for shard_id in planned)
+    last = max(store.stat(DatasetKeys("bench").record(shard_id)).modified for shard_id in planned)
     proved = time.monotonic()
-    records.wait(since, 15)  # as the console does
+    records.wait_for_task_runs(since, 15)  # as the console does
     answer(
         begin=begin,
         end=end,
@@ -146,7 +147,8 @@ def _timed(config: RunConfig, warm: RunConfig) -> tuple[float, float, float, lis
     """
     from prefect import flow, task
 
-    from flows.download import Downloaded, download
+    from flows.download import download
+    from flows.handoffs import Downloaded
     from flows.tokenise import _run_missing, task_runner, tokenise
 
     together = Path("together").absolute()

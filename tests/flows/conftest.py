@@ -25,4 +25,4 @@ def api() -> Iterator[str]:
     since = datetime.now(UTC)
     with server.running_server(PORT):
         yield os.environ["PREFECT_API_URL"]
-        records.wait(since, 15)
+        records.wait_for_task_runs(since, 15)

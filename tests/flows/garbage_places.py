@@ -10,6 +10,7 @@ from storage import keys
 from storage.datasets import lease, shards
 from storage.datasets.manifest import Manifest, seal
 from storage.inspection.verify import check_fully, check_versions
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 from tests.storage.sealing import SETTINGS, built, jobs_of, record_key, shard_key, source_file
 
@@ -47,7 +48,7 @@ class Place:
         manifest = manifest or self.manifest
         there = self.there()
         for key in there:
-            if key.startswith(keys.shards("small")) and key.endswith(".json") and "failure" not in key:
+            if key.startswith(DatasetKeys("small").shards) and key.endswith(".json") and "failure" not in key:
                 assert key.removesuffix(".json") + ".bin" in there, key
         damaged = [check_fully(self.store, "small", row, tokenizer.EOT) for row in manifest.rows()]
         return not any(damaged) and not list(check_versions(self.store, "small", manifest))
@@ -61,7 +62,7 @@ def make_old(store: Store, prefix: str) -> None:
 
 
 def lease_key() -> str:
-    return keys.lease("small")
+    return DatasetKeys("small").lease
 
 
 def holder(store: Store) -> object:
@@ -72,7 +73,7 @@ def build(store: Store, *paths: Path, before_seal: Callable[[], object] = lambda
     """What `gpt2 dataset build` does, without Prefect: claim, count what is done, make the rest, seal."""
     lease.claim(store, "small", "build")
     jobs = jobs_of(*paths)
-    finished = shards.done(store, "small", [job.shard_id for job in jobs], {})
+    finished = shards.finished_shards(store, "small", [job.shard_id for job in jobs], {})
     for job in jobs:
         if job.shard_id not in finished:
             shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)

@@ -24,11 +24,11 @@ from flows.runtime import processes
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.config import RunConfig
-from model.runs.job import JobFailed, ask
+from model.runs.job import JobFailed, put_job
 from model.runs.run import pin_run, training_job
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.errors import ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import ask as asked_of
@@ -40,7 +40,8 @@ PREFECT = str(Path(sys.executable).with_name("prefect"))
 # A job's process whose validation never ends: that of so small a model may be done before it is killed
 UNENDING = """
 import signal, sys
-from model import __main__, scoring
+from model import __main__
+from model.evaluation import jobs as scoring
 
 scoring.KINDS["val_loss"] = lambda *_: signal.pause()
 sys.exit(__main__.main())
@@ -55,7 +56,7 @@ def trained(folder: Path, *overrides: str) -> tuple[RunConfig, Manifest]:
     manifest = build_dataset(config)
     store = open_store(config.store_url)
     job = training_job(pin_run(store, config, manifest.digest, None))
-    assert run_job(store.url, ask(store, job)) == 0
+    assert run_job(store.url, put_job(store, job)) == 0
     return config, manifest
 
 
@@ -94,14 +95,14 @@ def test_every_kept_checkpoint_is_evaluated_and_makes_a_curve(api: str, run: Run
     config = changed(run, checkpoint="every", hellaswag=items(tmp_path / "items.jsonl"))
     facts = evaluate_and_report(config)
     store = open_store(run.store_url)
-    there = {listed.key.rpartition("evaluations/")[2] for listed in store.list(keys.all_evaluations("tiny"))}
+    there = {listed.key.rpartition("evaluations/")[2] for listed in store.list(RunKeys("tiny").evaluations)}
     names = ("val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json")
     assert there == {f"{step:06d}/{name}" for step in (4, 8, 12) for name in names}
     assert [one["step"] for one in facts["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
     shown = run_facts(store, "tiny")
     assert [one["step"] for one in shown["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
     assert [one["step"] for one in shown["samples"]] == [12, 8, 4]
-    text = store.read(keys.report("tiny", "html")).body.decode()
+    text = store.read(RunKeys("tiny").report("html")).body.decode()
     for said in ("hellaswag_harness", "step 4,", "step 8,", "6 items, 5 of them repeated", "0.3114", "harness style"):
         assert said in text
     assert "3.2924" not in text  # of windows of another length
@@ -121,7 +122,7 @@ def test_one_checkpoint_that_is_named_is_evaluated_alone_and_one_that_is_not_the
 def test_a_finished_run_may_be_asked_something_else_and_then_the_first_again(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
         evaluate_and_report(config)
-        kept = read_json(open_store(run.store_url), keys.evaluation("tiny", 12, "samples")) or {}
+        kept = read_json(open_store(run.store_url), RunKeys("tiny").evaluation(12, "samples")) or {}
         return {one["prompt"] for one in kept["samples"]}  # type: ignore[union-attr,index,call-overload]
 
     first, other = changed(run, prompts=("One",)), changed(run, prompts=("Two", ""))
@@ -148,11 +149,11 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
 
     monkeypatch.setattr(processes._Request, "start", kill)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
-    before = read_json(store, keys.evaluation("tiny", 4, "val_loss"))  # of a test that asked otherwise, or none
+    before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # of a test that asked otherwise, or none
     with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu"):
         evaluate_and_report(config)
-    assert read_json(store, keys.evaluation("tiny", 4, "val_loss")) == before
-    assert read_json(store, keys.evaluation("tiny", 4, "samples")) is not None
+    assert read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) == before
+    assert read_json(store, RunKeys("tiny").evaluation(4, "samples")) is not None
     assert "SIGKILL" in {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
     assert ended - killed[0] < timedelta(seconds=10)
@@ -165,7 +166,7 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     assert asked_of(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
     assert {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"] == ""
     assert newest_task(api, "val_loss-4", "Completed")["end_time"] > ended.isoformat()
-    made = read_json(store, keys.evaluation("tiny", 4, "val_loss")) or {}
+    made = read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) or {}
     assert "val_loss_t32_of_64" in made["metrics"], made  # type: ignore[operator]
     newest_task(api, "samples-4", "Skipped")
 
@@ -189,9 +190,9 @@ def test_items_that_cannot_be_read_fail_hellaswag_alone(
         evaluate_and_report(changed(run, hellaswag=str(path), sample_tokens=5))
     assert said in str(refused.value)
     store = open_store(run.store_url)
-    kept = read_json(store, keys.evaluation("tiny", 12, "samples")) or {}
+    kept = read_json(store, RunKeys("tiny").evaluation(12, "samples")) or {}
     assert len(kept["samples"]) == 1  # type: ignore[arg-type]
-    assert "samples" in store.read(keys.report("tiny", "md")).body.decode().lower()
+    assert "samples" in store.read(RunKeys("tiny").report("md")).body.decode().lower()
 
 
 # Models from outside
@@ -231,7 +232,7 @@ def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp
     assert "hellaswag_harness_acc_norm" in out
     store = open_store(str(tmp_path / "store"))
     assert checkpoints(store, "my_model")[0].model["context_tokens"] == 64
-    assert "A model that was imported" in store.read(keys.report("my_model", "md")).body.decode()
+    assert "A model that was imported" in store.read(RunKeys("my_model").report("md")).body.decode()
     assert run_status(store, "my_model")[0].state == "a model that was imported, not trained here"
     code, out, _ = gpt2(*words)
     assert code == 0
@@ -251,7 +252,7 @@ def test_two_runs_stand_side_by_side_on_one_page_and_ask_for_nothing(
     store = open_store(run.store_url)
     other = run.model_copy(update={"name": "second", "train": run.train.model_copy(update={"seed": 7})})
     manifest = pin_run(store, run, "", None).manifest
-    assert run_job(store.url, ask(store, training_job(pin_run(store, other, manifest, None)))) == 0
+    assert run_job(store.url, put_job(store, training_job(pin_run(store, other, manifest, None)))) == 0
     words = ["report", "tiny", "second", "--set", f"store_url={run.store_url}"]
     for name in ("both.html", "both.md"):
         assert gpt2(*words, "--to", str(tmp_path / name))[0] == 0

@@ -14,10 +14,10 @@ from flows.pretrain import build_dataset
 from flows.tokenise import tokenise_shards
 from model.config import RunConfig
 from model.runs.job import note_failure
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
 from storage.errors import SourceInvalid, SourceUnavailable
+from storage.keys import DatasetKeys
 from storage.sources import hub as client
 from storage.stores.opening import open_store
 from tests.hub import Hub
@@ -118,16 +118,16 @@ def test_a_repair_reads_the_commit_that_the_version_was_made_of(
     hub.repositories["org/edu"].commit({name: body for name, body in files.items() if "part-2" not in name})
     for found in store.list("sources/"):
         store.delete(found.key)
-    shards.forget(store, "small", lost)
+    shards.delete_shard(store, "small", lost)
     verify(overrides=words(config), repair=True, verbose=True)
     assert latest_manifest(store, "small") == before
-    assert shards.is_done(store, "small", lost)
+    assert shards.is_finished(store, "small", lost)
 
 
 def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) -> None:
     """Of a job that nobody asks for any more, as after a mended file or with bad documents skipped."""
     store = open_store(config.store_url, create=True)
-    note_failure(store, keys.record("small", "part-0-00000-000000000000"), "row 3: no text")
+    note_failure(store, DatasetKeys("small").record("part-0-00000-000000000000"), "row 3: no text")
     assert "failed" in {line.state for line in dataset_status(store, "small")}
     build_dataset(config)
     assert shards.failures(store, "small") == {}
@@ -173,7 +173,7 @@ def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub:
     with pytest.raises(SourceUnavailable, match=r"'small': 1 source files could not be had.*part-1"):
         build_dataset(config)
     store = open_store(config.store_url)
-    made = {found.key.rpartition("/")[2][:6] for found in store.list(keys.shards("small"))}
+    made = {found.key.rpartition("/")[2][:6] for found in store.list(DatasetKeys("small").shards)}
     assert made == {"part-0", "part-2"}
     assert latest_manifest(store, "small") is None
     hub.faults.clear()
@@ -187,7 +187,7 @@ def test_a_hub_that_went_away_leaves_what_was_mirrored(
 ) -> None:
     digest = build_dataset(config)
     store = open_store(config.store_url)
-    for found in list(store.list(keys.dataset("small"))):
+    for found in list(store.list(DatasetKeys("small").prefix)):
         store.delete(found.key)
     hub.spoil("*", *["reset"] * 10_000)  # type: ignore[arg-type]
     items = config.evaluation.model_copy(update={"hellaswag": "org/swag"})  # a dataset alone needs none

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from model.checkpoints.records import checkpoints, read_metrics
-from storage import keys
 from storage.datasets.manifest import latest_manifest
 from storage.digests import sha256
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from tests.flows.client import gpt2, poll, run_gpt2
 from tests.making import document, write_parquet
@@ -46,7 +46,8 @@ def outcome(folder: Path) -> Outcome:
     assert manifest is not None
     last = checkpoints(store, "tiny")[-1]
     evaluations = {
-        listed.key: sha256(store.read(listed.key).body) for listed in store.list(keys.evaluations("tiny", 60))
+        listed.key: sha256(store.read(listed.key).body)
+        for listed in store.list(RunKeys("tiny").evaluations + f"{60:06d}/")
     }
     losses = [line["loss"] for line in read_metrics(store, "tiny")]
     return Outcome(manifest.digest, losses, last.files["model.safetensors"]["sha256"], evaluations)

@@ -8,10 +8,10 @@ import pytest
 from flows.leaks import audit_dataset
 from flows.pretrain import build_dataset
 from model.config import RunConfig
-from storage import keys
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ShardCorrupt
 from storage.inspection.summary import card
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
@@ -76,7 +76,7 @@ def built(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def test_a_build_leaves_the_report_that_all_pairs_give(built: Built) -> None:
     _, store, manifest = built
-    report = json.loads(store.read(keys.audit("small", manifest.digest)).body)
+    report = json.loads(store.read(DatasetKeys("small").leaks(manifest.digest)).body)
     found = documents(store, "small", manifest)
     train, val = ([one for one in found if one.split == split] for split in ("train", "val"))
     repeats, leaks = repeats_of(found), leaks_of(found)
@@ -104,8 +104,8 @@ def test_a_build_leaves_the_report_that_all_pairs_give(built: Built) -> None:
 def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
     config, store, manifest = built
     without = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"hellaswag": ""})})
-    report = json.loads(store.read(keys.audit("small", manifest.digest)).body)
-    key = keys.shard("small", manifest.shard_ids[-1])
+    report = json.loads(store.read(DatasetKeys("small").leaks(manifest.digest)).body)
+    key = DatasetKeys("small").shard(manifest.shard_ids[-1])
     whole = bytes(store.read(key).body)
     overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
     assert audit_dataset(config) == report  # no shard was read

@@ -13,8 +13,8 @@ from flows.pretrain import evaluate_and_report, pretrain
 from model.config import RunConfig
 from model.runs.job import JobRefused
 from model.runs.run import find_run
-from storage import keys
 from storage.errors import SourceInvalid
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import ask, poll
@@ -67,7 +67,7 @@ def test_shards_and_evaluations_are_tasks_of_their_own(api: str, finished: tuple
     stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
     tokenised = task_states(api, stages["tokenise"])
     store = open_store(finished[0].store_url)
-    made = [listed.key for listed in store.list(keys.shards("small")) if listed.key.endswith(".bin")]
+    made = [listed.key for listed in store.list(DatasetKeys("small").shards) if listed.key.endswith(".bin")]
     assert sum(name.startswith("shard-") for name in tokenised) == len(made) > 5
     assert set(task_states(api, stages["evaluate"])) == {"val_loss-12", "completion-12", "samples-12"}
     assert set(tokenised.values()) == {"Completed"}
@@ -84,7 +84,7 @@ def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[Run
 
 def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Any]) -> None:
     config, facts = finished
-    page = open_store(config.store_url).read(keys.report("tiny", "html")).body.decode()
+    page = open_store(config.store_url).read(RunKeys("tiny").report("html")).body.decode()
     for title in ("Loss", "Learning rate", "Gradient norm", "Speed", "completion", "bits_per_byte"):
         assert f"<figcaption>{title}</figcaption><svg" in page
     assert "val_loss_t32" in page
@@ -92,7 +92,7 @@ def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig,
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
     assert [address for address in loaded if "w3.org" not in address] == []  # names of namespaces
     assert "<script" not in page
-    assert "completion_acc_norm" in open_store(config.store_url).read(keys.report("tiny", "md")).body.decode()
+    assert "completion_acc_norm" in open_store(config.store_url).read(RunKeys("tiny").report("md")).body.decode()
 
 
 def test_the_same_run_again_does_nothing_and_says_the_same(api: str, finished: tuple[RunConfig, Any]) -> None:
@@ -115,7 +115,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
     states = task_states(api, stages["evaluate"])
     assert states == {"val_loss-12": "Completed", "completion-12": "Failed", "samples-12": "Completed"}
     store = open_store(config.store_url)
-    assert "val_loss_t32" in store.read(keys.report("short", "html")).body.decode()
+    assert "val_loss_t32" in store.read(RunKeys("short").report("html")).body.decode()
     assert [line.what.strip() for line in run_status(store, "short") if line.why] == ["completion"]
     with pytest.raises(JobRefused):  # again: only the failed one is tried
         evaluate_and_report(config)
@@ -137,12 +137,12 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     run = find_run(store, "tiny")
     assert run.items is not None
     assert store.read(run.items).body == item.encode() * 3
-    assert {listed.key.rpartition("/")[2] for listed in store.list(keys.evaluations("tiny", 12))} == {
+    assert {listed.key.rpartition("/")[2] for listed in store.list(RunKeys("tiny").evaluations + f"{12:06d}/")} == {
         "val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json",
     }  # fmt: skip
     (tmp_path / "items.jsonl").write_text(item * 2)  # mended in its place
     pretrain(config)
-    kept = read_json(store, keys.evaluation("tiny", 12, "hellaswag")) or {}
+    kept = read_json(store, RunKeys("tiny").evaluation(12, "hellaswag")) or {}
     assert kept["items"] == 2
     (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
     assert pretrain(config) == facts

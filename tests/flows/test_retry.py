@@ -13,10 +13,10 @@ import pytest
 
 from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
-from storage import keys
 from storage.datasets.manifest import latest_manifest
 from storage.datasets.shards import Record
 from storage.digests import canonical_json
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.flows.client import ask, poll, shard_runs
@@ -62,12 +62,12 @@ def completed(api: str, since: datetime) -> dict[str, str]:
 def spoil(store: Store, shard_id: str) -> None:
     """Let a record say other bytes than its job makes: the job fails for good."""
     record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", {}, {})
-    store.put_new(keys.record("small", shard_id), canonical_json(asdict(record)))
+    store.put_new(DatasetKeys("small").record(shard_id), canonical_json(asdict(record)))
 
 
 def mend(store: Store, shard_ids: list[str]) -> None:
     for shard_id in shard_ids:
-        store.delete(keys.record("small", shard_id))
+        store.delete(DatasetKeys("small").record(shard_id))
 
 
 def shown_as_failed(api: str, flow_run: str) -> set[str]:

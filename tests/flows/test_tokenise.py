@@ -19,11 +19,11 @@ from flows.runtime import records
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.runs.job import JobFailed
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import ShardJob
 from storage.errors import DatasetMismatch, SourceInvalid
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.flows.client import poll, shard_runs
@@ -41,7 +41,7 @@ def runs_made_by(api: str, config: RunConfig) -> int:
     """How many shard tasks one more build starts, by what Prefect has written down of its flows alone."""
     since = datetime.now(UTC)
     build_dataset(config)
-    records.wait(since, 60)
+    records.wait_for_task_runs(since, 60)
     return len(shard_runs(api, {"start_time": {"after_": since.isoformat()}}))
 
 
@@ -58,7 +58,7 @@ def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str,
     config = tiny_config(str(tmp_path / "store"), source, f"resources.runner={runner}", f"resources.workers={workers}")
     store, digest = open_store(config.store_url, create=True), build_dataset(config)
     manifest = read_manifest(store, "small", digest)
-    stream = b"".join(store.read(keys.shard("small", row.shard_id)).body for row in manifest.rows())
+    stream = b"".join(store.read(DatasetKeys("small").shard(row.shard_id)).body for row in manifest.rows())
     texts = [text for path in sorted(Path(source).parent.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
     encoding = published()
     expected = np.array([i for text in texts for i in (tokenizer.EOT, *encoding.encode_ordinary(text))], np.uint16)
@@ -69,9 +69,9 @@ def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str,
 
 def test_a_second_build_runs_no_job_and_makes_no_version(api: str, config: RunConfig) -> None:
     digest = build_dataset(config)
-    pointer = opened(config).read(keys.dataset_latest("small"))
+    pointer = opened(config).read(DatasetKeys("small").latest)
     assert runs_made_by(api, config) == 0
-    assert opened(config).read(keys.dataset_latest("small")) == pointer
+    assert opened(config).read(DatasetKeys("small").latest) == pointer
     assert build_dataset(config) == digest
 
 
@@ -83,13 +83,13 @@ def test_one_lost_shard_is_one_job(api: str, config: RunConfig, damage: str) -> 
     store = opened(config)
     shard_id = read_manifest(store, "small", digest).shard_ids[3]
     if damage == "cut":
-        path = store.local_path(keys.shard("small", shard_id))
+        path = store.local_path(DatasetKeys("small").shard(shard_id))
         assert path is not None
         path.write_bytes(path.read_bytes()[:100])
     else:
-        store.delete(keys.record("small", shard_id))
+        store.delete(DatasetKeys("small").record(shard_id))
         if damage != "record":
-            store.delete(keys.shard("small", shard_id))
+            store.delete(DatasetKeys("small").shard(shard_id))
     assert runs_made_by(api, config) == 1
     assert build_dataset(config) == digest
     for row in read_manifest(store, "small", digest).rows():
@@ -106,9 +106,9 @@ def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, ap
         build_dataset(config)
     store = opened(config)
     assert [line.why for line in dataset_status(store, "small") if "row 31" in line.why]
-    kept = {listed.key for listed in store.list(keys.shards("small")) if listed.key.endswith(".bin")}
+    kept = {listed.key for listed in store.list(DatasetKeys("small").shards) if listed.key.endswith(".bin")}
     assert len(kept) > 3
-    assert list(store.list(keys.dataset("small") + "manifests/")) == []
+    assert list(store.list(DatasetKeys("small").prefix + "manifests/")) == []
 
 
 def test_a_name_stays_with_its_settings(tmp_path: Path, config: RunConfig, source: str) -> None:

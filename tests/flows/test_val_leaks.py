@@ -17,11 +17,11 @@ from flows.pretrain import build_dataset
 from flows.tokenise import tokenise
 from model import tokenizer
 from model.config import RunConfig
-from storage import keys
 from storage.cache import host as host_cache
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest, seal
 from storage.datasets.plan import plan_files
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.sources import mirror
 from storage.stores.opening import open_store
@@ -102,7 +102,7 @@ def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
 def undisturbed(config: RunConfig, store: Store) -> Manifest:
     """The version as it must be, made without Prefect from what the texts are known to share."""
     data, identity = config.data, tokenizer.identity()
-    shape = data.shape(identity["sha256"])
+    shape = data.settings(identity["sha256"])
     found, _ = mirror.list_source(store, data.source, data.config, data.revision, "train")
     first = next(plan_files(store, DATASET, found.files, shape)).shard_ids
     left_out = {first[0]: [1, 2], first[1]: [ALONE], first[2]: [12]}
@@ -124,9 +124,9 @@ def built(once: Built, tmp_path: Path) -> Built:
     )
     data = once.config.data.model_copy(update={"source": source})
     config = once.config.model_copy(update={"store_url": store, "data": data})
-    split = json.loads(open_store(store).read(keys.split(DATASET)).body)
+    split = json.loads(open_store(store).read(DatasetKeys(DATASET).split).body)
     split["bound"]["source"] = source  # a name is bound to its source's address
-    overwrite(open_store(store), keys.split(DATASET), json.dumps(split).encode())
+    overwrite(open_store(store), DatasetKeys(DATASET).split, json.dumps(split).encode())
     return once._replace(config=config)
 
 
@@ -148,15 +148,15 @@ def test_a_val_split_that_is_all_in_train_is_refused(tmp_path: Path) -> None:
 
 def lose(store: Store, shard_id: str) -> bytes:
     """Delete a shard and its record. Returns what it held."""
-    body = bytes(store.read(keys.shard(DATASET, shard_id)).body)
-    store.delete(keys.shard(DATASET, shard_id))
-    store.delete(keys.record(DATASET, shard_id))
+    body = bytes(store.read(DatasetKeys(DATASET).shard(shard_id)).body)
+    store.delete(DatasetKeys(DATASET).shard(shard_id))
+    store.delete(DatasetKeys(DATASET).record(shard_id))
     return body
 
 
 def lose_what_no_version_lists(store: Store, manifest: Manifest) -> int:
     """Delete the val shards as they were with their leaks, as `gpt2 gc` does. Returns how many there were."""
-    known = (found.key.rpartition("/")[2] for found in store.list(keys.shards(DATASET)))
+    known = (found.key.rpartition("/")[2] for found in store.list(DatasetKeys(DATASET).shards))
     names = {key.removesuffix(".json") for key in known if key.endswith(".json")} - set(manifest.shard_ids)
     dead = [name for name in names if shards.read_record(store, DATASET, name).tokens]
     return len([lose(store, name) for name in dead])
@@ -184,11 +184,11 @@ def test_the_version_is_the_same_whoever_builds(once: Built, store: Store) -> No
 def test_a_refresh_without_a_change_is_no_version_and_no_job(built: Built, api: str, jobs: Jobs) -> None:
     store, manifest = opened(built.config)
     assert lose_what_no_version_lists(store, manifest) == 3
-    pointer = store.read(keys.dataset_latest(DATASET))
+    pointer = store.read(DatasetKeys(DATASET).latest)
     forget_prefect(api)
     assert jobs.made_by(built.config) == (built.digest, [])
-    assert store.read(keys.dataset_latest(DATASET)) == pointer
-    assert len(list(store.list(keys.manifests(DATASET)))) == 1
+    assert store.read(DatasetKeys(DATASET).latest) == pointer
+    assert len(list(store.list(DatasetKeys(DATASET).manifests))) == 1
 
 
 def test_a_file_that_comes_later_changes_no_val(built: Built, jobs: Jobs) -> None:
@@ -201,7 +201,7 @@ def test_a_file_that_comes_later_changes_no_val(built: Built, jobs: Jobs) -> Non
     after = read_manifest(store, DATASET, digest)
     assert after.parent == before.digest
     assert list(after.rows("val")) == list(before.rows("val"))
-    assert bytes(store.read(keys.shard(DATASET, lost)).body) == body
+    assert bytes(store.read(DatasetKeys(DATASET).shard(lost)).body) == body
     assert list(after.rows("train"))[: len(list(before.rows("train")))] == list(before.rows("train"))
     assert made == sorted({lost, *after.shard_ids} - (set(before.shard_ids) - {lost}))
     assert [one.text for one in documents(store, DATASET, after)][-len(more) :] == more
@@ -219,7 +219,7 @@ def test_a_builder_that_was_overtaken_adds_no_leak(built: Built, tmp_path: Path)
 def test_repair_makes_the_same_val_again(built: Built, jobs: Jobs) -> None:
     store, manifest = opened(built.config)
     name = manifest.shard_ids[0]
-    key = keys.shard(DATASET, name)
+    key = DatasetKeys(DATASET).shard(name)
     whole = bytes(store.read(key).body)
     overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
     verify(overrides=words(built.config), repair=True, verbose=True)
@@ -256,4 +256,4 @@ def test_filters_skipped_documents_and_a_limit_shift_no_row(tmp_path: Path, jobs
     assert {name[0] for name in lost} == {"a", "b"}
     assert lose_what_no_version_lists(store, manifest) == 3
     assert jobs.made_by(config) == (digest, sorted(lost))
-    assert {name: bytes(store.read(keys.shard(DATASET, name)).body) for name in lost} == lost
+    assert {name: bytes(store.read(DatasetKeys(DATASET).shard(name)).body) for name in lost} == lost

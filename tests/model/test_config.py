@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from model.config import RunConfig, differences, load_config
+from model.config import RunConfig, differences
+from model.config_file import load_config
 
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import gpt
-from model.config import ModelConfig, TrainingConfig, load_config
+from model.config import ModelConfig, TrainingConfig
+from model.config_file import load_config
 from model.gpt import GPT, PADDED_VOCABULARY
 from model.tokenizer import VOCABULARY
 from model.training.optimizer import make_optimizer

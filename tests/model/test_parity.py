@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from model.config import ModelConfig, TrainingConfig, load_config
+from model.config import ModelConfig, TrainingConfig
+from model.config_file import load_config
 from model.gpt import GPT, unpadded
 from model.tokenizer import VOCABULARY
 from model.training.optimizer import make_optimizer

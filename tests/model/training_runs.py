@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from model.__main__ import run_job
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
 from model.config import RunConfig
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.digests import sha256
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.making import tiny_config
@@ -45,7 +45,7 @@ class House(NamedTuple):
 
     def ask(self, run: str, *overrides: str) -> str:
         """Pin a run and ask for its training. Returns the job's key."""
-        return ask(
+        return put_job(
             self.store, training_job(pin_run(self.store, self.config(run, *overrides), self.manifest.digest, None))
         )
 
@@ -141,7 +141,7 @@ def losses(store: Store, run: str) -> list[float]:
 def final_weights(store: Store, run: str, steps: int = STEPS) -> bytes | bytearray | memoryview:
     last = checkpoints(store, run)[-1]
     assert last.step == steps
-    return store.read(keys.checkpoint_file(run, last.step, last.attempt, WEIGHTS)).body
+    return store.read(RunKeys(run).checkpoint_file(last.step, last.attempt, WEIGHTS)).body
 
 
 def assert_equal_runs(store: Store, run: str, other: str) -> None:
@@ -151,10 +151,10 @@ def assert_equal_runs(store: Store, run: str, other: str) -> None:
 
 def copy_checkpoints(store: Store, run: str, other: str, last_step: int = STEPS) -> list[CheckpointRecord]:
     """Put a run's checkpoints up to a step under the name of another run. Returns them."""
-    for listed in list(store.list(keys.checkpoints(run))):
-        name = listed.key.removeprefix(keys.checkpoints(run))
+    for listed in list(store.list(RunKeys(run).checkpoints)):
+        name = listed.key.removeprefix(RunKeys(run).checkpoints)
         if int(name[:6]) <= last_step:
-            store.put_new(keys.checkpoints(other) + name, store.read(listed.key).body)
+            store.put_new(RunKeys(other).checkpoints + name, store.read(listed.key).body)
     return checkpoints(store, other)
 
 

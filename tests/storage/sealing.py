@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from model import tokenizer
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, seal
-from storage.datasets.plan import FilePlan, Shape, ShardJob, plan_file
+from storage.datasets.plan import DatasetSettings, FilePlan, ShardJob, plan_file
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
@@ -32,7 +32,7 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
 
 def plans_of(*paths: Path | str, **shape: Any) -> list[FilePlan]:
     """The plans of some files: shards of 500 tokens, unless another shape is asked for."""
-    asked = Shape(**{"shard_tokens": 500, "tokenizer": tokenizer.identity()["sha256"]} | shape)
+    asked = DatasetSettings(**{"shard_tokens": 500, "tokenizer": tokenizer.identity()["sha256"]} | shape)
     return [plan_file(sources.identify(path), asked) for path in paths]
 
 
@@ -58,21 +58,21 @@ def sealed(store: Store, *paths: Path) -> Manifest:
 
 
 def shard_key(shard_id: str) -> str:
-    return keys.shard("small", shard_id)
+    return DatasetKeys("small").shard(shard_id)
 
 
 def record_key(shard_id: str) -> str:
-    return keys.record("small", shard_id)
+    return DatasetKeys("small").record(shard_id)
 
 
 def pointer(store: Store, dataset: str = "small") -> dict[str, Any]:
-    found = read_json(store, keys.dataset_latest(dataset))
+    found = read_json(store, DatasetKeys(dataset).latest)
     assert found is not None
     return found
 
 
 def manifests(store: Store, dataset: str = "small") -> list[str]:
-    return [found.key for found in store.list(keys.dataset(dataset) + "manifests/")]
+    return [found.key for found in store.list(DatasetKeys(dataset).prefix + "manifests/")]
 
 
 class Spy:

@@ -11,11 +11,12 @@ import pytest
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage import keys
 from storage.datasets.manifest import Manifest, latest_manifest
 from storage.inspection.verify import check_fully
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests import servers
@@ -51,17 +52,17 @@ class Built:
 
     def flip(self, place: int) -> str:
         """Rewrite a shard with another byte in it. Returns its name."""
-        key = keys.shard("small", self.rows[place].shard_id)
+        key = DatasetKeys("small").shard(self.rows[place].shard_id)
         body = bytearray(self.store.read(key).body)
         body[10] ^= 1
         overwrite(self.store, key, bytes(body))
         return self.rows[place].shard_id
 
     def records(self) -> set[str]:
-        return {found.key for found in self.store.list(keys.shards("small")) if found.key.endswith(".json")}
+        return {found.key for found in self.store.list(DatasetKeys("small").shards) if found.key.endswith(".json")}
 
     def times(self) -> dict[str, float]:
-        return {found.key: found.modified for found in self.store.list(keys.shards("small"))}
+        return {found.key: found.modified for found in self.store.list(DatasetKeys("small").shards)}
 
 
 class _inside:  # noqa: N801  # contextlib.chdir under the name of what it is for
@@ -116,8 +117,8 @@ def test_damage_is_exit_code_1_and_the_printed_command_mends_just_that(api: str,
     after = built.times()
     assert after.keys() == before.keys()
     assert {key for key in after if after[key] != before[key]} == {
-        keys.shard("small", name),
-        keys.record("small", name),
+        DatasetKeys("small").shard(name),
+        DatasetKeys("small").record(name),
     }
     assert built.verify()[0] == 0
 
@@ -126,7 +127,7 @@ def test_damage_is_exit_code_1_and_the_printed_command_mends_just_that(api: str,
 @pytest.mark.parametrize("place", [0, 3])
 def test_a_lost_record_is_damage_that_can_be_mended(api: str, built: Built, place: int) -> None:
     name = built.rows[place].shard_id
-    built.store.delete(keys.record("small", name))
+    built.store.delete(DatasetKeys("small").record(name))
     code, said = built.verify()
     assert (code, name in said) == (1, True), said
     assert built.verify("--repair", api=api)[0] == 0
@@ -172,7 +173,7 @@ def test_a_store_that_keeps_sums_shows_a_rewritten_shard_quickly(tmp_path: Path,
     name = built.flip(3)
     code, said = built.verify("--quick")
     assert (code, name in said) == (1, True)
-    assert built.store.stat(keys.shard("small", name)).sha256 in said
+    assert built.store.stat(DatasetKeys("small").shard(name)).sha256 in said
 
 
 # Copy
@@ -192,7 +193,7 @@ def outcome(url: str, built: Built) -> tuple[object, bytes | bytearray | memoryv
     """What a training on this copy logs, and its weights."""
     store = open_store(url)
     config = tiny_config(url, built.config.data.source, f"train.max_steps={STEPS}")
-    assert run_job(url, ask(store, training_job(pin_run(store, config, built.manifest.digest, None)))) == 0
+    assert run_job(url, put_job(store, training_job(pin_run(store, config, built.manifest.digest, None)))) == 0
     return history(store, "tiny"), final_weights(store, "tiny")
 
 
@@ -237,7 +238,7 @@ def test_a_killed_copy_is_just_unfinished_and_goes_on(tmp_path: Path, s3_url: S3
     built = Built(tmp_path, "data")
     to = s3_url("seaweedfs")
     target = open_store(to, create=True)
-    there = lambda: [found for found in target.list(keys.shards("small")) if found.key.endswith(".json")]  # noqa: E731
+    there = lambda: [found for found in target.list(DatasetKeys("small").shards) if found.key.endswith(".json")]  # noqa: E731
     process = gpt2("dataset", "copy", to, *built.words(), cwd=built.folder)
     poll(there)
     process.kill()
@@ -255,7 +256,7 @@ def test_a_killed_copy_is_just_unfinished_and_goes_on(tmp_path: Path, s3_url: S3
 
 
 def _no_record_lacks_its_shard(store: Store) -> None:
-    names = {found.key for found in store.list(keys.shards("small"))}
+    names = {found.key for found in store.list(DatasetKeys("small").shards)}
     assert {key.removesuffix(".json") + ".bin" for key in names if key.endswith(".json")} <= names
 
 

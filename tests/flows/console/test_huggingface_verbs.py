@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from flows.console import cli
 from model.checkpoints.records import WEIGHTS, checkpoints
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 from model.data.loader import DataLoader
-from storage import keys
 from storage.datasets.manifest import Manifest
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests.making import document, tiny_config, write_parquet
@@ -96,13 +97,13 @@ def test_an_imported_model_is_evaluated_and_exported_as_it_was(
     assert evaluated.code == 0, evaluated
     assert "0 steps\n" in evaluated.out
     store = open_store(config.store_url)
-    assert read_json(store, keys.run_config("imported")) is None  # only a training pins
-    found = read_json(store, keys.evaluation("imported", 0, "val_loss"))
+    assert read_json(store, RunKeys("imported").config) is None  # only a training pins
+    found = read_json(store, RunKeys("imported").evaluation(0, "val_loss"))
     assert found is not None
     assert found["data"] == manifest.digest
     expected = val_loss_of_transformers(store, manifest, published)
     assert found["metrics"]["val_loss_t32"] == pytest.approx(expected, rel=1e-5, abs=0)  # type: ignore[index,call-overload]
-    assert store.stat(keys.report("imported", "html")).size > 0
+    assert store.stat(RunKeys("imported").report("html")).size > 0
     assert gpt2("gc", *words).code == 0
     assert gpt2("status", *words).code in (0, None)
     went = gpt2("export", str(tmp_path / "out"), *words)
@@ -163,5 +164,5 @@ def test_a_model_that_is_asked_for_in_another_shape_is_not_evaluated(
     assert refused.code == 2
     assert "layers is 1, asked for 2" in refused.err
     store = open_store(config.store_url)
-    assert read_json(store, keys.run_config(config.name)) is None
+    assert read_json(store, RunKeys(config.name).config) is None
     assert len(checkpoints(store, config.name)) == 1

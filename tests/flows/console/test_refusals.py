@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import keys
 from storage.datasets.manifest import latest_manifest
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from tests.flows.client import run_gpt2
 from tests.making import document, write_parquet
@@ -160,7 +160,7 @@ def test_a_flipped_byte_is_found_named_and_repaired(api: str, folder: Path) -> N
     manifest = latest_manifest(store, "small")
     assert manifest is not None
     row = list(manifest.rows("train"))[-1]
-    path = store.local_path(keys.shard("small", row.shard_id))
+    path = store.local_path(DatasetKeys("small").shard(row.shard_id))
     assert path is not None
     whole = path.read_bytes()
     path.write_bytes(whole[:10] + bytes([whole[10] ^ 1]) + whole[11:])

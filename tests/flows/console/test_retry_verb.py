@@ -9,17 +9,18 @@ import pytest
 
 from flows import pretrain as flow_module
 from flows.console import cli
+from flows.handoffs import DatasetVersion
 from flows.pretrain import build_dataset, pretrain
-from flows.tokenise import DatasetVersion
-from model.config import RunConfig, load_config
+from model.config import RunConfig
+from model.config_file import load_config
 from model.runs.job import JobFailed
-from model.runs.run import find_run, note_asked
-from storage import keys
+from model.runs.run import find_run, keep_request
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
 from storage.datasets.shards import Record
 from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
+from storage.keys import DatasetKeys, RunKeys
 from storage.sources import files as sources
 from storage.sources import mirror
 from storage.stores.opening import open_store
@@ -53,7 +54,7 @@ class Failed(NamedTuple):
 def spoil(store: Store, shard_id: str) -> None:
     """Let a record promise bytes that no job of its recipe makes: from now on the job fails."""
     record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", {}, {})
-    store.put_new(keys.record(DATASET, shard_id), canonical_json(asdict(record)))
+    store.put_new(DatasetKeys(DATASET).record(shard_id), canonical_json(asdict(record)))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def failed(once: Failed, tmp_path: Path) -> Failed:
     url = str(shutil.copytree(once.config.store_url, tmp_path / "store"))
     found = once._replace(config=once.config.model_copy(update={"store_url": url}))
     for shard_id in once.failed:
-        found.store.delete(keys.record(DATASET, shard_id))
+        found.store.delete(DatasetKeys(DATASET).record(shard_id))
     return found
 
 
@@ -114,7 +115,7 @@ def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> N
     assert failed.sealed() == failed.expected
     names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
     poll(lambda: sorted(name for one, name in completed(api).items() if one not in before) == names)
-    audit = read_json(failed.store, keys.audit(DATASET, failed.expected.digest))
+    audit = read_json(failed.store, DatasetKeys(DATASET).leaks(failed.expected.digest))
     assert (audit is not None) == (how == "retry")  # what was set at the retry is taken
 
 
@@ -130,9 +131,9 @@ def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
         spoil(failed.store, shard_id)
     with pytest.raises(ShardCorrupt):
         pretrain(failed.config)
-    assert read_json(failed.store, keys.run_config("tiny")) is None
+    assert read_json(failed.store, RunKeys("tiny").config) is None
     for shard_id in failed.failed:
-        failed.store.delete(keys.record(DATASET, shard_id))
+        failed.store.delete(DatasetKeys(DATASET).record(shard_id))
     with counted() as jobs, monkeypatch.context() as patch:
         if to == "train":  # which takes a minute
             patch.setattr(flow_module, "train", stopped)
@@ -145,7 +146,7 @@ def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
     if to == "the report":
         assert find_run(failed.store, "tiny").manifest == failed.expected.digest
         assert find_run(failed.store, "tiny").config == failed.config.computed()
-        assert list(failed.store.list(keys.report("tiny", "html")))
+        assert list(failed.store.list(RunKeys("tiny").report("html")))
 
 
 def test_a_name_nobody_asked_for_is_exit_code_2(tmp_path: Path) -> None:
@@ -157,8 +158,8 @@ def test_a_name_nobody_asked_for_is_exit_code_2(tmp_path: Path) -> None:
 def test_a_refused_build_is_not_what_a_retry_asks_for(once: Failed) -> None:
     """As a run's settings: those that the name is not bound to are refused before they are kept."""
     calm = once.config.model_copy(update={"store_url": str(Path(once.config.store_url).with_name("calm"))})
-    key, store = keys.dataset_asked(DATASET), open_store(calm.store_url)
-    note_asked(store, key, calm)  # as the build that sealed it does
+    key, store = DatasetKeys(DATASET).request, open_store(calm.store_url)
+    keep_request(store, key, calm)  # as the build that sealed it does
     before = read_json(store, key)
     data = calm.data.model_copy(update={"drop_val_leaks": True})
     with pytest.raises(DatasetMismatch, match="drop_val_leaks"):
@@ -191,9 +192,9 @@ UNUSUAL = [
 
 @pytest.mark.parametrize("kind", ["run", "dataset"])
 def test_what_was_asked_last_comes_back_whole(store: Store, taken: list[Any], kind: str) -> None:
-    key = (keys.run_asked if kind == "run" else keys.dataset_asked)("mine")
-    note_asked(store, key, asked_for(store))
-    note_asked(store, key, asked_for(store, *UNUSUAL))
+    key = (RunKeys if kind == "run" else DatasetKeys)("mine").request
+    keep_request(store, key, asked_for(store))
+    keep_request(store, key, asked_for(store, *UNUSUAL))
     cli.retry("mine", overrides=[f"store_url={store.url}"])
     assert taken == [(kind, asked_for(store, *UNUSUAL))]
     assert store.url not in bytes(store.read(key).body).decode()
@@ -201,7 +202,7 @@ def test_what_was_asked_last_comes_back_whole(store: Store, taken: list[Any], ki
 
 def test_a_setting_is_held_against_what_was_asked(store: Store, taken: list[Any]) -> None:
     """3 ranks can share its batch, and could not share that of the defaults."""
-    note_asked(store, keys.run_asked("mine"), asked_for(store, *UNUSUAL))
+    keep_request(store, RunKeys("mine").request, asked_for(store, *UNUSUAL))
     cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=3"])
     assert taken == [("run", asked_for(store, *UNUSUAL, "resources.processes=3"))]
     with pytest.raises(ValueError, match="5 ranks"):

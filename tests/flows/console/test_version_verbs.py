@@ -14,10 +14,10 @@ from flows.console import cli
 from flows.inspection.trace import asked, windows
 from flows.pages.dataset_card import page
 from model import tokenizer
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.datasets.versions import difference
 from storage.inspection.summary import card
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from tests.crawl import Crawl, crawled, write_crawl
 from tests.flows.client import run_gpt2
@@ -100,7 +100,7 @@ def test_log_tells_each_version_and_what_changed(versions: Versions, gpt2: Ask) 
     for line, manifest in ((newest, versions.second), (oldest, versions.first)):
         assert (line["manifest"], line["tokens"]) == (manifest.digest, tokens(manifest))
         assert (line["shards"], line["commit"]) == (len(manifest.shard_ids), None)
-        at = versions.crawl.store.stat(keys.manifest("small", manifest.digest)).modified
+        at = versions.crawl.store.stat(DatasetKeys("small").manifest(manifest.digest)).modified
         assert datetime.fromisoformat(line["sealed"]) == datetime.fromtimestamp(int(at), UTC)
     assert newest["changes"] == difference(versions.first, versions.second)
     assert oldest["changes"] is None

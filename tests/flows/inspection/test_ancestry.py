@@ -16,12 +16,12 @@ from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.config import RunConfig
 from model.data.loader import DataLoader, MicroBatches
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import Run, evaluation_jobs, pin_run, training_job
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.digests import sha256
 from storage.errors import ObjectMissing
+from storage.keys import RunKeys
 from storage.sources import files as sources
 from storage.stores.store import Store, read_json
 from tests.crawl import Crawl
@@ -76,11 +76,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         manifest = crawl.build()
         config = tiny_config(crawl.config.store_url, crawl.config.data.source, *SETTINGS)
         run = pin_run(crawl.store, config, manifest.digest, None)
-        assert run_job(crawl.store.url, ask(crawl.store, training_job(run))) == 0
+        assert run_job(crawl.store.url, put_job(crawl.store, training_job(run))) == 0
         asked = [evaluation_jobs(config, one, manifest.digest, None) for one in checkpoints(crawl.store, run.name)]
         for job in chain(*asked[1:]):
             if job.kind == "val_loss" or (job.kind, job.recipe["step"]) == ("samples", 12):
-                assert run_job(crawl.store.url, ask(crawl.store, job)) == 0
+                assert run_job(crawl.store.url, put_job(crawl.store, job)) == 0
         crawl.write("file_20.parquet", crawl.rows["file_00.parquet"][:2])
         assert crawl.build().parent == manifest.digest  # a newer version, which the run does not know
         crawl.write("file_20.parquet", None)
@@ -169,7 +169,7 @@ def test_a_validation_names_all_of_val(trained: Trained, checkpoint: int | None)
     assert (found["split"], found["shards"], found["checkpoint"]) == ("val", val, step)
     assert (found["evaluation"], found["manifest"]) == ("val_loss", trained.manifest.digest)
     assert [(file["name"], file["digest"]) for file in found["files"]] == trained.files(val)
-    kept = read_json(trained.store, keys.evaluation("tiny", step, "val_loss"))
+    kept = read_json(trained.store, RunKeys("tiny").evaluation(step, "val_loss"))
     assert kept is not None
     assert found["metrics"] == kept["metrics"]
 
@@ -192,7 +192,7 @@ def test_an_evaluation_that_is_not_there_is_refused_with_those_that_are(trained:
 
 def test_what_is_offered_instead_can_be_asked_for(trained: Trained) -> None:
     """An evaluation of items keeps its answers beside it: they are no evaluation."""
-    items = keys.evaluation_items("tiny", 8, "completion")
+    items = RunKeys("tiny").evaluation_items(8, "completion")
     trained.store.put_new(items, b"rows")
     try:
         with pytest.raises(ObjectMissing) as caught:

@@ -10,7 +10,7 @@ from flows.inspection.garbage import collect, find
 from model.__main__ import run_job
 from model.checkpoints.records import CheckpointRecord, checkpoints, retained
 from model.config import RunConfig
-from model.runs.job import ask, read_result
+from model.runs.job import put_job, read_result
 from model.runs.run import evaluation_jobs, find_run, pin_run, training_job
 from model.training import saver, trainer
 from storage import keys
@@ -18,6 +18,7 @@ from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.datasets.lease import claim
 from storage.datasets.manifest import seal
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
@@ -153,15 +154,15 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
         )
         for name in ("calm", "killed")
     }
-    assert run_job(store.url, ask(store, jobs["calm"])) == 0
+    assert run_job(store.url, put_job(store, jobs["calm"])) == 0
     with monkeypatch.context() as patch:
         patch.setattr(saver, "retain", lambda *_: None)  # killed before it gave anything up
         killed_at(9, patch)
         with pytest.raises(SystemExit):
-            run_job(store.url, ask(store, jobs["killed"]))
+            run_job(store.url, put_job(store, jobs["killed"]))
     assert steps(checkpoints(store, "killed")) == [2, 4, 6, 8]
-    attempt = keys.checkpoint_file("killed", 10, "deadbeef", "model.safetensors")
-    segment = keys.metrics("killed", 8, "deadbeef")
+    attempt = RunKeys("killed").checkpoint_file(10, "deadbeef", "model.safetensors")
+    segment = RunKeys("killed").metrics_segment(8, "deadbeef")
     store.put_new(attempt, b"as far as it came")
     store.put_new(segment, b'{"step": 8}\n')
     place_age(store)
@@ -170,13 +171,13 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
     records = checkpoints(store, "killed")
     kept = retained(records, 2, 4)
     assert steps(kept) == [4, 6, 8]
-    expected = {attempt, segment, keys.checkpoint_record("killed", 2)}
-    expected |= {keys.checkpoint_file("killed", 2, records[0].attempt, name) for name in records[0].files}
+    expected = {attempt, segment, RunKeys("killed").checkpoint_record(2)}
+    expected |= {RunKeys("killed").checkpoint_file(2, records[0].attempt, name) for name in records[0].files}
     assert {found.name for found in find(store, grace)} == expected
     assert deleted(store, grace) == expected
     assert {found.key for found in store.list("")} == there - expected
     assert checkpoints(store, "killed") == kept
-    assert run_job(store.url, ask(store, jobs["killed"])) == 0
+    assert run_job(store.url, put_job(store, jobs["killed"])) == 0
     assert_equal_runs(store, "killed", "calm")
     place_age(store)
     deleted(store, grace)
@@ -187,7 +188,7 @@ def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
     evaluations = [job for job in asked if job.kind in ("val_loss", "samples")]
     assert len(evaluations) == 2
     for job in evaluations:
-        assert run_job(store.url, ask(store, job)) == 0
+        assert run_job(store.url, put_job(store, job)) == 0
         assert read_result(store, job) is not None
 
 
@@ -200,13 +201,13 @@ def place_age(store: Store) -> None:
 def test_a_checkpoint_that_lost_a_file_goes_and_the_one_before_it_stays(config: RunConfig, tmp_path: Path) -> None:
     store = open_store(config.store_url, create=True)
     job = training_job(pin_run(store, config, build_dataset(config).digest, None))
-    assert run_job(store.url, ask(store, job)) == 0
+    assert run_job(store.url, put_job(store, job)) == 0
     *before, newest = checkpoints(store, config.name)
-    lost = keys.checkpoint_file(config.name, newest.step, newest.attempt, "optimizer.safetensors")
+    lost = RunKeys(config.name).checkpoint_file(newest.step, newest.attempt, "optimizer.safetensors")
     store.delete(lost)
     place_age(store)
     gone = deleted(store, HOUR)
-    assert keys.checkpoint_record(config.name, newest.step) in gone
+    assert RunKeys(config.name).checkpoint_record(newest.step) in gone
     assert checkpoints(store, config.name) == before
 
 

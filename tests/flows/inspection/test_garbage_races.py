@@ -31,8 +31,8 @@ ROUNDS = 8
 # Collects, says each deletion, and waits after it.
 COLLECTOR = """
 import sys
-from flows.garbage import collect
-from storage.layout import open_store
+from flows.inspection.garbage import collect
+from storage.stores.opening import open_store
 for found in collect(open_store(sys.argv[1]), float(sys.argv[2])):
     print(found.name, flush=True)
     sys.stdin.readline()

@@ -7,8 +7,9 @@ import pytest
 
 from flows.inspection.status import run_status
 from model.checkpoints.records import put_checkpoint
-from model.runs.job import Job, ask, note_failure
+from model.runs.job import Job, note_failure, put_job
 from storage import keys
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import overwrite
 
@@ -25,8 +26,8 @@ def test_a_failure_counts_until_the_same_is_answered_after_it(
     about = {"step": 0, "job": "", "model": {}, "train": {}, "cursor": {}, "metrics": []}
     put_checkpoint(store, "one", {}, about)  # as of a model that was imported
     job = Job("one", "val_loss", {"step": 0})
-    ask(store, job)
-    result, answer = keys.result("one", job.job_id), keys.evaluation("one", 0, "val_loss")
+    put_job(store, job)
+    result, answer = RunKeys("one").result(job.job_id), RunKeys("one").evaluation(0, "val_loss")
     note_failure(store, result, "killed")
     overwrite(store, answer, b"{}")
     for key, seconds in ((keys.failure(result), failed), (answer, answered)):

@@ -12,7 +12,7 @@ from flows.platform import automations
 from flows.platform.bootstrap import bootstrap
 from model.checkpoints.records import checkpoints
 from model.config import RunConfig
-from storage import keys
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import ask, poll
@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> RunConfig:
 def step(config: RunConfig) -> int:
     """The step that the training has reached, as its own progress says."""
     store = open_store(config.store_url, create=True)
-    return int((read_json(store, keys.progress(config.name)) or {"step": 0})["step"])
+    return int((read_json(store, RunKeys(config.name).progress) or {"step": 0})["step"])
 
 
 def of_flow_run(flow_run: str) -> list[int]:

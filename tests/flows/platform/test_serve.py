@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from flows.platform import server
-from storage import keys
+from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import gpt2, poll, run_gpt2
@@ -69,7 +69,7 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
     store = open_store(config.store_url, create=True)
 
     def steps() -> int:
-        return int((read_json(store, keys.progress("tiny")) or {"step": 0})["step"])
+        return int((read_json(store, RunKeys("tiny").progress) or {"step": 0})["step"])
 
     with serving(tmp_path, port) as process:
         found = family(process.pid)

@@ -29,8 +29,8 @@ from model.data.loader import DataLoader
 from model.evaluation.sampling import newest_model
 from model.gpt import GPT
 from model.runs.run import find_run
-from storage import keys
 from storage.errors import CheckpointInvalid, ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store
 from tests.model.training_runs import SHORT, STEPS, House, everything, flip_a_byte, losses
 
@@ -168,7 +168,7 @@ def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_not_exported(
     with pytest.raises(ObjectMissing, match=r"'none-such'.*gpt2 pretrain"):
         export_run(house.store, "none-such", tmp_path / "folder")
     record = import_folder(house.store, "to-damage", published)
-    sums = flip_a_byte(house.store, keys.checkpoint_file("to-damage", 0, record.attempt, WEIGHTS))
+    sums = flip_a_byte(house.store, RunKeys("to-damage").checkpoint_file(0, record.attempt, WEIGHTS))
     with pytest.raises(CheckpointInvalid, match=rf"{sums[0]}, found {sums[1]}.*Delete"):
         export_run(house.store, "to-damage", tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []

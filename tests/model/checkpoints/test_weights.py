@@ -8,11 +8,11 @@ import torch
 from model.__main__ import run_job
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, checkpoints, retained
 from model.processes.distributed import DDPConfig
-from model.runs.job import ask, read_job
+from model.runs.job import put_job, read_job
 from model.runs.run import pin_run, training_job
 from model.training.trainer import Trainer
-from storage import keys
 from storage.errors import CheckpointInvalid
+from storage.keys import RunKeys
 from storage.stores.store import Store
 from tests.making import build_dataset
 from tests.model.training_runs import SHORT, STEPS, House, copy_checkpoints, everything, flip_a_byte, losses
@@ -42,7 +42,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     manifest = house.manifest
     if name == "data.dataset":
         manifest = build_dataset(house.config(run, override, "data.shard_tokens=900"))
-    key = ask(house.store, training_job(pin_run(house.store, config, manifest.digest, None)))
+    key = put_job(house.store, training_job(pin_run(house.store, config, manifest.digest, None)))
     copy_checkpoints(house.store, undisturbed(1), run)
     before = everything(house.store)
     assert run_job(house.store.url, key) == 2
@@ -59,13 +59,13 @@ def test_a_damaged_checkpoint_is_named_and_the_remedy_works(
     run = f"damaged-{file}"
     key = house.ask(run)
     newest = copy_checkpoints(house.store, undisturbed(1), run, last_step=8)[-1]
-    damaged = keys.checkpoint_file(run, newest.step, newest.attempt, file)
+    damaged = RunKeys(run).checkpoint_file(newest.step, newest.attempt, file)
     before, after = flip_a_byte(house.store, damaged)
     assert run_job(house.store.url, key) == 2
     message = capsys.readouterr().err
-    for said in (damaged, before, after, keys.checkpoint_record(run, 8)):
+    for said in (damaged, before, after, RunKeys(run).checkpoint_record(8)):
         assert said in message
-    house.store.delete(keys.checkpoint_record(run, 8))
+    house.store.delete(RunKeys(run).checkpoint_record(8))
     assert run_job(house.store.url, key) == 0
     assert losses(house.store, run) == pytest.approx(losses(house.store, undisturbed(1)), rel=1e-5, abs=0)
 
@@ -77,7 +77,7 @@ def test_a_record_without_its_whole_files_does_not_count_and_the_run_goes_on(
     run = f"{harm}-{file}"
     key = house.ask(run)
     newest = copy_checkpoints(house.store, undisturbed(1), run, last_step=8)[-1]
-    path = house.store.local_path(keys.checkpoint_file(run, newest.step, newest.attempt, file))
+    path = house.store.local_path(RunKeys(run).checkpoint_file(newest.step, newest.attempt, file))
     assert path is not None
     body = path.read_bytes()
     path.unlink()
@@ -115,7 +115,7 @@ def test_the_newest_and_the_multiples_are_kept(house: House, keep_last: int, kee
         "train.checkpoint_every_steps=1", *SHORT,
     )  # fmt: skip
     assert [record.step for record in checkpoints(house.store, run)] == kept
-    assert len(list(house.store.list(keys.checkpoints(run)))) == len(kept) * 3  # nothing of the others is left
+    assert len(list(house.store.list(RunKeys(run).checkpoints))) == len(kept) * 3  # nothing of the others is left
     assert len(losses(house.store, run)) == STEPS  # but their metrics are
 
 
@@ -126,7 +126,7 @@ def test_there_is_a_checkpoint_at_every_moment_of_a_retention(house: House, monk
 
     def watched(store: Store, deleted: str) -> None:
         delete(store, deleted)  # type: ignore[arg-type]
-        if deleted.startswith(keys.checkpoints(run)):
+        if deleted.startswith(RunKeys(run).checkpoints):
             found.append(checkpoints(store, run)[-1].step)
 
     monkeypatch.setattr(type(house.store), "delete", watched)

@@ -23,10 +23,10 @@ from model.runs.job import Job
 from model.runs.run import pin_run, training_job
 from model.training import trainer
 from model.training.trainer import Trainer
-from storage import keys
 from storage.datasets.manifest import COLUMNS, Manifest
 from storage.digests import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 from tests.making import tiny_config
 
@@ -49,7 +49,7 @@ def made_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[
         ids = np.arange(at, at + size).astype("<u2")
         at += size
         shards.append(ids)
-        store.put_new(keys.shard("made", f"shard-{index}"), ids.tobytes())
+        store.put_new(DatasetKeys("made").shard(f"shard-{index}"), ids.tobytes())
         row = (f"shard-{index}", size, 1, 0, size, sha256(ids.tobytes()), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -189,7 +189,8 @@ def test_windows_are_the_very_tokens_of_the_shards(store: Store, built: tuple[Ru
     _, manifest = built
     loader = DataLoader(store, "small", manifest, "train", sequence_tokens=32, seed=9)
     files = [
-        np.fromfile(str(store.local_path(keys.shard("small", row.shard_id))), "<u2") for row in manifest.rows("train")
+        np.fromfile(str(store.local_path(DatasetKeys("small").shard(row.shard_id))), "<u2")
+        for row in manifest.rows("train")
     ]
     found = loader.windows(0, loader.order.epoch_windows)
     assert found.shape == (loader.order.epoch_windows, 33)
@@ -234,7 +235,7 @@ def test_targets_are_the_tokens_that_follow() -> None:
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty"])
 def test_a_damaged_shard_is_never_read(store: Store, damage: str) -> None:
     manifest, shards = made_dataset(store, [100])
-    path = store.local_path(keys.shard("made", "shard-0"))
+    path = store.local_path(DatasetKeys("made").shard("shard-0"))
     assert path is not None
     body = bytearray(shards[0].tobytes())
     body[50] ^= 1
@@ -248,7 +249,7 @@ def test_a_damaged_shard_is_never_read(store: Store, damage: str) -> None:
 
 def test_a_missing_shard_is_named(store: Store) -> None:
     manifest, _ = made_dataset(store, [100])
-    store.delete(keys.shard("made", "shard-0"))
+    store.delete(DatasetKeys("made").shard("shard-0"))
     with pytest.raises(ObjectMissing, match="shard-0"):
         DataLoader(store, "made", manifest, "train", sequence_tokens=10, seed=0).windows(0, 1)
 

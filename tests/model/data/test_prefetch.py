@@ -11,12 +11,12 @@ from model.config import RunConfig
 from model.data import order as order_module
 from model.data.loader import DataLoader
 from model.data.order import GROUP_SHARDS, WindowOrder
-from storage import keys
 from storage.cache import host as host_cache
 from storage.cache.shards import ShardCache
 from storage.datasets.copy import Copying
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.conftest import S3Url
@@ -89,7 +89,7 @@ def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
     rows = []
     for number in range(3 * GROUP_SHARDS):
         body = np.arange(number, number + 3 * T + 1).astype("<u2").tobytes()
-        store.put_new(keys.shard("small", f"shard-{number}"), body)
+        store.put_new(DatasetKeys("small").shard(f"shard-{number}"), body)
         rows.append(ShardRow(f"shard-{number}", 3 * T + 1, 1, 0, 1, sha256(body), "train"))
     columns = {name: list(values) for name, values in zip(ShardRow._fields, zip(*rows, strict=True), strict=True)}
     reading = loader_of(store, Manifest("0" * 64, {}, {}, {}, {}, None, columns))

@@ -13,10 +13,10 @@ from model.data.loader import DataLoader
 from model.evaluation import evaluator, packing
 from model.evaluation.evaluator import Evaluator
 from model.evaluation.items import Item
-from model.evaluation.packing import batches, rows
+from model.evaluation.packing import batch_rows, pack_items
 from model.gpt import GPT
-from storage import keys
 from storage.datasets.manifest import Manifest
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 from tests.model.asked import ALONE, CPU, SHAPE, OneOfMany, T, small_model, unigram_model
 
@@ -34,7 +34,7 @@ def loader(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifes
 def plain_windows(store: Store, manifest: Manifest) -> np.ndarray:
     windows = []
     for row in manifest.rows("val"):
-        ids = np.fromfile(str(store.local_path(keys.shard("small", row.shard_id))), "<u2").astype(np.int64)
+        ids = np.fromfile(str(store.local_path(DatasetKeys("small").shard(row.shard_id))), "<u2").astype(np.int64)
         windows += [ids[start : start + T + 1] for start in range(0, len(ids) - T, T)]
     return np.stack(windows)
 
@@ -218,11 +218,11 @@ def test_a_logit_far_above_those_of_the_first_tokens_overflows_nothing() -> None
 
 def test_each_context_is_fed_once_and_no_row_is_much_shorter_than_its_batch() -> None:
     items = [item for item in many_items() if len(item.context) + max(map(len, item.endings)) <= T]
-    made = rows(items, T)
+    made = pack_items(items, T)
     assert sum(row.tokens for row in made) == sum(
         len(item.context) + sum(len(ending) - 1 for ending in item.endings) for item in items
     )
-    together = list(batches(made, 300))
+    together = list(batch_rows(made, 300))
     assert all(len(batch) * batch[0].tokens <= 300 for batch in together)
     assert len(together) > 1
     assert [row for batch in together for row in batch] == made

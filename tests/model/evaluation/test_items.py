@@ -8,9 +8,9 @@ import pytest
 
 from model import tokenizer
 from model.evaluation.items import CONTEXT_TOKENS, ENDING_TOKENS, document_items
-from storage import keys
 from storage.datasets.manifest import COLUMNS, Manifest
 from storage.digests import sha256
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 WHOLE = CONTEXT_TOKENS + ENDING_TOKENS
@@ -28,7 +28,7 @@ def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]
     for index, (split, documents) in enumerate(splits):
         ids = [token for document in documents for token in (tokenizer.EOT, *document)]
         body = np.array(ids, "<u2").tobytes()
-        store.put_new(keys.shard("made", f"shard-{index}"), body)
+        store.put_new(DatasetKeys("made").shard(f"shard-{index}"), body)
         row = (f"shard-{index}", len(ids), len(documents), 0, len(ids), sha256(body), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.checkpoints.records import checkpoints
-from model.runs.job import ask, read_result
+from model.runs.job import put_job, read_result
 from model.runs.run import evaluation_jobs
 from storage import keys
+from storage.keys import RunKeys
 from storage.stores.store import overwrite, read_json
 from tests.model.training_runs import House, training
 
@@ -32,13 +33,13 @@ def found(house: House, run: str, processes: int, folder: Path) -> dict[str, Any
     config = house.config(run, *settings, f"resources.evaluation_processes={processes}")
     kept: dict[str, Any] = {}
     for job in evaluation_jobs(config, checkpoints(house.store, run)[-1], house.manifest.digest, items):
-        house.store.delete(keys.result(run, job.job_id))
-        with training(house.store, ask(house.store, job), processes, folder) as process:
+        house.store.delete(RunKeys(run).result(job.job_id))
+        with training(house.store, put_job(house.store, job), processes, folder) as process:
             assert process.wait() == 0, process.said()
         result = read_result(house.store, job)
         assert result is not None
         kept[job.kind] = read_json(house.store, result["key"])
-    rows = house.store.read(keys.evaluation_items(run, kept["hellaswag"]["step"], "hellaswag")).body
+    rows = house.store.read(RunKeys(run).evaluation_items(kept["hellaswag"]["step"], "hellaswag")).body
     return kept | {"rows": pq.read_table(io.BytesIO(bytes(rows))).to_pylist()}
 
 

@@ -19,10 +19,11 @@ from model.config import RunConfig
 from model.evaluation import jobs
 from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
-from model.runs.job import Job, ask, read_result
+from model.runs.job import Job, put_job, read_result
 from model.runs.run import evaluation_jobs, pin_run, training_job
 from storage import keys
 from storage.datasets.manifest import Manifest
+from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.making import document, tiny_config, write_parquet
 from tests.model.asked import ALONE, SHAPE, T, small_model, unigram_model
@@ -113,7 +114,7 @@ def test_weights_that_have_diverged_choose_nothing(store: Store, model: GPT) -> 
         model.transformer.ln_f.weight[0] = math.nan
     with pytest.raises(ValueError, match=r"hellaswag of step 1: .*found nan: the training has diverged"):
         chosen_in(store, model, [{"endings": ["a", "b", "c", "d"], "label": 0}])
-    assert not list(store.list(keys.all_evaluations("scored")))
+    assert not list(store.list(RunKeys("scored").evaluations))
 
 
 # Jobs
@@ -126,16 +127,16 @@ def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
     config = tiny_config(store.url, str(source), "train.max_steps=1", "train.warmup_steps=0")
     manifest = build(config)
     run = pin_run(store, config, manifest.digest, None)
-    assert run_job(store.url, ask(store, training_job(run))) == 0
+    assert run_job(store.url, put_job(store, training_job(run))) == 0
     found = {}
     for job in evaluation_jobs(config, checkpoints(store, run.name)[-1], manifest.digest, None):
-        assert run_job(store.url, ask(store, job)) == 0
+        assert run_job(store.url, put_job(store, job)) == 0
         result = read_result(store, job)
         assert result is not None
         kept = found[job.kind] = read_json(store, result["key"]) or {}
         assert (kept["metrics"], kept["job"], kept["step"]) == (result["metrics"], job.job_id, 1)
         assert set(kept["conventions"]) == set(kept["metrics"])
-        store.delete(keys.result(run.name, job.job_id))
+        store.delete(RunKeys(run.name).result(job.job_id))
         assert run_job(store.url, job.key) == 0
         assert (read_result(store, job), read_json(store, result["key"])) == (result, kept)
     assert set(found) == {"val_loss", "completion", "samples"}
@@ -163,6 +164,6 @@ def test_an_evaluation_of_a_checkpoint_that_is_not_there_says_so(
     run = pin_run(store, config, manifest.digest, None)
     recipe = {"step": 77, "weights": "0" * 64, "model": {}, "precision": "fp32"}
     job = Job(run.name, "samples", recipe)
-    assert run_job(store.url, ask(store, job)) == 2
+    assert run_job(store.url, put_job(store, job)) == 2
     assert "77" in capsys.readouterr().err
     assert read_result(store, job) is None

@@ -15,9 +15,9 @@ from model import tokenizer
 from model.__main__ import run_job
 from model.config import ModelConfig, RunConfig
 from model.evaluation import sampling
-from model.evaluation.sampling import Drawing, draw, newest_model, samples_of
+from model.evaluation.sampling import SamplingSettings, newest_model, next_tokens, sample_texts
 from model.gpt import GPT
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from model.tokenizer import EOT
 from storage.datasets.manifest import Manifest
@@ -25,8 +25,8 @@ from storage.errors import ObjectMissing
 from storage.stores.store import Store
 from tests.making import tiny_config
 
-ANY = Drawing(temperature=1.0, top_k=0, top_p=1.0)
-LIKELIEST = Drawing(temperature=0.0, top_k=0, top_p=1.0)
+ANY = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
+LIKELIEST = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
 CHANCES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 
 
@@ -41,14 +41,14 @@ def model() -> GPT:
     return model
 
 
-def drawn(drawing: Drawing, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
+def drawn(drawing: SamplingSettings, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
     chances = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits_V = CHANCES.log() if logits_V is None else logits_V
-    return Counter(draw(logits_V.expand(times, -1), drawing, chances).tolist())
+    return Counter(next_tokens(logits_V.expand(times, -1), drawing, chances).tolist())
 
 
-def ids_of(model: GPT, prompt: str, count: int, drawing: Drawing = ANY, seed: int = 0) -> list[int]:
-    return samples_of(model, prompt, count, drawing, [seed])[0]
+def ids_of(model: GPT, prompt: str, count: int, drawing: SamplingSettings = ANY, seed: int = 0) -> list[int]:
+    return sample_texts(model, prompt, count, drawing, [seed])[0]
 
 
 @torch.no_grad()
@@ -75,23 +75,25 @@ def test_draws_are_as_frequent_as_they_are_likely() -> None:
 def test_temperature_flattens_and_sharpens() -> None:
     for temperature in (0.5, 2.0):
         expected = (CHANCES.log() / temperature).softmax(0).tolist()
-        found = drawn(Drawing(temperature, 0, 1.0), times=8_000)
+        found = drawn(SamplingSettings(temperature, 0, 1.0), times=8_000)
         assert [found[token] / 8_000 for token in range(4)] == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize("drawing", [LIKELIEST, Drawing(0.0, 3, 0.9), Drawing(1.0, 1, 1.0), Drawing(9.0, 1, 0.1)])
-def test_temperature_0_and_top_k_1_take_the_likeliest(drawing: Drawing) -> None:
+@pytest.mark.parametrize(
+    "drawing", [LIKELIEST, SamplingSettings(0.0, 3, 0.9), SamplingSettings(1.0, 1, 1.0), SamplingSettings(9.0, 1, 0.1)]
+)
+def test_temperature_0_and_top_k_1_take_the_likeliest(drawing: SamplingSettings) -> None:
     for seed in range(50):
         logits_V = torch.randn(1_000, generator=torch.Generator().manual_seed(seed))
         chances = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        assert draw(logits_V[None], drawing, chances).tolist() == [int(logits_V.argmax())]
+        assert next_tokens(logits_V[None], drawing, chances).tolist() == [int(logits_V.argmax())]
 
 
 @pytest.mark.parametrize(
     ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
 )
 def test_top_k_keeps_the_k_likeliest(top_k: int, kept: set[int]) -> None:
-    assert set(drawn(Drawing(1.0, top_k, 1.0))) == kept
+    assert set(drawn(SamplingSettings(1.0, top_k, 1.0))) == kept
 
 
 @pytest.mark.parametrize(
@@ -99,12 +101,12 @@ def test_top_k_keeps_the_k_likeliest(top_k: int, kept: set[int]) -> None:
     [(0.01, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {1, 2, 3}), (0.96, {0, 1, 2, 3})],
 )
 def test_top_p_keeps_the_smallest_set_that_suffices(top_p: float, kept: set[int]) -> None:
-    assert set(drawn(Drawing(1.0, 0, top_p))) == kept
+    assert set(drawn(SamplingSettings(1.0, 0, top_p))) == kept
 
 
 def test_top_p_counts_among_what_top_k_leaves() -> None:
-    assert set(drawn(Drawing(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
-    assert set(drawn(Drawing(1.0, 2, 0.63))) == {1, 3}
+    assert set(drawn(SamplingSettings(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
+    assert set(drawn(SamplingSettings(1.0, 2, 0.63))) == {1, 3}
 
 
 def test_an_impossible_token_is_never_drawn() -> None:
@@ -146,11 +148,11 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None
 
 
 @pytest.mark.parametrize("texts", [2, 3, 16])
-@pytest.mark.parametrize("drawing", [ANY, Drawing(0.8, 20, 1.0), Drawing(1.2, 0, 0.7), LIKELIEST])
-def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: Drawing) -> None:
+@pytest.mark.parametrize("drawing", [ANY, SamplingSettings(0.8, 20, 1.0), SamplingSettings(1.2, 0, 0.7), LIKELIEST])
+def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: SamplingSettings) -> None:
     """Across the context's end, where all of it is made anew."""
     seeds = range(40, 40 + texts)
-    together = samples_of(model, "Hello", 20, drawing, seeds)
+    together = sample_texts(model, "Hello", 20, drawing, seeds)
     assert together == [ids_of(model, "Hello", 20, drawing, seed) for seed in seeds]
     assert len({tuple(ids) for ids in together}) == (1 if drawing is LIKELIEST else texts)
 
@@ -158,8 +160,8 @@ def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int
 def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     coming = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
-    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor(next(coming)))
-    assert samples_of(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
+    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor(next(coming)))
+    assert sample_texts(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
     assert next(coming) == [1, 1]  # nothing was drawn once both had ended
 
 
@@ -167,7 +169,7 @@ def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPa
 def test_a_text_ends_at_endoftext_which_is_no_part_of_it(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     coming = iter([7] * before + [EOT, 8])
-    monkeypatch.setattr(sampling, "draw", lambda *_: torch.tensor([next(coming)]))
+    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor([next(coming)]))
     assert ids_of(model, "Hello", 50) == [7] * before
 
 
@@ -188,7 +190,7 @@ def test_a_model_that_wants_to_end_ends() -> None:
 def trained(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]) -> Store:
     """A store with a run of one step, by the name of tiny."""
     quick = tiny_config(store.url, config.data.source, "train.max_steps=1", "train.warmup_steps=0")
-    assert run_job(store.url, ask(store, training_job(pin_run(store, quick, build(quick).digest, None)))) == 0
+    assert run_job(store.url, put_job(store, training_job(pin_run(store, quick, build(quick).digest, None)))) == 0
     return store
 
 
@@ -203,8 +205,8 @@ def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp
     assert (found.returncode, found.stderr) == (0, "")
     model, step = newest_model(trained, "tiny")
     assert step == 1
-    drawing = Drawing(0.9, 50, 1.0)
-    texts = [prompt + tokenizer.decode(ids) for ids in samples_of(model, prompt, 6, drawing, [8, 9])]
+    drawing = SamplingSettings(0.9, 50, 1.0)
+    texts = [prompt + tokenizer.decode(ids) for ids in sample_texts(model, prompt, 6, drawing, [8, 9])]
     assert all(text.rstrip("\ufffd") in found.stdout for text in texts)
 
 
@@ -237,7 +239,7 @@ def test_text_is_shown_as_it_is_drawn_and_characters_never_in_halves(
                 assert shown == "She" + complete
             yield (token,)
 
-    monkeypatch.setattr(sampling, "grow", slowly)
+    monkeypatch.setattr(sampling, "generate", slowly)
     monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She"])
     assert sampling.main() == 0
     assert (shown + capsys.readouterr().out).rstrip("\n") == "She" + text

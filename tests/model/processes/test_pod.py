@@ -14,7 +14,7 @@ import yaml
 
 from model.checkpoints.records import checkpoints
 from model.config import ResourcesConfig
-from model.runs.job import ask
+from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage.stores.opening import open_store
 from tests.making import build_dataset, tiny_config
@@ -80,7 +80,7 @@ def words(tmp_path: Path, source: str, request: pytest.FixtureRequest) -> Iterat
     steps = ("train.max_steps=100", "train.checkpoint_every_steps=50", "train.validate_every_steps=0")
     config = tiny_config(str(tmp_path / "store"), source, *place, *steps)
     store = open_store(config.store_url, create=True)
-    key = ask(store, training_job(pin_run(store, config, build_dataset(config).digest, None)))
+    key = put_job(store, training_job(pin_run(store, config, build_dataset(config).digest, None)))
     yield [sys.executable, *CONTAINER["command"][1:], config.store_url, key]
     kill_all(store, key)
 

@@ -7,10 +7,11 @@ import pytest
 
 from model.checkpoints.records import CheckpointRecord
 from model.config import RunConfig
-from model.runs.job import Job, answer, ask, note_failure, read_job, read_result
+from model.runs.job import Job, note_failure, put_job, put_result, read_job, read_result
 from model.runs.run import evaluation_jobs, find_run, pin_run, pinned_run, training_job
 from storage import keys
 from storage.errors import DatasetMismatch, ObjectMissing
+from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 from tests.making import tiny_config
 
@@ -53,9 +54,9 @@ def test_a_run_is_pinned_to_its_settings_and_its_manifest(store: Store) -> None:
 
 def test_the_first_pin_stands(store: Store) -> None:
     first = pin_run(store, config(), MANIFEST, None)
-    body = store.read(keys.run_config("tiny"))
+    body = store.read(RunKeys("tiny").config)
     assert pin_run(store, config(), "b" * 64, "other") == first
-    assert store.read(keys.run_config("tiny")) == body
+    assert store.read(RunKeys("tiny").config) == body
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_how_it_runs_and_what_it_is_asked_may_differ_from_start_to_start(store: 
 
 def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) -> None:
     pin_run(store, config(), MANIFEST, None)
-    key = keys.run_config("tiny")
+    key = RunKeys("tiny").config
     older = json.loads(store.read(key).body)
     del older["config"]["train"]["dropout"], older["config"]["data"]["drop_val_leaks"]
     overwrite(store, key, json.dumps(older).encode())
@@ -175,21 +176,21 @@ def test_a_file_of_items_takes_the_place_of_the_completion_set(store: Store) -> 
 
 def test_a_recipe_is_the_same_after_the_store(store: Store) -> None:
     for job in pin(store):
-        assert read_job(store, ask(store, job)) == job
-        assert read_job(store, ask(store, job)).job_id == job.job_id
+        assert read_job(store, put_job(store, job)) == job
+        assert read_job(store, put_job(store, job)).job_id == job.job_id
 
 
 def test_a_job_is_done_when_its_first_answer_is_there(store: Store) -> None:
     job = pin(store)[1]
-    record = keys.result(job.run, job.job_id)
+    record = RunKeys(job.run).result(job.job_id)
     assert read_result(store, job) is None
     note_failure(store, record, "no space")
     note_failure(store, record, "killed")
     assert json.loads(store.read(keys.failure(record)).body) == {"why": "killed"}
     assert read_result(store, job) is None
-    answer(store, job, {"loss": 3.5})
+    put_result(store, job, {"loss": 3.5})
     assert read_result(store, job) == {"loss": 3.5}
-    answer(store, job, {"loss": 4.5})
+    put_result(store, job, {"loss": 4.5})
     assert read_result(store, job) == {"loss": 3.5}
     with pytest.raises(ObjectMissing):
         store.read(keys.failure(record))
@@ -197,4 +198,4 @@ def test_a_job_is_done_when_its_first_answer_is_there(store: Store) -> None:
 
 def test_a_job_that_was_never_asked_is_named(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="train-00000000"):
-        read_job(store, keys.job("tiny", "train-00000000"))
+        read_job(store, RunKeys("tiny").job("train-00000000"))

@@ -13,7 +13,7 @@ from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training.metrics import DRAWN, MetricsLog
 from model.training.trainer import Trainer
-from storage import keys
+from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.model.training_runs import SHORT, STEPS, House
 
@@ -48,7 +48,7 @@ def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
     log.add(LINE | {"step": 4})
     assert log.put_segment(log.unsaved())[:-1] == again
     assert segments[0] != again[0]
-    assert (read_json(store, keys.progress("kept")) or {})["step"] == 4
+    assert (read_json(store, RunKeys("kept").progress) or {})["step"] == 4
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(house: House, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.runs.job import read_job, read_result
 from model.training.metrics import MetricsLog
-from storage import keys
+from storage.keys import RunKeys
 from tests.model.training_runs import (
     SHORT,
     STEPS,
@@ -47,7 +47,7 @@ def test_three_kills_leave_no_trace(
 ) -> None:
     run = f"killed-{ranks}"
     store, key = house.store, house.ask(run)
-    saving = keys.checkpoints(run) + "000008/"
+    saving = RunKeys(run).checkpoints + "000008/"
     moments: list[Callable[[Training], object]] = [
         lambda process: 2 in process.steps(),  # before there is any checkpoint
         lambda _: list(store.list(saving)),  # while the second one is being saved
@@ -109,7 +109,7 @@ def test_killed_between_the_last_checkpoint_and_the_result_only_the_result_is_wr
     before = everything(house.store)
     assert run_job(house.store.url, key) == 0
     job = read_job(house.store, key)
-    assert set(everything(house.store)) - set(before) == {keys.result(run, job.job_id)}
+    assert set(everything(house.store)) - set(before) == {RunKeys(run).result(job.job_id)}
     assert "loss" not in capsys.readouterr().out
 
 
@@ -154,7 +154,7 @@ def test_every_rank_ends_when_the_process_that_started_them_is_killed(house: Hou
 
 
 def test_a_process_whose_parent_is_gone_already_does_not_begin() -> None:
-    code = "from model.parent import end_with_parent; end_with_parent(1); print('went on')"
+    code = "from model.processes.parent import end_with_parent; end_with_parent(1); print('went on')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 1
     assert not found.stdout

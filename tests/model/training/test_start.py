@@ -6,10 +6,10 @@ import pytest
 
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints, read_metrics
-from model.config import load_config
+from model.config_file import load_config
 from model.runs.run import find_run, pin_run, pinned_run, training_job
-from storage import keys
 from storage.errors import DatasetMismatch, ObjectMissing
+from storage.keys import RunKeys
 from tests.model.training_runs import SHORT, STEPS, House, final_weights, history, losses
 
 # From another run
@@ -21,7 +21,7 @@ def test_a_run_that_starts_with_everything_of_another_goes_on_as_that_one_would(
     at_six = next(record for record in checkpoints(house.store, "half") if record.step == 6)
     for record in checkpoints(house.store, "half"):
         if record.step > 6:
-            house.store.delete(keys.checkpoint_record("half", record.step))
+            house.store.delete(RunKeys("half").checkpoint_record(record.step))
     branch = house.trained_here("branch", *SHORT, "train.start_from=half", "train.start_with=everything")
     assert find_run(house.store, branch).start == {"run": "half", "step": 6, "attempt": at_six.attempt}
     assert losses_from(house, branch, 6) == losses(house.store, whole)[6:]
@@ -77,7 +77,7 @@ def test_there_must_be_something_to_start_from(house: House, parent: str) -> Non
 def test_a_start_that_was_given_up_since_is_named(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     house.trained_here("fleeting", *SHORT)
     key = house.ask("late", *SHORT, "train.start_from=fleeting")
-    house.store.delete(keys.checkpoint_record("fleeting", STEPS))
+    house.store.delete(RunKeys("fleeting").checkpoint_record(STEPS))
     assert run_job(house.store.url, key) == 2
     said = capsys.readouterr().err
     assert "'fleeting'" in said

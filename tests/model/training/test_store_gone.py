@@ -20,7 +20,7 @@ from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.training import metrics, saver, trainer
 from model.training.metrics import MetricsLog
-from storage import keys
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores import s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
@@ -57,7 +57,7 @@ def everything(_: Request) -> bool:
 
 
 def of_the_run(request: Request) -> bool:
-    return keys.run(RUN) in request.path
+    return RunKeys(RUN).prefix in request.path
 
 
 def writes(request: Request) -> bool:
@@ -123,7 +123,7 @@ class Far:
         began: list[int] = []
 
         def plan(request: Request) -> Fault | None:
-            if not began and concerns(request) and keys.checkpoints(RUN) in request.path and writes(request):
+            if not began and concerns(request) and RunKeys(RUN).checkpoints in request.path and writes(request):
                 began.append(len(self.steps))
             return fault if began and concerns(request) and not is_over(began[0]) else None
 
@@ -133,7 +133,7 @@ class Far:
         """Each step was made once and is in the store once, and the run is the undisturbed one."""
         self.proxy.plan = undisturbing
         assert self.steps == list(range(first_step, STEPS))
-        assert (read_json(self.store, keys.run_latest(RUN)) or {})["step"] == self.saved()[-1] == STEPS
+        assert (read_json(self.store, RunKeys(RUN).latest) or {})["step"] == self.saved()[-1] == STEPS
         assert_equal_to(calm.store, CALM, self.store)
 
 
@@ -166,7 +166,7 @@ def far(
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         forget_client()
         store = open_store(url, create=True)
-        for listed in calm.store.list(keys.dataset("small")):
+        for listed in calm.store.list(DatasetKeys("small").prefix):
             store.put_new(listed.key, calm.store.read(listed.key).body)
         yield Far(House(store, calm.source, calm.manifest), proxy, forget_client, capsys)
 
@@ -187,7 +187,7 @@ def test_a_training_goes_on_while_the_store_does_not_take_its_checkpoint(
 
 @pytest.mark.parametrize(
     ("fault", "key"),
-    [("500", keys.all_metrics(RUN)), ("lost", keys.checkpoint_record(RUN, STEPS)), ("500", keys.run_latest(RUN))],
+    [("500", RunKeys(RUN).metrics), ("lost", RunKeys(RUN).checkpoint_record(STEPS)), ("500", RunKeys(RUN).latest)],
 )
 def test_a_save_is_taken_up_wherever_it_was_cut_off(far: Far, calm: House, key: str, fault: Fault) -> None:
     """And stored once: half an hour of trying would else fill any store. A lost answer is that of a write done."""
@@ -196,7 +196,7 @@ def test_a_save_is_taken_up_wherever_it_was_cut_off(far: Far, calm: House, key: 
     assert far.train(far.ask(RUN, AT_THE_END)) == 0
     assert len(far.proxy.spoilt) == 30 and NOT_STORED in far.said
     far.prove(calm)
-    assert len(list(far.store.list(keys.checkpoints(RUN)))) == 3  # weights, optimizer, record
+    assert len(list(far.store.list(RunKeys(RUN).checkpoints))) == 3  # weights, optimizer, record
 
 
 def test_a_checkpoint_that_is_never_stored_gives_way_to_the_next(far: Far, calm: House) -> None:
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_is_never_stored_gives_way_to_the_next(far: Far, calm:
 
 
 def test_old_checkpoints_that_cannot_be_deleted_do_not_stop_the_training(far: Far, calm: House) -> None:
-    far.proxy.plan = spoils("500", lambda request: request.method == "DELETE" and of(keys.checkpoints(RUN))(request))
+    far.proxy.plan = spoils("500", lambda request: request.method == "DELETE" and of(RunKeys(RUN).checkpoints)(request))
     assert far.train(far.ask(RUN, "train.keep_last=1", "train.keep_every_steps=0")) == 0
     assert "could not be given up" in far.said
     assert len(far.saved()) > 1
@@ -220,7 +220,7 @@ def test_a_live_curve_that_cannot_be_shown_never_stops_the_training(
     far: Far, calm: House, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "PROGRESS_SECONDS", 0.0)
-    far.proxy.plan = spoils(fault, of(keys.progress(RUN)))
+    far.proxy.plan = spoils(fault, of(RunKeys(RUN).progress))
     assert far.train(far.ask(RUN, "train.checkpoint_every_steps=10")) == 0
     assert "progress could not be shown" in far.said
     far.prove(calm)
@@ -293,7 +293,7 @@ def test_a_minute_without_an_answer_costs_no_step(far: Far, tmp_path: Path, monk
     began: list[float] = []
 
     def plan(request: Request) -> Fault | None:
-        if not began and keys.checkpoints(RUN) + "000008/" in request.path:
+        if not began and RunKeys(RUN).checkpoints + "000008/" in request.path:
             began.append(time.monotonic())
         return "stall" if began and time.monotonic() < began[0] + STALL_SECONDS and of_the_run(request) else None
 
@@ -314,7 +314,7 @@ def test_a_minute_without_an_answer_costs_no_step(far: Far, tmp_path: Path, monk
 
 @pytest.mark.full
 def test_two_ranks_end_with_the_message_of_the_one_that_saves(far: Far, tmp_path: Path) -> None:
-    far.proxy.plan = spoils("flip up", lambda request: of(keys.checkpoints(RUN))(request) and writes(request))
+    far.proxy.plan = spoils("flip up", lambda request: of(RunKeys(RUN).checkpoints)(request) and writes(request))
     key = far.house.ask(RUN, "train.max_steps=100000", "resources.unsaved_minutes=0.01")
     with training(far.store, key, 2, tmp_path) as process:
         assert process.wait() == 2, process.said()

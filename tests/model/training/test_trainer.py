@@ -14,7 +14,7 @@ from model.data.order import WindowOrder
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job, read_job, read_result
 from model.training.trainer import Trainer
-from storage import keys
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import read_json
 from tests.model.training_runs import BATCH_TOKENS, SHORT, STEPS, House, flip_a_byte, history, losses, training
 
@@ -40,7 +40,7 @@ def test_a_finished_training_answers_with_its_last_step(house: House, undisturbe
     assert (environment["device"], environment["ranks"]) == ("cpu", 2)
     assert answered == {"step": STEPS, "tokens": STEPS * BATCH_TOKENS}
     assert [record.step for record in checkpoints(house.store, run)] == [4, 8, 12]
-    assert (read_json(house.store, keys.run_latest(run)) or {})["step"] == STEPS
+    assert (read_json(house.store, RunKeys(run).latest) or {})["step"] == STEPS
     assert [line["step"] for line in history(house.store, run) if "val_loss" in line] == [5, 11]
 
 
@@ -64,7 +64,7 @@ def test_a_flipped_byte_in_a_shard_is_named_with_its_remedy(house: House, tmp_pa
     rows = list(copy.manifest.rows("train"))
     order = WindowOrder([row.tokens for row in rows], 32, copy.config("spoilt").train.seed)
     row = rows[int(order.locate(0, 1)[0][0])]
-    before, after = flip_a_byte(copy.store, keys.shard("small", row.shard_id))
+    before, after = flip_a_byte(copy.store, DatasetKeys("small").shard(row.shard_id))
     with training(copy.store, key, 1, tmp_path / "process") as process:
         assert process.wait() == 2, process.said()
         for said in (row.shard_id, before, after, REPAIR):
@@ -82,7 +82,7 @@ def test_a_flipped_byte_that_only_the_second_rank_reads_is_named_too(house: Hous
         if second - first:
             break
     row = rows[min(second - first)]
-    before, after = flip_a_byte(copy.store, keys.shard("small", row.shard_id))
+    before, after = flip_a_byte(copy.store, DatasetKeys("small").shard(row.shard_id))
     key = copy.ask("spoilt", f"train.seed={seed}")
     with training(copy.store, key, 2, tmp_path / "process") as process:
         assert process.wait() == 2, process.said()
@@ -114,7 +114,7 @@ def test_a_loss_that_is_no_number_stops_the_run(house: House, capsys: pytest.Cap
     assert run_job(house.store.url, key) == 2
     assert "train.learning_rate" in capsys.readouterr().err
     newest = checkpoints(house.store, "exploded")[-1]
-    body = house.store.read(keys.checkpoint_file("exploded", newest.step, newest.attempt, WEIGHTS)).body
+    body = house.store.read(RunKeys("exploded").checkpoint_file(newest.step, newest.attempt, WEIGHTS)).body
     assert all(tensor.isfinite().all() for tensor in load(bytes(body)).values())
 
 

@@ -26,8 +26,8 @@ MUCH = 1 << 40
 PROCESS = """
 import os, sys
 from pathlib import Path
-from storage import host_cache
-from storage.canonical import sha256
+from storage.cache import host as host_cache
+from storage.digests import sha256
 
 folder, name, body, noted, waits = sys.argv[1:]
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from model.config import RunConfig
-from storage import keys
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.making import build_dataset
 
@@ -26,7 +26,7 @@ def row(manifest: Manifest) -> ShardRow:
 
 
 def replace(store: Store, row: ShardRow, body: bytes) -> None:
-    overwrite(store, keys.shard("small", row.shard_id), body)
+    overwrite(store, DatasetKeys("small").shard(row.shard_id), body)
 
 
 def test_every_shard_is_opened_as_its_token_ids(store: Store, manifest: Manifest) -> None:
@@ -34,7 +34,7 @@ def test_every_shard_is_opened_as_its_token_ids(store: Store, manifest: Manifest
     for row in manifest.rows():
         tokens = cache.open(row)
         assert (tokens.dtype, len(tokens)) == (np.dtype("<u2"), row.tokens)
-        assert tokens.tobytes() == store.read(keys.shard("small", row.shard_id)).body
+        assert tokens.tobytes() == store.read(DatasetKeys("small").shard(row.shard_id)).body
         assert tokens[0] == 50256
 
 
@@ -51,7 +51,7 @@ def test_a_shard_is_opened_once_in_a_process(store: Store, row: ShardRow) -> Non
 
 @pytest.mark.parametrize("place", [0, 777, -1])
 def test_a_flipped_byte_names_the_shard_both_digests_and_the_command(store: Store, row: ShardRow, place: int) -> None:
-    body = bytearray(store.read(keys.shard("small", row.shard_id)).body)
+    body = bytearray(store.read(DatasetKeys("small").shard(row.shard_id)).body)
     body[place] ^= 0x10
     replace(store, row, bytes(body))
     with pytest.raises(ShardCorrupt) as found:
@@ -64,7 +64,7 @@ def test_a_flipped_byte_names_the_shard_both_digests_and_the_command(store: Stor
 def test_a_shard_of_another_size_names_the_shard_both_digests_and_the_command(
     store: Store, row: ShardRow, cut: str
 ) -> None:
-    whole = store.read(keys.shard("small", row.shard_id)).body
+    whole = store.read(DatasetKeys("small").shard(row.shard_id)).body
     body = {"empty": b"", "odd": whole[:-1], "short": whole[:-200], "long": whole + b"\0\0"}[cut]
     replace(store, row, body)
     with pytest.raises(ShardCorrupt) as found:
@@ -75,7 +75,7 @@ def test_a_shard_of_another_size_names_the_shard_both_digests_and_the_command(
 
 
 def test_a_missing_shard_names_the_shard_and_the_command(store: Store, row: ShardRow) -> None:
-    store.delete(keys.shard("small", row.shard_id))
+    store.delete(DatasetKeys("small").shard(row.shard_id))
     with pytest.raises(ObjectMissing) as found:
         ShardCache(store, "small").open(row)
     for fact in (row.shard_id, "small", COMMAND):
@@ -83,7 +83,7 @@ def test_a_missing_shard_names_the_shard_and_the_command(store: Store, row: Shar
 
 
 def test_a_bad_shard_is_opened_once_it_is_mended(store: Store, row: ShardRow) -> None:
-    whole = store.read(keys.shard("small", row.shard_id)).body
+    whole = store.read(DatasetKeys("small").shard(row.shard_id)).body
     replace(store, row, whole[:-2])
     cache = ShardCache(store, "small")
     with pytest.raises(ShardCorrupt):

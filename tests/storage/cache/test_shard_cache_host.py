@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage import keys
 from storage.cache import host as host_cache
 from storage.cache import shards as shard_cache
 from storage.cache.shards import OPEN_SHARDS, ShardCache
 from storage.datasets.manifest import ShardRow
 from storage.digests import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Body, Object, Store, overwrite
 from tests.conftest import S3Url
@@ -28,10 +28,10 @@ COMMAND = "gpt2 dataset verify --repair"
 # Opens a shard as training does, and notes each time when its bytes are asked from the store.
 PROCESS = """
 import sys
-from storage.cache import ShardCache
-from storage.canonical import sha256
-from storage.layout import open_store
-from storage.manifest import ShardRow
+from storage.cache.shards import ShardCache
+from storage.digests import sha256
+from storage.stores.opening import open_store
+from storage.datasets.manifest import ShardRow
 
 url, noted, shard_id, tokens, digest = sys.argv[1:]
 read = ShardCache._read
@@ -65,7 +65,7 @@ def rows(store: Store) -> MakeRows:
         found = []
         for number in range(count):
             body = np.arange(number, number + 500).astype("<u2").tobytes()
-            store.put_new(keys.shard("small", f"shard-{number}"), body)
+            store.put_new(DatasetKeys("small").shard(f"shard-{number}"), body)
             found.append(ShardRow(f"shard-{number}", 500, 1, 0, 500, sha256(body), "train"))
         return found
 
@@ -214,7 +214,7 @@ def test_a_disk_that_gives_back_other_bytes_is_named(
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_shard_that_is_damaged_in_the_store_is_named_and_not_kept(store: Store, rows: MakeRows, damage: str) -> None:
     row = rows(1)[0]
-    key = keys.shard("small", row.shard_id)
+    key = DatasetKeys("small").shard(row.shard_id)
     body = DAMAGES[damage](bytes(store.read(key).body))
     overwrite(store, key, body)
     opened = ShardCache(store, "small")
@@ -234,7 +234,7 @@ def test_bytes_that_were_damaged_on_their_way_are_fetched_again(
     """Servers that keep no sum of an object leave it to the reader to notice."""
     row = rows(1)[0]
     read = store.read
-    flipped = DAMAGES["flipped"](bytes(read(keys.shard("small", row.shard_id)).body))
+    flipped = DAMAGES["flipped"](bytes(read(DatasetKeys("small").shard(row.shard_id)).body))
     come = [Object(flipped, "", sha256(flipped))]
     monkeypatch.setattr(store, "read", lambda key, limit_bytes: come.pop() if come else read(key, limit_bytes))
     assert whole(ShardCache(store, "small").open(row), row)
@@ -271,8 +271,8 @@ def test_shards_come_in_the_background_one_list_of_them_at_a_time(
 
 def test_what_cannot_be_fetched_early_is_told_to_the_one_who_opens_it(store: Store, rows: MakeRows) -> None:
     made = rows(3)
-    store.delete(keys.shard("small", made[1].shard_id))
-    overwrite(store, keys.shard("small", made[2].shard_id), b"damaged!")
+    store.delete(DatasetKeys("small").shard(made[1].shard_id))
+    overwrite(store, DatasetKeys("small").shard(made[2].shard_id), b"damaged!")
     opened = ShardCache(store, "small")
     assert opened.prefetch(made[1:])
     poll(lambda: opened.prefetch(made[2:]))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from model import tokenizer
-from storage import keys
 from storage.datasets.copy import Copying
 from storage.datasets.manifest import Manifest, latest_manifest, seal
 from storage.datasets.shards import build_shard, read_record
 from storage.errors import ShardCorrupt
 from storage.inspection.verify import check_fully, check_versions
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.making import document, write_parquet
@@ -78,10 +78,10 @@ def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
         build_shard(source, "small", job, tokenizer.encode, tokenizer.EOT)
     manifest = seal(source, "small", [job.shard_id for job in jobs], **SETTINGS)
     assert manifest.empty == (jobs[-1].shard_id,)
-    source.put_new(keys.audit("small", manifest.digest), b"{}")
+    source.put_new(DatasetKeys("small").leaks(manifest.digest), b"{}")
     assert copied(source, target) == manifest
     assert read_record(target, "small", manifest.empty[0]) == read_record(source, "small", manifest.empty[0])
-    assert target.read(keys.audit("small", manifest.digest)).body == b"{}"
+    assert target.read(DatasetKeys("small").leaks(manifest.digest)).body == b"{}"
 
 
 @pytest.mark.usefixtures("manifest")
@@ -91,4 +91,4 @@ def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, targ
     overwrite(source, shard_key(row.shard_id), bytes(row.tokens * 2))
     with pytest.raises(ShardCorrupt, match=row.shard_id):
         copying.copy_shard(row)
-    assert listed(target, keys.shards("small")) == []
+    assert listed(target, DatasetKeys("small").shards) == []

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from storage import keys
 from storage.datasets import export as module
 from storage.datasets.export import NOTE, export
 from storage.datasets.manifest import Manifest
 from storage.errors import ShardCorrupt, StoreUnusable
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store, overwrite
 from tests.crawl import Crawl, crawled
@@ -258,7 +258,7 @@ def test_files_that_are_not_ours_are_not_replaced(house: House, layout: str) -> 
 @pytest.mark.parametrize("layout", ("nanogpt", "llmc"))
 def test_a_damaged_shard_ends_an_export(own_house: House, layout: str) -> None:
     row = list(own_house.manifest.rows("train"))[-1]
-    key = keys.shard("small", row.shard_id)
+    key = DatasetKeys("small").shard(row.shard_id)
     body = bytearray(own_house.store.read(key).body)
     body[10] ^= 1
     overwrite(own_house.store, key, bytes(body))

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import tokenizer
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import latest_manifest, read_manifest, seal
-from storage.datasets.shards import Made
+from storage.datasets.shards import ShardSummary
 from storage.datasets.versions import history
 from storage.digests import canonical_json, sha256
+from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.storage.sealing import SETTINGS, Spy, built, jobs_of, manifests, pointer, sealed, source_file
@@ -21,11 +21,11 @@ from tests.storage.sealing import SETTINGS, Spy, built, jobs_of, manifests, poin
 
 def test_the_digest_is_that_of_the_bytes_and_latest_points_to_it(store: Store, files: list[Path]) -> None:
     found = sealed(store, *files)
-    body = store.read(keys.manifest("small", found.digest)).body
+    body = store.read(DatasetKeys("small").manifest(found.digest)).body
     assert sha256(body) == found.digest
     assert body == canonical_json(json.loads(body))
     assert (pointer(store)["manifest"], pointer(store)["sequence"]) == (found.digest, 1)
-    assert len(store.read(keys.dataset_latest("small")).body) < 1024
+    assert len(store.read(DatasetKeys("small").latest).body) < 1024
     assert latest_manifest(store, "small") == found == read_manifest(store, "small", found.digest)
 
 
@@ -52,16 +52,16 @@ def test_threads_in_any_order_seal_what_one_seals(tmp_path: Path, store: Store, 
 
 def test_sealing_again_changes_nothing(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
-    latest = store.read(keys.dataset_latest("small"))
+    latest = store.read(DatasetKeys("small").latest)
     assert sealed(store, *files) == first
-    assert store.read(keys.dataset_latest("small")) == latest
+    assert store.read(DatasetKeys("small").latest) == latest
     assert len(manifests(store)) == 1
 
 
 def test_a_shard_that_was_made_again_gives_no_new_version(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
     for shard_id in first.shard_ids[::2]:
-        shards.forget(store, "small", shard_id)
+        shards.delete_shard(store, "small", shard_id)
     assert sealed(store, *files) == first
     assert pointer(store)["sequence"] == 1
 
@@ -72,12 +72,12 @@ def test_columns_and_totals_are_those_of_the_records(store: Store, files: list[P
     assert found.shard_ids == [job.shard_id for job in jobs_of(*files)]
     for row in rows:
         assert row.made == shards.read_record(store, "small", row.shard_id).made
-        assert sha256(store.read(keys.shard("small", row.shard_id)).body) == row.sha256
+        assert sha256(store.read(DatasetKeys("small").shard(row.shard_id)).body) == row.sha256
     for split in ("train", "val"):
         of_split = list(found.rows(split))
         assert found.totals[split] == {
             "shards": len(of_split),
-            **{name: sum(getattr(row, name) for row in of_split) for name in Made._fields[:-1]},
+            **{name: sum(getattr(row, name) for row in of_split) for name in ShardSummary._fields[:-1]},
         }
     assert found.made == {row.shard_id: row.made for row in rows}
 
@@ -107,7 +107,7 @@ def test_a_lost_newest_version_is_sealed_again_as_it_was(store: Store, tmp_path:
     """With its parent: runs that are pinned to it find it again, and the line of versions is whole."""
     first = sealed(store, *files)
     second = sealed(store, *files, source_file(tmp_path / "source", 9))
-    store.delete(keys.manifest("small", second.digest))
+    store.delete(DatasetKeys("small").manifest(second.digest))
     assert sealed(store, *files, source_file(tmp_path / "source", 9)) == second
     assert [version.digest for version in history(store, "small")] == [second.digest, first.digest]
 
@@ -143,5 +143,5 @@ def test_a_refresh_reads_new_records_only(store: Store, tmp_path: Path, files: l
     planned = built(store, *files, source_file(tmp_path / "source", 9))
     counting = Spy(store)
     seal(counting, "small", planned, **SETTINGS)  # type: ignore[arg-type]
-    known = {keys.record("small", shard_id) for shard_id in first.shard_ids}
+    known = {DatasetKeys("small").record(shard_id) for shard_id in first.shard_ids}
     assert not known & set(counting.read_keys)

@@ -45,8 +45,8 @@ def test_of_two_builders_of_different_versions_one_is_told_to_run_again(
 SEAL = """
 import json, sys
 from storage.errors import Conflict
-from storage.layout import open_store
-from storage.manifest import seal
+from storage.stores.opening import open_store
+from storage.datasets.manifest import seal
 url, planned, settings = json.loads(sys.argv[1])
 store = open_store(url)
 print("ready", flush=True)

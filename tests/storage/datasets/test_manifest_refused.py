@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import (
     COLUMNS,
@@ -20,6 +19,7 @@ from storage.datasets.manifest import (
 )
 from storage.digests import canonical_json, sha256
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, sealed, source_file
 
@@ -29,7 +29,7 @@ from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, 
 @pytest.mark.parametrize("lost", ["shard", "record"])
 def test_a_missing_shard_is_named_and_nothing_is_sealed(store: Store, files: list[Path], lost: str) -> None:
     planned = built(store, *files)
-    store.delete(keys.shard("small", planned[3]) if lost == "shard" else keys.record("small", planned[3]))
+    store.delete(DatasetKeys("small").shard(planned[3]) if lost == "shard" else DatasetKeys("small").record(planned[3]))
     with pytest.raises(ObjectMissing, match=f"{planned[3]}.*gpt2 dataset build"):
         seal(store, "small", planned, **SETTINGS)
     assert manifests(store) == []
@@ -38,7 +38,7 @@ def test_a_missing_shard_is_named_and_nothing_is_sealed(store: Store, files: lis
 
 def test_a_seal_that_failed_binds_the_name_to_nothing(store: Store, tmp_path: Path, files: list[Path]) -> None:
     planned = built(store, *files)
-    store.delete(keys.record("small", planned[3]))
+    store.delete(DatasetKeys("small").record(planned[3]))
     with pytest.raises(ObjectMissing):
         seal(store, "small", planned, **SETTINGS)
     other = source_file(tmp_path / "other", 5)
@@ -48,7 +48,7 @@ def test_a_seal_that_failed_binds_the_name_to_nothing(store: Store, tmp_path: Pa
 
 def test_a_shard_of_another_size_is_not_done(store: Store, files: list[Path]) -> None:
     planned = built(store, *files)
-    overwrite(store, keys.shard("small", planned[1]), b"short")
+    overwrite(store, DatasetKeys("small").shard(planned[1]), b"short")
     with pytest.raises(ObjectMissing, match=planned[1]):
         seal(store, "small", planned, **SETTINGS)
 
@@ -88,7 +88,7 @@ def test_the_same_settings_and_a_new_name_are_bound_freely(store: Store, files: 
 
 def damage(store: Store, manifest: Manifest) -> str:
     """Change one digit of the manifest's bytes; returns their digest."""
-    path = store.local_path(keys.manifest("small", manifest.digest))
+    path = store.local_path(DatasetKeys("small").manifest(manifest.digest))
     assert path is not None
     body = path.read_bytes().replace(b'"documents":', b'"Documents":', 1)
     path.write_bytes(body)
@@ -113,7 +113,7 @@ def test_a_damaged_manifest_that_was_deleted_is_sealed_again(
         files.append(source_file(tmp_path / "source", 9))
         last = sealed(store, *files)
     damage(store, last)
-    store.delete(keys.manifest("small", last.digest))
+    store.delete(DatasetKeys("small").manifest(last.digest))
     again = sealed(store, *files)
     assert again.columns == last.columns
     assert latest_manifest(store, "small") == again
@@ -172,23 +172,23 @@ def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
 def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
-    store.put_new(keys.manifest("small", sha256(body)), body)
+    store.put_new(DatasetKeys("small").manifest(sha256(body)), body)
     with pytest.raises(ObjectCorrupt, match=sha256(body)):
         read_manifest(store, "small", sha256(body))
 
 
 def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], object]) -> str:
     """Put a changed manifest under the digest of its bytes, as only a writer of the store can. Returns that."""
-    value = json.loads(store.read(keys.manifest("small", sealed(store, *files).digest)).body)
+    value = json.loads(store.read(DatasetKeys("small").manifest(sealed(store, *files).digest)).body)
     change(value)
     body = canonical_json(value)
-    store.put_new(keys.manifest("small", sha256(body)), body)
+    store.put_new(DatasetKeys("small").manifest(sha256(body)), body)
     return sha256(body)
 
 
 def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
-    shards.forget(store, "small", first.shard_ids[0])
+    shards.delete_shard(store, "small", first.shard_ids[0])
     with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put its source file back"):
         seal(store, "small", built(store, *files[1:]), **SETTINGS)
     assert latest_manifest(store, "small") == first
@@ -203,7 +203,7 @@ def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b"\xff"])
 def test_a_damaged_pointer_is_named(store: Store, files: list[Path], body: bytes) -> None:
     planned = sealed(store, *files).shard_ids
-    overwrite(store, keys.dataset_latest("small"), body)
+    overwrite(store, DatasetKeys("small").latest, body)
     for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned, **SETTINGS)):
         with pytest.raises(ObjectCorrupt, match="latest"):
             ask()
@@ -213,7 +213,7 @@ def test_a_rebuilt_shard_of_other_bytes_is_refused_with_both_digests(store: Stor
     first = sealed(store, *files)
     row = list(first.rows())[4]
     check_rebuilt(store, "small", first, {row.shard_id})
-    key = keys.record("small", row.shard_id)
+    key = DatasetKeys("small").record(row.shard_id)
     overwrite(store, key, store.read(key).body.replace(row.sha256.encode(), b"0" * 64))
     check_rebuilt(store, "small", first, set(first.shard_ids) - {row.shard_id})
     with pytest.raises(ShardCorrupt) as found:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import tokenizer
-from storage import keys
 from storage.datasets import shards
-from storage.datasets.plan import Shape, ShardJob, cut, plan_file, plan_files
+from storage.datasets.plan import DatasetSettings, ShardJob, cut, plan_file, plan_files
 from storage.errors import SourceInvalid
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store
 from tests.making import document, write_parquet
@@ -27,7 +27,7 @@ COUNTS = [0, 15, 16, 17, 33, 100]
 def planned(
     *paths: Path, shard_tokens: int = 1_000, text_column: str = "text", digest: str = TOKENIZER
 ) -> list[ShardJob]:
-    shape = Shape(shard_tokens, digest, text_column)
+    shape = DatasetSettings(shard_tokens, digest, text_column)
     return [job for path in paths for job in plan_file(sources.identify(path), shape).jobs()]
 
 
@@ -51,7 +51,7 @@ def write_jsonl(path: Path, texts: list[str], *, counted: bool = True) -> Path:
 def bodies(store: Store, jobs: list[ShardJob]) -> Iterator[bytes]:
     for job in jobs:
         shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
-        yield store.read(keys.shard("small", job.shard_id)).body
+        yield store.read(DatasetKeys("small").shard(job.shard_id)).body
 
 
 # Cutting
@@ -207,7 +207,7 @@ def test_every_shard_of_a_plan_has_its_own_name(tmp_path: Path) -> None:
 )
 def test_any_file_name_gives_names_that_are_keys(tmp_path: Path, name: str) -> None:
     for job in planned(write_parquet(tmp_path / name, ["text"])):
-        assert keys.shard("small", job.shard_id).endswith(f"{job.shard_id}.bin")
+        assert DatasetKeys("small").shard(job.shard_id).endswith(f"{job.shard_id}.bin")
 
 
 # Refused
@@ -220,7 +220,9 @@ def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
     shutil.copy(path, copy)
     for paths in ((path, path), (path, copy)):
         with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
-            list(plan_files(store, "small", [sources.identify(one) for one in paths], Shape(1_000, TOKENIZER)))
+            list(
+                plan_files(store, "small", [sources.identify(one) for one in paths], DatasetSettings(1_000, TOKENIZER))
+            )
 
 
 def test_a_file_that_is_no_source_is_refused_before_any_job(tmp_path: Path) -> None:

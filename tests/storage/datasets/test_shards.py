@@ -19,6 +19,7 @@ from storage.datasets import shards
 from storage.datasets.plan import ShardJob
 from storage.digests import sha256
 from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.making import document, published, write_parquet
 from tests.storage import sealing
@@ -53,7 +54,7 @@ def build(store: Store, job: ShardJob) -> shards.Record:
 
 
 def body_of(store: Store, job: ShardJob) -> bytes:
-    return store.read(keys.shard("small", job.shard_id)).body
+    return store.read(DatasetKeys("small").shard(job.shard_id)).body
 
 
 def wrong(store: Store, record: shards.Record) -> str | None:
@@ -67,12 +68,12 @@ def wrong(store: Store, record: shards.Record) -> str | None:
 
 
 def done(store: Store, *jobs: ShardJob) -> list[bool]:
-    finished = shards.done(store, "small", [job.shard_id for job in jobs], {})
+    finished = shards.finished_shards(store, "small", [job.shard_id for job in jobs], {})
     return [job.shard_id in finished for job in jobs]
 
 
 def written(store: Store) -> list[str]:
-    return [found.key for found in store.list(keys.shards("small"))]
+    return [found.key for found in store.list(DatasetKeys("small").shards)]
 
 
 @pytest.fixture
@@ -127,13 +128,13 @@ def test_versions_are_no_part_of_a_recipe(job: ShardJob) -> None:
 
 
 def truncate(store: Store, job: ShardJob) -> None:
-    path = store.local_path(keys.shard("small", job.shard_id))
+    path = store.local_path(DatasetKeys("small").shard(job.shard_id))
     assert path is not None
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def flip(store: Store, job: ShardJob) -> None:
-    path = store.local_path(keys.shard("small", job.shard_id))
+    path = store.local_path(DatasetKeys("small").shard(job.shard_id))
     assert path is not None
     body = bytearray(path.read_bytes())
     body[len(body) // 2] ^= 1
@@ -141,11 +142,11 @@ def flip(store: Store, job: ShardJob) -> None:
 
 
 def drop_record(store: Store, job: ShardJob) -> None:
-    store.delete(keys.record("small", job.shard_id))
+    store.delete(DatasetKeys("small").record(job.shard_id))
 
 
 def drop_shard(store: Store, job: ShardJob) -> None:
-    store.delete(keys.shard("small", job.shard_id))
+    store.delete(DatasetKeys("small").shard(job.shard_id))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +177,12 @@ def test_a_job_run_again_writes_the_same_bytes(
     assert body_of(store, job) == body
     assert done(store, job) == [True]
     assert wrong(store, record) is None
-    assert written(store) == [keys.shard("small", job.shard_id), keys.record("small", job.shard_id)]
+    assert written(store) == [DatasetKeys("small").shard(job.shard_id), DatasetKeys("small").record(job.shard_id)]
 
 
 def test_forget_then_build_gives_the_same_shard(store: Store, job: ShardJob) -> None:
     record = build(store, job)
-    shards.forget(store, "small", job.shard_id)
+    shards.delete_shard(store, "small", job.shard_id)
     assert done(store, job) == [False]
     assert written(store) == []
     assert build(store, job) == record
@@ -200,12 +201,12 @@ def test_done_believes_the_tokens_of_a_manifest(store: Store, job: ShardJob) -> 
     record = build(store, job)
     for tokens, expected in ((record.tokens, {job.shard_id}), (record.tokens + 1, set())):
         known = {job.shard_id: record.made._replace(tokens=tokens)}
-        assert set(shards.done(store, "small", [job.shard_id], known)) == expected
+        assert set(shards.finished_shards(store, "small", [job.shard_id], known)) == expected
 
 
 def test_a_record_of_other_bytes_is_refused_and_named(store: Store, job: ShardJob) -> None:
     record = build(store, job)
-    path = store.local_path(keys.record("small", job.shard_id))
+    path = store.local_path(DatasetKeys("small").record(job.shard_id))
     assert path is not None
     path.write_text(path.read_text().replace(record.sha256, "0" * 64))
     with pytest.raises(ShardCorrupt) as found:
@@ -217,7 +218,7 @@ def test_a_record_of_other_bytes_is_refused_and_named(store: Store, job: ShardJo
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"tokens": 1}', b"\xff"])
 def test_a_damaged_record_is_named(store: Store, job: ShardJob, damage: bytes) -> None:
     build(store, job)
-    path = store.local_path(keys.record("small", job.shard_id))
+    path = store.local_path(DatasetKeys("small").record(job.shard_id))
     assert path is not None
     path.write_bytes(damage)
     with pytest.raises(ShardCorrupt, match=job.shard_id):
@@ -228,9 +229,9 @@ def test_a_damaged_record_is_named(store: Store, job: ShardJob, damage: bytes) -
 def test_a_shard_whose_record_cannot_be_read_is_made_again(store: Store, job: ShardJob, damage: bytes) -> None:
     """Of a dataset that was never sealed: no version lists it, so `verify --repair` could not mend it."""
     record = build(store, job)
-    overwrite(store, keys.record("small", job.shard_id), damage)
+    overwrite(store, DatasetKeys("small").record(job.shard_id), damage)
     assert done(store, job) == [False]
-    assert not shards.is_done(store, "small", job.shard_id)
+    assert not shards.is_finished(store, "small", job.shard_id)
     assert build(store, job) == record == shards.read_record(store, "small", job.shard_id)
     assert done(store, job) == [True]
 
@@ -249,7 +250,7 @@ def test_many_threads_in_any_order_write_what_one_writes(tmp_path: Path, store: 
     serial = [build(store, job) for job in jobs]
     bytes_before = [body_of(store, job) for job in jobs]
     for job in jobs:
-        shards.forget(store, "small", job.shard_id)
+        shards.delete_shard(store, "small", job.shard_id)
     twice = [*jobs, *jobs]  # every job is run by two threads at once, too
     random.Random(3).shuffle(twice)
     with ThreadPoolExecutor(4) as pool:
@@ -284,7 +285,7 @@ def test_two_jobs_that_mend_the_same_shard_at_once_both_succeed(store: Store, jo
     record = build(store, job)
     flip(store, job)
     drop_record(store, job)
-    other = Interrupted(store, verb, keys.shard("small", job.shard_id), lambda: build(store, job))
+    other = Interrupted(store, verb, DatasetKeys("small").shard(job.shard_id), lambda: build(store, job))
     assert build(other, job) == record  # type: ignore[arg-type]
     assert done(store, job) == [True]
     assert wrong(store, record) is None
@@ -320,11 +321,11 @@ class Killed:
 def test_at_no_moment_a_record_lacks_its_shard(store: Store, job: ShardJob) -> None:
     with suppress(Ended):
         build(Killed(store, 1, after=True), job)  # type: ignore[arg-type]
-    assert written(store) == [keys.shard("small", job.shard_id)]
+    assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
     build(store, job)
     with suppress(Ended):
-        shards.forget(Killed(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
-    assert written(store) == [keys.shard("small", job.shard_id)]
+        shards.delete_shard(Killed(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
+    assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -337,7 +338,7 @@ def test_a_job_that_is_killed_at_any_write_is_done_or_done_again(
     for hurt in harm:
         hurt(store, job)
     if not harm:
-        shards.forget(store, "small", job.shard_id)
+        shards.delete_shard(store, "small", job.shard_id)
     with suppress(Ended):
         build(Killed(store, writes, after), job)  # type: ignore[arg-type]
     if done(store, job) == [True]:
@@ -391,6 +392,6 @@ def test_a_job_of_rows_that_the_file_lacks_writes_nothing(store: Store, job: Sha
 
 
 def test_failures_are_told_by_shard(store: Store) -> None:
-    store.put_new(keys.failure(keys.record("small", "a-00001-x")), b'{"why": "no space"}')
-    store.put_new(keys.record("small", "a-00002-x"), b"{}")
+    store.put_new(keys.failure(DatasetKeys("small").record("a-00001-x")), b'{"why": "no space"}')
+    store.put_new(DatasetKeys("small").record("a-00002-x"), b"{}")
     assert shards.failures(store, "small") == {"a-00001-x": "no space"}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from storage import keys
 from storage.datasets.manifest import Manifest, ShardRow, seal
-from storage.datasets.versions import difference, find, line, newest
+from storage.datasets.versions import difference, find_version, history_with_times, newest_version
 from storage.errors import ObjectMissing
+from storage.keys import DatasetKeys
 from storage.stores.store import Store
 from tests.crawl import Crawl, crawled
 from tests.storage.sealing import SETTINGS, built, source_file
@@ -69,10 +69,10 @@ def test_a_refresh_is_told_by_files_shards_documents_and_tokens(refreshed: tuple
 
 def test_the_line_goes_from_the_newest_version_to_the_first(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     crawl, versions = refreshed
-    found = list(line(crawl.store, "small"))
+    found = list(history_with_times(crawl.store, "small"))
     assert [version for version, _ in found] == versions[::-1]
-    assert newest(crawl.store, "small") == versions[-1]
-    sealed = [crawl.store.stat(keys.manifest("small", version.digest)).modified for version in versions[::-1]]
+    assert newest_version(crawl.store, "small") == versions[-1]
+    sealed = [crawl.store.stat(DatasetKeys("small").manifest(version.digest)).modified for version in versions[::-1]]
     assert [at for _, at in found] == sealed == sorted(sealed, reverse=True)
 
 
@@ -102,32 +102,38 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
 def test_a_version_is_found_by_any_beginning_that_is_its_own(store: Store, tmp_path: Path) -> None:
     planned = built(store, source_file(tmp_path, 0, documents=120))
     versions = [seal(store, "small", planned[:count], **SETTINGS) for count in range(3, 3 + 17)]  # 17 share a digit
-    assert find(store, "small", "latest") == versions[-1]
+    assert find_version(store, "small", "latest") == versions[-1]
     sharing = defaultdict(list)
     for version in versions:
         sharing[version.digest[0]].append(version)
-        assert find(store, "small", version.digest) == find(store, "small", version.digest[:12]) == version
+        assert (
+            find_version(store, "small", version.digest) == find_version(store, "small", version.digest[:12]) == version
+        )
     for digit, matching in sharing.items():
         if len(matching) == 1:
-            assert find(store, "small", digit) == matching[0]
+            assert find_version(store, "small", digit) == matching[0]
     digit, several = max(sharing.items(), key=lambda found: len(found[1]))
     assert len(several) > 1
     with pytest.raises(ValueError, match=f"'{digit}'") as caught:
-        find(store, "small", digit)
+        find_version(store, "small", digit)
     assert [version.digest for version in several if version.digest[:12] not in str(caught.value)] == []
 
 
 def test_an_unknown_version_is_refused_with_those_there_are(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     crawl, versions = refreshed
     with pytest.raises(ObjectMissing, match="'none-such'") as caught:
-        find(crawl.store, "small", "none-such")
+        find_version(crawl.store, "small", "none-such")
     for version in versions:
         assert version.digest[:12] in str(caught.value)
 
 
 def test_a_dataset_that_was_never_sealed_has_no_version(store: Store) -> None:
-    for look in (newest, lambda *named: list(line(*named)), lambda *named: find(*named, "latest")):
+    for look in (
+        newest_version,
+        lambda *named: list(history_with_times(*named)),
+        lambda *named: find_version(*named, "latest"),
+    ):
         with pytest.raises(ObjectMissing, match=r"'small'.*gpt2 dataset build"):
             look(store, "small")
     with pytest.raises(ObjectMissing, match="'small'"):
-        find(store, "small", "0")
+        find_version(store, "small", "0")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from model import tokenizer
-from storage import keys
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, ShardRow, seal
 from storage.errors import ShardCorrupt
 from storage.inspection import leaks as audit_module
-from storage.inspection.leaks import Repeated, audit
+from storage.inspection.leaks import Repeated, find_repeats
 from storage.inspection.matching import ngrams
+from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.leaks import documents, leaks_of, one_word_other, repeats_of, runs_of, shouted, story, words_of
 from tests.making import write_parquet
@@ -51,7 +51,9 @@ def sealed(store: Store, folder: Path, texts: list[str], shard_tokens: int = 400
 def looked(
     store: Store, rows: list[ShardRow], grams: list[int] | None = None, workers: int = 1
 ) -> tuple[Repeated, list[int]]:
-    found, hits = audit(store.url, "small", rows, tokenizer.decode_bytes, np.array(grams or [], np.uint64), workers)
+    found, hits = find_repeats(
+        store.url, "small", rows, tokenizer.decode_bytes, np.array(grams or [], np.uint64), workers
+    )
     return found, hits.tolist()
 
 
@@ -113,7 +115,7 @@ def test_a_report_holds_so_many_examples_and_counts_them_all(
 
 def test_a_damaged_shard_ends_the_look(store: Store, tmp_path: Path) -> None:
     rows = list(sealed(store, tmp_path, [story(number) for number in range(40)]).rows())
-    key = keys.shard("small", rows[-2].shard_id)
+    key = DatasetKeys("small").shard(rows[-2].shard_id)
     whole = bytes(store.read(key).body)
     overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
     with pytest.raises(ShardCorrupt, match=rows[-2].shard_id):

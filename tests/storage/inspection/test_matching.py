@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storage.inspection import matching
-from storage.inspection.matching import Wanted, digest_of, ngrams, normalised
+from storage.inspection.matching import HashSet, ngrams, normalised, text_digest
 from tests.leaks import RUN, Words, runs_of, words_of
 
 VOCABULARY = [b"a", b"b", b"ab", b"0", b"the", b"model", "é".encode(), "語".encode(), b"x" * 40]
@@ -30,7 +30,7 @@ def test_case_punctuation_and_space_make_no_other_text_and_letters_do() -> None:
     same = ["It is 7 o'clock.", " it\tIS\r\n7--O CLOCK!?", "(It) is_7 [o`clock]", "\x00it is\x7f7 o clock\x1f"]
     assert {normalised(text.encode()) for text in same} == {b"it is 7 o clock"}
     other = ["café", "cafe", "CAFÉ", "caf", "cafe\u0301", "ca fé", "東京", "東 京", "東京。"]
-    assert len({digest_of(normalised(text.encode())) for text in other}) == len(other)
+    assert len({text_digest(normalised(text.encode())) for text in other}) == len(other)
     assert normalised("東京 x".encode()) == "東京 x".encode()
     assert {normalised(text) for text in (b"", b" \n", b".,;:!?-'\"", b"\x00")} == {b""}
 
@@ -82,7 +82,7 @@ FEW = st.sampled_from([0, 1, 2**40 - 1, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**6
 @given(st.lists(FEW | st.integers(0, 2**64 - 1), max_size=20), st.lists(FEW | st.integers(0, 2**64 - 1), max_size=40))
 def test_what_is_wanted_is_found_among_others(wanted: list[int], others: list[int]) -> None:
     asked, there = np.array(wanted, np.uint64), np.array(others + wanted[::2], np.uint64)
-    found = Wanted(asked).among(there)
+    found = HashSet(asked).among(there)
     assert sorted(found.tolist()) == sorted(there[np.isin(there, asked)].tolist())
 
 
@@ -90,4 +90,4 @@ def test_many_hashes_are_found_as_numpy_finds_them() -> None:
     drawn = np.random.default_rng(1)
     asked = drawn.integers(0, 2**64, 200_000, np.uint64, endpoint=False)
     there = np.append(drawn.integers(0, 2**64, 300_000, np.uint64, endpoint=False), asked[::7])
-    assert np.array_equal(np.sort(Wanted(asked).among(there)), np.sort(there[np.isin(there, asked)]))
+    assert np.array_equal(np.sort(HashSet(asked).among(there)), np.sort(there[np.isin(there, asked)]))

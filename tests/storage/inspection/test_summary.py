@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.digests import canonical_json
 from storage.errors import ObjectMissing
 from storage.inspection.summary import card
+from storage.keys import DatasetKeys
 from storage.stores.store import overwrite
 from tests.crawl import GOOD, LONG, SKIPPING, Crawl, Kept
 
@@ -101,7 +101,7 @@ def test_a_refreshed_version_has_a_card_of_its_own(tmp_path: Path) -> None:
     check_totals(found, crawl, second)
     assert found["parent"] == first.digest
     report = {"duplicates": {"train": 30, "val_in_train": 0}}
-    overwrite(crawl.store, keys.audit("small", second.digest), canonical_json(report))
+    overwrite(crawl.store, DatasetKeys("small").leaks(second.digest), canonical_json(report))
     assert card(crawl.store, "small", second) == found | {"audit": report}
     assert card(crawl.store, "small", first) == before
 
@@ -109,6 +109,6 @@ def test_a_refreshed_version_has_a_card_of_its_own(tmp_path: Path) -> None:
 def test_a_lost_record_is_named(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     manifest = crawl.build()
-    crawl.store.delete(keys.record("small", manifest.shard_ids[3]))
+    crawl.store.delete(DatasetKeys("small").record(manifest.shard_ids[3]))
     with pytest.raises(ObjectMissing, match=manifest.shard_ids[3]):
         card(crawl.store, "small", manifest)

@@ -21,6 +21,7 @@ from storage.datasets.plan import ShardJob
 from storage.datasets.shards import DTYPE, Record, build_shard, read_record
 from storage.digests import canonical_json, sha256
 from storage.inspection.verify import Damage, check_documents, check_fully, check_quickly, check_versions
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.sources.files import Listing
 from storage.stores.opening import open_store
@@ -63,7 +64,7 @@ def damaged(found: list[Damage | None]) -> list[str]:
 
 
 def key_of(row: ShardRow) -> str:
-    return keys.shard("small", row.shard_id)
+    return DatasetKeys("small").shard(row.shard_id)
 
 
 def body_of(store: Store, row: ShardRow) -> bytes:
@@ -72,7 +73,7 @@ def body_of(store: Store, row: ShardRow) -> bytes:
 
 def change_record(store: Store, shard_id: str, **values: Any) -> Record:
     record = replace(read_record(store, "small", shard_id), **values)
-    overwrite(store, keys.record("small", shard_id), canonical_json(asdict(record)))
+    overwrite(store, DatasetKeys("small").record(shard_id), canonical_json(asdict(record)))
     return record
 
 
@@ -97,10 +98,10 @@ DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # what is done, when quick fi
     "empty": (lambda store, row, _: overwrite(store, key_of(row), b""), ALWAYS, 1),
     "swapped": (swap_with_the_next, ALWAYS, 2),
     "flipped": (flip, WITH_SUMS, 1),
-    "no record": (lambda store, row, _: store.delete(keys.record("small", row.shard_id)), ALWAYS, 1),
+    "no record": (lambda store, row, _: store.delete(DatasetKeys("small").record(row.shard_id)), ALWAYS, 1),
     "other counts": (lambda store, row, _: change_record(store, row.shard_id, documents=row.documents + 1), NEVER, 1),
     "other sum": (lambda store, row, _: change_record(store, row.shard_id, sha256="0" * 64), NEVER, 1),
-    "no JSON": (lambda store, row, _: overwrite(store, keys.record("small", row.shard_id), b"{"), NEVER, 1),
+    "no JSON": (lambda store, row, _: overwrite(store, DatasetKeys("small").record(row.shard_id), b"{"), NEVER, 1),
 }
 
 
@@ -266,9 +267,9 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
     third = sealed(store, *files)
     assert [second.parent, third.parent] == [first.digest, second.digest]
     assert list(check_versions(store, "small", third)) == []
-    overwrite(store, keys.manifest("small", first.digest), b"{}")
+    overwrite(store, DatasetKeys("small").manifest(first.digest), b"{}")
     assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {first.digest}"]
-    store.delete(keys.manifest("small", second.digest))
+    store.delete(DatasetKeys("small").manifest(second.digest))
     assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {second.digest}"]
 
 
@@ -295,4 +296,4 @@ def test_the_sum_that_is_compared_is_that_of_the_bytes(store: Store, manifest: M
     for row in manifest.rows():
         ids = np.frombuffer(body_of(store, row), DTYPE)
         assert (sha256(body_of(store, row)), int(ids[0])) == (row.sha256, tokenizer.EOT)
-        assert shards.is_done(store, "small", row.shard_id)
+        assert shards.is_finished(store, "small", row.shard_id)

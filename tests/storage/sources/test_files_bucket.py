@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from model import tokenizer
-from storage import keys
 from storage.datasets import shards
 from storage.errors import SourceInvalid
+from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
@@ -46,13 +46,13 @@ def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str
     ],
 )
 def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]) -> None:
-    assert sources.find(bucket + pattern) == [f"{bucket}/{name}" for name in names]
+    assert sources.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
 
 
 def test_a_pattern_that_names_nothing_is_refused(bucket: str) -> None:
     for pattern in ("/*.parquet", "/none.jsonl", "/none"):
         with pytest.raises(ValueError, match=r"data\.source.*no such file"):
-            sources.find(bucket + pattern)
+            sources.find_files(bucket + pattern)
 
 
 @pytest.mark.parametrize("name", ["year=2024/part 1.parquet", "lines.jsonl"])
@@ -69,7 +69,7 @@ def test_a_file_of_a_bucket_gives_the_shards_of_its_copy_here(
     for job in local:
         record = shards.build_shard(store, "here", job, tokenizer.encode, tokenizer.EOT)
         assert shards.read_record(store, "there", job.shard_id).sha256 == record.sha256
-    assert len(list(store.list(keys.shards("there")))) == 2 * len(there)
+    assert len(list(store.list(DatasetKeys("there").shards))) == 2 * len(there)
 
 
 def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store) -> None:

@@ -182,6 +182,6 @@ def test_a_shard_of_which_all_is_left_out_is_done_and_in_no_version(tmp_path: Pa
     (job,) = jobs_of(path, filters=("length > 9",))
     record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     assert (record.tokens, record.filtered) == (0, 2)
-    assert shards.is_done(store, "small", job.shard_id)
-    assert set(shards.done(store, "small", [job.shard_id], {})) == {job.shard_id}
+    assert shards.is_finished(store, "small", job.shard_id)
+    assert set(shards.finished_shards(store, "small", [job.shard_id], {})) == {job.shard_id}
     assert sources.identify(path).digest == job.recipe["source"]

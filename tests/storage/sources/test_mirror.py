@@ -161,8 +161,8 @@ def test_what_another_builder_brings_after_one_has_looked_is_not_fetched_again(
 CHILD = """
 import sys
 from pathlib import Path
-from storage import mirror
-from storage.layout import open_store
+from storage.sources import mirror
+from storage.stores.opening import open_store
 mirror.FOLDER = Path(sys.argv[2])
 if len(sys.argv) > 3:
     import resource, signal

@@ -113,7 +113,8 @@ def open_folder() -> Iterator[Path]:
 def as_nobody(script: str, place: Path) -> str:
     """What a process prints that has imported all it needs and then gave up root, if it had it."""
     head = (
-        "import os, resource, sys\nfrom storage.layout import open_store\nfrom storage.errors import StorageError\n"
+        "import os, resource, sys\nfrom storage.stores.opening import open_store\n"
+        "from storage.errors import StorageError\n"
         f"if os.geteuid() == 0:\n    os.setgroups([])\n    os.setgid({NOBODY})\n    os.setuid({NOBODY})\n"
     )
     ended = subprocess.run(

@@ -228,8 +228,8 @@ def test_no_put_is_sent_in_clear_sums_or_by_the_transfer_manager(url: str) -> No
     """Header by header, over http and (as far as the signature) https, in a process that has just begun."""
     script = f"""
 import sys
-from storage import s3, s3_client
-from storage.layout import open_store
+from storage.stores import s3, s3_client
+from storage.stores.opening import open_store
 s3.WHOLE_BYTES, s3.PART_BYTES = 6 << 20, 5 << 20
 sent = []
 s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
@@ -249,7 +249,7 @@ assert not [name for name in sys.modules if "awscrt" in name or name == "s3trans
     secure = f"""
 import os
 os.environ["AWS_ENDPOINT_URL_S3"] = "https://127.0.0.1:1"
-from storage import s3, s3_client
+from storage.stores import s3, s3_client
 s3_client.PATIENCE_SECONDS = 0.0
 s3.honest.add(("https://127.0.0.1:1", "{servers.BUCKET}"))
 sent = []

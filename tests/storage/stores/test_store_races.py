@@ -29,7 +29,7 @@ def store(url: str) -> Store:
 @contextmanager
 def processes(script: str, url: str, count: int) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that have imported, opened the store and now wait for one line before they start."""
-    head = "import sys\nfrom storage.errors import *\nfrom storage.layout import open_store\n"
+    head = "import sys\nfrom storage.errors import *\nfrom storage.stores.opening import open_store\n"
     start = "store, me = open_store(sys.argv[1]), int(sys.argv[2])\nprint('ready', flush=True)\ninput()\n"
     started = [
         subprocess.Popen(

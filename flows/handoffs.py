@@ -1,0 +1,42 @@
+"""What one stage hands to the next. Stages import these types from here and nothing from each other."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from storage.datasets.plan import FilePlan
+
+
+class Downloaded:
+    """The plan of each source file in order, what the Hub says of their dataset, the key of the HellaSwag items where
+    some are given, and why files could not be had.
+
+    No dataclass: Prefect would write all of it into the flow run's parameters, which it limits to 512 KiB.
+    """
+
+    __slots__ = ("failed", "items", "origin", "plans")
+
+    def __init__(self, plans: list[FilePlan], origin: dict[str, str], items: str | None, failed: list[str]) -> None:
+        self.plans, self.origin, self.items, self.failed = plans, origin, items, failed
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A sealed manifest's digest, the Hub's commit it was made of, and the key of the HellaSwag items."""
+
+    manifest: str
+    commit: str | None
+    items: str | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The step a training ended at."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the evaluations answered."""
+
+    results: list[dict[str, Any]]

@@ -1,0 +1,36 @@
+"""The file of HellaSwag items as a task: brought into the store, and checked, before anything needs it."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.runtime.tasks import retry_if_transient
+from model.evaluation.hellaswag import questions
+from storage.errors import AlreadyExists, SourceInvalid
+from storage.sources.mirror import list_source, mirror
+from storage.sources.reading import open_source
+from storage.stores.opening import open_store
+
+
+@task(
+    task_run_name="items-{source}", cache_policy=NO_CACHE,
+    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
+)  # fmt: skip
+def mirror_items(source: str, store_url: str) -> str:
+    """Bring the file of HellaSwag items into the store. Returns its key. Raises SourceInvalid, naming a bad line."""
+    store = open_store(store_url)
+    found, _ = list_source(store, source, "", "main", "validation")
+    if len(found.files) != 1:
+        raise SourceInvalid(
+            f"evaluation.hellaswag = {source!r}: one file of split 'validation' was expected, found "
+            f"{len(found.files)}. Give one .jsonl or .parquet file."
+        )
+    file = mirror(store, found.files[0])
+    if not found.origin:
+        opened = open_source(file)
+        with suppress(AlreadyExists):  # named by its content
+            store.put_new(file.key, opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes))
+    questions(store.read(file.key).body, file.key)  # a file that cannot be asked is found before anything is trained
+    return file.key
