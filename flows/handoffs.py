@@ -1,4 +1,4 @@
-"""What one stage hands to the next. Stages import these types from here and nothing from each other."""
+"""What one stage hands to the next. Stages import these types from here, and nothing from each other."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,9 @@ from storage.datasets.plan import FilePlan
 
 
 class Downloaded:
-    """The plan of each source file in order, what the Hub says of their dataset, the key of the HellaSwag items where
-    some are given, and why files could not be had.
+    """The plan of each source file, the origin of a Hub dataset, the key of the HellaSwag items, and failed files.
 
-    No dataclass: Prefect would write all of it into the flow run's parameters, which it limits to 512 KiB.
+    Not a dataclass: Prefect would copy all plans into the flow run's parameters, which it limits to 512 KiB.
     """
 
     __slots__ = ("failed", "items", "origin", "plans")
@@ -21,7 +20,7 @@ class Downloaded:
 
 @dataclass(frozen=True)
 class DatasetVersion:
-    """A sealed manifest's digest, the Hub's commit it was made of, and the key of the HellaSwag items."""
+    """A sealed manifest's digest, the Hub commit it was made from, and the key of the HellaSwag items."""
 
     manifest: str
     commit: str | None
@@ -30,13 +29,13 @@ class DatasetVersion:
 
 @dataclass(frozen=True)
 class Trained:
-    """The step a training ended at."""
+    """The step at which a training ended."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the evaluations answered."""
+    """The results of the evaluations."""
 
     results: list[dict[str, Any]]

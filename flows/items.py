@@ -1,4 +1,4 @@
-"""The file of HellaSwag items as a task: brought into the store, and checked, before anything needs it."""
+"""The file of HellaSwag items: a task that brings it into the store and checks it before anything needs it."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -19,18 +19,19 @@ from storage.stores.opening import open_store
     retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
 )  # fmt: skip
 def mirror_items(source: str, store_url: str) -> str:
-    """Bring the file of HellaSwag items into the store. Returns its key. Raises SourceInvalid, naming a bad line."""
+    """Copy the file into the store. Returns its key. Raises SourceInvalid, naming the line that is not an item."""
     store = open_store(store_url)
-    found, _ = list_source(store, source, "", "main", "validation")
-    if len(found.files) != 1:
+    listing, _ = list_source(store, source, "", "main", "validation")
+    if len(listing.files) != 1:
         raise SourceInvalid(
-            f"evaluation.hellaswag = {source!r}: one file of split 'validation' was expected, found "
-            f"{len(found.files)}. Give one .jsonl or .parquet file."
+            f"evaluation.hellaswag = {source!r}: expected one file in split 'validation', found {len(listing.files)}. "
+            f"Give one .jsonl or .parquet file."
         )
-    file = mirror(store, found.files[0])
-    if not found.origin:
+    file = mirror(store, listing.files[0])
+    if not listing.origin:
         opened = open_source(file)
+        body = opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes)
         with suppress(AlreadyExists):  # named by its content
-            store.put_new(file.key, opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes))
-    questions(store.read(file.key).body, file.key)  # a file that cannot be asked is found before anything is trained
+            store.put_new(file.key, body)
+    questions(store.read(file.key).body, file.key)
     return file.key

@@ -1,7 +1,5 @@
-"""The leak report of a version: a task, whose result lies beside the manifest; and what is left out of val."""
+"""The leak report of a dataset version: a task whose result is stored beside the manifest."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,25 +16,21 @@ from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.evaluation.hellaswag import completion_style, questions
 from model.evaluation.items import Item
-from storage.datasets.manifest import ShardRow, read_manifest
-from storage.datasets.plan import FilePlan
-from storage.datasets.shards import ShardSummary, read_record
+from storage.datasets.manifest import read_manifest
 from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
 from storage.inspection import matching
 from storage.inspection.leaks import find_repeats
-from storage.inspection.lineage import row_numbers
 from storage.keys import DatasetKeys
-from storage.sources.mirror import locate
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite, read_json
 
 
 @task(task_run_name="audit-{dataset}", cache_policy=NO_CACHE)
-def audit_version(
+def find_leaks(
     dataset: str, manifest: str, items: str | None, resources: ResourcesConfig, store_url: str
 ) -> dict[str, Any]:
-    """The leak report of one version, made unless it is there: `items` is the key of the HellaSwag items, if any."""
+    """The leak report of one version, made unless it is stored. `items` is the key of the HellaSwag items, if any."""
     store = open_store(store_url)
     key = DatasetKeys(dataset).leaks(manifest)
     report = read_json(store, key)
@@ -49,91 +43,61 @@ def audit_version(
     return report
 
 
-def _report(store: Store, dataset: str, manifest: str, items: str | None, resources: ResourcesConfig) -> dict[str, Any]:
-    rows = list(read_manifest(store, dataset, manifest).rows())
-    found = [completion_style(one) for one in questions(store.read(items).body, items)] if items else []
-    contexts, endings = [_grams(item, ending=False) for item in found], [_grams(item, ending=True) for item in found]
-    wanted = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
-    bar = Bar("audit", len(rows), "shards")
-    repeated, hits = find_repeats(
-        store.url, dataset, rows, tokenizer.decode_bytes, wanted, worker_count(resources), bar.advance
-    )
-    bar.close()
-    counts = {split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")}
-    in_train = {
-        kind: [number for number, grams in enumerate(asked) if np.isin(grams, hits).any()]
-        for kind, asked in (("contexts", contexts), ("endings", endings))
-    }
-    return {
-        "dataset": dataset,
-        "manifest": manifest,
-        "asked": items,
-        "documents": counts,
-        "duplicates": {"train": repeated.train, "val_in_train": len(repeated.leaks)},
-        "examples": repeated.pairs,
-        "leaks": repeated.leaks,
-        "items": {"count": len(found), "words": matching.WORDS, "shorter": sum(not len(grams) for grams in contexts)}
-        | {kind: len(numbers) for kind, numbers in in_train.items()}
-        | {"numbers": in_train}
-        if items
-        else None,
-    }
-
-
 @flow(name="audit", flow_run_name="audit-{config.data.dataset}", validate_parameters=False)
-def audit_dataset(config: RunConfig) -> dict[str, Any]:
+def find_leaks_of_newest(config: RunConfig) -> dict[str, Any]:
     """Look for leaks in the dataset's newest version."""
     data, store = config.data, open_store(config.store_url)
     items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
     manifest = newest_version(store, data.dataset).digest
-    return audit_version(data.dataset, manifest, items, config.resources, config.store_url)
+    return find_leaks(data.dataset, manifest, items, config.resources, config.store_url)
 
 
-@task(task_run_name="leaks-{dataset}", cache_policy=NO_CACHE)
-def find_leaks(
-    dataset: str,
-    plans: Sequence[FilePlan],
-    made: Mapping[str, ShardSummary],
-    val: Sequence[str],
-    resources: ResourcesConfig,
-    store_url: str,
-) -> dict[str, list[int]]:
-    """The rows of each of the shards `val` that occur in another shard: what val is to be made without."""
-    chosen = set(val)
-    rows = [
-        ShardRow(shard_id, *one, "val" if shard_id in chosen else "train")
-        for shard_id, one in made.items()
-        if one.tokens
-    ]
-    bar = Bar("leaks", len(rows), "shards")
-    nothing = np.empty(0, np.uint64)
-    repeated, _ = find_repeats(
-        store_url, dataset, rows, tokenizer.decode_bytes, nothing, worker_count(resources), bar.advance
+def _report(store: Store, dataset: str, manifest: str, items: str | None, resources: ResourcesConfig) -> dict[str, Any]:
+    rows = list(read_manifest(store, dataset, manifest).rows())
+    hellaswag = [completion_style(question) for question in questions(store.read(items).body, items)] if items else []
+    contexts = [_context_ngrams(item) for item in hellaswag]
+    endings = [_ending_ngrams(item) for item in hellaswag]
+    ngrams = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
+    bar = Bar("audit", len(rows), "shards")
+    repeated, in_train = find_repeats(
+        store.url, dataset, rows, tokenizer.decode_bytes, ngrams, worker_count(resources), bar.advance
     )
     bar.close()
-    return _rows_of(open_store(store_url), dataset, plans, repeated.leaks)
+    numbers = {"contexts": _overlapping(contexts, in_train), "endings": _overlapping(endings, in_train)}
+    report: dict[str, Any] = {
+        "dataset": dataset,
+        "manifest": manifest,
+        "asked": items,
+        "documents": {split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")},
+        "duplicates": {"train": repeated.train, "val_in_train": len(repeated.leaks)},
+        "examples": repeated.pairs,
+        "leaks": repeated.leaks,
+        "items": None,
+    }
+    if items:
+        report["items"] = {
+            "count": len(hellaswag),
+            "words": matching.WORDS,
+            "shorter": sum(not len(ngrams_of_item) for ngrams_of_item in contexts),
+            "contexts": len(numbers["contexts"]),
+            "endings": len(numbers["endings"]),
+            "numbers": numbers,
+        }
+    return report
 
 
-def _rows_of(
-    store: Store, dataset: str, plans: Sequence[FilePlan], leaks: Sequence[tuple[str, int]]
-) -> dict[str, list[int]]:
-    files = {one.file.digest: one.file for one in plans}
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for shard_id, number in leaks:
-        numbers[shard_id].append(number)
-    found = {}
-    for shard_id, wanted in numbers.items():
-        record = read_record(store, dataset, shard_id)
-        found[shard_id] = sorted(row_numbers(locate(store, files[record.recipe["source"]]), record, wanted).values())
-    return found
+def _overlapping(ngrams_of_items: list[np.ndarray], in_train: np.ndarray) -> list[int]:
+    """The numbers of the items that share an n-gram with train."""
+    return [number for number, ngrams in enumerate(ngrams_of_items) if np.isin(ngrams, in_train).any()]
 
 
-def _grams(item: Item, *, ending: bool) -> np.ndarray:
-    """Runs of words of an item's context, or those of context and ending together that the context has not."""
-    context = matching.ngrams(matching.normalised(tokenizer.decode_bytes(item.context)))
-    if not ending:
-        return context
+def _context_ngrams(item: Item) -> np.ndarray:
+    return matching.ngrams(matching.normalised(tokenizer.decode_bytes(item.context)))
+
+
+def _ending_ngrams(item: Item) -> np.ndarray:
+    """The n-grams of context and ending together that the context alone does not have."""
     together = [
-        matching.ngrams(matching.normalised(tokenizer.decode_bytes(item.context + one))) for one in item.endings
+        matching.ngrams(matching.normalised(tokenizer.decode_bytes(item.context + ending))) for ending in item.endings
     ]
-    return np.setdiff1d(np.concatenate(together), context)
+    return np.setdiff1d(np.concatenate(together), _context_ngrams(item))

@@ -1,7 +1,7 @@
-"""The whole pipeline as one flow of five stages, and its halves. Does nothing itself: each stage asks the store.
+"""The whole pipeline as one flow of five stages, and its halves. Each stage asks the store what is done.
 
-Each stage takes the very object that the one before returned: that is how Prefect knows, and draws, what depends on
-what. (States handed over by `wait_for` order sub-flows too, but its UI draws no arrow for them.)
+Each stage takes the very object that the stage before returned: Prefect tracks the dependency, and draws it, by
+identity. (`wait_for` orders sub-flows too, but Prefect's UI draws no arrow for it.)
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from model import tokenizer
 from model.config import RunConfig
 from model.runs.job import JobFailed, JobRefused
 from model.runs.run import keep_request, pinned_run
-from storage.datasets.manifest import check_binding
+from storage.datasets.split import check_binding
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -28,12 +28,12 @@ from storage.stores.store import Store
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
 def pretrain(config: RunConfig) -> dict[str, Any]:
-    """Bring a run from source files to a report. Run again, it goes on where it stood."""
+    """Bring a run from source files to a report. Run again, it resumes."""
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses other settings before they are kept
         _check_binding(store, config)
     downloaded = download(config)
-    keep_request(store, RunKeys(config.name).request, config)  # a source that cannot be read leaves nothing behind
+    keep_request(store, RunKeys(config.name).request, config)  # not before: an unreadable source leaves nothing behind
     version = tokenise(config, downloaded)
     trained = train(config, version)
     return _evaluate_and_report(config, trained)
@@ -44,7 +44,7 @@ def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
     store = open_store(config.store_url, create=True)
     _check_binding(store, config)
-    downloaded = download(config, with_items=config.resources.audit)  # of these only a leak report has need
+    downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
     keep_request(store, DatasetKeys(config.data.dataset).request, config)
     version = tokenise(config, downloaded)
     return str(version.manifest)
@@ -52,14 +52,14 @@ def build_dataset(config: RunConfig) -> str:
 
 @flow(name="train-run", flow_run_name="train-{config.name}")
 def train_run(config: RunConfig) -> None:
-    """Train the run to its last step, on the dataset's newest version or the one that it is pinned to."""
+    """Train the run to its last step, on the dataset version it is pinned to or the newest."""
     open_store(config.store_url)
     train(config)
 
 
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
 def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
-    """Evaluate the checkpoints of a run that are asked for, and write its report."""
+    """Evaluate checkpoints of a run, then write its report."""
     store = open_store(config.store_url)
     if pinned_run(store, config) is not None:
         keep_request(store, RunKeys(config.name).request, config)
@@ -67,22 +67,23 @@ def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_binding(store: Store, config: RunConfig) -> None:
-    check_binding(store, config.data.dataset, config.data.binding(tokenizer.identity()["sha256"]))
+    spec = config.data.spec(tokenizer.identity())
+    check_binding(store, spec.name, spec.binding)
 
 
 def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str, Any]:
-    """A failed evaluation fails the flow, after the report was written with those that succeeded."""
+    """Evaluate, then report. A failed evaluation fails the flow after the report was written with the others."""
     state = evaluate(config, trained)
-    found = state.result(raise_on_failure=False)
-    if isinstance(found, BaseException) and not isinstance(found, JobFailed | JobRefused):
-        raise found
-    evaluated = found if isinstance(found, Evaluated) else Evaluated([])
-    link_state_to_flow_run_result(state, evaluated)  # as Prefect does for what a flow returns: its UI draws the arrow
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException) and not isinstance(result, JobFailed | JobRefused):
+        raise result
+    evaluated = result if isinstance(result, Evaluated) else Evaluated([])
+    link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a flow's return value: its UI draws the arrow
     facts = report(config, evaluated)
     pages = {"report": facts["report"]}
     if data := facts["dataset"]:
         pages["manifest"] = DatasetKeys(data["name"]).manifest(data["manifest"])
-    show_links(open_store(config.store_url), f"Pages of {config.name}; of a bucket they open for 7 days", pages)
-    if isinstance(found, BaseException):
-        raise found
+    show_links(open_store(config.store_url), f"Pages of {config.name}; links to a bucket expire after 7 days", pages)
+    if isinstance(result, BaseException):
+        raise result
     return facts

@@ -1,4 +1,4 @@
-"""The third stage: pin the run, then train it in processes of its own, from wherever its newest checkpoint stands."""
+"""The third stage: pin the run, then train it in processes of its own, from its newest checkpoint."""
 
 import contextvars
 import threading
@@ -18,8 +18,8 @@ from model.checkpoints.records import read_metrics
 from model.config import RunConfig
 from model.runs.job import Job, read_result
 from model.runs.run import Run, pin_run, pinned_run, training_job
-from storage.datasets.manifest import latest_manifest
-from storage.errors import ObjectMissing, StorageError
+from storage.datasets.versions import newest_version
+from storage.errors import StorageError
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
@@ -30,7 +30,7 @@ CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
 
 @task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
 def train_model(job: Job, store_url: str, processes: Processes) -> Any:
-    """Wait for the training's processes. Returns the result: the last step and the tokens seen."""
+    """Run the training's processes to their end. Returns the result: the last step and the tokens seen."""
     return run_job(open_store(store_url), job, processes)
 
 
@@ -43,7 +43,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     done_before = read_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
-    context = contextvars.copy_context()  # or what the thread makes belongs to no flow run
+    context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
     watcher = threading.Thread(target=context.run, args=(_watch, store, run, bar, ended), daemon=True)
     watcher.start()
     try:
@@ -59,63 +59,59 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
-    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # a skipped step's may be no number
-    skipped = sum("skipped" in line for line in metrics)
-    left_out = f", {skipped} outlier steps skipped" if skipped else ""
-    say("train", f"{result['step']:,} of {config.train.max_steps:,} steps done{', found so' if done_before else ''}: "
-                 f"loss {losses[0]:.4f} → {losses[-1]:.4f}{left_out}")  # fmt: skip
-    _show(run, metrics)
+    say("train", _summary(result["step"], config.train.max_steps, metrics, done_before=done_before))
+    _show_metrics(run, metrics)
     return Trained(result["step"])
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:
-    """The run of that name; a new one is pinned to the version, or to the dataset's newest."""
+    """The run of that name. A new one is pinned to the version, or to the dataset's newest."""
     if (run := pinned_run(store, config)) is not None:
         return run
-    version = version or newest_version(store, config)
+    if version is None:
+        manifest = newest_version(store, config.data.dataset)
+        version = DatasetVersion(manifest.digest, manifest.origin.get("commit"), None)
     return pin_run(store, config, version.manifest, version.items, version.commit)
 
 
-def newest_version(store: Store, config: RunConfig) -> DatasetVersion:
-    """The dataset's newest sealed version, which a run is pinned to. Raises ObjectMissing when there is none."""
-    manifest = latest_manifest(store, config.data.dataset)
-    if manifest is None:
-        raise ObjectMissing(
-            f"dataset {config.data.dataset!r}: a sealed version was asked for, store {config.store_url!r} has none. "
-            f"Build it first: gpt2 dataset build"
-        )
-    return DatasetVersion(manifest.digest, manifest.source.get("commit"), None)
+def _summary(step: int, max_steps: int, metrics: list[dict[str, Any]], *, done_before: bool) -> str:
+    """The training in one line. A skipped step's loss may be NaN, which the metrics hold as None."""
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]
+    skipped = sum("skipped" in line for line in metrics)
+    done = "already done" if done_before else "done"
+    outliers = f", {skipped} outlier steps skipped" if skipped else ""
+    return f"{step:,} of {max_steps:,} steps {done}: loss {losses[0]:.4f} → {losses[-1]:.4f}{outliers}"
 
 
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
-    """Follow the trainer's progress object until the training ends: the bar, and the loss so far as a curve."""
+    """Follow the trainer's progress object until the training ends: move the bar and draw the loss curve."""
     curve = Picture("train-loss", f"Loss of {run.name} so far")
     drawn_at = 0.0
-    seen: dict[int, dict[str, Any]] = {}  # lines of the log by step
+    lines_by_step: dict[int, dict[str, Any]] = {}
     while not ended.wait(WATCH_SECONDS):
         try:
-            seen = seen or {line["step"]: line for line in read_metrics(store, run.name)}  # before it was started again
+            if not lines_by_step:  # the steps before a restart
+                lines_by_step = {line["step"]: line for line in read_metrics(store, run.name)}
             progress: dict[str, Any] = read_json(store, RunKeys(run.name).progress) or {}
         except StorageError:
-            continue  # the trainer says what is wrong with the store, and goes on
+            continue  # the trainer reports the error, and keeps training
         if lines := progress.get("since_checkpoint"):
-            loss = "no number" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
+            loss = "NaN" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
             bar.to(progress["step"], f"loss {loss}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
-            seen |= {line["step"]: line for line in lines}
+            lines_by_step |= {line["step"]: line for line in lines}
             if time.monotonic() - drawn_at > CURVE_SECONDS:
                 drawn_at = time.monotonic()
-                curve.show(loss_curve(run.name, [seen[step] for step in sorted(seen)]))
+                curve.show(loss_curve(run.name, [lines_by_step[step] for step in sorted(lines_by_step)]))
 
 
-def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
-    """About 20 steps as a table in Prefect's UI, the first and the last among them."""
+def _show_metrics(run: Run, metrics: list[dict[str, Any]]) -> None:
+    """Show about 20 steps as a table in Prefect's UI, including the first and the last."""
 
-    def rounded(number: float | None) -> str:  # the UI takes a "-" for the beginning of a list
+    def rounded(number: float | None) -> str:  # empty, since the UI renders "-" as a list
         return "" if number is None else f"{number:.4f}"
 
     every = max(len(metrics) // 20, 1)
-    places = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, as validations have
-    shown = [metrics[place] for place in places]
+    indices = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, as validations have
     rows = [
         {
             "step": line["step"] + 1,
@@ -126,6 +122,6 @@ def _show(run: Run, metrics: list[dict[str, Any]]) -> None:
             "tokens/s": f"{line['tokens_per_second']:,.0f}",
             "MFU": f"{line['mfu']:.1%}" if "mfu" in line else "",
         }
-        for line in shown
+        for line in (metrics[index] for index in indices)
     ]
     show(create_table_artifact, table=rows, key="train-metrics", description=f"Training of {run.name}")

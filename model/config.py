@@ -4,15 +4,13 @@
 never does. Secrets and endpoints are environment, never configuration.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage import keys
+from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.sources.filters import Filter, parse
-
-if TYPE_CHECKING:
-    from storage.datasets.plan import DatasetSettings
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -50,7 +48,6 @@ class DataConfig(Section):
     )
     max_tokens: int = Field(0, ge=0, description="Only the first documents, of so many tokens; 0: all.")
     mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store first; else read ranges.")
-    drop_val_leaks: bool = Field(False, description="Leave out of val, at the first seal, documents that train holds.")
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="A document that cannot be tokenised fails its shard, or is left out and counted."
     )
@@ -60,23 +57,17 @@ class DataConfig(Section):
         assert self.parsed_filters is not None  # raises what is wrong
         return self
 
-    def settings(self, tokenizer: str) -> "DatasetSettings":
-        """What the dataset asks of its source files, with the tokenizer of that digest."""
-        from storage.datasets.plan import DatasetSettings  # pyarrow takes 0.2 s to import
-
-        return DatasetSettings(
+    def spec(self, tokenizer: dict[str, Any]) -> DatasetSpec:
+        """The dataset that this section describes, tokenised by the tokenizer of that identity."""
+        settings = DatasetSettings(
             shard_tokens=self.shard_tokens,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer["sha256"],
             text_column=self.text_column,
-            filters=tuple(str(one) for one in self.parsed_filters),
+            filters=tuple(str(condition) for condition in self.parsed_filters),
             on_bad_document=self.on_bad_document,
             max_tokens=self.max_tokens,
-            drop_val_leaks=self.drop_val_leaks,
         )
-
-    def binding(self, tokenizer: str) -> dict[str, Any]:
-        """What a dataset's name is bound to at its first seal."""
-        return self.settings(tokenizer).recipe() | {"source": self.source, "config": self.config}
+        return DatasetSpec(self.dataset, settings, self.source, self.config, self.val_shards, tokenizer)
 
     @property
     def parsed_filters(self) -> tuple[Filter, ...]:

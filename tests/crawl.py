@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from model.config import RunConfig
-from storage.datasets import shards
-from storage.datasets.manifest import Manifest, seal
-from storage.datasets.plan import plan_files
+from storage.datasets import building
+from storage.datasets.manifest import Manifest
 from storage.keys import DatasetKeys
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
@@ -88,7 +87,6 @@ class Crawl:
         self.source = folder / "source"
         self.config: RunConfig = tiny_config(str(folder / "store"), f"{self.source}/**/*.{kind}", *settings)
         self.store: Store = open_store(self.config.store_url, create=True)
-        self.left_out: set[tuple[str, int]] = set()
         self.rows: dict[str, list[dict[str, Any]]] = {}
         for file, name in enumerate(names):
             rows = [crawled(file, number, bad=bad) for number in range(count)]
@@ -103,24 +101,11 @@ class Crawl:
             self.rows[name] = rows
             write_crawl(self.source / name, rows)
 
-    def build(self, leaks: Callable[[int, int], list[int]] | None = None) -> Manifest:
-        """Make and seal the dataset; `leaks` names, of a val shard's first row and row to, those that it must lack."""
-        data, identity = self.config.data, tokenizer.identity()
-        shape = data.settings(identity["sha256"])
-        found, _ = list_source(self.store, data.source, data.config, data.revision, "train")
-        jobs = [job for one in plan_files(self.store, data.dataset, found.files, shape) for job in one.jobs()]
-        left_out = {job.shard_id: leaks(*job.rows) for job in jobs[: data.val_shards]} if leaks else {}
-        self.left_out = {(job.source.name, row) for job in jobs for row in left_out.get(job.shard_id, [])}
-        plans = plan_files(self.store, data.dataset, found.files, shape, left_out=left_out)
-        jobs = [job for one in plans for job in one.jobs()]
-        for job in jobs:
-            if not shards.is_finished(self.store, data.dataset, job.shard_id):
-                shards.build_shard(self.store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
-        return seal(
-            self.store, data.dataset, [job.shard_id for job in jobs], recipe=shape.recipe(), tokenizer=identity,
-            source=found.described(), binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
-            left_out=left_out,
-        )  # fmt: skip
+    def build(self) -> Manifest:
+        """Make what is missing and seal the dataset."""
+        data = self.config.data
+        listing, _ = list_source(self.store, data.source, data.config, data.revision, "train")
+        return building.build_dataset(self.store, data.spec(tokenizer.identity()), listing, tokenizer.encode)
 
     def kept(self) -> list[Kept]:
         """The documents that the dataset must hold, in order."""
@@ -136,7 +121,7 @@ class Crawl:
             Kept(Path(name).name, number, row)
             for name, rows in sorted(self.rows.items())
             for number, row in enumerate(rows)
-            if (Path(name).name, number) not in self.left_out and all(keeps(row) for keeps in filters)
+            if all(keeps(row) for keeps in filters)
         ]
 
     def shard_documents(self, manifest: Manifest) -> dict[str, list[Kept]]:

@@ -12,9 +12,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from model import tokenizer
 from model.config import RunConfig
 from model.config_file import load_config
-from storage.datasets import shards
-from storage.datasets.manifest import Manifest, seal
-from storage.datasets.plan import plan_files
+from storage.datasets import building
+from storage.datasets.manifest import Manifest
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 
@@ -52,19 +51,9 @@ def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
 
 def build_dataset(config: RunConfig) -> Manifest:
     """What `gpt2 dataset build` leaves, without its seconds of Prefect."""
-    store = open_store(config.store_url, create=True)
-    data = config.data
-    identity = tokenizer.identity()
-    shape = data.settings(identity["sha256"])
-    found, _ = list_source(store, data.source, data.config, data.revision, "train")
-    plans = list(plan_files(store, data.dataset, found.files, shape))
-    for job in (job for one in plans for job in one.jobs()):
-        shards.build_shard(store, data.dataset, job, tokenizer.encode, tokenizer.EOT)
-    planned = [shard_id for one in plans for shard_id in one.shard_ids]
-    return seal(
-        store, data.dataset, planned, recipe=shape.recipe(), tokenizer=identity, source=found.described(),
-        binding=data.binding(identity["sha256"]), val_shards=data.val_shards,
-    )  # fmt: skip
+    store, data = open_store(config.store_url, create=True), config.data
+    listing, _ = list_source(store, data.source, data.config, data.revision, "train")
+    return building.build_dataset(store, data.spec(tokenizer.identity()), listing, tokenizer.encode)
 
 
 @cache

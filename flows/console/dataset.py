@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import Progress, track
 
 from flows.console.options import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
 from flows.console.versions import add_to
@@ -111,11 +111,10 @@ def _files(store: Store, data: DataConfig) -> Sequence[SourceFile]:
 def _check_source(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
     """Raise ValueError unless the source still gives all of these shards."""
     from model import tokenizer
-    from storage.datasets.manifest import pinned_left_out
     from storage.datasets.plan import plan_files
 
-    shape = data.settings(tokenizer.identity()["sha256"])
-    plans = plan_files(store, data.dataset, files, shape, left_out=pinned_left_out(store, data.dataset))
+    settings = data.spec(tokenizer.identity()).settings
+    plans = plan_files(store, data.dataset, files, settings)
     if gone := shard_ids.difference(*(one.shard_ids for one in plans)):
         raise ValueError(
             f"--repair: {len(gone):,} damaged shards were to be made again, data.source = {data.source!r} no longer "
@@ -133,9 +132,9 @@ def audit(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbo
     asked = load_config(config, overrides or [])
     open_store(asked.store_url)
     with prefect(verbose):
-        from flows.leaks import audit_dataset
+        from flows.leaks import find_leaks_of_newest
 
-        run_flow(audit_dataset, asked)
+        run_flow(find_leaks_of_newest, asked)
 
 
 @dataset.command()
@@ -145,13 +144,14 @@ def copy(
     overrides: Overrides = None,
 ) -> None:
     """Copy all versions of the dataset to another store, verified on the way; run again, it goes on where it stood."""
-    from storage.datasets.copy import Copying
+    from storage.datasets.copy import copy_dataset
 
     asked = load_config(config, overrides or [])
-    copying = Copying(open_store(asked.store_url), open_store(to, create=True), asked.data.dataset)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        done = pool.map(copying.copy_shard, copying.missing)
-        list(track(done, "copy", len(copying.missing), console=console, disable=not console.is_terminal))
-    copying.finish()
-    console.print(f"copy       {len(copying.missing):,} of {copying.total:,} shards copied now", highlight=False)
-    console.print(f"copy       manifest {copying.manifest.digest} is the newest in {to}", highlight=False, markup=False)
+    source, target = open_store(asked.store_url), open_store(to, create=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("copy")
+        copied = copy_dataset(
+            source, target, asked.data.dataset, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    console.print(f"copy       {copied.copied:,} of {copied.shards:,} shards copied now", highlight=False)
+    console.print(f"copy       manifest {copied.manifest.digest} is the newest in {to}", highlight=False, markup=False)

@@ -35,14 +35,15 @@ class Format(StrEnum):
 
 def log(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The dataset's versions, newest first: when each was sealed, what it holds and what it added and took away."""
-    from storage.datasets.versions import difference, history_with_times
+    from storage.datasets.versions import difference, history, sealed_at
 
     store, asked = _opened(config, overrides)
-    found = list(history_with_times(store, asked.data.dataset))
+    versions = history(store, asked.data.dataset)
+    found = [(version, sealed_at(store, asked.data.dataset, version)) for version in versions]
     for number, (version, sealed) in enumerate(found):
         parent = found[number + 1][0] if number + 1 < len(found) else None
-        changes = difference(parent, version) if parent else None
-        facts = {
+        changes = difference(parent, version).to_json() if parent else None
+        facts: dict[str, Any] = {
             "manifest": version.digest,
             "sealed": datetime.fromtimestamp(sealed, UTC).isoformat(timespec="seconds"),
             "commit": version.source.get("commit"),
@@ -70,7 +71,8 @@ def diff(
     from storage.datasets.versions import difference, find_version
 
     store, asked = _opened(config, overrides)
-    found = difference(find_version(store, asked.data.dataset, old), find_version(store, asked.data.dataset, new))
+    versions = [find_version(store, asked.data.dataset, name) for name in (old, new)]
+    found: dict[str, Any] = difference(*versions).to_json()
     if as_json:
         print(json.dumps(found))
         return

@@ -7,7 +7,7 @@ from model.checkpoints.records import checkpoints
 from model.runs.job import read_job, read_result
 from model.runs.run import Run, find_run, training_job
 from storage import keys
-from storage.datasets import shards
+from storage.datasets import records
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
@@ -38,11 +38,11 @@ def dataset_names(store: Store) -> list[str]:
 def dataset_status(store: Store, dataset: str) -> list[Line]:
     """The dataset's newest version, and the shard jobs that failed last."""
     manifest = latest_manifest(store, dataset)
-    failures = shards.failures(store, dataset)
+    failures = records.failures(store, dataset)
     if manifest is None:
         lines = [Line(f"dataset {dataset}", "not sealed yet: gpt2 dataset build goes on")]
     else:
-        finished = shards.finished_shards(store, dataset, manifest.shard_ids, manifest.made)
+        finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.summaries)
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
@@ -72,7 +72,7 @@ def run_status(store: Store, name: str) -> list[Line]:
 
 def _trained(store: Store, run: Run, step: int) -> list[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = shards.finished_shards(store, run.dataset, manifest.shard_ids, manifest.made)
+    finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.summaries)
     job = training_job(run)
     failure = read_json(store, keys.failure(RunKeys(run.name).result(job.job_id)))
     saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"

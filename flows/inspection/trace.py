@@ -16,7 +16,7 @@ from model.data.order import WindowOrder
 from model.runs.run import Run, find_run
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, read_manifest
-from storage.datasets.shards import read_record
+from storage.datasets.records import read_record
 from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, StorageError
 from storage.inspection import lineage
@@ -122,7 +122,7 @@ def ancestry(store: Store, one: Asked, checkpoint: int | None, evaluation: str |
         used = list(range(len(rows)))
     source = one.manifest.source
     records = [read_record(store, one.dataset, rows[shard].shard_id) for shard in used]
-    digests = {record.recipe["source"]: record.source for record in records}
+    digests = {record.recipe.source: record.source for record in records}
     return facts | {
         "dataset": one.dataset,
         "manifest": one.manifest.digest,

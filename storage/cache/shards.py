@@ -13,7 +13,8 @@ import numpy as np
 from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.datasets.manifest import ShardRow
-from storage.datasets.shards import DTYPE, read_shard
+from storage.datasets.records import DTYPE
+from storage.datasets.shards import read_shard
 from storage.digests import sha256
 from storage.errors import ShardCorrupt, StorageError
 from storage.keys import DatasetKeys

@@ -1,73 +1,91 @@
-"""Copies a dataset from one store to another, every version of it: shards, records, the split, manifests, `latest`.
+"""Copies every version of a dataset to another store: shards, records, the split, manifests, `latest`.
 
-The order is the one of a build: what is named comes before what names it, so a copy that was killed is just unfinished.
+The order is a build's: what is named is copied before what names it, so a killed copy is just unfinished.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import NamedTuple
 
 from storage.datasets.lease import claim
-from storage.datasets.manifest import ShardRow, update_latest
-from storage.datasets.shards import finished_shards, put_shard, read_shard
+from storage.datasets.manifest import Manifest, ShardRow
+from storage.datasets.records import finished_shards
+from storage.datasets.sealing import update_latest
+from storage.datasets.shards import put_shard, read_shard
 from storage.datasets.versions import history
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 
+SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
-class Copying:
-    """One copy: which versions and shards, which of them are missing in the other store.
 
-    Raises ObjectMissing when the dataset was never sealed, DatasetMismatch when the name is taken in the other store.
+class Copied(NamedTuple):
+    """The newest version, its number of shards over all versions, and how many were copied now."""
+
+    manifest: Manifest
+    shards: int
+    copied: int
+
+
+def copy_dataset(
+    source: Store, target: Store, dataset: str, on_progress: Callable[[int, int], None] = lambda *_: None
+) -> Copied:
+    """Copy what the target store lacks, each shard verified. Idempotent: run again, it resumes.
+
+    `on_progress` is called with copied shards and shards to copy. Raises ObjectMissing if the dataset was never sealed,
+    DatasetMismatch if the target holds another dataset of that name, ShardCorrupt.
     """
+    versions = list(history(source, dataset))
+    _check_target(source, target, dataset, versions)
+    claim(target, dataset, "build")
+    rows = {row.shard_id: row for version in versions for row in version.rows()}
+    finished = finished_shards(target, dataset, list(rows), {row.shard_id: row.summary for row in rows.values()})
+    missing = [row for row in rows.values() if row.shard_id not in finished]
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for number, _ in enumerate(pool.map(lambda row: _copy_shard(source, target, dataset, row), missing), 1):
+            on_progress(number, len(missing))
+    _copy_versions(source, target, dataset, versions)
+    update_latest(target, dataset, versions[0], _check_target(source, target, dataset, versions))
+    return Copied(versions[0], len(rows), len(missing))
 
-    def __init__(self, source: Store, target: Store, dataset: str) -> None:
-        self._source, self._target, self._dataset = source, target, dataset
-        self._versions = list(history(source, dataset))
-        self.manifest = self._versions[0]
-        self._check_target()
-        claim(target, dataset, "build")
-        rows = {row.shard_id: row for version in self._versions for row in version.rows()}
-        there = finished_shards(target, dataset, list(rows), {row.shard_id: row.made for row in rows.values()})
-        self.total = len(rows)
-        self.missing = [row for row in rows.values() if row.shard_id not in there]
 
-    def copy_shard(self, row: ShardRow) -> None:
-        """Copy a shard, proved by its sha256, then its record. Raises ShardCorrupt, ObjectMissing."""
-        body = read_shard(self._source, self._dataset, row.shard_id, row.tokens, row.sha256)
-        put_shard(self._target, self._dataset, row.shard_id, body, row.sha256)
-        self._copy(DatasetKeys(self._dataset).record(row.shard_id))
+def _copy_shard(source: Store, target: Store, dataset: str, row: ShardRow) -> None:
+    """Copy a shard, verified by its sha256, then its record."""
+    body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
+    put_shard(target, dataset, row.shard_id, body, row.sha256)
+    _copy_object(source, target, DatasetKeys(dataset).record(row.shard_id))
 
-    def finish(self) -> None:
-        """Copy the split and the manifests, oldest first, and point the other store's `latest` at the newest.
 
-        With each goes what belongs to it: the records of shards of which nothing was kept, and its leak report.
-        """
-        self._copy(DatasetKeys(self._dataset).split)
-        for version in reversed(self._versions):
-            for shard_id in version.empty:
-                self._copy(DatasetKeys(self._dataset).shard(shard_id))
-                self._copy(DatasetKeys(self._dataset).record(shard_id))
-            self._copy(DatasetKeys(self._dataset).manifest(version.digest))
-            with suppress(ObjectMissing):  # nobody asked for one
-                self._copy(DatasetKeys(self._dataset).leaks(version.digest))
-        update_latest(self._target, self._dataset, self.manifest, self._check_target())
+def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> None:
+    """Copy the split, then each manifest, oldest first, with its empty shards and its leak report."""
+    dataset_keys = DatasetKeys(dataset)
+    _copy_object(source, target, dataset_keys.split)
+    for version in reversed(versions):
+        for shard_id in version.empty:
+            _copy_object(source, target, dataset_keys.shard(shard_id))
+            _copy_object(source, target, dataset_keys.record(shard_id))
+        _copy_object(source, target, dataset_keys.manifest(version.digest))
+        with suppress(ObjectMissing):  # not every version has a leak report
+            _copy_object(source, target, dataset_keys.leaks(version.digest))
 
-    def _check_target(self) -> str | None:
-        """The version that the other store's `latest` names; it and the split must be ours."""
-        pointer = read_json(self._target, DatasetKeys(self._dataset).latest)
-        stands_at = str(pointer["manifest"]) if pointer else None
-        split = read_json(self._target, DatasetKeys(self._dataset).split)
-        ours = [version.digest for version in self._versions]
-        if stands_at not in (None, *ours) or split not in (
-            None,
-            read_json(self._source, DatasetKeys(self._dataset).split),
-        ):
-            raise DatasetMismatch(
-                f"dataset {self._dataset!r}: {self._target.url!r} holds another dataset of this name (manifest "
-                f"{stands_at}), which {self._source.url!r} does not know. Copy to another store or prefix."
-            )
-        return stands_at
 
-    def _copy(self, key: str) -> None:
-        with suppress(AlreadyExists):  # create-only, so it is the same: `_check_target` has looked
-            self._target.put_new(key, self._source.read(key).body)
+def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
+    """The digest that the target's `latest` names. Raises DatasetMismatch unless it and the split are the source's."""
+    dataset_keys = DatasetKeys(dataset)
+    pointer = read_json(target, dataset_keys.latest)
+    latest = str(pointer["manifest"]) if pointer else None
+    split = read_json(target, dataset_keys.split)
+    known = [version.digest for version in versions]
+    if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
+        raise DatasetMismatch(
+            f"dataset {dataset!r}: {target.url!r} holds another dataset of this name (manifest {latest}), which "
+            f"{source.url!r} does not know. Copy to another store or prefix."
+        )
+    return latest
+
+
+def _copy_object(source: Store, target: Store, key: str) -> None:
+    with suppress(AlreadyExists):  # create-only, and `_check_target` has compared the datasets
+        target.put_new(key, source.read(key).body)

@@ -1,32 +1,31 @@
 """Writes a dataset as other trainers read it: nanoGPT's two files, or llm.c's shards with their header.
 
-`export.json` comes first and says what the folder is to hold, so nothing else is ever mixed with it. Each file is
-verified as it is read and appears under its name when it is whole: an export that was killed goes on.
+Shards are verified as they are read. The files are written into a folder beside the target, which gets its name last:
+an export is there whole or not at all.
 """
 
-import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from storage.datasets.manifest import Manifest
-from storage.datasets.shards import DTYPE, read_shard
+from storage.datasets.records import DTYPE
+from storage.datasets.shards import read_shard
 from storage.errors import StoreUnusable
 from storage.stores.store import Store
 
-# llm.c, dev/data/data_common.py and llmc/dataloader.h: 256 int32, of which the first three say magic, version, tokens
+# llm.c, dev/data/data_common.py and llmc/dataloader.h: 256 int32, of which the first three are magic, version, tokens
 LLMC_HEADER, LLMC_MAGIC, LLMC_VERSION = 256, 20240520, 1
-LLMC_TOKENS = 100_000_000  # about so many a file, as its own dev/data/fineweb.py writes them
-NOTE = "export.json"
+LLMC_TOKENS = 100_000_000  # about this many tokens a file, as its own dev/data/fineweb.py writes them
 
 
 class Part(NamedTuple):
-    """One file to write: its name, and which tokens of its split, from the first to the one after the last."""
+    """One file to write: tokens `first` to `last - 1` of a split, after a header."""
 
     name: str
     split: str
@@ -36,34 +35,37 @@ class Part(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """What it has when it is whole."""
+        """Size of the whole file."""
         return self.header_bytes + (self.last - self.first) * DTYPE.itemsize
 
 
 def export(
-    store: Store, dataset: str, manifest: Manifest, folder: Path, layout: str, come: Callable[[int], None]
+    store: Store, dataset: str, manifest: Manifest, folder: Path, layout: str, on_progress: Callable[[int], None]
 ) -> list[Path]:
-    """Write what is missing of both splits into the folder. Returns its files; `come` is told tokens that are there.
+    """Write both splits into a new or empty folder. Returns its files; `on_progress` is called with tokens written.
 
-    Raises ShardCorrupt, ObjectMissing, and StoreUnusable when the folder cannot be written or holds something else.
+    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder holds something or cannot be written.
     """
     parts = [part for split in ("train", "val") for part in _parts(manifest, dataset, split, layout)]
+    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, {"dataset": dataset, "manifest": manifest.digest, "format": layout})
+        if folder.exists() and any(folder.iterdir()):
+            raise StoreUnusable(f"folder {folder} should be new or empty, but holds files. Give another folder.")
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed export's
+        unfinished.mkdir(parents=True)
         for part in parts:
-            path = folder / part.name
-            if path.exists() and path.stat().st_size == part.size_bytes:
-                come(part.last - part.first)
-                continue
-            with _whole(path) as file:
-                _write(store, dataset, manifest, part, file, come)
+            with (unfinished / part.name).open("wb") as file:
+                _write(store, dataset, manifest, part, file, on_progress)
+                file.flush()
+                os.fsync(file.fileno())
+        unfinished.replace(folder)
     except OSError as error:
         raise StoreUnusable(
-            f"folder {folder}: {sum(part.size_bytes for part in parts):,} bytes were to be written there, found "
-            f"{error}. Free some space, mend its mode or give another folder, then run the same command again: it goes "
-            f"on."
+            f"folder {folder}: cannot write {sum(part.size_bytes for part in parts):,} bytes: {error}. "
+            f"Free some space, fix the folder's permissions, or give another folder."
         ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return [folder / part.name for part in parts]
 
 
@@ -72,41 +74,20 @@ def _parts(manifest: Manifest, dataset: str, split: str, layout: str) -> Iterato
     if layout == "nanogpt":
         yield Part(f"{split}.bin", split, 0, total, 0)
         return
-    # llm.c globs for the split's name, and wants a batch of all ranks in each file: all are as long as can be.
+    # llm.c globs for the split's name, and needs a batch of all ranks in each file: so all are equally long.
     count = max(round(total / LLMC_TOKENS), 1)
     for number in range(count):
         first, last = number * total // count, (number + 1) * total // count
         yield Part(f"{dataset}_{split}_{number:06d}.bin", split, first, last, 4 * LLMC_HEADER)
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Say what the folder is to hold, unless it says so already. Raises StoreUnusable when it holds something else."""
-    note = folder / NOTE
-    try:
-        found = json.loads(note.read_text())
-    except FileNotFoundError:
-        found = asked
-        if there := sorted(path.name for path in folder.glob("*.bin")):
-            found = {"files of another program": there[:5]}
-    except ValueError:
-        found = {"what is no JSON": NOTE}
-    if found != asked:
-        raise StoreUnusable(
-            f"folder {folder}: it was to hold {json.dumps(asked)}, it holds {json.dumps(found)}. Give another folder, "
-            f"or empty it."
-        )
-    if not note.exists():
-        with _whole(note) as file:
-            file.write(json.dumps(asked).encode())
-
-
 def _write(
-    store: Store, dataset: str, manifest: Manifest, part: Part, file: BinaryIO, come: Callable[[int], None]
+    store: Store, dataset: str, manifest: Manifest, part: Part, file: BinaryIO, on_progress: Callable[[int], None]
 ) -> None:
     if part.header_bytes:
-        words = np.zeros(LLMC_HEADER, "<i4")
-        words[:3] = LLMC_MAGIC, LLMC_VERSION, part.last - part.first
-        file.write(words.tobytes())
+        header = np.zeros(LLMC_HEADER, "<i4")
+        header[:3] = LLMC_MAGIC, LLMC_VERSION, part.last - part.first
+        file.write(header.tobytes())
     rows = list(manifest.rows(part.split))
     starts = accumulate((row.tokens for row in rows), initial=0)
     for row, (start, stop) in zip(rows, pairwise(starts), strict=True):
@@ -114,15 +95,4 @@ def _write(
             body = memoryview(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256))
             begin, end = max(part.first - start, 0), min(part.last, stop) - start
             file.write(body[begin * DTYPE.itemsize : end * DTYPE.itemsize])
-            come(end - begin)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only when all of it is on the disk."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+            on_progress(end - begin)

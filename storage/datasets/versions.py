@@ -1,78 +1,103 @@
-"""The versions of a dataset: the line of them, and what one holds that another does not. Opens no shard."""
+"""The versions of a dataset: their history, and how two of them differ. Opens no shard."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
+from storage.datasets.manifest import Manifest, ancestors, latest_manifest, read_manifest
 from storage.errors import ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 
+class Change(NamedTuple):
+    """How many were added and removed."""
+
+    added: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a version adds to an older one and what it removes. Files and settings are names."""
+
+    files_added: list[str]
+    files_changed: list[str]
+    files_removed: list[str]
+    shards: Change
+    documents: Change
+    tokens: Change
+    settings: list[str]
+
+    def to_json(self) -> dict[str, object]:
+        """The difference as `gpt2 dataset diff --json` prints it."""
+        files = {"added": self.files_added, "changed": self.files_changed, "removed": self.files_removed}
+        counts = {name: getattr(self, name)._asdict() for name in ("shards", "documents", "tokens")}
+        return {"files": files, **counts, "settings": self.settings}
+
+
 def newest_version(store: Store, dataset: str) -> Manifest:
-    """The newest version. Raises ObjectMissing when the dataset was never sealed."""
-    found = latest_manifest(store, dataset)
-    if found is None:
-        raise ObjectMissing(f"dataset {dataset!r} was never sealed in {store.url!r}. Run gpt2 dataset build.")
-    return found
+    """The newest version. Raises ObjectMissing if the dataset was never sealed."""
+    manifest = latest_manifest(store, dataset)
+    if manifest is None:
+        raise ObjectMissing(
+            f"dataset {dataset!r}: no sealed version in store {store.url!r}. Build it first: gpt2 dataset build"
+        )
+    return manifest
 
 
 def history(store: Store, dataset: str) -> Iterator[Manifest]:
-    """The newest version and its ancestors, newest first. Raises ObjectMissing when the dataset was never sealed."""
-    version: Manifest | None = newest_version(store, dataset)
-    while version is not None:
-        yield version
-        version = read_manifest(store, dataset, version.parent) if version.parent else None
+    """All versions, newest first. Raises ObjectMissing if the dataset was never sealed."""
+    return ancestors(store, dataset, newest_version(store, dataset).digest)
 
 
-def history_with_times(store: Store, dataset: str) -> Iterator[tuple[Manifest, float]]:
-    """The same, each with the time (Unix seconds) when it was sealed."""
-    for version in history(store, dataset):
-        yield version, store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
+def sealed_at(store: Store, dataset: str, version: Manifest) -> float:
+    """When the version was sealed, in Unix seconds of the store."""
+    return store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
 
 
 def version_digests(store: Store, dataset: str) -> list[str]:
-    """Every version that lies in the store, of whatever line, in no order."""
+    """Every stored version, also those that `latest` does not descend from, in no order."""
     prefix = DatasetKeys(dataset).manifests
-    return [found.key.removeprefix(prefix).removesuffix(".json") for found in store.list(prefix)]
+    return [listed.key.removeprefix(prefix).removesuffix(".json") for listed in store.list(prefix)]
 
 
-def find_version(store: Store, dataset: str, named: str) -> Manifest:
-    """The version whose digest begins so; `latest` is the newest. Raises ObjectMissing, and ValueError for several."""
-    if named == "latest":
+def find_version(store: Store, dataset: str, name: str) -> Manifest:
+    """The version whose digest starts with `name`, or the newest for "latest".
+
+    Raises ObjectMissing if none matches, ValueError if several do.
+    """
+    if name == "latest":
         return newest_version(store, dataset)
-    there = version_digests(store, dataset)
-    matching = [digest for digest in there if digest.startswith(named)]
+    digests = sorted(version_digests(store, dataset))
+    matching = [digest for digest in digests if digest.startswith(name)]
     if not matching:
-        known = ", ".join(sorted(digest[:12] for digest in there)) or "none"
-        raise ObjectMissing(f"dataset {dataset!r} has no version {named!r}, found {known}. See gpt2 dataset log.")
+        known = ", ".join(digest[:12] for digest in digests) or "none"
+        raise ObjectMissing(f"dataset {dataset!r} has no version {name!r}, found {known}. See gpt2 dataset log.")
     if len(matching) > 1:
-        several = ", ".join(sorted(digest[:12] for digest in matching))
-        raise ValueError(f"version {named!r} of dataset {dataset!r} may be {several}. Give more of its digest.")
+        shown = ", ".join(digest[:12] for digest in matching)
+        raise ValueError(f"version {name!r} of dataset {dataset!r} is ambiguous: {shown}. Give more of the digest.")
     return read_manifest(store, dataset, matching[0])
 
 
-def difference(old: Manifest, new: Manifest) -> dict[str, Any]:
-    """What the new version adds to the old one and what it takes away: files, shards, documents, tokens, settings."""
-    was, now = old.files, new.files
-    before, after = old.made, new.made
-    added = [made for shard_id, made in after.items() if before.get(shard_id) != made]
-    removed = [made for shard_id, made in before.items() if after.get(shard_id) != made]
-    return {
-        "files": {
-            "added": sorted(now.keys() - was.keys()),
-            "changed": sorted(name for name in now.keys() & was.keys() if now[name] != was[name]),
-            "removed": sorted(was.keys() - now.keys()),
-        },
-        **{
-            name: {"added": sum(count(made) for made in added), "removed": sum(count(made) for made in removed)}
-            for name, count in (
-                ("shards", lambda _: 1),
-                ("documents", lambda made: made.documents),
-                ("tokens", lambda made: made.tokens),
-            )
-        },
-        "settings": sorted(
-            name for name in old.recipe.keys() | new.recipe.keys() if old.recipe.get(name) != new.recipe.get(name)
+def difference(old: Manifest, new: Manifest) -> Difference:
+    """What the new version adds to the old one and what it removes."""
+    old_shards, new_shards = old.summaries, new.summaries
+    added = [summary for shard_id, summary in new_shards.items() if old_shards.get(shard_id) != summary]
+    removed = [summary for shard_id, summary in old_shards.items() if new_shards.get(shard_id) != summary]
+    names = old.recipe.keys() | new.recipe.keys()
+
+    def changed(file: str) -> bool:
+        return old.files[file] != new.files[file]
+
+    return Difference(
+        files_added=sorted(new.files.keys() - old.files.keys()),
+        files_changed=sorted(
+            name for name in new.files.keys() & old.files.keys() if new.files[name] != old.files[name]
         ),
-    }
+        files_removed=sorted(old.files.keys() - new.files.keys()),
+        shards=Change(len(added), len(removed)),
+        documents=Change(*(sum(summary.documents for summary in side) for side in (added, removed))),
+        tokens=Change(*(sum(summary.tokens for summary in side) for side in (added, removed))),
+        settings=sorted(name for name in names if old.recipe.get(name) != new.recipe.get(name)),
+    )

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from storage.datasets.manifest import ShardRow
-from storage.datasets.shards import DTYPE, document_bounds, read_shard
+from storage.datasets.records import DTYPE
+from storage.datasets.shards import document_bounds, read_shard
 from storage.inspection import matching
 from storage.inspection.matching import HashSet
 from storage.stores.opening import open_store

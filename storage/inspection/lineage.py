@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from storage.datasets.manifest import Manifest, ShardRow
-from storage.datasets.shards import Record, document_bounds, read_record
+from storage.datasets.records import Record, read_record
+from storage.datasets.shards import document_bounds
 from storage.errors import StorageError
 from storage.sources import documents, hub
 from storage.sources.documents import ID, URL, Row
@@ -40,10 +41,9 @@ def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> It
     """
     if not wanted:
         return
-    column = str(record.recipe.get("text_column", "text"))
-    row_from, row_to = record.recipe["row_from"], record.recipe["row_to"]
-    asked = tuple(parse(text) for text in record.recipe.get("filters", []))
-    left_out = frozenset([*record.skipped_rows, *record.recipe.get("left_out", ())])
+    column, row_from, row_to = record.recipe.text_column, record.recipe.row_from, record.recipe.row_to
+    asked = tuple(parse(text) for text in record.recipe.filters)
+    left_out = frozenset(record.skipped_rows)
     start = 0  # the first document that is read
     first, last = row_from, row_to
     if not (record.filtered or record.skipped_rows):  # then row and document go together
@@ -61,7 +61,7 @@ def row_numbers(file: SourceFile, record: Record, wanted: Collection[int]) -> di
     """The row of each of some documents of a shard; the file is read only where rows were left out between them."""
     if record.filtered or record.skipped_rows:
         return {number: row.number for number, row in source_rows(file, record, wanted)}
-    return {number: record.recipe["row_from"] + number for number in wanted}
+    return {number: record.recipe.row_from + number for number in wanted}
 
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
@@ -105,7 +105,7 @@ def trace(
 def _rows(
     store: Store, record: Record, wanted: set[int], files: Mapping[str, SourceFile]
 ) -> tuple[dict[int, Row], str]:
-    file = files.get(record.recipe["source"])
+    file = files.get(record.recipe.source)
     if file is None:
         return {}, f"{record.source} is not among the files of data.source"
     try:

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from storage.datasets.manifest import Manifest
-from storage.datasets.shards import RECORDS_AT_ONCE, Record, read_record
+from storage.datasets.records import RECORDS_AT_ONCE, Record, read_record
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
 

@@ -6,12 +6,14 @@ documents of the source again and looks for them in the shards.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from storage.datasets.manifest import Manifest, ShardRow, read_manifest
-from storage.datasets.shards import DTYPE, ShardSummary, document_bounds, read_record, read_shard
+from storage.datasets.recipe import ShardRecipe
+from storage.datasets.records import DTYPE, ShardSummary, read_record
+from storage.datasets.shards import document_bounds, read_shard
 from storage.errors import ObjectMissing, StorageError
 from storage.inspection.lineage import source_rows
 from storage.keys import DatasetKeys
@@ -101,7 +103,7 @@ def check_documents(
             if len(starts) != row.documents:
                 yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
                 continue
-            file = by_digest.get(record.recipe["source"])
+            file = by_digest.get(record.recipe.source)
             if file is None:
                 yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
                 continue
@@ -117,17 +119,17 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
     """Shards of `train` that share rows of a source file with one of `val`. Reads the records of those files only."""
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
-        val.setdefault(recipe["source"], []).append((shard_id, recipe["row_from"], recipe["row_to"]))
+        val.setdefault(recipe.source, []).append((shard_id, recipe.row_from, recipe.row_to))
     of_val = (name for name, digest in manifest.files.items() if digest in val)  # renamed ones, too
     stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in of_val}
     near = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
     for shard_id, recipe in _recipes(store, dataset, near):
-        for name, row_from, row_to in val.get(recipe["source"], []):
-            if recipe["row_from"] < row_to and row_from < recipe["row_to"]:
+        for name, row_from, row_to in val.get(recipe.source, []):
+            if recipe.row_from < row_to and row_from < recipe.row_to:
                 yield Damage(shard_id, f"shares rows of its source file with {name}, which is of split val")
 
 
-def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, ShardRecipe]]:
     for shard_id in shard_ids:
         with suppress(StorageError):  # no record, no rows: `check_fully` has named it
             yield shard_id, read_record(store, dataset, shard_id).recipe

@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/bench_orchestration.py [--jobs 1000] [--rounds 3] [--workers 2]
 
 Two contenders take turns, each in a fresh process, on the same Prefect server with the project's settings, backed by a
-PostgreSQL of the benchmark's own. *ours*: a flow in which the stage's own `_run_missing` makes the missing shards, with
+PostgreSQL of the benchmark's own. *ours*: a flow in which the stage's own `_run_jobs` makes the missing shards, with
 its window of tasks in flight, progress artifact, table and lines of log; only `_make`, the work of one shard, answers
 at once. *bare*: a flow that maps a task with nothing in it, on the same thread runner. Both have imported the same
 modules. Records are complete when the server counts as many Completed task runs of the flow run as there were jobs; how
@@ -66,16 +66,17 @@ class Looks:
 
 
 def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
-    """A flow around the stage's `_run_missing`."""
+    """A flow around the stage's `_run_jobs`."""
     from prefect import flow
 
     from flows import tokenise
     from model.config_file import load_config
-    from storage.datasets.plan import DatasetSettings, FilePlan
+    from storage.datasets.plan import FilePlan
+    from storage.datasets.recipe import DatasetSettings
     from storage.sources.files import SourceFile
     from storage.stores.opening import open_store
 
-    tokenise._make = lambda *_: looks.job()
+    tokenise._make_shard = lambda *_: looks.job()
     settings = ["data.dataset=bench", "data.source=bench", "resources.runner=threads", f"resources.workers={workers}"]
     config = load_config(None, [f"store_url={Path('store').absolute()}", *settings])
     open_store(config.store_url, create=True)
@@ -87,8 +88,8 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
         )
         for start in range(0, jobs, SHARDS_A_FILE)
     ]  # fmt: skip
-    missing = {shard_id for one in plans for shard_id in one.shard_ids}
-    assert len(missing) == jobs
+    planned = [job for plan in plans for job in plan.jobs()]
+    assert len(planned) == jobs
 
     @flow(
         name="ours", validate_parameters=False, on_completion=[looks.accepted],
@@ -96,7 +97,7 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
     )  # fmt: skip
     def stage() -> None:
         looks.found["begin"] = time.monotonic()
-        tokenise._run_missing(config, plans, missing, jobs)
+        tokenise._run_jobs(config, planned, jobs, jobs)
         looks.found["end"] = time.monotonic()
 
     return stage

@@ -33,9 +33,10 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from storage import keys
-from storage.datasets import shards
+from storage.datasets import records
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.plan import DatasetSettings, plan_file
+from storage.datasets.plan import plan_file
+from storage.datasets.recipe import DatasetSettings
 from storage.digests import sha256
 from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
@@ -191,7 +192,7 @@ def check_shards(store: Store, dataset: str, columns: dict[str, np.ndarray], tot
     """Every shard's rows are a plain greedy cut's, their number is what it must be, no token is lost."""
     ranges = defaultdict(list)
     for shard_id in newest(store, dataset).shard_ids:
-        recipe = shards.read_record(store, dataset, shard_id).recipe
+        recipe = records.read_record(store, dataset, shard_id).recipe
         ranges[recipe["source"]].append((recipe["row_from"], recipe["row_to"]))
     assert dict(ranges) == {source: greedy(counts.tolist()) for source, counts in columns.items()}
     least, found = -(-total // SHARD_TOKENS), sum(map(len, ranges.values()))

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from flows.platform.server import free_port
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.datasets.plan import ShardJob
-from storage.datasets.shards import Record
+from storage.datasets.records import Record
 from storage.digests import canonical_json, sha256
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store

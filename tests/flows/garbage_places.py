@@ -7,12 +7,12 @@ from pathlib import Path
 
 from model import tokenizer
 from storage import keys
-from storage.datasets import lease, shards
-from storage.datasets.manifest import Manifest, seal
+from storage.datasets import lease, records, shards
+from storage.datasets.manifest import Manifest
 from storage.inspection.verify import check_fully, check_versions
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
-from tests.storage.sealing import SETTINGS, built, jobs_of, record_key, shard_key, source_file
+from tests.storage.sealing import built, jobs_of, record_key, seal, shard_key, source_file
 
 HOUR = 3600.0
 
@@ -28,7 +28,7 @@ class Place:
         self.in_folder = store.local_path(keys.FORMAT) is not None
         self.grace = HOUR if self.in_folder else -HOUR
         self.source, self.other = source_file(folder / "source", 0), source_file(folder / "source", 1)
-        self.manifest = seal(store, "small", built(store, self.source), **SETTINGS)
+        self.manifest = seal(store, "small", built(store, self.source))
         self.orphans = built(store, self.other)
         self.age("")
 
@@ -73,9 +73,9 @@ def build(store: Store, *paths: Path, before_seal: Callable[[], object] = lambda
     """What `gpt2 dataset build` does, without Prefect: claim, count what is done, make the rest, seal."""
     lease.claim(store, "small", "build")
     jobs = jobs_of(*paths)
-    finished = shards.finished_shards(store, "small", [job.shard_id for job in jobs], {})
+    finished = records.finished_shards(store, "small", [job.shard_id for job in jobs], {})
     for job in jobs:
         if job.shard_id not in finished:
             shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     before_seal()
-    return seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
+    return seal(store, "small", [job.shard_id for job in jobs])

@@ -14,7 +14,7 @@ from flows.pretrain import build_dataset
 from flows.tokenise import tokenise_shards
 from model.config import RunConfig
 from model.runs.job import note_failure
-from storage.datasets import shards
+from storage.datasets import records
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.keys import DatasetKeys
@@ -118,10 +118,10 @@ def test_a_repair_reads_the_commit_that_the_version_was_made_of(
     hub.repositories["org/edu"].commit({name: body for name, body in files.items() if "part-2" not in name})
     for found in store.list("sources/"):
         store.delete(found.key)
-    shards.delete_shard(store, "small", lost)
+    records.delete_shard(store, "small", lost)
     verify(overrides=words(config), repair=True, verbose=True)
     assert latest_manifest(store, "small") == before
-    assert shards.is_finished(store, "small", lost)
+    assert records.is_finished(store, "small", lost)
 
 
 def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) -> None:
@@ -130,7 +130,7 @@ def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) ->
     note_failure(store, DatasetKeys("small").record("part-0-00000-000000000000"), "row 3: no text")
     assert "failed" in {line.state for line in dataset_status(store, "small")}
     build_dataset(config)
-    assert shards.failures(store, "small") == {}
+    assert records.failures(store, "small") == {}
 
 
 def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
@@ -170,7 +170,7 @@ def test_a_refresh_makes_the_shards_of_what_changed(
 
 def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub: Hub) -> None:
     hub.spoil("/stored/*/data/part-1.parquet", *["500"] * 1_000)  # type: ignore[arg-type]
-    with pytest.raises(SourceUnavailable, match=r"'small': 1 source files could not be had.*part-1"):
+    with pytest.raises(SourceUnavailable, match=r"'small': 1 source files were unavailable.*part-1"):
         build_dataset(config)
     store = open_store(config.store_url)
     made = {found.key.rpartition("/")[2][:6] for found in store.list(DatasetKeys("small").shards)}

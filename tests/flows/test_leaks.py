@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flows.leaks import audit_dataset
+from flows.leaks import find_leaks_of_newest
 from flows.pretrain import build_dataset
 from model.config import RunConfig
 from storage.datasets.manifest import Manifest, read_manifest
@@ -108,11 +108,11 @@ def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
     key = DatasetKeys("small").shard(manifest.shard_ids[-1])
     whole = bytes(store.read(key).body)
     overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
-    assert audit_dataset(config) == report  # no shard was read
+    assert find_leaks_of_newest(config) == report  # no shard was read
     with pytest.raises(ShardCorrupt, match=manifest.shard_ids[-1]):
-        audit_dataset(without)
+        find_leaks_of_newest(without)
     assert card(store, "small", manifest)["audit"] == report
     overwrite(store, key, whole)
-    other = audit_dataset(without)
+    other = find_leaks_of_newest(without)
     assert other == report | {"asked": None, "items": None}
     assert card(store, "small", manifest)["audit"] == other

@@ -14,7 +14,7 @@ import pytest
 from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
 from storage.datasets.manifest import latest_manifest
-from storage.datasets.shards import Record
+from storage.datasets.records import Record
 from storage.digests import canonical_json
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store

@@ -113,7 +113,7 @@ def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, ap
 
 def test_a_name_stays_with_its_settings(tmp_path: Path, config: RunConfig, source: str) -> None:
     build_dataset(config)
-    with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, asked for 500"):
+    with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, requested 500"):
         build_dataset(tiny_config(config.store_url, source, "data.shard_tokens=500"))
 
 
@@ -175,7 +175,7 @@ def test_what_may_pass_is_tried_again_and_bad_data_is_not(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
 ) -> None:
     asked: Counter[str] = Counter()
-    make = tokenise._make
+    make = tokenise._make_shard
 
     def failing(store: Store, dataset: str, job: ShardJob) -> bool:
         asked[job.shard_id] += 1
@@ -183,7 +183,7 @@ def test_what_may_pass_is_tried_again_and_bad_data_is_not(
             raise error
         return make(store, dataset, job)
 
-    monkeypatch.setattr(tokenise, "_make", failing)
+    monkeypatch.setattr(tokenise, "_make_shard", failing)
     at_once = tokenise.tokenise_shards.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(tokenise, "tokenise_shards", at_once)
     with pytest.raises(type(error)):
@@ -225,6 +225,6 @@ def test_pools_that_break_again_and_again_end_with_a_remedy(config: RunConfig, m
     def broken(*_: object, **__: object) -> None:
         raise BrokenProcessPool("a child process terminated abruptly")
 
-    monkeypatch.setattr(tokenise, "_run_missing", broken)
-    with pytest.raises(JobFailed, match=r"3 pools of processes.*resources.workers=1"):
+    monkeypatch.setattr(tokenise, "_run_jobs", broken)
+    with pytest.raises(JobFailed, match=r"3 process pools.*resources.workers=1"):
         build_dataset(config)

@@ -40,7 +40,7 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
     monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
-    assert said == [(3, "loss no number  7 tokens/s")]
+    assert said == [(3, "loss NaN  7 tokens/s")]
     assert len(drawn) == 1  # with the step before it was started again
     assert "nats a token" in drawn[0]
 
@@ -56,7 +56,7 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     line = {"loss": 6.71234567, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 1234.5}
     metrics = [line | {"step": step} for step in range(steps)]
     metrics[-1]["val_loss"] = 6.5
-    train._show(Run("tiny", {}, None, "", None, ""), metrics)
+    train._show_metrics(Run("tiny", {}, None, "", None, ""), metrics)
     assert [row["step"] for row in rows] == shown
     assert (rows[-1]["loss"], rows[-1]["val loss"], rows[-1]["gradient norm"]) == ("6.7123", "6.5000", "")
     assert "-" not in rows[0].values()

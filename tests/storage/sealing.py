@@ -1,26 +1,30 @@
 """What the tests of manifests seal: small source files, their shards, and a store that is watched meanwhile."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from model import tokenizer
-from storage.datasets import shards
-from storage.datasets.manifest import Manifest, seal
-from storage.datasets.plan import DatasetSettings, FilePlan, ShardJob, plan_file
+from storage.datasets import sealing, shards
+from storage.datasets.manifest import Manifest
+from storage.datasets.plan import FilePlan, ShardJob, plan_file
+from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
 
-BINDING = {"source": "*.parquet", "shard_tokens": 500}
-SETTINGS: dict[str, Any] = {
-    "recipe": {"shard_tokens": 500},
-    "tokenizer": tokenizer.identity(),
-    "source": {"files": {"name": [], "size_bytes": [], "digest": []}},
-    "binding": BINDING,
-    "val_shards": 2,
-}
+IDENTITY = tokenizer.identity()
+SPEC = DatasetSpec("small", DatasetSettings(500, IDENTITY["sha256"]), "*.parquet", "", 2, IDENTITY)
+NO_FILES: dict[str, Any] = {"files": {"name": [], "size_bytes": [], "digest": []}}
+
+
+def seal(
+    store: Store, dataset: str, planned: list[str], source: dict[str, Any] | None = None, **changes: Any
+) -> Manifest:
+    """Seal planned shards as `SPEC` says, with changes of it."""
+    return sealing.seal(store, replace(SPEC, name=dataset, **changes), planned, source or NO_FILES)
 
 
 def source_file(folder: Path, number: int, documents: int = 20) -> Path:
@@ -30,14 +34,18 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
     )
 
 
-def plans_of(*paths: Path | str, **shape: Any) -> list[FilePlan]:
-    """The plans of some files: shards of 500 tokens, unless another shape is asked for."""
-    asked = DatasetSettings(**{"shard_tokens": 500, "tokenizer": tokenizer.identity()["sha256"]} | shape)
-    return [plan_file(sources.identify(path), asked) for path in paths]
+def plans_of(*paths: Path | str, **settings: Any) -> list[FilePlan]:
+    """The plans of some files: shards of 500 tokens, with other settings where they are given."""
+    return [plan_file(sources.identify(path), replace(SPEC.settings, **settings)) for path in paths]
 
 
-def jobs_of(*paths: Path, **shape: Any) -> list[ShardJob]:
-    return [job for one in plans_of(*paths, **shape) for job in one.jobs()]
+def jobs_of(*paths: Path, **settings: Any) -> list[ShardJob]:
+    return [job for one in plans_of(*paths, **settings) for job in one.jobs()]
+
+
+def rows_of(job: ShardJob) -> tuple[int, int]:
+    """The first row of a shard, and the row after its last."""
+    return job.recipe.row_from, job.recipe.row_to
 
 
 def built(
@@ -54,7 +62,7 @@ def built(
 
 
 def sealed(store: Store, *paths: Path) -> Manifest:
-    return seal(store, "small", built(store, *paths), **SETTINGS)
+    return seal(store, "small", built(store, *paths))
 
 
 def shard_key(shard_id: str) -> str:

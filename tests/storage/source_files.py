@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from model import tokenizer
 from storage.datasets import shards
 from storage.datasets.plan import ShardJob
+from storage.datasets.recipe import ShardRecipe
 from storage.sources import documents
 from storage.sources import files as sources
 from storage.sources.documents import Rows
@@ -27,9 +28,9 @@ def rows(path: Path, column: str = "text", *written: str, strict: bool = True) -
 
 def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:
     """The texts that a shard of these rows is made of, decoded from it."""
-    job = ShardJob(
-        "a", {"row_from": row_from, "row_to": row_to, "text_column": column}, sources.identify(path), start_byte
-    )
+    file = sources.identify(path)
+    recipe = ShardRecipe(file.digest, row_from, row_to, tokenizer="", text_column=column)
+    job = ShardJob("a", recipe, file, start_byte)
     store = FolderStore(path.parent / f"{row_from}-{row_to}", "texts")
     found: list[str] = []
     shards.build_shard(store, "a", job, lambda text: found.append(text) or tokenizer.encode(text), tokenizer.EOT)

@@ -17,7 +17,7 @@ from model.runs.job import JobFailed
 from model.runs.run import find_run, keep_request
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.shards import Record
+from storage.datasets.records import Record
 from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys, RunKeys
@@ -161,8 +161,8 @@ def test_a_refused_build_is_not_what_a_retry_asks_for(once: Failed) -> None:
     key, store = DatasetKeys(DATASET).request, open_store(calm.store_url)
     keep_request(store, key, calm)  # as the build that sealed it does
     before = read_json(store, key)
-    data = calm.data.model_copy(update={"drop_val_leaks": True})
-    with pytest.raises(DatasetMismatch, match="drop_val_leaks"):
+    data = calm.data.model_copy(update={"text_column": "body"})
+    with pytest.raises(DatasetMismatch, match="text_column"):
         build_dataset(calm.model_copy(update={"data": data}))
     assert read_json(store, key) == before
 
@@ -184,7 +184,7 @@ def asked_for(store: Store, *overrides: str) -> RunConfig:
 
 
 UNUSUAL = [
-    'data.filters=["dump in [\\"a\\", \\"b\\"]", "length >= 20"]', "data.config=2024", "data.drop_val_leaks=true",
+    'data.filters=["dump in [\\"a\\", \\"b\\"]", "length >= 20"]', "data.config=2024", "data.mirror=false",
     "train.betas=[0.5, 0.75]", 'evaluation.prompts=["Zwei\\nZeilen 🙂", ""]', "train.batch_tokens=24576",
     "resources.dask_address=tcp://host:1", "train.learning_rate=3e-5", "train.min_learning_rate=0",
 ]  # fmt: skip

@@ -17,7 +17,6 @@ from storage import keys
 from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.datasets.lease import claim
-from storage.datasets.manifest import seal
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.s3_client import own_client
@@ -27,7 +26,7 @@ from tests.flows.client import run_gpt2
 from tests.flows.garbage_places import HOUR, Place, holder
 from tests.making import build_dataset, tiny_config
 from tests.model.training_runs import assert_equal_runs
-from tests.storage.sealing import SETTINGS, built, record_key, shard_key, source_file
+from tests.storage.sealing import built, record_key, seal, shard_key, source_file
 
 KINDS = ["folder", "seaweedfs"]
 
@@ -69,7 +68,7 @@ def test_a_dry_run_names_what_would_go_and_deletes_nothing(place: Place) -> None
 
 
 def test_orphans_go_and_the_shards_of_every_version_stay(place: Place) -> None:
-    newest = seal(place.store, "small", built(place.store, place.folder / "source" / "file_1.parquet"), **SETTINGS)
+    newest = seal(place.store, "small", built(place.store, place.folder / "source" / "file_1.parquet"))
     assert newest.parent == place.manifest.digest
     given_up = set(place.manifest.shard_ids) - set(newest.shard_ids)
     assert given_up  # shards that only the older version lists
@@ -119,7 +118,7 @@ def test_all_orphans_stay_while_a_build_began_within_the_grace(in_folder: Place)
 def test_a_build_after_the_collection_makes_again_what_it_wants(place: Place) -> None:
     assert deleted(place.store, place.grace)
     assert holder(place.store) is None
-    newest = seal(place.store, "small", built(place.store, place.source, place.other), **SETTINGS)
+    newest = seal(place.store, "small", built(place.store, place.source, place.other))
     assert set(place.orphans) < set(newest.shard_ids)
     assert place.whole(newest)
 

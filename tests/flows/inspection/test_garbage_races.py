@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.inspection import garbage
 from flows.inspection.garbage import collect
 from model import tokenizer
-from storage.datasets import lease
-from storage.datasets.copy import Copying
+from storage.datasets import copy, lease
 from storage.datasets.lease import claim, last_build
 from storage.datasets.manifest import Manifest
 from storage.errors import Conflict, ObjectMissing
@@ -72,17 +72,21 @@ def test_many_builds_may_hold_the_lease(place: Place) -> None:
     assert holder(place.store) == "build"
 
 
-def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path) -> None:
+def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that was killed left shards that no manifest lists; the next one counts them, and gc runs beside it."""
     store = open_store(str(tmp_path / "to"), create=True)
-    killed = Copying(in_folder.store, store, "small")
-    for row in killed.missing:
-        killed.copy_shard(row)
+    copy_versions = copy._copy_versions
+    monkeypatch.setattr(copy, "_copy_versions", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        copy.copy_dataset(in_folder.store, store, "small")
     make_old(store, "")
-    copying = Copying(in_folder.store, store, "small")
-    assert copying.missing == []
-    assert [found for found in collect(store, HOUR) if found.kind == "shard"] == []
-    copying.finish()
+
+    def beside_gc(*arguments: Any) -> None:
+        assert [found for found in collect(store, HOUR) if found.kind == "shard"] == []
+        copy_versions(*arguments)
+
+    monkeypatch.setattr(copy, "_copy_versions", beside_gc)
+    assert copy.copy_dataset(in_folder.store, store, "small").copied == 0
     damaged = [check_fully(store, "small", row, tokenizer.EOT) for row in in_folder.manifest.rows()]
     assert not any(damaged)
 

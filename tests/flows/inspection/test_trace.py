@@ -11,7 +11,7 @@ import pytest
 from flows.inspection.trace import Asked, asked, windows
 from model.data.loader import DataLoader
 from model.data.order import WindowOrder
-from storage.datasets.shards import read_record
+from storage.datasets.records import read_record
 from storage.errors import ObjectMissing
 from storage.inspection.lineage import Traced, hub_files, row_numbers, source_rows
 from storage.sources import files as sources

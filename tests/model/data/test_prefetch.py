@@ -13,7 +13,7 @@ from model.data.loader import DataLoader
 from model.data.order import GROUP_SHARDS, WindowOrder
 from storage.cache import host as host_cache
 from storage.cache.shards import ShardCache
-from storage.datasets.copy import Copying
+from storage.datasets.copy import copy_dataset
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.keys import DatasetKeys
@@ -24,13 +24,6 @@ from tests.flows.client import poll
 from tests.making import build_dataset
 
 T = 32
-
-
-def copied(source: Store, target: Store) -> None:
-    copying = Copying(source, target, "small")
-    for row in copying.missing:
-        copying.copy_shard(row)
-    copying.finish()
 
 
 def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> DataLoader:
@@ -74,7 +67,7 @@ def test_a_loader_over_s3_gives_the_windows_of_one_over_a_folder(
 ) -> None:
     manifest = build_dataset(config)
     remote = open_store(s3_url("seaweedfs"), create=True)
-    copied(store, remote)
+    copy_dataset(store, remote, "small")
     ours, theirs = loader_of(store, manifest), loader_of(remote, manifest)
     for first in range(0, 2 * ours.order.epoch_windows, 50):
         assert np.array_equal(ours.windows(first, 50), theirs.windows(first, 50))

@@ -109,7 +109,7 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) ->
     pin_run(store, config(), MANIFEST, None)
     key = RunKeys("tiny").config
     older = json.loads(store.read(key).body)
-    del older["config"]["train"]["dropout"], older["config"]["data"]["drop_val_leaks"]
+    del older["config"]["train"]["dropout"], older["config"]["data"]["mirror"]
     overwrite(store, key, json.dumps(older).encode())
     assert pinned_run(store, config()) is not None
     with pytest.raises(DatasetMismatch, match=r"train\.dropout"):

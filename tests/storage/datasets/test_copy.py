@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 from model import tokenizer
-from storage.datasets.copy import Copying
-from storage.datasets.manifest import Manifest, latest_manifest, seal
-from storage.datasets.shards import build_shard, read_record
+from storage.datasets.copy import copy_dataset
+from storage.datasets.manifest import Manifest, latest_manifest
+from storage.datasets.records import read_record
+from storage.datasets.shards import build_shard
 from storage.errors import ShardCorrupt
 from storage.inspection.verify import check_fully, check_versions
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.making import document, write_parquet
-from tests.storage.sealing import SETTINGS, jobs_of, record_key, sealed, shard_key
+from tests.storage.sealing import jobs_of, record_key, seal, sealed, shard_key
 from tests.storage.store_kinds import listed
 
 
@@ -35,13 +36,9 @@ def target(url: str) -> Store:
 
 
 def copied(source: Store, target: Store) -> Manifest:
-    copying = Copying(source, target, "small")
-    for row in copying.missing:
-        copying.copy_shard(row)
-    copying.finish()
-    found = latest_manifest(target, "small")
-    assert found is not None
-    return found
+    copied = copy_dataset(source, target, "small").manifest
+    assert latest_manifest(target, "small") == copied
+    return copied
 
 
 SPOIL: dict[str, Callable[[bytes], bytes]] = {
@@ -76,7 +73,7 @@ def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
     jobs = [*jobs_of(*files), *jobs_of(longest, filters=("length > 100_000",))]
     for job in jobs:
         build_shard(source, "small", job, tokenizer.encode, tokenizer.EOT)
-    manifest = seal(source, "small", [job.shard_id for job in jobs], **SETTINGS)
+    manifest = seal(source, "small", [job.shard_id for job in jobs])
     assert manifest.empty == (jobs[-1].shard_id,)
     source.put_new(DatasetKeys("small").leaks(manifest.digest), b"{}")
     assert copied(source, target) == manifest
@@ -84,11 +81,10 @@ def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
     assert target.read(DatasetKeys("small").leaks(manifest.digest)).body == b"{}"
 
 
-@pytest.mark.usefixtures("manifest")
-def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store) -> None:
-    copying = Copying(source, target, "small")
-    row = copying.missing[0]
+def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store, manifest: Manifest) -> None:
+    row = next(manifest.rows())
     overwrite(source, shard_key(row.shard_id), bytes(row.tokens * 2))
     with pytest.raises(ShardCorrupt, match=row.shard_id):
-        copying.copy_shard(row)
-    assert listed(target, DatasetKeys("small").shards) == []
+        copy_dataset(source, target, "small")
+    assert not {shard_key(row.shard_id), record_key(row.shard_id)} & set(listed(target, DatasetKeys("small").shards))
+    assert latest_manifest(target, "small") is None

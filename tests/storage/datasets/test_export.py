@@ -1,6 +1,7 @@
 """An export is what nanoGPT and llm.c read: the tokens of the shards in order, whole or not there."""
 
-import json
+import errno
+import os
 from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 
 from storage.datasets import export as module
-from storage.datasets.export import NOTE, export
+from storage.datasets.export import export
 from storage.datasets.manifest import Manifest
 from storage.errors import ShardCorrupt, StoreUnusable
 from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store, overwrite
-from tests.crawl import Crawl, crawled
+from tests.crawl import Crawl
 
 FILE_TOKENS = 1_500  # of an llm.c file here: several shards each
 
@@ -32,9 +33,9 @@ class House(NamedTuple):
     def store(self) -> Store:
         return self.crawl.store
 
-    def export(self, layout: str, come: Callable[[Any], object] = lambda _: None, **other: Any) -> list[Path]:
+    def export(self, layout: str, on_progress: Callable[[Any], object] = lambda _: None, **other: Any) -> list[Path]:
         asked = {"store": self.store, "dataset": "small", "manifest": self.manifest, "folder": self.to} | other
-        return export(**asked, layout=layout, come=come)  # type: ignore[arg-type]
+        return export(**asked, layout=layout, on_progress=on_progress)  # type: ignore[arg-type]
 
     def expected(self, split: str) -> np.ndarray:
         return self.crawl.ids(self.manifest, split)
@@ -125,7 +126,7 @@ def test_nanogpt_maps_the_tokens_of_each_split_in_order(house: House) -> None:
     assert [path.name for path in written] == ["train.bin", "val.bin"]
     assert_whole(house, "nanogpt")
     assert sorted(told) == sorted(row.tokens for row in house.manifest.rows())
-    assert set(files_of(house.to)) == {"train.bin", "val.bin", NOTE}
+    assert set(files_of(house.to)) == {"train.bin", "val.bin"}
     # get_batch of nanoGPT's train.py
     data: np.ndarray = np.memmap(house.to / "train.bin", dtype=np.uint16, mode="r")
     expected = house.expected("train").tolist()
@@ -136,7 +137,7 @@ def test_nanogpt_maps_the_tokens_of_each_split_in_order(house: House) -> None:
 def test_llmc_reads_its_batches_from_files_of_about_one_size(house: House) -> None:
     written = house.export("llmc")
     assert_whole(house, "llmc")
-    assert set(files_of(house.to)) == {path.name for path in written} | {NOTE}
+    assert set(files_of(house.to)) == {path.name for path in written}
     loader = LlmcLoader(f"{house.to}/small_train_*.bin", 4, 32)
     assert loader.paths == [path for path in written if "_train_" in path.name]
     assert len(loader.paths) == round(len(house.expected("train")) / FILE_TOKENS) > 3
@@ -175,73 +176,32 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("layout", ("nanogpt", "llmc"))
-def test_an_export_that_ends_midway_leaves_whole_files_and_goes_on(house: House, layout: str) -> None:
+def test_an_export_that_ends_midway_leaves_nothing_and_runs_again(house: House, layout: str) -> None:
     whole = {path.name: path.read_bytes() for path in house.export(layout)}
     for stop in range(0, len(house.manifest.shard_ids), 3):
-        to, left = house.to.with_name(f"stopped-{stop}"), stop
+        to, remaining = house.to.with_name(f"stopped-{stop}"), iter(range(stop))
 
-        def come(row: object) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
+        def stop_midway(_: object, remaining: Iterator[int] = remaining) -> None:
+            if next(remaining, None) is None:
                 raise Stopped
 
         with pytest.raises(Stopped):
-            house.export(layout, come, folder=to)
-        there = {path.name: path.read_bytes() for path in to.iterdir() if path.suffix != ".part"}
-        assert there.pop(NOTE)  # says what the folder is to hold
-        assert there == {name: body for name, body in whole.items() if name in there}
+            house.export(layout, stop_midway, folder=to)
+        assert not to.exists()
         house.export(layout, folder=to)
-        assert {path.name: path.read_bytes() for path in to.glob("*.bin")} == whole
-        assert set(files_of(to)) == {*whole, NOTE}
+        assert {path.name: path.read_bytes() for path in to.iterdir()} == whole
 
 
 @pytest.mark.parametrize("layout", ("nanogpt", "llmc"))
-def test_a_finished_export_writes_nothing_again(house: House, layout: str) -> None:
-    written = house.export(layout)
-    before = files_of(house.to)
-    told: list[int] = []
-    assert house.export(layout, told.append) == written
-    assert sum(told) == sum(row.tokens for row in house.manifest.rows())
-    assert files_of(house.to) == before
-
-
-@pytest.mark.parametrize("layout", ("nanogpt", "llmc"))
-def test_a_file_that_was_lost_since_is_written_again(house: House, layout: str) -> None:
-    written = house.export(layout)
-    written[0].unlink()
+def test_what_a_killed_export_left_is_replaced(house: House, layout: str) -> None:
+    unfinished = house.to.with_name(f".{house.to.name}.part")
+    unfinished.mkdir(parents=True)
+    (unfinished / "train.bin").write_bytes(b"of another version")
+    (unfinished / "small_train_000099.bin").write_bytes(b"of another version")
+    house.to.mkdir()  # an empty folder is as good as none
     house.export(layout)
     assert_whole(house, layout)
-
-
-@pytest.mark.parametrize("other", ["dataset", "manifest", "format"])
-def test_a_folder_that_holds_another_export_is_left_alone(own_house: House, other: str) -> None:
-    own_house.export("nanogpt")
-    before = files_of(own_house.to)
-    own_house.crawl.write("file_2.parquet", None)
-    asked: dict[str, dict[str, Any]] = {
-        "dataset": {"dataset": "other"}, "manifest": {"manifest": own_house.crawl.build()}, "format": {}
-    }  # fmt: skip
-    with pytest.raises(StoreUnusable, match=str(own_house.to)):
-        own_house.export("llmc" if other == "format" else "nanogpt", **asked[other])
-    assert files_of(own_house.to) == before
-
-
-def test_what_another_version_left_unfinished_is_not_taken_for_this_ones(own_house: House) -> None:
-    own_house.crawl.write("file_3.parquet", [crawled(3, number) for number in range(40)])
-    larger = own_house.crawl.build()
-
-    def come(row: object) -> None:
-        if (own_house.to / "small_val_000000.bin.part").exists():  # all of train is written
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        own_house.export("llmc", come, manifest=larger)
-    try:
-        own_house.export("llmc")
-    except StoreUnusable:  # to refuse is as good
-        return
-    assert_whole(own_house, "llmc")
+    assert [path.name for path in house.to.parent.iterdir()] == [house.to.name]
 
 
 @pytest.mark.parametrize("layout", ("nanogpt", "llmc"))
@@ -264,29 +224,21 @@ def test_a_damaged_shard_ends_an_export(own_house: House, layout: str) -> None:
     overwrite(own_house.store, key, bytes(body))
     with pytest.raises(ShardCorrupt, match=row.shard_id):
         own_house.export(layout)
-    tokens = sum(LlmcLoader._tokens(path) if layout == "llmc" else -1 for path in own_house.to.glob("*train*.bin"))
-    assert 0 <= tokens < len(own_house.expected("train"))
+    assert not own_house.to.exists()
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file", "taken names", "no JSON", "a full disk"])
-def test_a_folder_that_cannot_be_written_is_said(house: House, place: str) -> None:
+@pytest.mark.parametrize("place", ["a file", "below a file", "a full disk"])
+def test_a_folder_that_cannot_be_written_is_named(house: House, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     house.to.parent.mkdir()
     to = house.to / "deeper" if place == "below a file" else house.to
-    if place in ("a file", "below a file"):
-        house.to.write_text("taken")
-    elif place == "taken names":
-        (to / "train.bin" / "inside").mkdir(parents=True)
-    elif place == "no JSON":
-        to.mkdir()
-        (to / NOTE).write_text("{")
+    if place == "a full disk":
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(module.os, "fsync", full)
     else:
-        to.mkdir()
-        (to / "train.bin.part").symlink_to("/dev/full")
+        house.to.write_text("taken")
     with pytest.raises(StoreUnusable, match=str(to)):
         house.export("nanogpt", folder=to)
-
-
-def test_the_note_says_what_the_folder_holds(house: House) -> None:
-    house.export("nanogpt")
-    note = json.loads((house.to / NOTE).read_text())
-    assert note == {"dataset": "small", "manifest": house.manifest.digest, "format": "nanogpt"}
+    assert place != "a full disk" or not to.exists()

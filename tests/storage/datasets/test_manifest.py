@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import tokenizer
-from storage.datasets import shards
-from storage.datasets.manifest import latest_manifest, read_manifest, seal
-from storage.datasets.shards import ShardSummary
+from storage.datasets import records, shards
+from storage.datasets.manifest import latest_manifest, read_manifest
+from storage.datasets.records import ShardSummary
 from storage.datasets.versions import history
 from storage.digests import canonical_json, sha256
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.storage.sealing import SETTINGS, Spy, built, jobs_of, manifests, pointer, sealed, source_file
+from tests.storage.sealing import Spy, built, jobs_of, manifests, pointer, seal, sealed, source_file
 
 # A pure function of the records
 
@@ -35,7 +35,7 @@ def test_the_digest_knows_no_store_no_place_no_order_and_no_name(tmp_path: Path,
         store = open_store(str(tmp_path / place), create=True)
         moved = [source_file(tmp_path / f"source_{number}", n) for n in range(3)]
         planned = built(store, *moved, dataset=f"name-{number}", order=random.Random(number).shuffle)
-        digests.add(seal(store, f"name-{number}", planned, **SETTINGS).digest)
+        digests.add(seal(store, f"name-{number}", planned).digest)
     assert len(digests) == 1
 
 
@@ -47,7 +47,7 @@ def test_threads_in_any_order_seal_what_one_seals(tmp_path: Path, store: Store, 
     random.Random(4).shuffle(jobs)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda job: shards.build_shard(other, "small", job, tokenizer.encode, tokenizer.EOT), jobs))
-    assert seal(other, "small", planned, **SETTINGS).digest == serial.digest
+    assert seal(other, "small", planned).digest == serial.digest
 
 
 def test_sealing_again_changes_nothing(store: Store, files: list[Path]) -> None:
@@ -61,7 +61,7 @@ def test_sealing_again_changes_nothing(store: Store, files: list[Path]) -> None:
 def test_a_shard_that_was_made_again_gives_no_new_version(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
     for shard_id in first.shard_ids[::2]:
-        shards.delete_shard(store, "small", shard_id)
+        records.delete_shard(store, "small", shard_id)
     assert sealed(store, *files) == first
     assert pointer(store)["sequence"] == 1
 
@@ -71,7 +71,7 @@ def test_columns_and_totals_are_those_of_the_records(store: Store, files: list[P
     rows = list(found.rows())
     assert found.shard_ids == [job.shard_id for job in jobs_of(*files)]
     for row in rows:
-        assert row.made == shards.read_record(store, "small", row.shard_id).made
+        assert row.summary == records.read_record(store, "small", row.shard_id).summary
         assert sha256(store.read(DatasetKeys("small").shard(row.shard_id)).body) == row.sha256
     for split in ("train", "val"):
         of_split = list(found.rows(split))
@@ -79,7 +79,7 @@ def test_columns_and_totals_are_those_of_the_records(store: Store, files: list[P
             "shards": len(of_split),
             **{name: sum(getattr(row, name) for row in of_split) for name in ShardSummary._fields[:-1]},
         }
-    assert found.made == {row.shard_id: row.made for row in rows}
+    assert found.summaries == {row.shard_id: row.summary for row in rows}
 
 
 def test_the_first_shards_are_val_and_the_others_train(store: Store, files: list[Path]) -> None:
@@ -142,6 +142,6 @@ def test_a_refresh_reads_new_records_only(store: Store, tmp_path: Path, files: l
     first = sealed(store, *files)
     planned = built(store, *files, source_file(tmp_path / "source", 9))
     counting = Spy(store)
-    seal(counting, "small", planned, **SETTINGS)  # type: ignore[arg-type]
+    seal(counting, "small", planned)  # type: ignore[arg-type]
     known = {DatasetKeys("small").record(shard_id) for shard_id in first.shard_ids}
     assert not known & set(counting.read_keys)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.datasets.manifest import Manifest, latest_manifest, seal
+from storage.datasets.manifest import Manifest, latest_manifest
 from storage.errors import Conflict
 from storage.stores.store import Store
-from tests.storage.sealing import SETTINGS, Spy, built, manifests, pointer, sealed, source_file
+from tests.storage.sealing import Spy, built, manifests, pointer, seal, sealed, source_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[3]
 def test_of_two_builders_of_the_same_version_both_succeed(store: Store, files: list[Path]) -> None:
     planned = built(store, *files)
     seen: list[Manifest] = []
-    ours = seal(
-        Spy(store, lambda: seen.append(seal(store, "small", planned, **SETTINGS))), "small", planned, **SETTINGS
-    )  # type: ignore[arg-type]
+    ours = seal(Spy(store, lambda: seen.append(seal(store, "small", planned))), "small", planned)  # type: ignore[arg-type]
     assert seen == [ours]
     assert (pointer(store)["sequence"], len(manifests(store))) == (1, 1)
 
@@ -32,12 +30,12 @@ def test_of_two_builders_of_different_versions_one_is_told_to_run_again(
     theirs_planned = built(store, *files, source_file(tmp_path / "source", 8))
     ours_planned = built(store, *files, source_file(tmp_path / "source", 9))
     theirs: list[Manifest] = []
-    late = Spy(store, lambda: theirs.append(seal(store, "small", theirs_planned, **SETTINGS)))
+    late = Spy(store, lambda: theirs.append(seal(store, "small", theirs_planned)))
     with pytest.raises(Conflict) as told:
-        seal(late, "small", ours_planned, **SETTINGS)  # type: ignore[arg-type]
+        seal(late, "small", ours_planned)  # type: ignore[arg-type]
     assert theirs[0].digest in str(told.value)
     assert latest_manifest(store, "small") == theirs[0]
-    ours = seal(store, "small", ours_planned, **SETTINGS)
+    ours = seal(store, "small", ours_planned)
     assert (theirs[0].parent, ours.parent) == (first.digest, theirs[0].digest)
     assert (pointer(store)["manifest"], pointer(store)["sequence"]) == (ours.digest, 3)
 
@@ -46,13 +44,13 @@ SEAL = """
 import json, sys
 from storage.errors import Conflict
 from storage.stores.opening import open_store
-from storage.datasets.manifest import seal
-url, planned, settings = json.loads(sys.argv[1])
+from tests.storage.sealing import seal
+url, planned = json.loads(sys.argv[1])
 store = open_store(url)
 print("ready", flush=True)
 for dataset in sys.stdin:
     try:
-        print(seal(store, dataset.strip(), planned, **settings).digest, flush=True)
+        print(seal(store, dataset.strip(), planned).digest, flush=True)
     except Conflict:
         print("conflict", flush=True)
 """
@@ -62,7 +60,7 @@ def test_processes_that_seal_at_once_make_one_version(store: Store, files: list[
     names = [f"set-{number}" for number in range(10)]
     for name in names:
         planned = built(store, *files, dataset=name)
-    asked = json.dumps([store.url, planned, SETTINGS])
+    asked = json.dumps([store.url, planned])
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SEAL, asked], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -78,7 +76,7 @@ def test_processes_that_seal_at_once_make_one_version(store: Store, files: list[
                 process.stdin.write(f"{name}\n")
                 process.stdin.flush()
             answers = {process.stdout.readline().strip() for process in started if process.stdout}
-            digest = seal(store, name, planned, **SETTINGS).digest
+            digest = seal(store, name, planned).digest
             assert answers - {"conflict"} == {digest}
             assert (pointer(store, name)["manifest"], pointer(store, name)["sequence"]) == (digest, 1)
             assert len(manifests(store, name)) == 1

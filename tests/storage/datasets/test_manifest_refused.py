@@ -2,26 +2,22 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storage.datasets import shards
-from storage.datasets.manifest import (
-    COLUMNS,
-    Manifest,
-    check_binding,
-    check_rebuilt,
-    latest_manifest,
-    read_manifest,
-    seal,
-)
+from storage.datasets import records, sealing
+from storage.datasets.manifest import COLUMNS, Manifest, latest_manifest, read_manifest
+from storage.datasets.recipe import DatasetSpec
+from storage.datasets.sealing import check_rebuilt
+from storage.datasets.split import check_binding
 from storage.digests import canonical_json, sha256
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
-from tests.storage.sealing import BINDING, SETTINGS, built, manifests, pointer, sealed, source_file
+from tests.storage.sealing import NO_FILES, SPEC, built, manifests, pointer, seal, sealed, source_file
 
 # Not sealed
 
@@ -31,7 +27,7 @@ def test_a_missing_shard_is_named_and_nothing_is_sealed(store: Store, files: lis
     planned = built(store, *files)
     store.delete(DatasetKeys("small").shard(planned[3]) if lost == "shard" else DatasetKeys("small").record(planned[3]))
     with pytest.raises(ObjectMissing, match=f"{planned[3]}.*gpt2 dataset build"):
-        seal(store, "small", planned, **SETTINGS)
+        seal(store, "small", planned)
     assert manifests(store) == []
     assert latest_manifest(store, "small") is None
 
@@ -40,9 +36,9 @@ def test_a_seal_that_failed_binds_the_name_to_nothing(store: Store, tmp_path: Pa
     planned = built(store, *files)
     store.delete(DatasetKeys("small").record(planned[3]))
     with pytest.raises(ObjectMissing):
-        seal(store, "small", planned, **SETTINGS)
+        seal(store, "small", planned)
     other = source_file(tmp_path / "other", 5)
-    found = seal(store, "small", built(store, other), **SETTINGS | {"binding": {"source": "other"}})
+    found = seal(store, "small", built(store, other), config="other")
     assert {row.shard_id.split("-")[0] for row in found.rows()} == {"file_5"}
 
 
@@ -50,25 +46,24 @@ def test_a_shard_of_another_size_is_not_done(store: Store, files: list[Path]) ->
     planned = built(store, *files)
     overwrite(store, DatasetKeys("small").shard(planned[1]), b"short")
     with pytest.raises(ObjectMissing, match=planned[1]):
-        seal(store, "small", planned, **SETTINGS)
+        seal(store, "small", planned)
 
 
 @pytest.mark.parametrize(
-    ("asked", "facts"),
+    ("spec", "facts"),
     [
-        ({"source": "other", "shard_tokens": 500}, ["source", "*.parquet", "other"]),
-        ({"source": "*.parquet", "shard_tokens": 600}, ["shard_tokens", "500", "600"]),
-        (BINDING | {"filters": ["score > 3"]}, ["filters", "score > 3"]),
-        ({"source": "*.parquet"}, ["shard_tokens", "500"]),
+        (replace(SPEC, source="other"), ["source", "*.parquet", "other"]),
+        (replace(SPEC, settings=replace(SPEC.settings, shard_tokens=600)), ["shard_tokens", "500", "600"]),
+        (replace(SPEC, settings=replace(SPEC.settings, filters=("score > 3",))), ["filters", "score > 3"]),
     ],
 )
 def test_a_name_bound_to_other_settings_names_the_field(
-    store: Store, files: list[Path], asked: dict[str, Any], facts: list[str]
+    store: Store, files: list[Path], spec: DatasetSpec, facts: list[str]
 ) -> None:
     first = sealed(store, *files)
     for ask in (
-        lambda: check_binding(store, "small", asked),
-        lambda: seal(store, "small", first.shard_ids, **SETTINGS | {"binding": asked}),
+        lambda: check_binding(store, "small", spec.binding),
+        lambda: sealing.seal(store, spec, first.shard_ids, NO_FILES),
     ):
         with pytest.raises(DatasetMismatch) as found:
             ask()
@@ -79,7 +74,7 @@ def test_a_name_bound_to_other_settings_names_the_field(
 
 def test_the_same_settings_and_a_new_name_are_bound_freely(store: Store, files: list[Path]) -> None:
     sealed(store, *files)
-    check_binding(store, "small", dict(BINDING))
+    check_binding(store, "small", dict(SPEC.binding))
     check_binding(store, "unknown", {"source": "other"})
 
 
@@ -188,9 +183,9 @@ def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], 
 
 def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
-    shards.delete_shard(store, "small", first.shard_ids[0])
-    with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put its source file back"):
-        seal(store, "small", built(store, *files[1:]), **SETTINGS)
+    records.delete_shard(store, "small", first.shard_ids[0])
+    with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put that file back"):
+        seal(store, "small", built(store, *files[1:]))
     assert latest_manifest(store, "small") == first
 
 
@@ -204,7 +199,7 @@ def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
 def test_a_damaged_pointer_is_named(store: Store, files: list[Path], body: bytes) -> None:
     planned = sealed(store, *files).shard_ids
     overwrite(store, DatasetKeys("small").latest, body)
-    for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned, **SETTINGS)):
+    for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned)):
         with pytest.raises(ObjectCorrupt, match="latest"):
             ask()
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from model import tokenizer
 from storage.datasets import shards
-from storage.datasets.plan import DatasetSettings, ShardJob, cut, plan_file, plan_files
+from storage.datasets.plan import ShardJob, cut, plan_file, plan_files
+from storage.datasets.recipe import DatasetSettings
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources import files as sources
 from storage.stores.store import Store
 from tests.making import document, write_parquet
+from tests.storage.sealing import rows_of
 
 TOKENIZER = tokenizer.identity()["sha256"]
 COUNTS = [0, 15, 16, 17, 33, 100]
@@ -99,9 +101,9 @@ def test_sixteen_tokens_a_shard(
     texts = [" the" * count for count in counts]
     for path in (write_parquet(tmp_path / "a.parquet", texts), write_jsonl(tmp_path / "b.jsonl", texts)):
         jobs = planned(path, shard_tokens=16)
-        assert [job.rows for job in jobs] == expected
+        assert [rows_of(job) for job in jobs] == expected
         for job, body in zip(jobs, bodies(store, jobs), strict=True):
-            start, end = job.rows
+            start, end = rows_of(job)
             assert len(body) == 2 * sum(1 + count for count in counts[start:end])
 
 
@@ -110,9 +112,9 @@ def test_no_shard_is_larger_than_asked_but_one_longer_document(tmp_path: Path, s
     texts = [document(number, 1 + number * 37 % 200) for number in range(60)]
     jobs = planned(write_parquet(tmp_path / "a.parquet", texts), shard_tokens=shard_tokens)
     for job, body in zip(jobs, bodies(store, jobs), strict=True):
-        start, end = job.rows
+        start, end = rows_of(job)
         assert len(body) // 2 <= shard_tokens or end == start + 1
-    assert [row for job in jobs for row in range(*job.rows)] == list(range(60))
+    assert [row for job in jobs for row in range(*rows_of(job))] == list(range(60))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -121,10 +123,10 @@ def test_without_counts_shards_are_estimated_and_hold_whole_documents(tmp_path: 
     write = write_parquet if kind == "parquet" else write_jsonl
     jobs = planned(write(tmp_path / f"a.{kind}", texts, counted=False), shard_tokens=1_000)
     assert len(jobs) > 3
-    assert [row for job in jobs for row in range(*job.rows)] == list(range(100))
+    assert [row for job in jobs for row in range(*rows_of(job))] == list(range(100))
     found = list(bodies(store, jobs))
     for job, body in zip(jobs, found, strict=True):
-        start, end = job.rows
+        start, end = rows_of(job)
         ids_of = [tokenizer.encode(text) for text in texts[start:end]]
         assert body == b"".join(np.array([tokenizer.EOT, *ids], "<u2").tobytes() for ids in ids_of)
     assert all(250 < len(body) // 2 < 4_000 for body in found[:-1])  # about what was asked: within four times
@@ -137,7 +139,7 @@ def test_jsonl_and_parquet_of_the_same_rows_give_the_same_tokens(
     texts = ["", "żółć 🙂\n", *(document(number, number) for number in range(50))]
     parquet = planned(write_parquet(tmp_path / "a.parquet", texts), shard_tokens=shard_tokens)
     lines = planned(write_jsonl(tmp_path / "a.jsonl", texts), shard_tokens=shard_tokens)
-    assert [job.rows for job in parquet] == [job.rows for job in lines]
+    assert [rows_of(job) for job in parquet] == [rows_of(job) for job in lines]
     assert list(bodies(store, parquet)) == list(bodies(store, lines))
 
 
@@ -151,7 +153,7 @@ def test_a_plan_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
     again = planned(*(tmp_path / "b" / path.name for path in paths))
     assert ids(again) == ids(first) == ids(planned(*paths))
     assert [job.recipe for job in again] == [job.recipe for job in first]
-    assert str(tmp_path) not in json.dumps([job.recipe for job in first])
+    assert str(tmp_path) not in json.dumps([job.recipe.to_json() for job in first])
 
 
 def test_another_file_leaves_the_shards_of_the_first_alone(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def _with_column(tmp_path: Path) -> ShardJob:
     path.write_text('{"content": "x", "text": "y"}\n')
     by_content, by_text = (planned(path, text_column=column)[0] for column in ("content", "text"))
     assert by_content.shard_id != by_text.shard_id
-    assert by_content.text_column == "content"
+    assert by_content.recipe.text_column == "content"
     return by_content
 
 
@@ -190,7 +192,7 @@ def test_a_default_never_enters_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "hello world"}\n')
     (job,) = planned(path)
-    assert set(job.recipe) == {"format", "source", "row_from", "row_to", "tokenizer", "eot", "dtype"}
+    assert set(job.recipe.to_json()) == {"format", "source", "row_from", "row_to", "tokenizer", "eot", "dtype"}
     assert job.shard_id == "a-00000-f1e642bd2279"
 
 

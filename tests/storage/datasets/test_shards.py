@@ -15,7 +15,7 @@ import pytest
 
 from model import tokenizer
 from storage import keys
-from storage.datasets import shards
+from storage.datasets import records, shards
 from storage.datasets.plan import ShardJob
 from storage.digests import sha256
 from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
@@ -23,6 +23,7 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.making import document, published, write_parquet
 from tests.storage import sealing
+from tests.storage.sealing import rows_of
 
 TEXTS = [
     "", " ", "\n", "hello world", "<|endoftext|>", "a<|endoftext|>b <|endoftext|><|endoftext|>", "<|endoftext|",
@@ -61,14 +62,14 @@ def wrong(store: Store, record: shards.Record) -> str | None:
     """What reading the shard and its record says is wrong."""
     try:
         shards.read_shard(store, "small", record.shard_id, record.tokens, record.sha256)
-        shards.read_record(store, "small", record.shard_id)
+        records.read_record(store, "small", record.shard_id)
     except StorageError as error:
         return str(error)
     return None
 
 
 def done(store: Store, *jobs: ShardJob) -> list[bool]:
-    finished = shards.finished_shards(store, "small", [job.shard_id for job in jobs], {})
+    finished = records.finished_shards(store, "small", [job.shard_id for job in jobs], {})
     return [job.shard_id in finished for job in jobs]
 
 
@@ -112,7 +113,7 @@ def test_lines_with_lone_surrogates_are_tiktokens_ids(tmp_path: Path, store: Sto
 def test_a_record_says_what_the_shard_is(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     body = body_of(store, job)
-    assert record == shards.read_record(store, "small", job.shard_id)
+    assert record == records.read_record(store, "small", job.shard_id)
     assert (record.sha256, record.size_bytes) == (sha256(body), len(body))
     assert (record.documents, record.skipped) == (len(TEXTS), 0)
     assert record.text_bytes == sum(len(text.encode()) for text in TEXTS)
@@ -121,7 +122,7 @@ def test_a_record_says_what_the_shard_is(store: Store, job: ShardJob) -> None:
 
 
 def test_versions_are_no_part_of_a_recipe(job: ShardJob) -> None:
-    assert not {"python", "numpy", "tiktoken", "versions"} & set(job.recipe)
+    assert not {"python", "numpy", "tiktoken", "versions"} & set(job.recipe.to_json())
 
 
 # Again
@@ -182,7 +183,7 @@ def test_a_job_run_again_writes_the_same_bytes(
 
 def test_forget_then_build_gives_the_same_shard(store: Store, job: ShardJob) -> None:
     record = build(store, job)
-    shards.delete_shard(store, "small", job.shard_id)
+    records.delete_shard(store, "small", job.shard_id)
     assert done(store, job) == [False]
     assert written(store) == []
     assert build(store, job) == record
@@ -200,8 +201,8 @@ def test_reading_a_damaged_shard_names_both_digests(store: Store, job: ShardJob)
 def test_done_believes_the_tokens_of_a_manifest(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     for tokens, expected in ((record.tokens, {job.shard_id}), (record.tokens + 1, set())):
-        known = {job.shard_id: record.made._replace(tokens=tokens)}
-        assert set(shards.finished_shards(store, "small", [job.shard_id], known)) == expected
+        known = {job.shard_id: record.summary._replace(tokens=tokens)}
+        assert set(records.finished_shards(store, "small", [job.shard_id], known)) == expected
 
 
 def test_a_record_of_other_bytes_is_refused_and_named(store: Store, job: ShardJob) -> None:
@@ -222,7 +223,7 @@ def test_a_damaged_record_is_named(store: Store, job: ShardJob, damage: bytes) -
     assert path is not None
     path.write_bytes(damage)
     with pytest.raises(ShardCorrupt, match=job.shard_id):
-        shards.read_record(store, "small", job.shard_id)
+        records.read_record(store, "small", job.shard_id)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"tokens": 1}'])
@@ -231,14 +232,14 @@ def test_a_shard_whose_record_cannot_be_read_is_made_again(store: Store, job: Sh
     record = build(store, job)
     overwrite(store, DatasetKeys("small").record(job.shard_id), damage)
     assert done(store, job) == [False]
-    assert not shards.is_finished(store, "small", job.shard_id)
-    assert build(store, job) == record == shards.read_record(store, "small", job.shard_id)
+    assert not records.is_finished(store, "small", job.shard_id)
+    assert build(store, job) == record == records.read_record(store, "small", job.shard_id)
     assert done(store, job) == [True]
 
 
 def test_a_missing_record_is_missing(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="none"):
-        shards.read_record(store, "small", "none")
+        records.read_record(store, "small", "none")
 
 
 # At once
@@ -250,13 +251,13 @@ def test_many_threads_in_any_order_write_what_one_writes(tmp_path: Path, store: 
     serial = [build(store, job) for job in jobs]
     bytes_before = [body_of(store, job) for job in jobs]
     for job in jobs:
-        shards.delete_shard(store, "small", job.shard_id)
+        records.delete_shard(store, "small", job.shard_id)
     twice = [*jobs, *jobs]  # every job is run by two threads at once, too
     random.Random(3).shuffle(twice)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda job: build(store, job), twice))
     assert [body_of(store, job) for job in jobs] == bytes_before
-    assert [shards.read_record(store, "small", job.shard_id) for job in jobs] == serial
+    assert [records.read_record(store, "small", job.shard_id) for job in jobs] == serial
 
 
 class Interrupted:
@@ -324,7 +325,7 @@ def test_at_no_moment_a_record_lacks_its_shard(store: Store, job: ShardJob) -> N
     assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
     build(store, job)
     with suppress(Ended):
-        shards.delete_shard(Killed(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
+        records.delete_shard(Killed(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
     assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
 
 
@@ -338,7 +339,7 @@ def test_a_job_that_is_killed_at_any_write_is_done_or_done_again(
     for hurt in harm:
         hurt(store, job)
     if not harm:
-        shards.delete_shard(store, "small", job.shard_id)
+        records.delete_shard(store, "small", job.shard_id)
     with suppress(Ended):
         build(Killed(store, writes, after), job)  # type: ignore[arg-type]
     if done(store, job) == [True]:
@@ -378,14 +379,14 @@ def test_a_document_that_cannot_be_tokenised_is_named_by_its_row(tmp_path: Path,
             raise ValueError("too long")
         return tokenizer.encode(text)
 
-    (job,) = (job for job in jobs if 17 in range(*job.rows))
+    (job,) = (job for job in jobs if 17 in range(*rows_of(job)))
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*row 17\b.*too long"):
         shards.build_shard(store, "small", job, encode, tokenizer.EOT)
     assert written(store) == []
 
 
 def test_a_job_of_rows_that_the_file_lacks_writes_nothing(store: Store, job: ShardJob) -> None:
-    longer = replace(job, recipe=job.recipe | {"row_to": len(TEXTS) + 1})
+    longer = replace(job, recipe=replace(job.recipe, row_to=len(TEXTS) + 1))
     with pytest.raises(SourceInvalid, match=r"one\.parquet"):
         build(store, longer)
     assert written(store) == []
@@ -394,4 +395,4 @@ def test_a_job_of_rows_that_the_file_lacks_writes_nothing(store: Store, job: Sha
 def test_failures_are_told_by_shard(store: Store) -> None:
     store.put_new(keys.failure(DatasetKeys("small").record("a-00001-x")), b'{"why": "no space"}')
     store.put_new(DatasetKeys("small").record("a-00002-x"), b"{}")
-    assert shards.failures(store, "small") == {"a-00001-x": "no space"}
+    assert records.failures(store, "small") == {"a-00001-x": "no space"}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from storage.datasets.manifest import Manifest, ShardRow, seal
-from storage.datasets.versions import difference, find_version, history_with_times, newest_version
+from storage.datasets.manifest import Manifest, ShardRow
+from storage.datasets.versions import difference, find_version, history, newest_version, sealed_at
 from storage.errors import ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
 from tests.crawl import Crawl, crawled
-from tests.storage.sealing import SETTINGS, built, source_file
+from tests.storage.sealing import built, seal, source_file
 
 
 def rows_of(manifest: Manifest) -> dict[str, ShardRow]:
@@ -54,22 +54,22 @@ def refreshed(tmp_path: Path) -> tuple[Crawl, list[Manifest]]:
 def test_a_refresh_is_told_by_files_shards_documents_and_tokens(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     _, (first, second, third) = refreshed
     files = {"added": ["file_3.parquet"], "changed": ["file_1.parquet"], "removed": ["file_2.parquet"]}
-    found = difference(first, second)
+    found = difference(first, second).to_json()
     assert found == counted(first, second) | {"files": files, "settings": []}
     assert all(found["shards"].values())
     assert tokens(first) + found["tokens"]["added"] - found["tokens"]["removed"] == tokens(second)
-    back = difference(second, third)
+    back = difference(second, third).to_json()
     files = {"added": ["file_2.parquet"], "changed": ["file_1.parquet"], "removed": ["file_3.parquet"]}
     assert back == counted(second, third) | {"files": files, "settings": []}
     nothing = {"added": 0, "removed": 0}
-    for same in (difference(second, second), difference(first, third)):
+    for same in (difference(second, second).to_json(), difference(first, third).to_json()):
         assert [same[name] for name in ("shards", "documents", "tokens")] == [nothing] * 3
         assert same["files"] == {"added": [], "changed": [], "removed": []}
 
 
 def test_the_line_goes_from_the_newest_version_to_the_first(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     crawl, versions = refreshed
-    found = list(history_with_times(crawl.store, "small"))
+    found = [(version, sealed_at(crawl.store, "small", version)) for version in history(crawl.store, "small")]
     assert [version for version, _ in found] == versions[::-1]
     assert newest_version(crawl.store, "small") == versions[-1]
     sealed = [crawl.store.stat(DatasetKeys("small").manifest(version.digest)).modified for version in versions[::-1]]
@@ -79,7 +79,7 @@ def test_the_line_goes_from_the_newest_version_to_the_first(refreshed: tuple[Cra
 def test_settings_in_which_versions_differ_are_named(tmp_path: Path) -> None:
     one = Crawl(tmp_path / "one").build()
     other = Crawl(tmp_path / "other", "data.shard_tokens=700", 'data.filters=["int_score >= 2"]').build()
-    assert difference(one, other)["settings"] == difference(other, one)["settings"] == ["filters", "shard_tokens"]
+    assert difference(one, other).settings == difference(other, one).settings == ["filters", "shard_tokens"]
 
 
 def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
         crawl.write(f"{year}/pages.parquet", [crawled(int(year), number) for number in range(40)])
         second = crawl.build()
         assert first.source["files"]["digest"] != second.source["files"]["digest"]
-        if not any(difference(first, second)["files"].values()):
+        change = difference(first, second)
+        if not (change.files_added or change.files_changed or change.files_removed):
             unseen.append(year)
         first = second
     assert unseen == []
@@ -101,7 +102,7 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
 
 def test_a_version_is_found_by_any_beginning_that_is_its_own(store: Store, tmp_path: Path) -> None:
     planned = built(store, source_file(tmp_path, 0, documents=120))
-    versions = [seal(store, "small", planned[:count], **SETTINGS) for count in range(3, 3 + 17)]  # 17 share a digit
+    versions = [seal(store, "small", planned[:count]) for count in range(3, 3 + 17)]  # 17 share a digit
     assert find_version(store, "small", "latest") == versions[-1]
     sharing = defaultdict(list)
     for version in versions:
@@ -130,7 +131,7 @@ def test_an_unknown_version_is_refused_with_those_there_are(refreshed: tuple[Cra
 def test_a_dataset_that_was_never_sealed_has_no_version(store: Store) -> None:
     for look in (
         newest_version,
-        lambda *named: list(history_with_times(*named)),
+        lambda *named: list(history(*named)),
         lambda *named: find_version(*named, "latest"),
     ):
         with pytest.raises(ObjectMissing, match=r"'small'.*gpt2 dataset build"):

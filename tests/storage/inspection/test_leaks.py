@@ -8,7 +8,7 @@ import pytest
 
 from model import tokenizer
 from storage.datasets import shards
-from storage.datasets.manifest import Manifest, ShardRow, seal
+from storage.datasets.manifest import Manifest, ShardRow
 from storage.errors import ShardCorrupt
 from storage.inspection import leaks as audit_module
 from storage.inspection.leaks import Repeated, find_repeats
@@ -17,7 +17,7 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.leaks import documents, leaks_of, one_word_other, repeats_of, runs_of, shouted, story, words_of
 from tests.making import write_parquet
-from tests.storage.sealing import SETTINGS, plans_of
+from tests.storage.sealing import plans_of, seal
 
 VAL_SHARDS = 3
 EMPTY = ["", " ", "...", "\n\t--\n", "?!"]
@@ -45,7 +45,7 @@ def sealed(store: Store, folder: Path, texts: list[str], shard_tokens: int = 400
     jobs = [job for one in plans_of(*paths, shard_tokens=shard_tokens) for job in one.jobs()]
     for job in jobs:
         shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
-    return seal(store, "small", [job.shard_id for job in jobs], **SETTINGS | {"val_shards": VAL_SHARDS})
+    return seal(store, "small", [job.shard_id for job in jobs], val_shards=VAL_SHARDS)
 
 
 def looked(

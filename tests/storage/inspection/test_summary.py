@@ -47,11 +47,10 @@ def check_totals(found: dict[str, Any], crawl: Crawl, manifest: Manifest) -> Non
 @pytest.mark.parametrize("settings", [(), (GOOD, SKIPPING)], ids=["all", "chosen"])
 def test_a_card_counts_what_the_source_files_hold(tmp_path: Path, kind: str, settings: tuple[str, ...]) -> None:
     crawl = Crawl(tmp_path, *settings, kind=kind, bad=bool(settings))
-    manifest = crawl.build(leaks=lambda first, stop: [first + 2, stop - 1])
+    manifest = crawl.build()
     found = card(crawl.store, "small", manifest)
     check_totals(found, crawl, manifest)
     kept = crawl.kept()
-    assert len(crawl.left_out) == 4
     assert bool(crawl.skipped()) == bool(settings)
     assert found["dumps"] == Counter(one.columns["dump"] for one in kept if one.columns["dump"])
     assert list(found["dumps"]) == sorted(found["dumps"])

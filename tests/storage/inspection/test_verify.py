@@ -15,10 +15,11 @@ import pytest
 
 from model import tokenizer
 from storage import keys
-from storage.datasets import shards
-from storage.datasets.manifest import Manifest, ShardRow, seal
+from storage.datasets import records
+from storage.datasets.manifest import Manifest, ShardRow
 from storage.datasets.plan import ShardJob
-from storage.datasets.shards import DTYPE, Record, build_shard, read_record
+from storage.datasets.records import DTYPE, Record, read_record
+from storage.datasets.shards import build_shard
 from storage.digests import canonical_json, sha256
 from storage.inspection.verify import Damage, check_documents, check_fully, check_quickly, check_versions
 from storage.keys import DatasetKeys
@@ -28,7 +29,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.conftest import S3Url
 from tests.making import document
-from tests.storage.sealing import SETTINGS, built, jobs_of, sealed
+from tests.storage.sealing import built, jobs_of, rows_of, seal, sealed
 from tests.storage.source_files import write_lines
 from tests.storage.store_kinds import STORES, each
 
@@ -151,7 +152,7 @@ def sealed_with(store: Store, jobs: list[ShardJob], wrong: Callable[[ShardJob], 
     """A version of whose shards one is wrong."""
     for job in jobs:
         made(store, job) if job is not jobs[3] else wrong(job)
-    return seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
+    return seal(store, "small", [job.shard_id for job in jobs])
 
 
 def test_a_manifest_that_lists_another_number_of_documents_is_found(store: Store, files: list[Path]) -> None:
@@ -200,9 +201,9 @@ def test_a_shard_of_other_rows_than_its_record_says_is_found_by_a_deep_look(stor
     jobs = jobs_of(*files)
 
     def shifted(job: ShardJob) -> None:
-        row_from, row_to = job.rows
-        record = made(store, replace(job, recipe=job.recipe | {"row_from": row_from + 1, "row_to": row_to}))
-        change_record(store, job.shard_id, recipe=job.recipe)
+        row_from, row_to = job.recipe.row_from, job.recipe.row_to
+        record = made(store, replace(job, recipe=replace(job.recipe, row_from=row_from + 1)))
+        change_record(store, job.shard_id, recipe=job.recipe.to_json())
         assert record.documents == row_to - row_from - 1
 
     manifest = sealed_with(store, jobs, shifted)
@@ -217,7 +218,7 @@ def test_a_deep_look_draws_as_many_documents_as_are_asked_for_by_its_seed(store:
     jobs = jobs_of(*files)
     for job in jobs:
         made(store, job, lambda text: tokenizer.encode(text.upper()))
-    manifest = seal(store, "small", [job.shard_id for job in jobs], **SETTINGS)
+    manifest = seal(store, "small", [job.shard_id for job in jobs])
     drawn = [deeply(store, manifest, *files, count=5, seed=seed) for seed in (1, 1, 2)]
     assert [len(found) for found in drawn] == [5, 5, 5]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -282,9 +283,9 @@ def test_rows_that_are_in_train_and_in_val_are_found(store: Store, files: list[P
     val = jobs_of(*files[:2])[:2]
     built(store, *files[:2])
     source = Listing(tuple(sources.identify(path) for path in [*files[:2], renamed]), {}).described()
-    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], **SETTINGS | {"source": source})
-    last = max(job.rows[1] for job in val)
-    expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and job.rows[0] < last}
+    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], source)
+    last = max(rows_of(job)[1] for job in val)
+    expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and rows_of(job)[0] < last}
     assert {found.name for found in check_versions(store, "small", manifest)} == expected
     assert {name.split("-")[0] for name in expected} == {"file_0", "renamed"}
     assert len(expected) < len(others)
@@ -296,4 +297,4 @@ def test_the_sum_that_is_compared_is_that_of_the_bytes(store: Store, manifest: M
     for row in manifest.rows():
         ids = np.frombuffer(body_of(store, row), DTYPE)
         assert (sha256(body_of(store, row)), int(ids[0])) == (row.sha256, tokenizer.EOT)
-        assert shards.is_finished(store, "small", row.shard_id)
+        assert records.is_finished(store, "small", row.shard_id)

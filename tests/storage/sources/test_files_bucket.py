@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from model import tokenizer
-from storage.datasets import shards
+from storage.datasets import records, shards
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources import files as sources
@@ -68,7 +68,7 @@ def test_a_file_of_a_bucket_gives_the_shards_of_its_copy_here(
         shards.build_shard(store, "there", job, tokenizer.encode, tokenizer.EOT)
     for job in local:
         record = shards.build_shard(store, "here", job, tokenizer.encode, tokenizer.EOT)
-        assert shards.read_record(store, "there", job.shard_id).sha256 == record.sha256
+        assert records.read_record(store, "there", job.shard_id).sha256 == record.sha256
     assert len(list(store.list(DatasetKeys("there").shards))) == 2 * len(there)
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from model import tokenizer
-from storage.datasets import shards
+from storage.datasets import records, shards
 from storage.datasets.plan import ShardJob
-from storage.datasets.shards import Record
+from storage.datasets.records import Record
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
 from storage.sources import files as sources
 from storage.sources.filters import parse
 from storage.stores.store import Store
 from tests.making import document
-from tests.storage.sealing import jobs_of
+from tests.storage.sealing import jobs_of, rows_of
 from tests.storage.source_files import rows, write_lines, write_table
 
 SCORES = [1, 4, None, 5, 3, 4]
@@ -116,7 +116,7 @@ def test_filtered_rows_cost_a_plan_nothing(tmp_path: Path) -> None:
         True,
     ]
     assert jobs_of(path, filters=("int_score >= 9",)) == []
-    ranges = [job.rows for job in jobs_of(path, shard_tokens=80, filters=("int_score >= 4",))]
+    ranges = [rows_of(job) for job in jobs_of(path, shard_tokens=80, filters=("int_score >= 4",))]
     assert ranges == [(0, 3), (3, 5), (5, 6)]
 
 
@@ -139,7 +139,7 @@ def test_filters_decide_the_name_and_their_spelling_does_not(tmp_path: Path) -> 
     (plain,) = jobs_of(path, shard_tokens=10_000)
     (strict,) = jobs_of(path, shard_tokens=10_000, filters=(str(parse("int_score>=4")),))
     assert plain.shard_id != strict.shard_id
-    assert strict.recipe["filters"] == ["int_score >= 4"]
+    assert strict.recipe.to_json()["filters"] == ["int_score >= 4"]
 
 
 # Documents that cannot be taken
@@ -182,6 +182,6 @@ def test_a_shard_of_which_all_is_left_out_is_done_and_in_no_version(tmp_path: Pa
     (job,) = jobs_of(path, filters=("length > 9",))
     record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     assert (record.tokens, record.filtered) == (0, 2)
-    assert shards.is_finished(store, "small", job.shard_id)
-    assert set(shards.finished_shards(store, "small", [job.shard_id], {})) == {job.shard_id}
-    assert sources.identify(path).digest == job.recipe["source"]
+    assert records.is_finished(store, "small", job.shard_id)
+    assert set(records.finished_shards(store, "small", [job.shard_id], {})) == {job.shard_id}
+    assert sources.identify(path).digest == job.recipe.source

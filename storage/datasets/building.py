@@ -1,0 +1,86 @@
+"""Building a dataset: find what the store lacks, make it, seal it. Knows no Prefect.
+
+start_build ─▶ Build.missing_jobs ─▶ build_shard, in any order, by any number of workers ─▶ finish_build
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from storage.datasets.lease import claim
+from storage.datasets.manifest import Manifest, latest_manifest
+from storage.datasets.plan import FilePlan, ShardJob, plan_files
+from storage.datasets.recipe import DatasetSpec
+from storage.datasets.records import failures, finished_shards
+from storage.datasets.sealing import check_rebuilt, seal
+from storage.datasets.shards import Encode, build_shard
+from storage.datasets.split import check_binding
+from storage.errors import DatasetMismatch
+from storage.keys import DatasetKeys, failure
+from storage.sources.files import Listing
+from storage.stores.store import Store
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build: the plans of the source files, the shards that the store lacks, and the version before."""
+
+    spec: DatasetSpec
+    plans: Sequence[FilePlan]
+    missing: frozenset[str]
+    parent: Manifest | None
+
+    @property
+    def planned(self) -> list[str]:
+        """All shards in order."""
+        return [shard_id for plan in self.plans for shard_id in plan.shard_ids]
+
+    @property
+    def missing_jobs(self) -> Iterator[ShardJob]:
+        """The jobs of the missing shards, in order."""
+        return (job for plan in self.plans for job in plan.jobs() if job.shard_id in self.missing)
+
+
+def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Build:
+    """Claim the dataset and find what is missing. Raises DatasetMismatch, and Conflict while gc deletes there."""
+    check_binding(store, spec.name, spec.binding)
+    claim(store, spec.name, "build")  # before counting on any stored shard
+    parent = latest_manifest(store, spec.name)
+    planned = [shard_id for plan in plans for shard_id in plan.shard_ids]
+    finished = finished_shards(store, spec.name, planned, parent.summaries if parent else {})
+    return Build(spec, plans, frozenset(planned) - finished.keys(), parent)
+
+
+def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
+    """Seal the build once its missing shards are made, and forget earlier failures. Raises what `seal` raises."""
+    dataset = build.spec.name
+    if build.parent:
+        check_rebuilt(store, dataset, build.parent, set(build.missing))
+    source = Listing(tuple(plan.file for plan in build.plans), origin).described()
+    manifest = seal(store, build.spec, build.planned, source)
+    if build.missing:
+        for shard_id in failures(store, dataset):  # also of jobs that are no longer planned
+            store.delete(failure(DatasetKeys(dataset).record(shard_id)))
+    return manifest
+
+
+def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode) -> Manifest:
+    """Plan, make what is missing, and seal, in this process and thread."""
+    plans = list(plan_files(store, spec.name, listing.files, spec.settings))
+    build = start_build(store, spec, plans)
+    for job in build.missing_jobs:
+        build_shard(store, spec.name, job, encode, spec.tokenizer["eot"])
+    return finish_build(store, build, listing.origin)
+
+
+def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan]) -> set[str]:
+    """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans do not give all of them."""
+    finished = finished_shards(store, dataset, manifest.shard_ids, manifest.summaries)
+    lost = set(manifest.shard_ids) - finished.keys()
+    recoverable = lost.intersection(shard_id for plan in plans for shard_id in plan.shard_ids)
+    if len(recoverable) < len(lost):
+        raise DatasetMismatch(
+            f"dataset {dataset!r}: manifest {manifest.digest[:12]} has lost {len(lost):,} shards, and the source now "
+            f"gives {len(recoverable):,} of them: it has changed. Put the old source files back, or start a run with "
+            f"another name."
+        )
+    return lost

@@ -1,0 +1,77 @@
+"""What decides the bytes of a shard and of a dataset: their recipes.
+
+A recipe holds inputs and settings, never paths, hosts or worker counts. A setting enters it only when it differs from
+its default, so adding a setting renames no earlier work.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+FORMAT = 1  # raised by hand when the same recipe would give other bytes
+FIXED = {"format": FORMAT, "eot": "before", "dtype": "<u2"}  # the same in every shard recipe of this format
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """The settings that, with the content of the source files, decide every byte of a dataset."""
+
+    shard_tokens: int
+    tokenizer: str
+    text_column: str = "text"
+    filters: tuple[str, ...] = ()
+    on_bad_document: str = "fail"
+    max_tokens: int = 0
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings as JSON values, without those at their default."""
+        return _without_defaults(self)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset as it is configured: its name, the settings that decide its bytes, and where its text comes from."""
+
+    name: str
+    settings: DatasetSettings
+    source: str
+    config: str
+    val_shards: int
+    tokenizer: dict[str, Any]
+
+    @property
+    def binding(self) -> dict[str, Any]:
+        """What the name is bound to at the first seal; a later build with other values is refused."""
+        return self.settings.recipe() | {"source": self.source, "config": self.config}
+
+
+@dataclass(frozen=True)
+class ShardRecipe:
+    """Everything that decides a shard's bytes: rows `row_from` to `row_to - 1` of a file. `source` is its digest."""
+
+    source: str
+    row_from: int
+    row_to: int
+    tokenizer: str
+    text_column: str = "text"
+    filters: tuple[str, ...] = ()
+    on_bad_document: str = "fail"
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as its digest and the shard's record spell it."""
+        return FIXED | _without_defaults(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The recipe of a record. Raises TypeError for one that this version does not know."""
+        fields = {name: setting for name, setting in value.items() if name not in FIXED}
+        return cls(**(fields | {"filters": tuple(value.get("filters", ()))}))
+
+
+def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, Any]:
+    changed = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
