@@ -21,7 +21,7 @@ from tests import hub as stand_in
 from tests import servers
 from tests.making import document, write_parquet
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "deploy/README.md")

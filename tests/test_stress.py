@@ -12,7 +12,7 @@ from tests.storage.store_kinds import SERVERS
 from tests.stress import READ_SECONDS, stress
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", SERVERS)
 def test_a_dozen_faults_lose_nothing(
     kind: str,

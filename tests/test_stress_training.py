@@ -10,7 +10,7 @@ from tests.conftest import S3Url
 from tests.stress_training import stress
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.timeout(900)  # a minute and a half where nobody else computes
 def test_six_kills_lose_nothing(running: Callable[[str], servers.Server], s3_url: S3Url, tmp_path: Path) -> None:
     s3_url("seaweedfs")  # this process talks to the server, until the test ends

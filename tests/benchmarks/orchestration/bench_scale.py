@@ -1,6 +1,6 @@
 """130,000 shards of 2,400 source files, simulated: seconds and peak memory of the flow process; prints one table.
 
-    .venv/bin/python tests/benchmarks/bench_scale.py [--shards 130000] [--files 2400] [--server postgresql|sqlite]
+    python tests/benchmarks/orchestration/bench_scale.py [--shards 130000] [--files 2400] [--server postgresql|sqlite]
 
 As many as all of FineWeb-Edu gives. A stand-in serves tiny parquet files whose `token_count` column fills a shard with
 every row. All that runs is real (the verb, the flow, the tasks, the store in a folder, the Prefect server, PostgreSQL)
@@ -41,8 +41,8 @@ from storage.digests import canonical_json, sha256
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.benchmarks import phases
-from tests.benchmarks.phases import Phase, build_alone, surroundings
+from tests.benchmarks.tokenise import phases
+from tests.benchmarks.tokenise.phases import Phase, build_alone, surroundings
 from tests.flows.client import poll
 
 DATASET, SOURCE = "edu", "org/edu"

@@ -1,6 +1,6 @@
 """FineWeb-Edu sample-10BT rehearsed: its real totals, row groups and columns from a stand-in of the Hub; prints tables.
 
-    .venv/bin/python tests/benchmarks/bench_rehearsal.py [--documents 9672101]
+    python tests/benchmarks/orchestration/bench_rehearsal.py [--documents 9672101]
 
 14 parquet files whose `token_count` columns add up to the published totals, long-tailed; the texts are a few words, so
 what is missing of the real thing is the bytes: 28.5 GB to fetch and hash, 10 billion tokens to encode. All that runs is
@@ -44,8 +44,8 @@ from storage.sources.mirror import mirror
 from storage.sources.reading import open_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.benchmarks import phases
-from tests.benchmarks.phases import FLOW, WORK, Build, build_alone, megabytes, surroundings
+from tests.benchmarks.tokenise import phases
+from tests.benchmarks.tokenise.phases import FLOW, WORK, Build, build_alone, megabytes, surroundings
 from tests.hub import Hub, Repository
 
 SOURCE, FOLDER = "org/edu", "sample/10BT"

@@ -1,6 +1,6 @@
 """The S3 store, the shard cache and manifests beside plain boto3 and obstore: prints one markdown table.
 
-    .venv/bin/python tests/benchmarks/bench_store.py [--server minio|seaweedfs] [--objects 64] [--megabytes 20]
+    python tests/benchmarks/store/bench_store.py [--server minio|seaweedfs] [--objects 64] [--megabytes 20]
 
 Starts the server itself, in a temporary folder. `pip install obstore` into the environment to include it; Linux only.
 The server shares the processors with its clients and machines are noisy, so contenders take turns of a quarter of the

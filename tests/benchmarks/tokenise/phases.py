@@ -3,7 +3,7 @@
 The process runs the verb `gpt2 dataset build`. A phase begins when the stages call one of a few functions, or when that
 function returns: nothing is added to what is measured but a look at the clocks.
 
-    python -m tests.benchmarks.phases OUT SETTING...     the process: builds, writes what it measured to the file OUT
+    python -m tests.benchmarks.tokenise.phases OUT SETTING...     builds in this process, writes measurements to OUT
 """
 
 import functools
@@ -120,7 +120,7 @@ def row(what: str, phase: Phase, shards: int, *, limited: bool = True) -> None:
 
 
 def build_alone(
-    folder: Path, settings: list[str], program: tuple[str, ...] = ("-m", "tests.benchmarks.phases")
+    folder: Path, settings: list[str], program: tuple[str, ...] = ("-m", "tests.benchmarks.tokenise.phases")
 ) -> Build:
     """Build in a new process; raises AssertionError with what it printed when it fails."""
     out = folder / "measured.json"

@@ -1,6 +1,6 @@
 """What a training costs beside its arithmetic, by the trainer's own clocks: waits for data, metrics, checkpoints.
 
-    python tests/benchmarks/bench_trainer.py [--steps 200]
+    python tests/benchmarks/training/bench_trainer.py [--steps 200]
 
 A small model (L2 H4 C128 T256, 1,024 tokens a step) makes the costs large beside a step; a checkpoint every 50 steps.
 Limit: the three together at most 1 % of the wall time. The bare step is the same arithmetic on one batch, in a loop of
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 

@@ -1,7 +1,7 @@
 """Parquet to verified shards: our stage through Prefect beside the bare BPE kernel and beside peers. Prints one table.
 
-    .venv/bin/python tests/benchmarks/bench_tokenise.py --corpus FOLDER [--peers PYTHON] [--rounds 5] [--only NAME ...]
-    .venv/bin/python tests/benchmarks/bench_tokenise.py --corpus FOLDER --memory
+    python tests/benchmarks/tokenise/bench_tokenise.py --corpus FOLDER [--peers PYTHON] [--rounds 5] [--only NAME ...]
+    python tests/benchmarks/tokenise/bench_tokenise.py --corpus FOLDER --memory
 
 FOLDER holds parquet files with a `text` column; its documents are written again into files of 2,000 until there are 12
 million tokens. Every contender works in a fresh process each round, 2 workers, shards of 500,000 tokens, in another

@@ -1,6 +1,6 @@
 """The run of GPT-2 124M on this host's GPUs: speed, MFU, memory, waits; killed and gone on with; its loss on real text.
 
-    .venv/bin/python tests/benchmarks/bench_gpu.py FOLDER [--steps 100] [--text FILES] [--set SECTION.NAME=VALUE …]
+    python tests/benchmarks/training/bench_gpu.py FOLDER [--steps 100] [--text FILES] [--set SECTION.NAME=VALUE …]
 
 On made-up documents one run is asked to stop (SIGTERM) after `--steps` of the schedule's 19,073; another one is killed
 at a quarter of them, goes on from its checkpoint to a half, and its losses are compared with the first one's. With
@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 
@@ -32,7 +32,7 @@ from storage.datasets.manifest import Manifest, latest_manifest
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, write_parquet
 
-PRESET = Path(__file__).parents[2] / "deploy" / "configs" / "fineweb-edu-10b.toml"
+PRESET = Path(__file__).parents[3] / "deploy" / "configs" / "fineweb-edu-10b.toml"
 UNTIMED_STEPS = 5  # compilation and the first looks at the GPU's memory
 MADE_UP, DOCUMENTS, WORDS = "made-up", 60_000, 400  # 24M tokens
 

@@ -1,6 +1,6 @@
 """HellaSwag items a second on the processor, fp32: ours beside lm-evaluation-harness and the usual loop.
 
-    .venv/bin/python tests/benchmarks/bench_hellaswag.py ITEMS --peers PYTHON [--count 200] [--rounds 3]
+    python tests/benchmarks/evaluation/bench_hellaswag.py ITEMS --peers PYTHON [--count 200] [--rounds 3]
         [--batches 16,32] [--model FOLDER]
 
 ITEMS is HellaSwag's own file of JSON lines; the first --count of it are scored. Each contender has a fresh process in
@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """What orchestration costs: shard jobs of 0 s in our tokenise stage's own way, beside as many bare Prefect tasks.
 
-    .venv/bin/python tests/benchmarks/bench_orchestration.py [--jobs 1000] [--rounds 3] [--workers 2]
+    python tests/benchmarks/orchestration/bench_orchestration.py [--jobs 1000] [--rounds 3] [--workers 2]
 
 Two contenders take turns, each in a fresh process, on the same Prefect server with the project's settings, backed by a
 PostgreSQL of the benchmark's own. *ours*: a flow in which the stage's own `_run_jobs` makes the missing shards, with
@@ -28,12 +28,12 @@ from statistics import median
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from flows.platform import server
 from tests import postgres
 from tests.benchmarks import contest
-from tests.benchmarks.phases import megabytes
+from tests.benchmarks.tokenise.phases import megabytes
 from tests.flows.client import ask, poll
 
 GOAL = 1.2

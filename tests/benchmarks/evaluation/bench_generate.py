@@ -1,6 +1,6 @@
 """Tokens a second that are written after a prompt, fp32 on the processor: ours beside transformers. Prints one table.
 
-    .venv/bin/python tests/benchmarks/bench_generate.py [--tokens 200] [--rounds 5] [--sizes small,124M] [--texts 1,8]
+    python tests/benchmarks/evaluation/bench_generate.py [--tokens 200] [--rounds 5] [--sizes small,124M] [--texts 1,8]
 
 Both have the same seeded weights, a key-value cache, temperature 0.9 and top k 50, and take turns in one process; every
 text is written to its full length. At temperature 0 both must write the same ids.
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 import transformers

@@ -1,6 +1,6 @@
 """One optimizer step of ours beside transformers' GPT-2 and a textbook one: tokens/s, peak memory. Prints one table.
 
-    .venv/bin/python tests/benchmarks/bench_train_step.py [--sizes A,B] [--dtypes fp32,bf16] [--modes eager,compile]
+    python tests/benchmarks/training/bench_train_step.py [--sizes A,B] [--dtypes fp32,bf16] [--modes eager,compile]
         [--steps 10] [--rounds 3] [--no-memory] [--device cuda --sizes 124M]
 
 A step is zero_grad, forward, loss, backward, clip at 1.0, fused AdamW, on one batch that stays. In each round each
@@ -40,7 +40,7 @@ from model.tokenizer import VOCABULARY
 from model.training.optimizer import make_optimizer
 from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome
-from tests.benchmarks.phases import forget_peak, megabytes
+from tests.benchmarks.tokenise.phases import forget_peak, megabytes
 
 OURS, PEER, PLAIN = CONTENDERS = ("ours", "transformers", "plain")
 UNTIMED_STEPS, AGREED_STEPS = 2, 10

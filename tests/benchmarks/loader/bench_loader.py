@@ -1,6 +1,6 @@
 """Batches of 8 x 1,024 tokens, int64, shuffled, over 64 million tokens: our loader beside peers. Prints one table.
 
-    .venv/bin/python tests/benchmarks/bench_loader.py [--peers PYTHON] [--rounds 5] [--only NAME ...]
+    python tests/benchmarks/loader/bench_loader.py [--peers PYTHON] [--rounds 5] [--only NAME ...]
         [--caches warm,cold] [--seconds 10]
 
 The tokens lie in shards of 10 million. Each contender has a fresh process in each round, in another order each round;
@@ -47,7 +47,7 @@ from storage.stores.opening import open_store
 from tests import servers
 from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome
-from tests.benchmarks.loader_peers import B, T, consume
+from tests.benchmarks.loader.loader_peers import B, T, consume
 
 PEERS = Path(__file__).with_name("loader_peers.py")
 SHARDS, WHOLE, DATASET, COLUMNS_FILE = "shards", "whole.bin", "made", "columns.json"

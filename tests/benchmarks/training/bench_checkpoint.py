@@ -1,6 +1,6 @@
 """How long the training stands still for a checkpoint of GPT-2 124M, and how fast it is stored: 1.5 GB.
 
-    python tests/benchmarks/bench_checkpoint.py [--rounds 3] [--server seaweedfs]
+    python tests/benchmarks/training/bench_checkpoint.py [--rounds 3] [--server seaweedfs]
 
 Beside torch.save, which the training waits for, and torch's own asynchronous `distributed.checkpoint`; all into
 folders of one disk, ours into an S3 server, too. Nothing is trained: the optimizer's state is made up.
@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 import torch.distributed as dist
