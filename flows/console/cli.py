@@ -3,7 +3,6 @@
 Prefect reads its settings when it is imported, and takes 3 s for that, so the flows are imported inside the verbs.
 """
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from flows.console import serving
+from flows.console import models, serving
 from flows.console.dataset import build_dataset, dataset
 from flows.console.options import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow, say
-from model.config import ModelConfig, RunConfig, differences
+from model.config import RunConfig
 from model.config_file import config_of, load_config
 from model.runs.job import JobFailed
 from storage.errors import StorageError
@@ -33,8 +32,6 @@ app = typer.Typer(
 )
 app.add_typer(dataset, name="dataset")
 serving.add_to(app)
-
-CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
 def main() -> None:
@@ -57,7 +54,7 @@ def demo(verbose: Verbose = False) -> None:
     """The whole pipeline in minutes, offline: Python's own documentation to a trained, evaluated model."""
     from flows.demo import write_corpus
 
-    config = load_config(CONFIGS / "demo.toml", [])
+    config = load_config(models.CONFIGS / "demo.toml", [])
     started = time.monotonic()
     with console.status("writing the corpus from Python's own documentation"):
         write_corpus(Path(config.data.source).parent)
@@ -141,10 +138,7 @@ def evaluate(
     """
     asked = load_config(config, overrides or [])
     if model is not None:
-        from model.checkpoints.huggingface import run_of_folder
-
-        with console.status("reading the model"):
-            asked = run_of_folder(open_store(asked.store_url, create=True), asked, model)
+        asked = models.imported_run(asked, model)
     open_store(asked.store_url)
     with prefect(verbose):
         from flows.pretrain import evaluate_and_report
@@ -187,58 +181,7 @@ def report(
     say("report", str(to))
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many texts.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
-) -> None:
-    """Let the run's newest checkpoint go on writing after a prompt."""
-    asked = load_config(config, overrides or [])
-    drawn = asked.evaluation
-    words = [sys.executable, "-m", "model.evaluation.sampling", asked.store_url, asked.name, "--prompt", prompt]
-    words += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(drawn.sample_tokens)]
-    words += ["--device", asked.resources.device]
-    words += ["--temperature", str(drawn.temperature), "--top-k", str(drawn.top_k), "--top-p", str(drawn.top_p)]
-    raise typer.Exit(subprocess.run(words, check=False).returncode)
-
-
-@app.command()
-def export(
-    to: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="FOLDER")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Write the run's newest checkpoint as a model and a tokenizer that Hugging Face's transformers opens."""
-    from model.checkpoints.huggingface import export_run
-
-    asked = load_config(config, overrides or [])
-    with console.status("writing the model"):
-        record = export_run(open_store(asked.store_url), asked.name, to)
-    say("export", f"step {record.step:,} of run {asked.name}, written to {to}")
-    say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
-
-
-@app.command("import")
-def import_model(
-    folder: Annotated[Path, typer.Argument(help="config.json and model.safetensors of a GPT-2.", metavar="FOLDER")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Begin a run with a GPT-2 of Hugging Face's layout: to evaluate it, to write with it, to train from it."""
-    from model.checkpoints.huggingface import import_folder, shape_of
-
-    settings = overrides or []
-    asked = load_config(config, settings)
-    _check_shape(folder, asked.model, shape_of(folder))
-    with console.status("reading the model"):
-        record = import_folder(open_store(asked.store_url, create=True), asked.name, folder)
-    say("import", f"{folder} is step {record.step} of run {asked.name} in {asked.store_url}")
-    say("evaluate", command("evaluate", config, settings))
-    say("generate", f"{command('generate', config, settings)} --prompt 'Hello'")
-    say("train", command("train", config, [*settings, "name=NEW", f"train.start_from={asked.name}"]))
+models.add_to(app)  # --help lists the verbs in the order in which they are added
 
 
 @app.command()
@@ -306,17 +249,6 @@ def _pretrain(config: RunConfig, verbose: bool) -> None:
         from flows.pretrain import pretrain as flow
 
         _summary(run_flow(flow, config), config)
-
-
-def _check_shape(folder: Path, asked: ModelConfig, there: ModelConfig) -> None:
-    """Raise ValueError, with the settings to give, when a folder to import holds another model than is asked for."""
-    if differing := differences(asked.model_dump(), there.model_dump()):
-        presets = [file for file in sorted(CONFIGS.glob("gpt2-*.toml")) if load_config(file, []).model == there]
-        settings = " ".join(f"--set model.{name}={value}" for name, value in there.model_dump().items())
-        raise ValueError(
-            f"import {folder}: in its config.json {'; '.join(differing)}. Give the shape that it has: "
-            f"{' or '.join([*(f'--config {file}' for file in presets), settings])}"
-        )
 
 
 def _summary(facts: dict[str, Any], config: RunConfig) -> None:

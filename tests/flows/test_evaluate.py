@@ -240,7 +240,7 @@ def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp
     other = published(tmp_path / "other" / "my model", 2)
     code, _, err = gpt2("evaluate", "--model", str(other), *words[3:])
     assert code == 2
-    assert "another model under that name" in err
+    assert "holds another model" in err
 
 
 # Reports
