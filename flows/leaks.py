@@ -77,7 +77,7 @@ def _report(store: Store, dataset: str, manifest: str, items: str | None, resour
     if items:
         report["items"] = {
             "count": len(hellaswag),
-            "words": matching.WORDS,
+            "words": matching.NGRAM_WORDS,
             "shorter": sum(not len(ngrams_of_item) for ngrams_of_item in contexts),
             "contexts": len(numbers["contexts"]),
             "endings": len(numbers["endings"]),

@@ -25,7 +25,6 @@ from model.processes.distributed import DDPConfig
 from model.processes.parent import end_with_parent
 from model.runs.job import put_result, read_job, read_result
 from model.training.trainer import Trainer
-from storage.cache import shards as shard_cache
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 
@@ -41,7 +40,6 @@ def run_job(store_url: str, job_key: str) -> int:
         if read_result(store, job) is not None:
             return 0
         resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
-        shard_cache.limit_bytes = resources.cache_bytes
         ddp = DDPConfig.detect(os.environ, resources.device)
         if ddp.is_main:
             print(f"{job.job_id}: {ddp.ranks} process{'es' * (ddp.ranks > 1)} on {ddp.device_name}", flush=True)

@@ -22,8 +22,7 @@ os.environ.pop("HF_TOKEN", None)
 from model.config import RunConfig
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest
-from storage.sources import files as sources
-from storage.sources import mirror
+from storage.sources import identity, mirror
 from storage.stores import s3, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -38,7 +37,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """No test reads or writes what the person who runs it keeps at home: digests, cached shards, AWS credentials."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(sources, "REMEMBERED", home / "digests")
+    monkeypatch.setattr(identity, "REMEMBERED", home / "digests")
     monkeypatch.setattr(host_cache, "FOLDER", home / "shards")
     monkeypatch.setattr(mirror, "FOLDER", home / "incoming")
 

@@ -1,6 +1,7 @@
-"""What the tests of leaks expect: words by a regular expression, every document held against every other.
+"""The expected leaks: words by a regular expression, every document compared with every other.
 
-It shares nothing with digests, hashes, plans and records: a version's documents are its shards, decoded.
+Shares nothing with the code under test: no digests, hashes, plans or records. A version's documents are its shards,
+decoded.
 """
 
 import random
@@ -20,7 +21,7 @@ RUN = 13
 
 
 class Document(NamedTuple):
-    """One document of a version: its split, where it stands, its text, and the words it is compared by."""
+    """One document of a version: its split, its place, its text, and the words that it is compared by."""
 
     split: str
     shard_id: str
@@ -44,7 +45,7 @@ def runs_of(words: Words) -> set[Words]:
 
 
 def story(number: int, words: int = 30) -> str:
-    """A text that shares no run of words with one of another number, and the same in every run."""
+    """A text, the same in every process, that shares no run of words with that of another number."""
     drawn = random.Random(number)
     return f"Story {number}: " + " ".join(f"w{drawn.randrange(2_000)}" for _ in range(words)) + "."
 
@@ -61,33 +62,33 @@ def one_word_other(text: str) -> str:
 
 def documents(store: Store, dataset: str, manifest: Manifest) -> list[Document]:
     """A version's documents in order, from the bytes of its shards."""
-    found = []
+    decoded = []
     for row in manifest.rows():
         ids = np.frombuffer(store.read(DatasetKeys(dataset).shard(row.shard_id)).body, "<u2")
         parts = np.split(ids, np.flatnonzero(ids == tokenizer.EOT))[1:]
         for number, part in enumerate(parts):
             text = tokenizer.decode(part[1:].tolist())
-            found.append(Document(row.split, row.shard_id, number, text, words_of(text.encode())))
-    return found
+            decoded.append(Document(row.split, row.shard_id, number, text, words_of(text.encode())))
+    return decoded
 
 
-def repeats_of(found: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
+def repeats_of(all_documents: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
     """Documents of train that repeat an earlier one of train, each with the first of them."""
-    train = [one for one in found if one.split == "train" and one.words]
-    firsts = {one.name: next(other for other in train if other.words == one.words) for one in train}
+    train = [document for document in all_documents if document.split == "train" and document.words]
+    firsts = {document.name: next(other for other in train if other.words == document.words) for document in train}
     return {name: first.name for name, first in firsts.items() if first.name != name}
 
 
-def leaks_of(found: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
-    """Documents of val that are in train, each with the first one there that it equals."""
-    train = [one for one in found if one.split == "train"]
+def leaks_of(all_documents: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
+    """Documents of val that are also in train, each with the first of train that it equals."""
+    train = [document for document in all_documents if document.split == "train"]
     pairs = {
-        one.name: next((other for other in train if other.words == one.words), None)
-        for one in found
-        if one.split == "val" and one.words
+        document.name: next((other for other in train if other.words == document.words), None)
+        for document in all_documents
+        if document.split == "val" and document.words
     }
     return {name: first.name for name, first in pairs.items() if first is not None}
 
 
-def texts_of(found: Iterable[Document], split: str | None = None) -> list[str]:
-    return [one.text for one in found if split in (None, one.split)]
+def texts_of(all_documents: Iterable[Document], split: str | None = None) -> list[str]:
+    return [document.text for document in all_documents if split in (None, document.split)]

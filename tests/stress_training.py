@@ -30,7 +30,7 @@ from model.runs.job import read_job, read_result
 from storage.cache import host as host_cache
 from storage.digests import sha256
 from storage.keys import RunKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import servers
@@ -238,7 +238,7 @@ def main() -> None:
     asked.add_argument("--seed", type=int, default=int(time.time()))
     words = asked.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        host_cache.FOLDER, sources.REMEMBERED = Path(name) / "cache", Path(name) / "digests"
+        host_cache.FOLDER, identity.REMEMBERED = Path(name) / "cache", Path(name) / "digests"
         server = servers.start(words.server, Path(name) / "server")
         os.environ |= server.environment | {"HOME": name}
         try:

@@ -94,11 +94,11 @@ def show(
     """The dataset's card: totals, source files, dumps, lengths of documents, what was left out, leaks."""
     from flows.pages.dataset_card import page, print_card
     from storage.datasets.versions import find_version
-    from storage.inspection.summary import card
+    from storage.inspection.summary import summarise
 
     store, asked = _opened(config, overrides)
     with console.status("reading the records of its shards"):
-        found = card(store, asked.data.dataset, find_version(store, asked.data.dataset, version))
+        found = summarise(store, asked.data.dataset, find_version(store, asked.data.dataset, version)).to_json()
     if html is not None:
         try:
             part = html.with_name(f"{html.name}.part")

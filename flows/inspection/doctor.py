@@ -79,7 +79,7 @@ def _store(url: str) -> Iterator[Verdict]:
 
 
 def _cache() -> str:
-    host = HostCache(host_cache.FOLDER, shard_cache.limit_bytes)
+    host = HostCache(host_cache.FOLDER, shard_cache.LIMIT_BYTES)
     aside = len(host.quarantined())
     return f"{host_cache.FOLDER}: {host.used_bytes() / 1e9:.1f} GB of shards" + (
         f", {aside} damaged files set aside: check this disk, then gpt2 gc --delete" if aside else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.data.order import WindowOrder
-from storage.cache.shards import ShardCache
+from storage.cache.shards import LIMIT_BYTES, ShardCache
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.stores.store import Store
 
@@ -23,10 +23,11 @@ class DataLoader:
     """The windows of one split, as this host's cache gives them."""
 
     def __init__(
-        self, store: Store, dataset: str, manifest: Manifest, split: str, *, sequence_tokens: int, seed: int
-    ) -> None:
+        self, store: Store, dataset: str, manifest: Manifest, split: str, *, sequence_tokens: int, seed: int,
+        cache_bytes: int = LIMIT_BYTES,
+    ) -> None:  # fmt: skip
         self._rows: list[ShardRow] = list(manifest.rows(split))
-        self._cache = ShardCache(store, dataset)
+        self._cache = ShardCache(store, dataset, cache_bytes)
         self.sequence_tokens = sequence_tokens
         self._soon: list[int] = []
         self.tokens = sum(row.tokens for row in self._rows)

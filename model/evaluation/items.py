@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model import tokenizer
-from storage.cache.shards import ShardCache
+from storage.cache.shards import LIMIT_BYTES, ShardCache
 from storage.datasets.manifest import Manifest
 from storage.stores.store import Store
 
@@ -27,12 +27,14 @@ class Item:
     lengths: list[int]
 
 
-def document_items(store: Store, dataset: str, manifest: Manifest, count: int, seed: int) -> list[Item]:
+def document_items(
+    store: Store, dataset: str, manifest: Manifest, count: int, seed: int, cache_bytes: int = LIMIT_BYTES
+) -> list[Item]:
     """Up to `count` items made of val documents: the true ending against those of three others, seeded.
 
     Raises ValueError when the val split has not enough documents of their length.
     """
-    cache = ShardCache(store, dataset)
+    cache = ShardCache(store, dataset, cache_bytes)
     whole = CONTEXT_TOKENS + ENDING_TOKENS
     pairs: list[tuple[list[int], list[int]]] = []
     for row in manifest.rows("val"):

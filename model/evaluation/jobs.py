@@ -20,7 +20,7 @@ import torch
 from model import tokenizer
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.checkpoints.weights import load_weights
-from model.config import ModelConfig
+from model.config import ModelConfig, ResourcesConfig
 from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
 from model.evaluation.hellaswag import CONVENTIONS, questions
@@ -62,7 +62,8 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Found:
     """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
-    loader = DataLoader(store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0)
+    loader = DataLoader(store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0,
+                        cache_bytes=_cache_bytes(job))  # fmt: skip
     found = evaluator.val_loss(loader, recipe["validation_tokens"])
     with np.errstate(over="ignore"):
         perplexity = np.exp(found["loss"])
@@ -88,12 +89,18 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Found:
     """Accuracy on the set made of val documents."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
-    items = document_items(store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"])
+    items = document_items(
+        store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"], _cache_bytes(job)
+    )
     how = "val documents, three endings of others, acc by the sum, acc_norm by the mean a token"
     return _choose(job, evaluator, {"completion": (items, how)}) | {
         "data": recipe["manifest"],
         "dataset": recipe["dataset"],
     }
+
+
+def _cache_bytes(job: Job) -> int:
+    return ResourcesConfig.model_validate(job.how.get("resources", {})).cache_bytes
 
 
 def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Found:

@@ -233,6 +233,7 @@ class Trainer:
 
     def _loader(self, manifest: Manifest, split: str) -> DataLoader:
         shape = {"sequence_tokens": self.config.sequence_tokens, "seed": self.config.seed}
+        shape["cache_bytes"] = self.resources.cache_bytes
         return DataLoader(self.store, self.job.recipe["dataset"], manifest, split, **shape)
 
     def _parallel(self) -> torch.nn.Module:

@@ -1,7 +1,7 @@
-"""Opens shards for reading: verified at the first open in a process, mapped afterwards. Decides no order.
+"""Opens shards for reading: verified when a process opens them first, mapped afterwards.
 
-A store that keeps its objects as files on this host is mapped in place; of any other the shards come through the
-host-wide cache.
+Shards of a store that keeps its objects as local files are mapped in place. Those of any other store come through the
+host's cache.
 """
 
 import logging
@@ -20,74 +20,74 @@ from storage.errors import ShardCorrupt, StorageError
 from storage.keys import DatasetKeys
 from storage.stores.store import Body, Store
 
-OPEN_SHARDS = 32  # mapped at once, each a file descriptor: training reads 8 at a time, validation one after the other
-limit_bytes = 50_000_000_000  # of this host's cache; `resources.cache_bytes` sets it for a process
+OPEN_SHARDS = 32  # mapped at once, each a file descriptor: training reads 8 at a time, validation one by one
+LIMIT_BYTES = 50_000_000_000  # of the host's cache, the default of `resources.cache_bytes`
 log = logging.getLogger(__name__)
 
 
 class ShardCache:
     """The shards of one dataset as read-only arrays of token ids."""
 
-    def __init__(self, store: Store, dataset: str) -> None:
+    def __init__(self, store: Store, dataset: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._store = store
         self._dataset = dataset
         self._host = HostCache(host_cache.FOLDER, limit_bytes)
         self._opened: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._proved: set[str] = set()
-        self._coming = threading.Thread()
+        self._verified: set[str] = set()
+        self._prefetching = threading.Thread()
 
     def open(self, row: ShardRow) -> np.ndarray:
-        """The shard's token ids, uint16, mapped. Raises ShardCorrupt when its bytes are not the manifest's."""
+        """The shard's token ids, uint16, mapped. Raises ShardCorrupt if its bytes are not those of the manifest."""
         if row.shard_id not in self._opened:
-            self._opened[row.shard_id] = self._verified(row)
+            self._opened[row.shard_id] = self._open_verified(row)
             if len(self._opened) > OPEN_SHARDS:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(row.shard_id)
         return self._opened[row.shard_id]
 
     def prefetch(self, rows: list[ShardRow]) -> bool:
-        """Bring shards to this host in the background, one after the other. False while earlier ones are coming."""
-        if self._coming.is_alive():
+        """Download shards in the background, one by one. Does nothing and returns False while a prefetch runs."""
+        if self._prefetching.is_alive():
             return False
-        if not rows or self._local(rows[0]):
+        if not rows or self._is_local(rows[0]):
             return True
         missing = [row for row in rows if not self._host.has(row.sha256)]
-        self._coming = threading.Thread(target=self._fetch_all, args=(missing,), daemon=True)
-        self._coming.start()
+        self._prefetching = threading.Thread(target=self._fetch_all, args=(missing,), daemon=True)
+        self._prefetching.start()
         return True
 
-    def _verified(self, row: ShardRow) -> np.ndarray:
+    def _open_verified(self, row: ShardRow) -> np.ndarray:
         tokens = self._mapped(row)
-        if tokens is None and not self._local(row):
-            log.warning("cache: shard %s was damaged on this host; it is set aside and fetched again", row.shard_id)
-            self._host.set_aside(row.sha256)
+        if tokens is None and not self._is_local(row):
+            log.warning("cache: the copy of shard %s on this host is damaged; downloading it again", row.shard_id)
+            self._host.quarantine(row.sha256)
             tokens = self._mapped(row)
         if tokens is None:
-            self._read(row)  # says what is wrong with it
+            self._read(row)  # raises if the store's copy is damaged, too
             raise ShardCorrupt(
-                f"shard {row.shard_id!r} of dataset {self._dataset!r}: the store has it whole, this host's disk gives "
-                f"back other bytes. Check that disk, or let HOME be on another one."
+                f"shard {row.shard_id!r} of dataset {self._dataset!r}: intact in the store, but this host's disk "
+                f"returns other bytes. Check that disk, or set HOME to a folder on another one."
             )
         return tokens
 
     def _mapped(self, row: ShardRow) -> np.ndarray | None:
-        """The shard's file as an array, or None when it does not hold what it should."""
+        """The shard's file as an array, or None if it is missing or damaged."""
         path = self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))
         try:
             with path.open("rb") if path else self._host.open(row.sha256, lambda: self._read(row)) as file:
-                tokens: np.ndarray = np.memmap(file, DTYPE, mode="r")  # keeps the file open, so the cache keeps it, too
-        except (ValueError, FileNotFoundError):  # empty, of odd size, or not there
+                tokens: np.ndarray = np.memmap(file, DTYPE, mode="r")  # holds the file open, so it is not evicted
+        except (ValueError, FileNotFoundError):  # ValueError: empty, or of odd size
             return None
-        if row.sha256 not in self._proved:
+        if row.sha256 not in self._verified:
             if sha256(tokens.data) != row.sha256:
                 return None
-            self._proved.add(row.sha256)
+            self._verified.add(row.sha256)
         return tokens
 
     def _read(self, row: ShardRow) -> Body:
         return read_shard(self._store, self._dataset, row.shard_id, row.tokens, row.sha256)
 
-    def _local(self, row: ShardRow) -> bool:
+    def _is_local(self, row: ShardRow) -> bool:
         return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id)) is not None
 
     def _fetch_all(self, rows: list[ShardRow]) -> None:
@@ -95,5 +95,5 @@ class ShardCache:
             try:
                 self._host.open(row.sha256, lambda row=row: self._read(row)).close()  # type: ignore[misc]
             except StorageError as error:
-                log.info("cache: %s", error)  # whoever opens the shard will be told
+                log.info("cache: %s", error)  # `open` raises it
                 return

@@ -1,4 +1,7 @@
-"""From tokens back to text: which row of which source file a document of a shard is. Knows no tokenizer."""
+"""Traces token ids back to text: which row of which source file a document of a shard was made from.
+
+The tokenizer is not known here.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -17,11 +20,14 @@ from storage.sources.filters import parse
 from storage.sources.mirror import locate
 from storage.stores.store import Store
 
+Span = tuple[int, int]  # of a shard's tokens: the first, and the one after the last
+
 
 class Traced(NamedTuple):
-    """A document, or the part of it that was asked for: where it lies, where it came from, and its token ids.
+    """A document, or the part of it within a span: its place in the shard, its origin, and its token ids.
 
-    `row`, `id` and `url` are None, and `why` says so, where the source file cannot be read now.
+    If the source file cannot be read now, `row`, `id` and `url` are None and `why` holds the reason. The field names
+    are those of `gpt2 dataset trace --json`.
     """
 
     shard_id: str
@@ -34,38 +40,35 @@ class Traced(NamedTuple):
     ids: np.ndarray
 
 
-def source_rows(file: SourceFile, record: Record, wanted: Collection[int]) -> Iterator[tuple[int, Row]]:
-    """The rows that some documents of a shard were made of, in order: `wanted` are their numbers in the shard.
+def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
+    """The source rows of some documents of a shard, by document number and in order.
 
-    Raises SourceInvalid when the file is not what the shard was made of.
+    Raises SourceInvalid if the file is not the one that the shard was made from.
     """
-    if not wanted:
+    if not numbers:
         return
-    column, row_from, row_to = record.recipe.text_column, record.recipe.row_from, record.recipe.row_to
-    asked = tuple(parse(text) for text in record.recipe.filters)
-    left_out = frozenset(record.skipped_rows)
-    start = 0  # the first document that is read
-    first, last = row_from, row_to
-    if not (record.filtered or record.skipped_rows):  # then row and document go together
-        start = min(wanted)
-        first, last = row_from + start, row_from + max(wanted) + 1
-    read_from = 0 if file.place.endswith(".jsonl") else first  # JSON lines have no index: those before are read, too
-    rows = documents.documents(file, column, read_from, last, filters=asked, left_out=left_out, names=(ID, URL))
-    made = (row for row in rows if row.number >= first)
-    for number, row in enumerate(islice(made, max(wanted) + 1 - start), start):
-        if number in wanted:
+    recipe = record.recipe
+    row_from, row_to = recipe.row_from, recipe.row_to
+    first = 0  # the first document that is read
+    if not (record.filtered or record.skipped_rows):  # each row is a document: read only the rows in question
+        first = min(numbers)
+        row_from, row_to = row_from + first, row_from + max(numbers) + 1
+    rows = documents.documents(
+        file,
+        recipe.text_column,
+        row_from,
+        row_to,
+        filters=tuple(parse(text) for text in recipe.filters),
+        skip_rows=frozenset(record.skipped_rows),
+        names=(ID, URL),
+    )
+    for number, row in enumerate(islice(rows, max(numbers) + 1 - first), first):
+        if number in numbers:
             yield number, row
 
 
-def row_numbers(file: SourceFile, record: Record, wanted: Collection[int]) -> dict[int, int]:
-    """The row of each of some documents of a shard; the file is read only where rows were left out between them."""
-    if record.filtered or record.skipped_rows:
-        return {number: row.number for number, row in source_rows(file, record, wanted)}
-    return {number: record.recipe.row_from + number for number in wanted}
-
-
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
-    """A version's source files by digest, where it was made of a Hub dataset: its commit says where they are."""
+    """The source files of a version made from a Hub dataset, by digest, at the commit that it was made from."""
     origin = manifest.source
     if "commit" not in origin:
         return {}
@@ -81,34 +84,40 @@ def trace(
     dataset: str,
     row: ShardRow,
     ids: np.ndarray,
-    spans: list[tuple[int, int]],
+    spans: list[Span],
     files: Mapping[str, SourceFile],
 ) -> Iterator[tuple[int, Traced]]:
-    """The documents that some spans of a shard (first token, token after the last) are made of, each with its span.
+    """The documents in some spans of a shard, each with the index of its span.
 
-    `files` are the source files that are at hand, by digest.
+    `ids` are the shard's token ids; `files` are the source files that can be read, by digest.
     """
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)
-    touched = [
-        range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, stop, side="left")))
-        for first, stop in spans
-    ]
-    rows, why = _rows(store, record, {number for numbers in touched for number in numbers}, files)
-    for span, ((first, stop), numbers) in enumerate(zip(spans, touched, strict=True)):
+    numbers_of = [_documents_in(span, starts) for span in spans]
+    rows, reason = _rows(store, record, {number for numbers in numbers_of for number in numbers}, files)
+    for index, ((first, stop), numbers) in enumerate(zip(spans, numbers_of, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
-            found = rows.get(number, Row(None, None, None, None))  # type: ignore[arg-type]  # not at hand
-            yield span, Traced(row.shard_id, number, record.source, found.number, found.id, found.url, why, part)
+            yield index, Traced(row.shard_id, number, record.source, *_origin(rows.get(number)), reason, part)
+
+
+def _documents_in(span: Span, starts: np.ndarray) -> range:
+    first, stop = span
+    return range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, stop, side="left")))
+
+
+def _origin(row: Row | None) -> tuple[int | None, Any, Any]:
+    return (None, None, None) if row is None else (row.number, row.id, row.url)
 
 
 def _rows(
-    store: Store, record: Record, wanted: set[int], files: Mapping[str, SourceFile]
+    store: Store, record: Record, numbers: set[int], files: Mapping[str, SourceFile]
 ) -> tuple[dict[int, Row], str]:
+    """The source rows by document number, or none and the reason."""
     file = files.get(record.recipe.source)
     if file is None:
         return {}, f"{record.source} is not among the files of data.source"
     try:
-        return dict(source_rows(locate(store, file), record, wanted)), ""
-    except (StorageError, ValueError) as error:  # also a dataset that the Hub shows no more
+        return dict(source_rows(locate(store, file), record, numbers)), ""
+    except (StorageError, ValueError) as error:  # ValueError: a Hub dataset that is gone or private now
         return {}, str(error)

@@ -1,12 +1,14 @@
-"""Proves that a dataset's version is what its manifest says. Changes nothing, knows no tokenizer.
+"""Proves that a version of a dataset is what its manifest says. Changes nothing.
 
-Three depths: `quick` believes the store's listing and the sums it keeps, `full` reads every byte, `deep` tokenises some
-documents of the source again and looks for them in the shards.
+Three depths: `quick` trusts the store's listing and its checksums, `full` reads every byte, and `check_documents`
+tokenises some documents of the source again and compares them with the shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,52 +23,86 @@ from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.stores.store import Store
 
+SHARDS_AT_ONCE = 4  # the store answers for one shard while another is hashed
+Encode = Callable[[str], np.ndarray]
+
 
 class Damage(NamedTuple):
-    """What is wrong, with which shard or manifest."""
+    """A damaged shard or manifest, and what is wrong with it.
+
+    A `repairable` shard becomes whole when its record is deleted and its job runs again.
+    """
 
     name: str
     wrong: str
+    repairable: bool = False
+
+
+def verify_dataset(
+    store: Store,
+    dataset: str,
+    manifest: Manifest,
+    *,
+    eot: int,
+    depth: Literal["quick", "full"],
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[Damage]:
+    """The damaged shards of a version, in order; if `full`, then what is wrong with its ancestors and its val split.
+
+    Calls `on_progress` after each shard. Raises what a store raises that cannot be read at all.
+    """
+    if depth == "quick":
+        check = partial(check_quickly, store, dataset)
+    else:
+        check = partial(check_fully, store, dataset, eot=eot)
+    damages: list[Damage] = []
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for damage in pool.map(check, manifest.rows()):
+            if damage is not None:
+                damages.append(damage)
+            on_progress()
+    if depth == "full":
+        damages.extend(check_versions(store, dataset, manifest))
+    return damages
 
 
 def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
-    """What the shard's size, the sum that the store keeps of it, or a missing record show, without reading it."""
+    """What the shard's size, the store's checksum of it, or a missing record show, without reading the shard."""
     try:
-        found = store.stat(DatasetKeys(dataset).shard(row.shard_id))
+        status = store.stat(DatasetKeys(dataset).shard(row.shard_id))
         store.stat(DatasetKeys(dataset).record(row.shard_id))
     except ObjectMissing as error:
-        return Damage(row.shard_id, str(error))
+        return _damaged(row, str(error))
     size_bytes = row.tokens * DTYPE.itemsize
-    if found.size != size_bytes:
-        return Damage(row.shard_id, f"expected {size_bytes:,} bytes, found {found.size:,}")
-    if found.sha256 not in (None, row.sha256):
-        return Damage(row.shard_id, f"expected sha256 {row.sha256}, the store keeps {found.sha256}")
+    if status.size != size_bytes:
+        return _damaged(row, f"expected {size_bytes:,} bytes, found {status.size:,}")
+    if status.sha256 not in (None, row.sha256):
+        return _damaged(row, f"expected sha256 {row.sha256}, the store has {status.sha256}")
     return None
 
 
 def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage | None:
-    """What reading every byte shows: the sum, the record, one `eot` a document, no id above it."""
+    """What reading every byte shows: the sha256, the record, one `eot` for each document, no id above `eot`."""
     try:
         ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
         record = read_record(store, dataset, row.shard_id)
     except StorageError as error:
-        return Damage(row.shard_id, str(error))
+        return _damaged(row, str(error))
     for name in ShardSummary._fields:
-        if getattr(record, name) != getattr(row, name):
-            return Damage(
-                row.shard_id,
-                f"{name}: the manifest says {getattr(row, name)}, its record {getattr(record, name)}",
-            )
-    found = (len(ids), int(np.count_nonzero(ids == eot)))
-    if found != (row.tokens, row.documents):
-        return Damage(row.shard_id, f"expected tokens, documents {row.tokens:,}, {row.documents:,}, found {found}")
+        listed, recorded = getattr(row, name), getattr(record, name)
+        if listed != recorded:
+            return _damaged(row, f"{name}: the manifest says {listed}, its record {recorded}")
+    documents = int(np.count_nonzero(ids == eot))
+    if (len(ids), documents) != (row.tokens, row.documents):
+        expected = f"{row.tokens:,} tokens in {row.documents:,} documents"
+        return _damaged(row, f"expected {expected}, found {len(ids):,} in {documents:,}")
     if int(ids.max()) > eot:
-        return Damage(row.shard_id, f"expected ids up to {eot:,}, found {int(ids.max()):,}")
+        return _damaged(row, f"expected ids up to {eot:,}, found {int(ids.max()):,}")
     return None
 
 
 def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """The version's ancestors that cannot be read, and shards of `val` whose rows are in `train` too."""
+    """The first ancestor that cannot be read, and shards of train that share source rows with val."""
     parent = manifest.parent
     while parent is not None:
         try:
@@ -82,54 +118,73 @@ def check_documents(
     dataset: str,
     manifest: Manifest,
     files: Iterable[SourceFile],
-    encode: Callable[[str], np.ndarray],
+    encode: Encode,
     *,
     count: int,
     seed: int,
 ) -> Iterator[Damage | None]:
-    """Tokenise `count` documents of the source again, drawn by `seed`, and compare: a Damage or None for each."""
-    by_digest = {file.digest: file for file in files}
+    """Tokenise `count` random documents of the source again and compare: a Damage, or None, for each of them.
+
+    A shard that cannot be compared gives one Damage in place of its documents.
+    """
+    files_by_digest = {file.digest: file for file in files}
     rows = list(manifest.rows())
     ends = np.cumsum([row.documents for row in rows])
     chosen = np.sort(np.random.default_rng(seed).choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
     shard_of = np.searchsorted(ends, chosen, side="right")
     for shard in np.unique(shard_of):
         row = rows[shard]
-        here = chosen[shard_of == shard] - (ends[shard] - row.documents)
+        numbers = chosen[shard_of == shard] - (ends[shard] - row.documents)
         try:
-            ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
-            record = read_record(store, dataset, row.shard_id)
-            starts, stops = document_bounds(ids)
-            if len(starts) != row.documents:
-                yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
-                continue
-            file = by_digest.get(record.recipe.source)
-            if file is None:
-                yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
-                continue
-            for document, text in source_rows(locate(store, file), record, here.tolist()):
-                found = ids[starts[document] + 1 : stops[document]]
-                same = np.array_equal(found, encode(text.text))
-                yield None if same else Damage(row.shard_id, f"document {document:,} is not what its source gives now")
+            yield from _compared(store, dataset, row, numbers.tolist(), files_by_digest, encode)
         except StorageError as error:
             yield Damage(row.shard_id, str(error))
 
 
+def _compared(
+    store: Store,
+    dataset: str,
+    row: ShardRow,
+    numbers: list[int],
+    files_by_digest: dict[str, SourceFile],
+    encode: Encode,
+) -> Iterator[Damage | None]:
+    """Some documents of one shard, each compared with its source. Raises StorageError."""
+    ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+    record = read_record(store, dataset, row.shard_id)
+    starts, stops = document_bounds(ids)
+    if len(starts) != row.documents:
+        yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
+        return
+    file = files_by_digest.get(record.recipe.source)
+    if file is None:
+        yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
+        return
+    for number, source_row in source_rows(locate(store, file), record, numbers):
+        stored = ids[starts[number] + 1 : stops[number]]
+        is_same = np.array_equal(stored, encode(source_row.text))
+        yield None if is_same else Damage(row.shard_id, f"document {number:,} differs from its source")
+
+
+def _damaged(row: ShardRow, wrong: str) -> Damage:
+    return Damage(row.shard_id, wrong, repairable=True)
+
+
 def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """Shards of `train` that share rows of a source file with one of `val`. Reads the records of those files only."""
+    """Shards of train that share rows of a source file with one of val. Reads the records of those files only."""
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
         val.setdefault(recipe.source, []).append((shard_id, recipe.row_from, recipe.row_to))
-    of_val = (name for name, digest in manifest.files.items() if digest in val)  # renamed ones, too
-    stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in of_val}
-    near = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
-    for shard_id, recipe in _recipes(store, dataset, near):
+    names = (name for name, digest in manifest.files.items() if digest in val)  # also of a file that was renamed
+    stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in names}
+    candidates = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
+    for shard_id, recipe in _recipes(store, dataset, candidates):
         for name, row_from, row_to in val.get(recipe.source, []):
             if recipe.row_from < row_to and row_from < recipe.row_to:
-                yield Damage(shard_id, f"shares rows of its source file with {name}, which is of split val")
+                yield Damage(shard_id, f"shares rows of its source file with {name}, which is in split val")
 
 
 def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, ShardRecipe]]:
     for shard_id in shard_ids:
-        with suppress(StorageError):  # no record, no rows: `check_fully` has named it
+        with suppress(StorageError):  # without a record no rows are known; `check_fully` reports the shard
             yield shard_id, read_record(store, dataset, shard_id).recipe

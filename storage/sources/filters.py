@@ -1,19 +1,19 @@
-"""Filters: which rows of a source file count, by their columns. Knows no file format.
+"""Filters: conditions on columns that decide which rows of a source file count. Independent of the file format.
 
 A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dump in ["CC-MAIN-2024-10"]`. The name
-`length` means the document's characters: text is read when a shard is made, so a plan cannot know it.
+`length` stands for the characters of the document. A plan ignores such a filter, since it does not read the text.
 """
 
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from storage.errors import SourceInvalid
 
 LENGTH = "length"
-WRITTEN = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>|not\s+in\b|in\b)\s*(.+)", re.DOTALL)
+CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>|not\s+in\b|in\b)\s*(.+)", re.DOTALL)
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -21,60 +21,71 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "==": operator.eq,
     "!=": operator.ne,
-    "in": lambda found, wanted: found in wanted,
-    "not in": lambda found, wanted: found not in wanted,
+    "in": lambda value, operand: value in operand,
+    "not in": lambda value, operand: value not in operand,
 }
 
 
 class Filter(NamedTuple):
-    """One condition on one column."""
+    """A condition on one column."""
 
     column: str
     comparison: str
-    wanted: Any
+    operand: Any
 
     def __str__(self) -> str:
-        """The one way in which it is written into a recipe."""
-        return f"{self.column} {self.comparison} {self.wanted!r}"
+        """The canonical spelling, as a recipe holds it."""
+        return f"{self.column} {self.comparison} {self.operand!r}"
 
-    def keeps(self, found: Any) -> bool:
-        """Whether a row with this value counts; one without a value (null) does not. Raises SourceInvalid."""
+    def keeps(self, value: Any) -> bool:
+        """Whether a row with this value passes; null never does. Raises SourceInvalid for values of another type."""
+        if value is None:
+            return False
         try:
-            return found is not None and COMPARISONS[self.comparison](found, self.wanted)
+            return COMPARISONS[self.comparison](value, self.operand)
         except TypeError as error:
             raise SourceInvalid(
-                f"data.filters: {self} was asked of column {self.column!r}, which holds {type(found).__name__}, as "
-                f"{str(found)[:40]!r}. Compare it with a value of that type."
+                f"data.filters: {self} cannot be compared with column {self.column!r}, which holds "
+                f"{type(value).__name__}, for example {str(value)[:40]!r}. Use a value of that type."
             ) from error
 
 
 def parse(text: str) -> Filter:
-    """The filter that is written. Raises ValueError."""
+    """The filter that the text spells. Raises ValueError."""
+    match = CONDITION.fullmatch(text)
+    if match is None:
+        raise _unreadable(text)
+    column, comparison = match[1], " ".join(match[2].split())
     try:
-        found = WRITTEN.fullmatch(text)
-        if found is None:
-            raise SyntaxError
-        column, comparison, wanted = found[1], " ".join(found[2].split()), ast.literal_eval(found[3])
-        if isinstance(wanted, list | tuple | set) != comparison.endswith("in"):
-            raise SyntaxError
-        wanted = sorted(set(wanted)) if comparison.endswith("in") else wanted
-        if not all(
-            isinstance(one, bool | int | float | str) for one in (wanted if isinstance(wanted, list) else [wanted])
-        ):
-            raise SyntaxError
+        operand = ast.literal_eval(match[3])
+        if isinstance(operand, list | tuple | set) and comparison.endswith("in"):
+            operand = sorted(set(operand))  # one spelling for the recipe
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ValueError(
-            f"data.filters: {text!r} cannot be read. Write a column, one of {' '.join(COMPARISONS)}, and a value: "
-            f"'int_score >= 4', 'dump in [\"CC-MAIN-2024-10\"]', 'length >= 200' (characters of the document)."
-        ) from None
-    return Filter(column, comparison, wanted)
+        raise _unreadable(text) from None
+    is_list = isinstance(operand, list)
+    values = operand if is_list else [operand]
+    if is_list != comparison.endswith("in") or not all(isinstance(value, bool | int | float | str) for value in values):
+        raise _unreadable(text)
+    return Filter(column, comparison, operand)
 
 
-def check_columns(filters: tuple[Filter, ...], names: list[str], place: str) -> None:
-    """Raise SourceInvalid when a file lacks a column that a filter asks for."""
-    for wanted in filters:
-        if wanted.column not in (LENGTH, *names):
+def keeps_row(filters: Sequence[Filter], columns: dict[str, Any]) -> bool:
+    """Whether a row passes all filters; a column that it lacks counts as null. Raises SourceInvalid."""
+    return all(condition.keeps(columns.get(condition.column)) for condition in filters)
+
+
+def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> None:
+    """Raise SourceInvalid if the file lacks a column that a filter names."""
+    for condition in filters:
+        if condition.column not in (LENGTH, *names):
             raise SourceInvalid(
-                f"{place}: column {wanted.column!r} was asked for by data.filters ({wanted}), found "
+                f"{place}: data.filters ({condition}) needs column {condition.column!r}, found "
                 f"{', '.join(names) or 'no columns'}. Filter on one of these, or on 'length'."
             )
+
+
+def _unreadable(text: str) -> ValueError:
+    return ValueError(
+        f"data.filters: {text!r} cannot be read. Write a column, a comparison ({' '.join(COMPARISONS)}) and a value: "
+        f"'int_score >= 4', 'dump in [\"CC-MAIN-2024-10\"]', 'length >= 200' (characters of the document)."
+    )

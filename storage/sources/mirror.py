@@ -16,9 +16,10 @@ from typing import Any
 from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, StoreUnusable
-from storage.sources import files as sources
 from storage.sources import hub
-from storage.sources.files import Listing, SourceFile
+from storage.sources.files import Listing, SourceFile, with_distinct_names
+from storage.sources.finding import find_files, is_on_hub
+from storage.sources.identity import identify
 from storage.stores.store import Store, overwrite, read_json
 
 HASHED_AT_ONCE = 4
@@ -32,11 +33,9 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
     store. When the Hub does not answer, that is what is returned, and why. Raises ValueError for what is not there,
     SourceUnavailable when the Hub does not answer and never did.
     """
-    if not sources.is_on_hub(source):
+    if not is_on_hub(source):
         with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            return Listing(
-                sources.with_distinct_names(list(pool.map(sources.identify, sources.find_files(source)))), {}
-            ), ""
+            return Listing(with_distinct_names(list(pool.map(identify, find_files(source)))), {}), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = _remembered(read_json(store, key))
     if known and known.origin["commit"] == revision:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storage.errors import SourceInvalid
-from storage.sources import files as sources
 from storage.sources import hub
 from storage.sources.files import SourceFile
+from storage.sources.finding import BUCKET, bucket_of
+from storage.sources.identity import identify
 
 
 class RangeFile(io.RawIOBase):
@@ -53,16 +54,16 @@ def open_source(file: SourceFile) -> Path | RangeFile:
     if file.place.startswith(hub.SCHEME):
         return RangeFile(file.size_bytes, lambda start, length: hub.read_range(file.place, start, length))
     # What was copied into a store is named by its digest; git's, of a small file, is no sha256 to compare with.
-    named = sources.BUCKET.match(file.place) or hub.COMMIT.fullmatch(file.digest)
+    named = BUCKET.match(file.place) or hub.COMMIT.fullmatch(file.digest)
     if not (named and file.place.endswith(file.key)):
-        found = sources.identify(file.place).digest
+        found = identify(file.place).digest
         if found != file.digest:
             raise SourceInvalid(
                 f"{file.place}: planned with sha256 {file.digest[:12]}…, it has changed since. "
                 + ("Delete that copy. " if file.place.endswith(file.key) else "")
                 + "Run the command again."
             )
-    if not sources.BUCKET.match(file.place):
+    if not BUCKET.match(file.place):
         return Path(file.place)
-    store, key = sources.bucket_of(file.place)
+    store, key = bucket_of(file.place)
     return RangeFile(file.size_bytes, lambda start, length: store.read_range(key, start, length))

@@ -10,9 +10,9 @@ from flows.pretrain import build_dataset
 from model.config import RunConfig
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ShardCorrupt
-from storage.inspection.summary import card
+from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.leaks import documents, leaks_of, repeats_of, runs_of, shouted, story, words_of
@@ -68,7 +68,7 @@ def built(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
     settings = [f"evaluation.hellaswag={folder / 'items.jsonl'}", "resources.audit=true", "resources.workers=2"]
     config = tiny_config(str(folder / "store"), str(folder / "source"), *settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "REMEMBERED", folder / "digests")
+        patch.setattr(identity, "REMEMBERED", folder / "digests")
         digest = build_dataset(config)
     store = open_store(config.store_url)
     return config, store, read_manifest(store, "small", digest)
@@ -98,7 +98,7 @@ def test_a_build_leaves_the_report_that_all_pairs_give(built: Built) -> None:
     pairs = {kind: {tuple(one): tuple(other) for one, other in report["examples"][kind]} for kind in report["examples"]}
     assert pairs == {"train": repeats, "val_in_train": leaks}
     assert (report["dataset"], report["manifest"]) == ("small", manifest.digest)
-    assert card(store, "small", manifest)["audit"] == report
+    assert summarise(store, "small", manifest).to_json()["audit"] == report
 
 
 def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
@@ -111,8 +111,8 @@ def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
     assert find_leaks_of_newest(config) == report  # no shard was read
     with pytest.raises(ShardCorrupt, match=manifest.shard_ids[-1]):
         find_leaks_of_newest(without)
-    assert card(store, "small", manifest)["audit"] == report
+    assert summarise(store, "small", manifest).to_json()["audit"] == report
     overwrite(store, key, whole)
     other = find_leaks_of_newest(without)
     assert other == report | {"asked": None, "items": None}
-    assert card(store, "small", manifest)["audit"] == other
+    assert summarise(store, "small", manifest).to_json()["audit"] == other

@@ -11,7 +11,7 @@ from storage.datasets.manifest import Manifest
 from storage.datasets.plan import FilePlan, ShardJob, plan_file
 from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
 
@@ -36,7 +36,7 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
 
 def plans_of(*paths: Path | str, **settings: Any) -> list[FilePlan]:
     """The plans of some files: shards of 500 tokens, with other settings where they are given."""
-    return [plan_file(sources.identify(path), replace(SPEC.settings, **settings)) for path in paths]
+    return [plan_file(identity.identify(path), replace(SPEC.settings, **settings)) for path in paths]
 
 
 def jobs_of(*paths: Path, **settings: Any) -> list[ShardJob]:

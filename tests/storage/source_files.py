@@ -1,4 +1,4 @@
-"""Source files of the tests' own making, and every way to look into one."""
+"""Source files that the tests write, and two ways to read one: as a plan does, and as a shard does."""
 
 import json
 from collections.abc import Callable
@@ -11,33 +11,32 @@ from model import tokenizer
 from storage.datasets import shards
 from storage.datasets.plan import ShardJob
 from storage.datasets.recipe import ShardRecipe
-from storage.sources import documents
-from storage.sources import files as sources
-from storage.sources.documents import Rows
+from storage.sources import documents, identity
+from storage.sources.documents import RowTokens
 from storage.sources.filters import parse
 from storage.stores.folder import FolderStore
 
 TEXTS = ["one", "", "two words", "żółć 🙂", "a\r\nb\u2028c\x00d", "<|endoftext|>"]
-Ask = Callable[[Path], object]
+Read = Callable[[Path], object]
 
 
-def rows(path: Path, column: str = "text", *written: str, strict: bool = True) -> Rows:
-    """What a plan needs of the file, with some filters."""
-    return documents.rows(sources.identify(path), column, tuple(parse(text) for text in written), strict=strict)
+def rows(path: Path, column: str = "text", *filters: str, strict: bool = True) -> RowTokens:
+    """What a plan needs of the file."""
+    return documents.rows(identity.identify(path), column, tuple(parse(text) for text in filters), strict=strict)
 
 
 def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:
-    """The texts that a shard of these rows is made of, decoded from it."""
-    file = sources.identify(path)
+    """The texts that a shard of these rows is made of."""
+    file = identity.identify(path)
     recipe = ShardRecipe(file.digest, row_from, row_to, tokenizer="", text_column=column)
     job = ShardJob("a", recipe, file, start_byte)
     store = FolderStore(path.parent / f"{row_from}-{row_to}", "texts")
-    found: list[str] = []
-    shards.build_shard(store, "a", job, lambda text: found.append(text) or tokenizer.encode(text), tokenizer.EOT)
-    return found
+    texts: list[str] = []
+    shards.build_shard(store, "a", job, lambda text: texts.append(text) or tokenizer.encode(text), tokenizer.EOT)
+    return texts
 
 
-LOOKS: list[Ask] = [rows, lambda path: texts_of(path, 0, 2)]
+READS: list[Read] = [rows, lambda path: texts_of(path, 0, 2)]
 
 
 def write_lines(path: Path, *lines: str | bytes) -> Path:

@@ -267,8 +267,8 @@ def bench_manifest(shards: int, times: int, most_seconds: float) -> None:
 
 def pass_through(url: str, folder: Path, size: int) -> list[tuple[float, float]]:
     """The peak and the mapped megabytes after 10 and 100 shards that were put, read and opened."""
-    host_cache.FOLDER, shard_cache.limit_bytes, found = folder, 10 * size, []
-    opened = shard_cache.ShardCache(store := open_store(url, create=True), DATASET)
+    host_cache.FOLDER, found = folder, []
+    opened = shard_cache.ShardCache(store := open_store(url, create=True), DATASET, 10 * size)
     for n in range(100):
         body = os.urandom(size)
         store.put_new(shard_keys[n], body)

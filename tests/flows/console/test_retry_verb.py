@@ -21,8 +21,7 @@ from storage.datasets.records import Record
 from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys, RunKeys
-from storage.sources import files as sources
-from storage.sources import mirror
+from storage.sources import identity, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import making
@@ -61,7 +60,7 @@ def spoil(store: Store, shard_id: str) -> None:
 def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
     folder = tmp_path_factory.mktemp("failing")
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((sources, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
+        for module, name in ((identity, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
             patch.setattr(module, name, folder / module.__name__)
         for number in range(4):
             write_parquet(

@@ -16,9 +16,9 @@ from flows.pages.dataset_card import page
 from model import tokenizer
 from storage.datasets.manifest import Manifest
 from storage.datasets.versions import difference
-from storage.inspection.summary import card
+from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from tests.crawl import Crawl, crawled, write_crawl
 from tests.flows.client import run_gpt2
 
@@ -65,7 +65,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     """For tests that change nothing."""
     folder = tmp_path_factory.mktemp("versions")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "REMEMBERED", folder / "digests")
+        patch.setattr(identity, "REMEMBERED", folder / "digests")
         return made(folder)
 
 
@@ -123,7 +123,9 @@ def test_diff_tells_what_one_holds_that_the_other_does_not(versions: Versions, g
 
 
 def test_show_prints_the_card_or_writes_its_page(versions: Versions, gpt2: Ask, tmp_path: Path) -> None:
-    newest, oldest = (card(versions.crawl.store, "small", one) for one in (versions.second, versions.first))
+    newest, oldest = (
+        summarise(versions.crawl.store, "small", one).to_json() for one in (versions.second, versions.first)
+    )
     assert gpt2(versions, "show", "--json").json == [newest]
     assert gpt2(versions, "show", "--json", "--version", versions.first.digest[:12]).json == [oldest]
     said = gpt2(versions, "show")

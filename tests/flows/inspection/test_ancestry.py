@@ -22,7 +22,7 @@ from storage.datasets.manifest import Manifest
 from storage.digests import sha256
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.store import Store, read_json
 from tests.crawl import Crawl
 from tests.making import tiny_config
@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         return tokens_BT, targets_BT
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "REMEMBERED", folder / "digests")
+        patch.setattr(identity, "REMEMBERED", folder / "digests")
         own = MicroBatches.next
         patch.setattr(MicroBatches, "next", keep)
         crawl = Crawl(folder, names=FILES, count=3)

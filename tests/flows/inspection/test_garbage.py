@@ -244,7 +244,7 @@ def test_files_that_were_set_aside_go(in_folder: Place) -> None:
     host = HostCache(host_cache.FOLDER, 1 << 30)
     host.open("0" * 64, lambda: b"damaged").close()
     host.open("1" * 64, lambda: b"in use").close()
-    host.set_aside("0" * 64)
+    host.quarantine("0" * 64)
     assert "quarantine" not in {found.kind for found in collect(in_folder.store, HOUR)}
     named = [found for found in find(in_folder.store, -HOUR) if found.kind == "quarantine"]
     assert [found.size_bytes for found in named] == [len(b"damaged")]
@@ -257,7 +257,7 @@ def test_a_file_that_another_collector_removed_first_is_no_failure(in_folder: Pl
     host = HostCache(host_cache.FOLDER, 1 << 30)
     for sha256 in ("0" * 64, "1" * 64):
         host.open(sha256, lambda: b"damaged").close()
-        host.set_aside(sha256)
+        host.quarantine(sha256)
     here = (found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine")
     assert next(here).name.startswith("0")
     for path in host.quarantined():

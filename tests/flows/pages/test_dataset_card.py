@@ -12,8 +12,8 @@ from rich.console import Console
 
 from flows.pages import dataset_card as module
 from flows.pages.dataset_card import leak_line, page, print_card
-from storage.inspection.summary import card
-from storage.sources import files as sources
+from storage.inspection.summary import summarise
+from storage.sources import identity
 from tests.crawl import GOOD, SKIPPING, Crawl
 from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
@@ -76,9 +76,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The card of a dataset of which some rows are left out and some could not be tokenised."""
     folder = tmp_path_factory.mktemp("counted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "REMEMBERED", folder / "digests")
+        patch.setattr(identity, "REMEMBERED", folder / "digests")
         crawl = Crawl(folder, GOOD, SKIPPING, bad=True)
-        return card(crawl.store, "small", crawl.build())
+        return summarise(crawl.store, "small", crawl.build()).to_json()
 
 
 def named(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_a_hostile_name_is_text_on_the_page(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path, names=(HOSTILE,))
     rows = crawl.rows[f"{HOSTILE}.parquet"]
     crawl.write(f"{HOSTILE}.parquet", [row | {"dump": HOSTILE} for row in rows])
-    found = card(crawl.store, "small", crawl.build())
+    found = summarise(crawl.store, "small", crawl.build()).to_json()
     assert found["dumps"] == {HOSTILE: len(rows)}
     looked = Page(page(found))
     assert looked.tags & LOADING == set()
@@ -165,7 +165,7 @@ def test_plots_add_up_with_the_totals(
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
     hub.dataset("org/edu", files, configs={"default": {"train": "data/**"}})
     config = tiny_config(crawl.config.store_url, "org/edu", "data.config=default")
-    found = card(crawl.store, "small", build_dataset(config))
+    found = summarise(crawl.store, "small", build_dataset(config)).to_json()
     tokens, documents = (sum(split[name] for split in found["totals"].values()) for name in ("tokens", "documents"))
     with_dump = sum(row["dump"] is not None for rows in crawl.rows.values() for row in rows)
     assert plotted(monkeypatch, found) == [documents, with_dump, tokens]

@@ -1,4 +1,4 @@
-"""Processes of a host share one download of each file, bounded, whatever is killed, full or damaged meanwhile."""
+"""Processes of a host share one download per file, within a limit, despite kills, full disks and damaged files."""
 
 import errno
 import fcntl
@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[3]
 SIZE = 10_000
 MUCH = 1 << 40
 
-# Opens one file and says what it holds. Its fetch is noted in a file; it waits there, or in the write, when told to.
+# Opens one file and prints its sha256. Each fetch is logged; on request it waits in the fetch or in the write.
 PROCESS = """
 import os, sys
 from pathlib import Path
 from storage.cache import host as host_cache
 from storage.digests import sha256
 
-folder, name, body, noted, waits = sys.argv[1:]
+folder, name, body, log, waits = sys.argv[1:]
 
 def wait(at):
     if waits == at:
@@ -37,7 +37,7 @@ def wait(at):
         sys.stdin.readline()
 
 def fetch():
-    with open(noted, "a") as file:
+    with open(log, "a") as file:
         file.write(f"{os.getpid()}\\n")
     wait("in the fetch")
     return Path(body).read_bytes()
@@ -64,14 +64,14 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path, folder: Path) -> Iterator[Start]:
-    """A function that starts a process which opens the file of that body."""
+    """A function that starts a process that opens the file with the given body."""
     started: list[subprocess.Popen[str]] = []
 
     def started_process(body: bytes, waits: str = "nowhere") -> subprocess.Popen[str]:
         (tmp_path / "body").write_bytes(body)
-        words = [str(folder), sha256(body), str(tmp_path / "body"), str(tmp_path / "noted"), waits]
+        argv = [str(folder), sha256(body), str(tmp_path / "body"), str(tmp_path / "log"), waits]
         process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *words], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", PROCESS, *argv], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         started.append(process)
         return process
@@ -82,19 +82,19 @@ def start(tmp_path: Path, folder: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def next_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     return process.stdout.readline().strip()
 
 
-def go_on(process: subprocess.Popen[str]) -> None:
+def let_go_on(process: subprocess.Popen[str]) -> None:
     assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
 
 
 def fetches(tmp_path: Path) -> int:
-    return len((tmp_path / "noted").read_text().splitlines())
+    return len((tmp_path / "log").read_text().splitlines())
 
 
 def files(folder: Path) -> list[Path]:
@@ -116,8 +116,8 @@ def age(folder: Path, number: int, seconds: float) -> None:
     os.utime(folder / name[:2] / name, (seconds, seconds))
 
 
-def held(cache: HostCache) -> list[int]:
-    """Which of the numbered files are there."""
+def cached(cache: HostCache) -> list[int]:
+    """Which of the numbered files are cached."""
     return [number for number in range(20) if cache.has(sha256(body_of(number)))]
 
 
@@ -127,32 +127,32 @@ def held(cache: HostCache) -> list[int]:
 def test_processes_that_open_the_same_file_fetch_it_once(start: Start, tmp_path: Path, folder: Path) -> None:
     body = os.urandom(SIZE)
     first = start(body, "in the fetch")
-    assert [said(first), said(first)] == ["opening", "begun"]
+    assert [next_line(first), next_line(first)] == ["opening", "begun"]
     others = [start(body) for _ in range(3)]
-    assert [said(other) for other in others] == ["opening"] * 3
-    go_on(first)
-    assert [said(process) for process in (first, *others)] == [sha256(body)] * 4
+    assert [next_line(other) for other in others] == ["opening"] * 3
+    let_go_on(first)
+    assert [next_line(process) for process in (first, *others)] == [sha256(body)] * 4
     assert fetches(tmp_path) == 1
     assert [path.read_bytes() for path in files(folder)] == [body]
 
 
 @pytest.mark.parametrize("waits", ["in the fetch", "in the write"])
-def test_a_killed_fetch_hangs_nobody_and_leaves_nothing_wrong(
+def test_a_killed_fetch_blocks_no_process_and_leaves_no_wrong_file(
     start: Start, tmp_path: Path, folder: Path, waits: str
 ) -> None:
     body = os.urandom(SIZE)
     first = start(body, waits)
-    assert [said(first), said(first)] == ["opening", "begun"]
+    assert [next_line(first), next_line(first)] == ["opening", "begun"]
     others = [start(body) for _ in range(3)]
-    assert [said(other) for other in others] == ["opening"] * 3
+    assert [next_line(other) for other in others] == ["opening"] * 3
     assert not HostCache(folder, MUCH).has(sha256(body))
     first.kill()
-    assert [said(other) for other in others] == [sha256(body)] * 3
+    assert [next_line(other) for other in others] == [sha256(body)] * 3
     assert fetches(tmp_path) == 2
     assert [path.name for path in files(folder)] == [sha256(body)]
 
 
-def test_a_part_that_a_dead_process_left_is_written_over(folder: Path) -> None:
+def test_the_part_of_a_dead_process_is_overwritten(folder: Path) -> None:
     body = os.urandom(SIZE)
     part = folder / sha256(body)[:2] / "part"
     part.parent.mkdir(parents=True)
@@ -165,35 +165,35 @@ def test_a_part_that_a_dead_process_left_is_written_over(folder: Path) -> None:
 # Eviction
 
 
-def test_the_least_recently_used_go_first_and_the_limit_holds(folder: Path) -> None:
+def test_the_least_recently_used_files_are_evicted_and_the_limit_holds(folder: Path) -> None:
     cache = HostCache(folder, 3 * SIZE)
     fill(cache, 1, 2, 3)
     for number in (1, 2, 3):
         age(folder, number, number)
     fill(cache, 1)  # used again, now
     fill(cache, 4)
-    assert held(cache) == [1, 3, 4]
+    assert cached(cache) == [1, 3, 4]
     fill(cache, 5)
-    assert held(cache) == [1, 4, 5]
+    assert cached(cache) == [1, 4, 5]
     assert cache.used_bytes() == 3 * SIZE
 
 
-def test_a_file_that_another_process_has_open_stays_until_that_ends(start: Start, folder: Path) -> None:
+def test_a_file_open_in_another_process_stays_until_that_ends(start: Start, folder: Path) -> None:
     cache = HostCache(folder, 2 * SIZE)
     body = body_of(1)
     process = start(body)
-    assert [said(process), said(process)] == ["opening", sha256(body)]
+    assert [next_line(process), next_line(process)] == ["opening", sha256(body)]
     age(folder, 1, 0)
     fill(cache, 2, 3)
-    assert held(cache) == [1, 3]
+    assert cached(cache) == [1, 3]
     process.kill()
     process.wait()
     age(folder, 1, 0)
     fill(cache, 4)
-    assert held(cache) == [3, 4]
+    assert cached(cache) == [3, 4]
 
 
-def test_a_file_stays_as_long_as_a_map_of_it_lives_though_its_file_object_is_closed(folder: Path) -> None:
+def test_a_mapped_file_stays_although_its_file_object_is_closed(folder: Path) -> None:
     cache = HostCache(folder, SIZE)
     body = body_of(1)
     with cache.open(sha256(body), lambda: body) as file:
@@ -201,24 +201,22 @@ def test_a_file_stays_as_long_as_a_map_of_it_lives_though_its_file_object_is_clo
     assert file.closed
     age(folder, 1, 0)
     fill(cache, 2)
-    assert held(cache) == [1, 2]  # over the limit rather than without what is in use
+    assert cached(cache) == [1, 2]  # over the limit, since a file in use stays
     assert mapped[:] == body
     mapped.close()
     age(folder, 1, 0)
     fill(cache, 3)
-    assert held(cache) == [3]
+    assert cached(cache) == [3]
 
 
-def test_the_test_above_fails_where_a_file_is_not_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_above_fails_without_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", lambda file, how: None if how == fcntl.LOCK_SH else lock(file, how))
     with pytest.raises(AssertionError):
-        test_a_file_stays_as_long_as_a_map_of_it_lives_though_its_file_object_is_closed(folder)
+        test_a_mapped_file_stays_although_its_file_object_is_closed(folder)
 
 
-def test_a_file_that_is_evicted_between_open_and_lock_is_fetched_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_evicted_between_open_and_lock_is_fetched_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, body, evicted = HostCache(folder, MUCH), body_of(1), []
     fill(cache, 1)
     lock = fcntl.flock
@@ -240,9 +238,9 @@ def test_a_new_file_is_in_use_as_soon_as_it_has_its_name(folder: Path, monkeypat
     rename = Path.rename
 
     def evict_after(path: Path, target: Path) -> Path:
-        found = rename(path, target)
+        renamed = rename(path, target)
         evicted.append(host_cache._evict(target))
-        return found
+        return renamed
 
     monkeypatch.setattr(Path, "rename", evict_after)
     with HostCache(folder, MUCH).open(sha256(body), lambda: body) as file:
@@ -252,21 +250,21 @@ def test_a_new_file_is_in_use_as_soon_as_it_has_its_name(folder: Path, monkeypat
     assert host_cache._evict(folder / sha256(body)[:2] / sha256(body))
 
 
-def test_a_damaged_file_is_set_aside_and_fetched_again(folder: Path) -> None:
+def test_a_damaged_file_is_quarantined_and_fetched_again(folder: Path) -> None:
     cache, body = HostCache(folder, MUCH), body_of(1)
     cache.open(sha256(body), lambda: b"damaged").close()
-    cache.set_aside(sha256(body))
-    cache.set_aside(sha256(body))  # another process was faster
+    cache.quarantine(sha256(body))
+    cache.quarantine(sha256(body))  # as a second process would
     assert [path.read_bytes() for path in cache.quarantined()] == [b"damaged"]
     assert cache.used_bytes() == 0
     with cache.open(sha256(body), lambda: body) as file:
         assert file.read() == body
 
 
-# A disk that is full or cannot be written
+# Full and read-only disks
 
 
-def test_a_full_disk_gets_as_much_room_as_is_wanted_and_is_tried_again(folder: Path) -> None:
+def test_on_a_full_disk_room_is_made_and_the_write_repeated(folder: Path) -> None:
     cache = HostCache(folder, MUCH)
     fill(cache, 1, 2, 3)
     for number in (1, 2, 3):
@@ -277,12 +275,12 @@ def test_a_full_disk_gets_as_much_room_as_is_wanted_and_is_tried_again(folder: P
     part.symlink_to("/dev/full")  # the first write finds no space left on the device
     with cache.open(sha256(body), lambda: body) as file:
         assert file.read() == body
-    assert held(cache) == [3]
+    assert cached(cache) == [3]
     assert not part.is_symlink()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_stays_full_says_what_to_do_and_keeps_no_part(
+def test_the_error_of_a_full_disk_says_what_to_do_and_no_part_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     tries = []
@@ -299,13 +297,13 @@ def test_a_disk_that_stays_full_says_what_to_do_and_keeps_no_part(
     assert files(folder) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnusable, match=r"file/shards.*HOME"):
         HostCache(tmp_path / "file" / "shards", MUCH).open("0" * 64, lambda: b"")
 
 
-def test_what_the_fetch_raises_is_the_callers_and_locks_nobody_out(folder: Path) -> None:
+def test_an_error_of_the_fetch_is_raised_and_leaves_no_lock(folder: Path) -> None:
     cache, body = HostCache(folder, MUCH), body_of(1)
 
     def fail() -> bytes:

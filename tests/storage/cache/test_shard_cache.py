@@ -1,4 +1,4 @@
-"""The cache hands out what the manifest lists, or says which shard is bad and how to mend it."""
+"""The cache returns the shards of the manifest, or names the damaged one and the command that repairs it."""
 
 import numpy as np
 import pytest
@@ -54,10 +54,10 @@ def test_a_flipped_byte_names_the_shard_both_digests_and_the_command(store: Stor
     body = bytearray(store.read(DatasetKeys("small").shard(row.shard_id)).body)
     body[place] ^= 0x10
     replace(store, row, bytes(body))
-    with pytest.raises(ShardCorrupt) as found:
+    with pytest.raises(ShardCorrupt) as error:
         ShardCache(store, "small").open(row)
     for fact in (row.shard_id, "small", row.sha256, sha256(body), COMMAND):
-        assert fact in str(found.value)
+        assert fact in str(error.value)
 
 
 @pytest.mark.parametrize("cut", ["empty", "odd", "short", "long"])
@@ -67,22 +67,22 @@ def test_a_shard_of_another_size_names_the_shard_both_digests_and_the_command(
     whole = store.read(DatasetKeys("small").shard(row.shard_id)).body
     body = {"empty": b"", "odd": whole[:-1], "short": whole[:-200], "long": whole + b"\0\0"}[cut]
     replace(store, row, body)
-    with pytest.raises(ShardCorrupt) as found:
+    with pytest.raises(ShardCorrupt) as error:
         ShardCache(store, "small").open(row)
-    said = f"{len(body):,}" if cut == "long" else sha256(body)  # what is too long is not even read
-    for fact in (row.shard_id, row.sha256, said, COMMAND):
-        assert fact in str(found.value)
+    stated = f"{len(body):,}" if cut == "long" else sha256(body)  # a body that is too long is not read
+    for fact in (row.shard_id, row.sha256, stated, COMMAND):
+        assert fact in str(error.value)
 
 
 def test_a_missing_shard_names_the_shard_and_the_command(store: Store, row: ShardRow) -> None:
     store.delete(DatasetKeys("small").shard(row.shard_id))
-    with pytest.raises(ObjectMissing) as found:
+    with pytest.raises(ObjectMissing) as error:
         ShardCache(store, "small").open(row)
     for fact in (row.shard_id, "small", COMMAND):
-        assert fact in str(found.value)
+        assert fact in str(error.value)
 
 
-def test_a_bad_shard_is_opened_once_it_is_mended(store: Store, row: ShardRow) -> None:
+def test_a_damaged_shard_opens_once_it_is_repaired(store: Store, row: ShardRow) -> None:
     whole = store.read(DatasetKeys("small").shard(row.shard_id)).body
     replace(store, row, whole[:-2])
     cache = ShardCache(store, "small")

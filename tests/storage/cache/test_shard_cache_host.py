@@ -1,4 +1,4 @@
-"""Shards of an S3 store come through the host's cache: fetched once, verified once, mended once, named when lost."""
+"""Shards of an S3 store come through the host's cache: fetched once, verified once, repaired once, named when lost."""
 
 import logging
 import subprocess
@@ -25,7 +25,7 @@ from tests.flows.client import poll
 ROOT = Path(__file__).parents[3]
 COMMAND = "gpt2 dataset verify --repair"
 
-# Opens a shard as training does, and notes each time when its bytes are asked from the store.
+# Opens a shard as training does, and logs each read from the store.
 PROCESS = """
 import sys
 from storage.cache.shards import ShardCache
@@ -33,15 +33,15 @@ from storage.digests import sha256
 from storage.stores.opening import open_store
 from storage.datasets.manifest import ShardRow
 
-url, noted, shard_id, tokens, digest = sys.argv[1:]
+url, log, shard_id, tokens, digest = sys.argv[1:]
 read = ShardCache._read
 
-def noting(self, row):
-    with open(noted, "a") as file:
+def logged(self, row):
+    with open(log, "a") as file:
         file.write(row.shard_id + "\\n")
     return read(self, row)
 
-ShardCache._read = noting
+ShardCache._read = logged
 opened = ShardCache(open_store(url), "small")
 print("ready", flush=True)
 sys.stdin.readline()
@@ -59,44 +59,44 @@ MakeRows = Callable[[int], list[ShardRow]]
 
 @pytest.fixture
 def rows(store: Store) -> MakeRows:
-    """A function that puts so many small shards and gives their rows."""
+    """A function that puts a number of small shards and returns their rows."""
 
-    def made(count: int) -> list[ShardRow]:
-        found = []
+    def put(count: int) -> list[ShardRow]:
+        rows = []
         for number in range(count):
             body = np.arange(number, number + 500).astype("<u2").tobytes()
             store.put_new(DatasetKeys("small").shard(f"shard-{number}"), body)
-            found.append(ShardRow(f"shard-{number}", 500, 1, 0, 500, sha256(body), "train"))
-        return found
+            rows.append(ShardRow(f"shard-{number}", 500, 1, 0, 500, sha256(body), "train"))
+        return rows
 
-    return made
+    return put
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards whose bytes were asked from the store."""
-    found: list[str] = []
+    """The shards that were read from the store."""
+    shard_ids: list[str] = []
     read = ShardCache._read
 
-    def noting(self: ShardCache, row: ShardRow) -> Body:
-        found.append(row.shard_id)
+    def logged(self: ShardCache, row: ShardRow) -> Body:
+        shard_ids.append(row.shard_id)
         return read(self, row)
 
-    monkeypatch.setattr(ShardCache, "_read", noting)
-    return found
+    monkeypatch.setattr(ShardCache, "_read", logged)
+    return shard_ids
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the shards that a cache has hashed."""
-    found: list[int] = []
+    sizes: list[int] = []
 
-    def counting(body: memoryview) -> str:
-        found.append(body.nbytes)
+    def counted(body: memoryview) -> str:
+        sizes.append(body.nbytes)
         return sha256(body)
 
-    monkeypatch.setattr(shard_cache, "sha256", counting)
-    return found
+    monkeypatch.setattr(shard_cache, "sha256", counted)
+    return sizes
 
 
 def place(row: ShardRow) -> Path:
@@ -108,14 +108,14 @@ def here() -> list[Path]:
 
 
 def mapped_files() -> int:
-    """Descriptors of this process that are open on files of the cache."""
-    found = 0
+    """The number of cached files that this process has open."""
+    count = 0
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            found += descriptor.readlink().is_relative_to(host_cache.FOLDER)
+            count += descriptor.readlink().is_relative_to(host_cache.FOLDER)
         except FileNotFoundError:
             continue  # the one that lists the folder
-    return found
+    return count
 
 
 def whole(tokens: np.ndarray, row: ShardRow) -> bool:
@@ -127,10 +127,10 @@ def whole(tokens: np.ndarray, row: ShardRow) -> bool:
 
 def test_processes_that_open_the_same_shard_download_it_once(store: Store, rows: MakeRows, tmp_path: Path) -> None:
     row = rows(1)[0]
-    words = [store.url, str(tmp_path / "noted"), row.shard_id, str(row.tokens), row.sha256]
+    argv = [store.url, str(tmp_path / "log"), row.shard_id, str(row.tokens), row.sha256]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, *words], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", PROCESS, *argv], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         for _ in range(4)
     ]
@@ -142,11 +142,11 @@ def test_processes_that_open_the_same_shard_download_it_once(store: Store, rows:
         process.stdin.write("\n")
         process.stdin.flush()
     assert [process.communicate()[0].strip() for process in processes] == [row.sha256] * 4
-    assert (tmp_path / "noted").read_text().splitlines() == [row.shard_id]
+    assert (tmp_path / "log").read_text().splitlines() == [row.shard_id]
     assert whole(ShardCache(store, "small").open(row), row)
 
 
-def test_a_shard_is_hashed_at_the_first_open_of_a_process_and_not_after_others_were_opened(
+def test_a_process_hashes_a_shard_once_even_if_it_was_closed_meanwhile(
     store: Store, rows: MakeRows, hashed: list[int], reads: list[str]
 ) -> None:
     made = rows(OPEN_SHARDS + 5)
@@ -161,7 +161,7 @@ def test_a_shard_is_hashed_at_the_first_open_of_a_process_and_not_after_others_w
     assert len(reads) == len(made)
 
 
-def test_few_files_are_open_however_many_shards_were(store: Store, rows: MakeRows) -> None:
+def test_the_number_of_open_files_is_limited(store: Store, rows: MakeRows) -> None:
     opened = ShardCache(store, "small")
     counts = []
     for row in rows(OPEN_SHARDS + 8):
@@ -183,7 +183,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_of_the_cache_is_set_aside_said_and_fetched_once_more(
+def test_a_damaged_file_of_the_cache_is_quarantined_logged_and_fetched_again(
     store: Store, rows: MakeRows, reads: list[str], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     row = rows(1)[0]
@@ -195,13 +195,13 @@ def test_a_damaged_file_of_the_cache_is_set_aside_said_and_fetched_once_more(
         assert whole(opened.open(row), row)
     assert [row.shard_id in record.getMessage() for record in caplog.records] == [True]
     assert reads == [row.shard_id] * 2
-    aside = host_cache.HostCache(host_cache.FOLDER, 0).quarantined()
-    assert [path.read_bytes() for path in aside] == [damaged]
+    quarantined = host_cache.HostCache(host_cache.FOLDER, 0).quarantined()
+    assert [path.read_bytes() for path in quarantined] == [damaged]
     assert whole(ShardCache(store, "small").open(row), row)
     assert len(reads) == 2
 
 
-def test_a_disk_that_gives_back_other_bytes_is_named(
+def test_a_disk_that_returns_other_bytes_is_named(
     store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = rows(1)[0]
@@ -212,39 +212,39 @@ def test_a_disk_that_gives_back_other_bytes_is_named(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_shard_that_is_damaged_in_the_store_is_named_and_not_kept(store: Store, rows: MakeRows, damage: str) -> None:
+def test_a_shard_damaged_in_the_store_is_named_and_not_cached(store: Store, rows: MakeRows, damage: str) -> None:
     row = rows(1)[0]
     key = DatasetKeys("small").shard(row.shard_id)
     body = DAMAGES[damage](bytes(store.read(key).body))
     overwrite(store, key, body)
     opened = ShardCache(store, "small")
-    with pytest.raises(ShardCorrupt) as found:
+    with pytest.raises(ShardCorrupt) as error:
         opened.open(row)
-    said = f"{len(body):,}" if damage == "longer" else sha256(body)  # what is too long is not even read
-    for fact in (row.shard_id, "small", row.sha256, said, COMMAND):
-        assert fact in str(found.value)
+    stated = f"{len(body):,}" if damage == "longer" else sha256(body)  # a body that is too long is not read
+    for fact in (row.shard_id, "small", row.sha256, stated, COMMAND):
+        assert fact in str(error.value)
     assert here() == []
     overwrite(store, key, np.arange(500).astype("<u2").tobytes())
     assert whole(opened.open(row), row)
 
 
-def test_bytes_that_were_damaged_on_their_way_are_fetched_again(
+def test_bytes_damaged_in_transit_are_fetched_again(
     store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers that keep no sum of an object leave it to the reader to notice."""
+    """If the server keeps no checksum, only the reader can notice."""
     row = rows(1)[0]
     read = store.read
     flipped = DAMAGES["flipped"](bytes(read(DatasetKeys("small").shard(row.shard_id)).body))
-    come = [Object(flipped, "", sha256(flipped))]
-    monkeypatch.setattr(store, "read", lambda key, limit_bytes: come.pop() if come else read(key, limit_bytes))
+    damaged = [Object(flipped, "", sha256(flipped))]
+    monkeypatch.setattr(store, "read", lambda key, limit_bytes: damaged.pop() if damaged else read(key, limit_bytes))
     assert whole(ShardCache(store, "small").open(row), row)
-    assert come == []
+    assert damaged == []
 
 
-# In the background
+# Prefetching
 
 
-def test_shards_come_in_the_background_one_list_of_them_at_a_time(
+def test_one_list_of_shards_at_a_time_is_prefetched(
     store: Store, rows: MakeRows, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = rows(4)
@@ -269,7 +269,7 @@ def test_shards_come_in_the_background_one_list_of_them_at_a_time(
     assert len(reads) == len(made)
 
 
-def test_what_cannot_be_fetched_early_is_told_to_the_one_who_opens_it(store: Store, rows: MakeRows) -> None:
+def test_an_error_of_prefetching_is_raised_when_the_shard_is_opened(store: Store, rows: MakeRows) -> None:
     made = rows(3)
     store.delete(DatasetKeys("small").shard(made[1].shard_id))
     overwrite(store, DatasetKeys("small").shard(made[2].shard_id), b"damaged!")
@@ -285,12 +285,11 @@ def test_what_cannot_be_fetched_early_is_told_to_the_one_who_opens_it(store: Sto
     assert whole(opened.open(made[0]), made[0])
 
 
-def test_a_limit_that_holds_a_few_shards_still_opens_all(
+def test_a_cache_smaller_than_the_dataset_still_opens_all_shards(
     store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_cache, "limit_bytes", 3_000)  # three shards
     monkeypatch.setattr(shard_cache, "OPEN_SHARDS", 2)
-    opened = ShardCache(store, "small")
+    opened = ShardCache(store, "small", limit_bytes=3_000)  # three shards
     for row in rows(12) * 2:
         assert whole(opened.open(row), row)
         assert len(here()) <= 3

@@ -15,7 +15,7 @@ from storage.datasets.export import export
 from storage.datasets.manifest import Manifest
 from storage.errors import ShardCorrupt, StoreUnusable
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.store import Store, overwrite
 from tests.crawl import Crawl
 
@@ -55,7 +55,7 @@ def made(folder: Path) -> tuple[Crawl, Manifest]:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Crawl, Manifest]:
     folder = tmp_path_factory.mktemp("dataset")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "REMEMBERED", folder / "digests")
+        patch.setattr(identity, "REMEMBERED", folder / "digests")
         return made(folder)
 
 

@@ -17,7 +17,7 @@ from storage.datasets.plan import ShardJob, cut, plan_file, plan_files
 from storage.datasets.recipe import DatasetSettings
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.stores.store import Store
 from tests.making import document, write_parquet
 from tests.storage.sealing import rows_of
@@ -30,7 +30,7 @@ def planned(
     *paths: Path, shard_tokens: int = 1_000, text_column: str = "text", digest: str = TOKENIZER
 ) -> list[ShardJob]:
     shape = DatasetSettings(shard_tokens, digest, text_column)
-    return [job for path in paths for job in plan_file(sources.identify(path), shape).jobs()]
+    return [job for path in paths for job in plan_file(identity.identify(path), shape).jobs()]
 
 
 def ranges_of(tokens: np.ndarray, shard_tokens: int) -> list[tuple[int, int]]:
@@ -223,7 +223,7 @@ def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
     for paths in ((path, path), (path, copy)):
         with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
             list(
-                plan_files(store, "small", [sources.identify(one) for one in paths], DatasetSettings(1_000, TOKENIZER))
+                plan_files(store, "small", [identity.identify(one) for one in paths], DatasetSettings(1_000, TOKENIZER))
             )
 
 

@@ -1,7 +1,9 @@
-"""The leak report's counts are those of holding every document against every other, however many processes look."""
+"""The leak report equals a comparison of all pairs of documents, with any number of processes."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ import pytest
 from model import tokenizer
 from storage.datasets import shards
 from storage.datasets.manifest import Manifest, ShardRow
-from storage.errors import ShardCorrupt
-from storage.inspection import leaks as audit_module
-from storage.inspection.leaks import Repeated, find_repeats
+from storage.digests import canonical_json
+from storage.errors import ObjectCorrupt, ShardCorrupt
+from storage.inspection import leaks as leaks_module
+from storage.inspection.leaks import ItemOverlap, LeakReport, Repeats, find_repeats, read_leak_report
 from storage.inspection.matching import ngrams
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
@@ -24,7 +27,7 @@ EMPTY = ["", " ", "...", "\n\t--\n", "?!"]
 
 
 def drawn_texts(seed: int, count: int) -> list[str]:
-    """Documents of which many repeat another, in other clothes or with one other word; some are empty."""
+    """Documents of which many repeat another, exactly, in other case and punctuation, or but for a word; some empty."""
     drawn = random.Random(seed)
     disguises = [str, str, shouted, str.swapcase, one_word_other, lambda text: f"  {text}\n", lambda text: text + " ."]
     texts = [
@@ -42,47 +45,50 @@ def sealed(store: Store, folder: Path, texts: list[str], shard_tokens: int = 400
         write_parquet(folder / f"file_{number}.parquet", part)
         for number, part in enumerate((texts[:half], texts[half:]))
     ]
-    jobs = [job for one in plans_of(*paths, shard_tokens=shard_tokens) for job in one.jobs()]
+    jobs = [job for plan in plans_of(*paths, shard_tokens=shard_tokens) for job in plan.jobs()]
     for job in jobs:
         shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     return seal(store, "small", [job.shard_id for job in jobs], val_shards=VAL_SHARDS)
 
 
-def looked(
-    store: Store, rows: list[ShardRow], grams: list[int] | None = None, workers: int = 1
-) -> tuple[Repeated, list[int]]:
-    found, hits = find_repeats(
-        store.url, "small", rows, tokenizer.decode_bytes, np.array(grams or [], np.uint64), workers
+def search(
+    store: Store, rows: list[ShardRow], hashes: list[int] | None = None, workers: int = 1
+) -> tuple[Repeats, list[int]]:
+    """The repeated documents, and which of the hashes occur in train."""
+    repeats, hits = find_repeats(
+        store.url, "small", rows, tokenizer.decode_bytes, np.array(hashes or [], np.uint64), workers
     )
-    return found, hits.tolist()
+    return repeats, hits.tolist()
 
 
-def test_the_report_is_that_of_all_pairs_with_any_number_of_workers(
+def test_the_report_equals_a_comparison_of_all_pairs_with_any_number_of_workers(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_module, "WINDOW", 5)  # several of them
+    monkeypatch.setattr(leaks_module, "SHARDS_AT_ONCE", 5)  # of more than 10
     manifest = sealed(store, tmp_path, drawn_texts(seed=1, count=300))
-    rows, found = list(manifest.rows()), documents(store, "small", manifest)
-    splits = {split: [one.words for one in found if one.split == split] for split in ("train", "val")}
-    assert len(rows) > 10
-    asked = {
-        int(ngrams(b" ".join(run))[0]): run
-        for words in [*splits["train"][:40], *splits["val"], words_of(story(10**6).encode())]
-        for run in list(runs_of(words))[:3]
+    rows, everything = list(manifest.rows()), documents(store, "small", manifest)
+    words = {
+        split: [document.words for document in everything if document.split == split] for split in ("train", "val")
     }
-    expected = sorted(value for value, run in asked.items() if any(run in runs_of(words) for words in splits["train"]))
-    repeats, leaks = repeats_of(found), leaks_of(found)
-    assert min(len(repeats), len(leaks), len(expected), len(asked) - len(expected)) > 5  # or it would prove little
-    report, hits = looked(store, rows, list(asked), workers=1)
+    assert len(rows) > 10
+    runs = {
+        int(ngrams(b" ".join(run))[0]): run
+        for text in [*words["train"][:40], *words["val"], words_of(story(10**6).encode())]
+        for run in list(runs_of(text))[:3]
+    }
+    expected = sorted(value for value, run in runs.items() if any(run in runs_of(text) for text in words["train"]))
+    repeats, leaks = repeats_of(everything), leaks_of(everything)
+    assert min(len(repeats), len(leaks), len(expected), len(runs) - len(expected)) > 5  # else it would prove little
+    report, hits = search(store, rows, list(runs), workers=1)
     assert report.train == len(repeats)
     assert report.leaks == sorted(leaks)
     assert dict(report.pairs["train"]) == repeats
     assert dict(report.pairs["val_in_train"]) == leaks
     assert sorted(hits) == expected
-    assert looked(store, rows, list(asked), workers=3) == (report, hits)
+    assert search(store, rows, list(runs), workers=3) == (report, hits)
 
 
-def test_planted_documents_are_found_and_nothing_else(store: Store, tmp_path: Path) -> None:
+def test_planted_documents_are_reported_and_nothing_else(store: Store, tmp_path: Path) -> None:
     texts = [story(number) for number in range(40)]
     texts[21] = shouted(texts[20])  # twice in train
     texts[22] = shouted(texts[0])  # val in train
@@ -90,38 +96,67 @@ def test_planted_documents_are_found_and_nothing_else(store: Store, tmp_path: Pa
     texts[-2] = one_word_other(texts[2])  # near is not equal
     texts[-3] = texts[3] + " café"
     texts[4] = texts[3]  # twice in val alone
-    texts[5], texts[-4], texts[-5] = "", "...", "!"  # like no other
+    texts[5], texts[-4], texts[-5] = "", "...", "!"  # without words: equal to nothing
     manifest = sealed(store, tmp_path, texts)
-    found = documents(store, "small", manifest)
-    assert ([one.text for one in found], found[5].split, found[20].split) == (texts, "val", "train")
-    report, hits = looked(store, list(manifest.rows()))
-    assert report.leaks == [found[0].name, found[1].name]
-    assert dict(report.pairs["val_in_train"]) == {found[0].name: found[22].name, found[1].name: found[-1].name}
-    assert (report.train, report.pairs["train"]) == (1, [(found[21].name, found[20].name)])
+    stored = documents(store, "small", manifest)
+    assert ([document.text for document in stored], stored[5].split, stored[20].split) == (texts, "val", "train")
+    report, hits = search(store, list(manifest.rows()))
+    assert report.leaks == [stored[0].name, stored[1].name]
+    assert dict(report.pairs["val_in_train"]) == {stored[0].name: stored[22].name, stored[1].name: stored[-1].name}
+    assert (report.train, report.pairs["train"]) == (1, [(stored[21].name, stored[20].name)])
     assert hits == []
 
 
-def test_a_report_holds_so_many_examples_and_counts_them_all(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(audit_module, "EXAMPLES", 3)
+def test_examples_are_limited_and_counts_are_not(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks_module, "EXAMPLES", 3)
     manifest = sealed(store, tmp_path, [story(number % 20) for number in range(100)])
-    found = documents(store, "small", manifest)
-    report, _ = looked(store, list(manifest.rows()))
-    assert (report.train, len(report.leaks)) == (len(repeats_of(found)), len(leaks_of(found)))
+    stored = documents(store, "small", manifest)
+    report, _ = search(store, list(manifest.rows()))
+    assert (report.train, len(report.leaks)) == (len(repeats_of(stored)), len(leaks_of(stored)))
     assert [len(pairs) for pairs in report.pairs.values()] == [3, 3]
-    assert set(report.pairs["train"]) < set(repeats_of(found).items())
+    assert set(report.pairs["train"]) < set(repeats_of(stored).items())
 
 
-def test_a_damaged_shard_ends_the_look(store: Store, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_the_search(store: Store, tmp_path: Path) -> None:
     rows = list(sealed(store, tmp_path, [story(number) for number in range(40)]).rows())
     key = DatasetKeys("small").shard(rows[-2].shard_id)
     whole = bytes(store.read(key).body)
     overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
     with pytest.raises(ShardCorrupt, match=rows[-2].shard_id):
-        looked(store, rows)
+        search(store, rows)
 
 
-def test_a_version_without_a_shard_has_no_leak(store: Store) -> None:
-    """As one of a source whose every document was skipped."""
-    assert looked(store, [], [1, 2]) == (Repeated(0, [], {"train": [], "val_in_train": []}), [])
+def test_a_version_without_shards_has_no_leaks(store: Store) -> None:
+    """For example, if every document of its source was skipped."""
+    assert search(store, [], [1, 2]) == (Repeats(0, [], {"train": [], "val_in_train": []}), [])
+
+
+# The stored report
+
+REPEATS = Repeats(3, [("v-1", 4)], {"train": [(("t-1", 0), ("t-0", 9))], "val_in_train": [(("v-1", 4), ("t-0", 2))]})
+OVERLAP = ItemOverlap(count=4, shorter=1, contexts=[0, 2], endings=[3])
+REPORT = LeakReport("small", "m1", "sources/1/items.jsonl", {"train": 9, "val": 5}, REPEATS, OVERLAP)
+
+
+def test_a_report_is_stored_under_the_names_of_its_readers(store: Store) -> None:
+    assert REPORT.to_json() == {
+        "dataset": "small", "manifest": "m1", "asked": "sources/1/items.jsonl", "documents": {"train": 9, "val": 5},
+        "duplicates": {"train": 3, "val_in_train": 1}, "leaks": [["v-1", 4]],
+        "examples": {"train": [[["t-1", 0], ["t-0", 9]]], "val_in_train": [[["v-1", 4], ["t-0", 2]]]},
+        "items": {"count": 4, "words": 13, "shorter": 1, "contexts": 2, "endings": 1,
+                  "numbers": {"contexts": [0, 2], "endings": [3]}},
+    }  # fmt: skip
+    assert read_leak_report(store, "small", "m1") is None
+    for report in (REPORT, replace(REPORT, items_key=None, items=None)):
+        overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(report.to_json()))
+        assert read_leak_report(store, "small", "m1") == report
+
+
+DAMAGES: list[dict[str, Any]] = [{"examples": None}, {"leaks": [1]}, {"leaks": [[1]]}, {"items": {}}, {"duplicates": 1}]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_report_is_named(store: Store, damage: dict[str, Any]) -> None:
+    overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(REPORT.to_json() | damage))
+    with pytest.raises(ObjectCorrupt, match=r"m1.*leak report.*gpt2 dataset audit"):
+        read_leak_report(store, "small", "m1")

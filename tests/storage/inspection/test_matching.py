@@ -1,4 +1,4 @@
-"""Two texts count as the same by their words alone, and a run's hash says whether the run occurs: held against sets."""
+"""Texts match by their words alone, and hashes of n-grams match when the n-grams do: compared with Python sets."""
 
 import random
 
@@ -21,12 +21,12 @@ def joined(words: Words) -> bytes:
 @settings(deadline=None, database=None, max_examples=200)
 @given(st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)))
 @example(bytes(range(256)))
-def test_normalised_is_the_words_with_one_space_between(text: bytes) -> None:
+def test_a_normalised_text_is_its_words_with_single_spaces(text: bytes) -> None:
     assert normalised(text) == joined(words_of(text))
     assert normalised(normalised(text)) == normalised(text)
 
 
-def test_case_punctuation_and_space_make_no_other_text_and_letters_do() -> None:
+def test_case_punctuation_and_space_do_not_count_and_letters_do() -> None:
     same = ["It is 7 o'clock.", " it\tIS\r\n7--O CLOCK!?", "(It) is_7 [o`clock]", "\x00it is\x7f7 o clock\x1f"]
     assert {normalised(text.encode()) for text in same} == {b"it is 7 o clock"}
     other = ["café", "cafe", "CAFÉ", "caf", "cafe\u0301", "ca fé", "東京", "東 京", "東京。"]
@@ -35,35 +35,35 @@ def test_case_punctuation_and_space_make_no_other_text_and_letters_do() -> None:
     assert {normalised(text) for text in (b"", b" \n", b".,;:!?-'\"", b"\x00")} == {b""}
 
 
-RUNS: dict[Words, int] = {}  # of all texts of this test: a run must have one hash wherever it stands
+RUNS: dict[Words, int] = {}  # over all examples: an n-gram has the same hash in every text
 HASHES: dict[int, Words] = {}
 
 
 @settings(deadline=None, database=None, max_examples=300)
 @given(st.lists(st.sampled_from(VOCABULARY), max_size=60).map(tuple))
-def test_equal_runs_have_equal_hashes_and_other_runs_others(words: Words) -> None:
-    found = ngrams(joined(words))
-    assert found.dtype == np.uint64
-    assert len(found) == max(len(words) - RUN + 1, 0)
-    for place, value in enumerate(found.tolist()):
+def test_equal_ngrams_have_equal_hashes_and_others_do_not(words: Words) -> None:
+    hashes = ngrams(joined(words))
+    assert hashes.dtype == np.uint64
+    assert len(hashes) == max(len(words) - RUN + 1, 0)
+    for place, value in enumerate(hashes.tolist()):
         run = words[place : place + RUN]
         assert RUNS.setdefault(run, value) == value
         assert HASHES.setdefault(value, run) == run
 
 
 @pytest.mark.parametrize("pair", [(b"0", b"1"), (b"ab", b"ba"), (b"abbabaab", b"baababba"), (b"a", b"aa")])
-def test_runs_of_two_words_are_told_apart(pair: Words) -> None:
-    """All 8,192 of them: texts that differ little are where a sum of powers would fail first."""
+def test_ngrams_of_two_words_are_told_apart(pair: Words) -> None:
+    """All 8,192: a sum of powers would fail first on texts that differ little."""
     drawn = random.Random(1)
     words = tuple(drawn.choice(pair) for _ in range(50_000))
     assert len(np.unique(ngrams(joined(words)))) == len(runs_of(words)) > 8_000
 
 
 @pytest.mark.parametrize(("block_bytes", "longest"), [(200, 9), (4_097, 9), (4_097, 600)])
-def test_a_text_of_many_blocks_has_the_runs_of_the_whole(
+def test_a_text_of_many_blocks_has_the_ngrams_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, block_bytes: int, longest: int
 ) -> None:
-    """No run less, and none that begins or ends within a word."""
+    """None is missing, and none begins or ends within a word."""
     drawn = random.Random(longest)
     for count in (RUN - 1, RUN, 60, 1_500):
         words = tuple(b"%0*d" % (drawn.randint(1, longest), drawn.randrange(10)) for _ in range(count))
@@ -71,8 +71,8 @@ def test_a_text_of_many_blocks_has_the_runs_of_the_whole(
             whole = set(ngrams(joined(words)).tolist())
             assert len(whole) == len(runs_of(words))
             patch.setattr(matching, "BLOCK_BYTES", block_bytes)
-            found = set(ngrams(joined(words)).tolist())
-        assert (count, len(found - whole), len(whole - found)) == (count, 0, 0)
+            in_blocks = set(ngrams(joined(words)).tolist())
+        assert (count, len(in_blocks - whole), len(whole - in_blocks)) == (count, 0, 0)
 
 
 FEW = st.sampled_from([0, 1, 2**40 - 1, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**64 - 1])  # several share a filter's bit
@@ -80,14 +80,13 @@ FEW = st.sampled_from([0, 1, 2**40 - 1, 2**40, 2**40 + 1, 2**63, 2**64 - 2, 2**6
 
 @settings(deadline=None, database=None, max_examples=200)
 @given(st.lists(FEW | st.integers(0, 2**64 - 1), max_size=20), st.lists(FEW | st.integers(0, 2**64 - 1), max_size=40))
-def test_what_is_wanted_is_found_among_others(wanted: list[int], others: list[int]) -> None:
-    asked, there = np.array(wanted, np.uint64), np.array(others + wanted[::2], np.uint64)
-    found = HashSet(asked).among(there)
-    assert sorted(found.tolist()) == sorted(there[np.isin(there, asked)].tolist())
+def test_an_intersection_has_the_members_and_nothing_else(members: list[int], others: list[int]) -> None:
+    member_hashes, hashes = np.array(members, np.uint64), np.array(others + members[::2], np.uint64)
+    assert HashSet(member_hashes).intersect(hashes).tolist() == hashes[np.isin(hashes, member_hashes)].tolist()
 
 
-def test_many_hashes_are_found_as_numpy_finds_them() -> None:
+def test_a_large_intersection_equals_numpys() -> None:
     drawn = np.random.default_rng(1)
-    asked = drawn.integers(0, 2**64, 200_000, np.uint64, endpoint=False)
-    there = np.append(drawn.integers(0, 2**64, 300_000, np.uint64, endpoint=False), asked[::7])
-    assert np.array_equal(np.sort(HashSet(asked).among(there)), np.sort(there[np.isin(there, asked)]))
+    members = drawn.integers(0, 2**64, 200_000, np.uint64, endpoint=False)
+    hashes = np.append(drawn.integers(0, 2**64, 300_000, np.uint64, endpoint=False), members[::7])
+    assert np.array_equal(HashSet(members).intersect(hashes), hashes[np.isin(hashes, members)])

@@ -1,14 +1,14 @@
-"""Each depth of verify finds the damage that it can, names the shard, and calls a whole dataset whole.
+"""Each depth of verify finds the damage that it can, names the shard, and finds nothing in an intact dataset.
 
-`quick` finds a byte that was rewritten only where the store keeps a sum of each object, as S3 stores do and folders do
-not; what a disk has changed beneath a store is for `full` to find.
+`quick` finds a changed byte only if the store keeps a checksum of each object: S3 stores do, folders do not. Bytes that
+a disk changed beneath the store are found by `full`.
 """
 
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,9 +21,16 @@ from storage.datasets.plan import ShardJob
 from storage.datasets.records import DTYPE, Record, read_record
 from storage.datasets.shards import build_shard
 from storage.digests import canonical_json, sha256
-from storage.inspection.verify import Damage, check_documents, check_fully, check_quickly, check_versions
+from storage.inspection.verify import (
+    Damage,
+    check_documents,
+    check_fully,
+    check_quickly,
+    check_versions,
+    verify_dataset,
+)
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.sources.files import Listing
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
@@ -48,20 +55,20 @@ def manifest(store: Store, files: list[Path]) -> Manifest:
 
 
 def quickly(store: Store, manifest: Manifest) -> list[str]:
-    return [found.name for row in manifest.rows() if (found := check_quickly(store, "small", row))]
+    return damaged([check_quickly(store, "small", row) for row in manifest.rows()])
 
 
 def fully(store: Store, manifest: Manifest) -> list[str]:
-    return [found.name for row in manifest.rows() if (found := check_fully(store, "small", row, tokenizer.EOT))]
+    return damaged([check_fully(store, "small", row, tokenizer.EOT) for row in manifest.rows()])
 
 
 def deeply(store: Store, manifest: Manifest, *paths: Path, count: int = ALL, seed: int = 0) -> list[Damage | None]:
-    files = [sources.identify(path) for path in paths]
+    files = [identity.identify(path) for path in paths]
     return list(check_documents(store, "small", manifest, files, tokenizer.encode, count=count, seed=seed))
 
 
-def damaged(found: list[Damage | None]) -> list[str]:
-    return [damage.name for damage in found if damage]
+def damaged(damages: list[Damage | None]) -> list[str]:
+    return [damage.name for damage in damages if damage]
 
 
 def key_of(row: ShardRow) -> str:
@@ -91,8 +98,8 @@ def flip(store: Store, row: ShardRow, _: ShardRow) -> None:
 
 
 Damaging = Callable[[Store, ShardRow, ShardRow], object]
-ALWAYS, WITH_SUMS, NEVER = "always", "where the store keeps sums", "never"
-DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # what is done, when quick finds it, in how many shards
+ALWAYS, WITH_SUMS, NEVER = "always", "if the store keeps checksums", "never"
+DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # the damage, when quick finds it, in how many shards
     "missing": (lambda store, row, _: store.delete(key_of(row)), ALWAYS, 1),
     "truncated": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row)[:-2]), ALWAYS, 1),
     "longer": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row) + b"\0\0"), ALWAYS, 1),
@@ -106,14 +113,13 @@ DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # what is done, when quick fi
 }
 
 
-def test_a_whole_dataset_is_called_whole(store: Store, manifest: Manifest, files: list[Path]) -> None:
+def test_an_intact_dataset_has_no_damage(store: Store, manifest: Manifest, files: list[Path]) -> None:
     assert quickly(store, manifest) == fully(store, manifest) == []
     assert list(check_versions(store, "small", manifest)) == []
-    found = deeply(store, manifest, *files[:2])
-    assert found == [None] * sum(row.documents for row in manifest.rows())
+    assert deeply(store, manifest, *files[:2]) == [None] * sum(row.documents for row in manifest.rows())
 
 
-def test_s3_stores_keep_a_sum_of_each_object_and_folders_do_not(store: Store, manifest: Manifest) -> None:
+def test_s3_stores_keep_a_checksum_of_each_object_and_folders_do_not(store: Store, manifest: Manifest) -> None:
     row = next(manifest.rows())
     assert store.stat(key_of(row)).sha256 == (row.sha256 if store.url.startswith("s3://") else None)
 
@@ -130,6 +136,24 @@ def test_each_depth_finds_what_it_can(store: Store, manifest: Manifest, damage: 
     assert quickly(store, manifest) == (expected if when == ALWAYS or (when == WITH_SUMS and keeps_sums) else [])
 
 
+@pytest.mark.parametrize("depth", ["quick", "full"])
+def test_a_dataset_is_verified_at_once(store: Store, files: list[Path], depth: Literal["quick", "full"]) -> None:
+    first, manifest = sealed(store, files[0]), sealed(store, *files[:2])
+    rows = list(manifest.rows())
+    for place in (4, 2):
+        store.delete(key_of(rows[place]))
+    store.delete(DatasetKeys("small").manifest(first.digest))
+    calls: list[None] = []
+    damages = verify_dataset(
+        store, "small", manifest, eot=tokenizer.EOT, depth=depth, on_progress=lambda: calls.append(None)
+    )
+    shards_then_versions = [(rows[2].shard_id, True), (rows[4].shard_id, True), (f"manifest {first.digest}", False)]
+    assert [(damage.name, damage.repairable) for damage in damages] == shards_then_versions[
+        : 3 if depth == "full" else 2
+    ]
+    assert len(calls) == len(rows)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("damage", ["no record", "no JSON"])
 def test_a_lost_record_does_not_keep_the_versions_from_being_checked(
@@ -138,35 +162,35 @@ def test_a_lost_record_does_not_keep_the_versions_from_being_checked(
     row = next(manifest.rows(split))
     DAMAGES[damage][0](store, row, row)
     assert fully(store, manifest) == [row.shard_id]
-    assert {found.name for found in check_versions(store, "small", manifest)} <= {row.shard_id}
+    assert {damage.name for damage in check_versions(store, "small", manifest)} <= {row.shard_id}
 
 
-# What a build put wrongly: shard, record and manifest agree with each other
+# Wrong builds: shard, record and manifest agree with each other
 
 
-def made(store: Store, job: ShardJob, encode: Callable[[str], np.ndarray] = tokenizer.encode) -> Record:
+def build(store: Store, job: ShardJob, encode: Callable[[str], np.ndarray] = tokenizer.encode) -> Record:
     return build_shard(store, "small", job, encode, tokenizer.EOT)
 
 
-def sealed_with(store: Store, jobs: list[ShardJob], wrong: Callable[[ShardJob], object]) -> Manifest:
-    """A version of whose shards one is wrong."""
+def sealed_with(store: Store, jobs: list[ShardJob], build_wrong: Callable[[ShardJob], object]) -> Manifest:
+    """A version with one wrong shard."""
     for job in jobs:
-        made(store, job) if job is not jobs[3] else wrong(job)
+        build(store, job) if job is not jobs[3] else build_wrong(job)
     return seal(store, "small", [job.shard_id for job in jobs])
 
 
-def test_a_manifest_that_lists_another_number_of_documents_is_found(store: Store, files: list[Path]) -> None:
+def test_a_manifest_with_a_wrong_number_of_documents_is_found(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
 
     def miscount(job: ShardJob) -> None:
-        change_record(store, job.shard_id, documents=made(store, job).documents + 1)
+        change_record(store, job.shard_id, documents=build(store, job).documents + 1)
 
     manifest = sealed_with(store, jobs, miscount)
     assert fully(store, manifest) == [jobs[3].shard_id]
     assert quickly(store, manifest) == []
-    found = deeply(store, manifest, *files)
-    assert set(damaged(found)) <= {jobs[3].shard_id}
-    assert None in found
+    compared = deeply(store, manifest, *files)
+    assert set(damaged(compared)) <= {jobs[3].shard_id}
+    assert None in compared
 
 
 def test_an_id_that_gpt2_does_not_have_is_found(store: Store, files: list[Path]) -> None:
@@ -178,31 +202,31 @@ def test_an_id_that_gpt2_does_not_have_is_found(store: Store, files: list[Path])
             ids[-1] = tokenizer.EOT + 1
             return ids
 
-        made(store, job, encode)
+        build(store, job, encode)
 
     manifest = sealed_with(store, jobs, raise_an_id)
     assert fully(store, manifest) == [jobs[3].shard_id]
-    (found,) = [check_fully(store, "small", row, tokenizer.EOT) for row in list(manifest.rows())[3:4]]
-    assert found
-    assert "50,257" in found.wrong
+    damage = check_fully(store, "small", list(manifest.rows())[3], tokenizer.EOT)
+    assert damage
+    assert "50,257" in damage.wrong
 
 
-def test_a_shard_that_was_tokenised_otherwise_is_found_by_a_deep_look_alone(store: Store, files: list[Path]) -> None:
+def test_a_shard_of_another_tokenisation_is_found_by_documents_alone(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
-    manifest = sealed_with(store, jobs, lambda job: made(store, job, lambda text: tokenizer.encode(text.upper())))
+    manifest = sealed_with(store, jobs, lambda job: build(store, job, lambda text: tokenizer.encode(text.upper())))
     assert quickly(store, manifest) == fully(store, manifest) == []
     rows = list(manifest.rows())
-    found = deeply(store, manifest, *files)
-    assert damaged(found) == [jobs[3].shard_id] * rows[3].documents
-    assert len(found) == sum(row.documents for row in rows)
+    compared = deeply(store, manifest, *files)
+    assert damaged(compared) == [jobs[3].shard_id] * rows[3].documents
+    assert len(compared) == sum(row.documents for row in rows)
 
 
-def test_a_shard_of_other_rows_than_its_record_says_is_found_by_a_deep_look(store: Store, files: list[Path]) -> None:
+def test_a_shard_of_other_rows_than_its_record_says_is_found_by_documents(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
 
     def shifted(job: ShardJob) -> None:
-        row_from, row_to = job.recipe.row_from, job.recipe.row_to
-        record = made(store, replace(job, recipe=replace(job.recipe, row_from=row_from + 1)))
+        row_from, row_to = rows_of(job)
+        record = build(store, replace(job, recipe=replace(job.recipe, row_from=row_from + 1)))
         change_record(store, job.shard_id, recipe=job.recipe.to_json())
         assert record.documents == row_to - row_from - 1
 
@@ -211,52 +235,52 @@ def test_a_shard_of_other_rows_than_its_record_says_is_found_by_a_deep_look(stor
     assert set(damaged(deeply(store, manifest, *files))) == {jobs[3].shard_id}
 
 
-# A deep look
+# Documents compared with their source
 
 
-def test_a_deep_look_draws_as_many_documents_as_are_asked_for_by_its_seed(store: Store, files: list[Path]) -> None:
+def test_the_seed_decides_which_documents_are_compared(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
     for job in jobs:
-        made(store, job, lambda text: tokenizer.encode(text.upper()))
+        build(store, job, lambda text: tokenizer.encode(text.upper()))
     manifest = seal(store, "small", [job.shard_id for job in jobs])
     drawn = [deeply(store, manifest, *files, count=5, seed=seed) for seed in (1, 1, 2)]
-    assert [len(found) for found in drawn] == [5, 5, 5]
+    assert [len(compared) for compared in drawn] == [5, 5, 5]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_deep_look_finds_the_lines_of_jsonl(store: Store, tmp_path: Path) -> None:
+def test_documents_of_jsonl_are_compared(store: Store, tmp_path: Path) -> None:
     texts = [document(number) for number in range(30)]
     lines = [f'{{"body": "{text}"}}' for text in texts]
     path = write_lines(tmp_path / "lines.jsonl", *(line for text in lines for line in (text, "  ")))  # blank ones, too
     jobs = jobs_of(path, text_column="body")
-    manifest = sealed_with(store, jobs, lambda job: made(store, job, lambda text: tokenizer.encode(text + "!")))
-    found = deeply(store, manifest, path)
-    assert len(found) == len(texts)
-    assert damaged(found) == [jobs[3].shard_id] * list(manifest.rows())[3].documents
+    manifest = sealed_with(store, jobs, lambda job: build(store, job, lambda text: tokenizer.encode(text + "!")))
+    compared = deeply(store, manifest, path)
+    assert len(compared) == len(texts)
+    assert damaged(compared) == [jobs[3].shard_id] * list(manifest.rows())[3].documents
 
 
-def test_a_source_that_is_gone_or_changed_is_named_and_the_rest_is_compared(
+def test_a_missing_source_is_named_and_the_rest_is_compared(
     store: Store, manifest: Manifest, files: list[Path]
 ) -> None:
     of_second = [job.shard_id for job in jobs_of(files[1])]
     assert damaged(deeply(store, manifest, files[0])) == of_second
     assert None in deeply(store, manifest, files[0])
-    identified = [sources.identify(path) for path in files[:2]]
+    identified = [identity.identify(path) for path in files[:2]]
     files[1].unlink()
-    found = list(check_documents(store, "small", manifest, identified, tokenizer.encode, count=ALL, seed=0))
-    assert damaged(found) == of_second
-    assert str(files[1]) in next(damage.wrong for damage in found if damage)
+    compared = list(check_documents(store, "small", manifest, identified, tokenizer.encode, count=ALL, seed=0))
+    assert damaged(compared) == of_second
+    assert str(files[1]) in next(damage.wrong for damage in compared if damage)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "no record", "no JSON"])
-def test_a_deep_look_goes_on_after_a_damaged_shard(
+def test_documents_of_other_shards_are_compared_after_a_damaged_one(
     store: Store, manifest: Manifest, files: list[Path], damage: str
 ) -> None:
     rows = list(manifest.rows())
     DAMAGES[damage][0](store, rows[3], rows[4])
-    found = deeply(store, manifest, *files[:2])
-    assert damaged(found) == [rows[3].shard_id]
-    assert len(found) == 1 + sum(row.documents for row in rows if row != rows[3])
+    compared = deeply(store, manifest, *files[:2])
+    assert damaged(compared) == [rows[3].shard_id]
+    assert len(compared) == 1 + sum(row.documents for row in rows if row != rows[3])
 
 
 # Versions
@@ -269,31 +293,31 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
     assert [second.parent, third.parent] == [first.digest, second.digest]
     assert list(check_versions(store, "small", third)) == []
     overwrite(store, DatasetKeys("small").manifest(first.digest), b"{}")
-    assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {first.digest}"]
+    assert [damage.name for damage in check_versions(store, "small", third)] == [f"manifest {first.digest}"]
     store.delete(DatasetKeys("small").manifest(second.digest))
-    assert [found.name for found in check_versions(store, "small", third)] == [f"manifest {second.digest}"]
+    assert [damage.name for damage in check_versions(store, "small", third)] == [f"manifest {second.digest}"]
 
 
-def test_rows_that_are_in_train_and_in_val_are_found(store: Store, files: list[Path]) -> None:
-    """As another cut of a file, or the file under another name, gives them."""
+def test_rows_in_both_splits_are_found(store: Store, files: list[Path]) -> None:
+    """Such as another cut of a file, or the same file under another name."""
     renamed = Path(shutil.copy(files[0], files[0].with_name("renamed.parquet")))
     others = [*jobs_of(*files[:2], shard_tokens=300), *jobs_of(renamed)]
     for job in others:
-        made(store, job)
+        build(store, job)
     val = jobs_of(*files[:2])[:2]
     built(store, *files[:2])
-    source = Listing(tuple(sources.identify(path) for path in [*files[:2], renamed]), {}).described()
+    source = Listing(tuple(identity.identify(path) for path in [*files[:2], renamed]), {}).described()
     manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], source)
     last = max(rows_of(job)[1] for job in val)
     expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and rows_of(job)[0] < last}
-    assert {found.name for found in check_versions(store, "small", manifest)} == expected
+    assert {damage.name for damage in check_versions(store, "small", manifest)} == expected
     assert {name.split("-")[0] for name in expected} == {"file_0", "renamed"}
     assert len(expected) < len(others)
     assert fully(store, manifest) == []
 
 
-def test_the_sum_that_is_compared_is_that_of_the_bytes(store: Store, manifest: Manifest) -> None:
-    """The guard of the tests above: what is looked for in a shard is in it."""
+def test_the_checksum_of_a_row_is_that_of_its_bytes(store: Store, manifest: Manifest) -> None:
+    """Guards the tests above."""
     for row in manifest.rows():
         ids = np.frombuffer(body_of(store, row), DTYPE)
         assert (sha256(body_of(store, row)), int(ids[0])) == (row.sha256, tokenizer.EOT)

@@ -1,4 +1,4 @@
-"""Source files: what is found, that a file is known by what it holds, and what holds for every kind."""
+"""Source files: which are found, that the digest follows the content, and what holds for every format."""
 
 import hashlib
 import os
@@ -8,34 +8,34 @@ from pathlib import Path
 import pytest
 
 from storage.errors import SourceInvalid
-from storage.sources import files as sources
+from storage.sources import documents, files, finding, identity
 from tests.making import write_parquet
 from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write_lines, write_table
 
-# Found
+# Finding
 
 
 @pytest.mark.parametrize("pattern", ["nothing.parquet", "*.parquet", "none/*.jsonl", "**/*.jsonl", "[", ""])
 def test_a_source_that_names_no_file_is_refused(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data\.source") as found:
-        sources.find_files(pattern)
-    assert repr(pattern) in str(found.value)
-    assert str(tmp_path) in str(found.value)
+    with pytest.raises(ValueError, match=r"data\.source") as error:
+        finding.find_files(pattern)
+    assert repr(pattern) in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=str(tmp_path)):
-        sources.find_files(str(tmp_path))
+        finding.find_files(str(tmp_path))
 
 
-def test_a_file_of_another_kind_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
     (tmp_path / "b.csv").touch()
     for source in (f"{tmp_path}/*", f"{tmp_path}/b.csv"):
         with pytest.raises(ValueError, match=r"b\.csv.*\.parquet.*\.jsonl"):
-            sources.find_files(source)
+            finding.find_files(source)
 
 
 def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) -> None:
@@ -43,75 +43,75 @@ def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) ->
         (tmp_path / name).touch()
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "d.parquet").touch()
-    assert [Path(place).name for place in sources.find_files(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
+    assert [Path(place).name for place in finding.find_files(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
 
 
-def test_a_folder_that_is_named_like_a_file_is_no_source_file(tmp_path: Path) -> None:
+def test_a_folder_named_like_a_file_is_not_a_source_file(tmp_path: Path) -> None:
     (tmp_path / "spark.parquet").mkdir()
     (tmp_path / "a.parquet").touch()
     for source in (str(tmp_path), f"{tmp_path}/*.parquet"):
-        assert [Path(place).name for place in sources.find_files(source)] == ["a.parquet"]
+        assert [Path(place).name for place in finding.find_files(source)] == ["a.parquet"]
     (tmp_path / "spark.parquet" / "part-0.parquet").touch()
-    assert [Path(place).name for place in sources.find_files(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
+    assert [Path(place).name for place in finding.find_files(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
 
 
 def test_globs_are_sorted_and_may_be_recursive(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.jsonl", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [str(Path(place).relative_to(tmp_path)) for place in sources.find_files(f"{tmp_path}/**/*.jsonl")]
-    assert found == ["a/1.jsonl", "b/2.jsonl", "c.jsonl"]
+    names = [str(Path(place).relative_to(tmp_path)) for place in finding.find_files(f"{tmp_path}/**/*.jsonl")]
+    assert names == ["a/1.jsonl", "b/2.jsonl", "c.jsonl"]
 
 
 def test_a_path_that_looks_like_a_glob_is_found(tmp_path: Path) -> None:
     path = tmp_path / "data[1].parquet"
     path.touch()
-    assert sources.find_files(str(path)) == [str(path)]
+    assert finding.find_files(str(path)) == [str(path)]
 
 
-# Identified
+# Identity
 
 
-def test_identify_says_name_size_and_sha256(tmp_path: Path) -> None:
+def test_identify_gives_name_size_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
-    found = sources.identify(path)
-    assert (found.name, found.size_bytes, found.place) == ("a.jsonl", 5, str(path))
-    assert found.digest == hashlib.sha256(b"12345").hexdigest()
+    file = identity.identify(path)
+    assert (file.name, file.size_bytes, file.place) == ("a.jsonl", 5, str(path))
+    assert file.digest == hashlib.sha256(b"12345").hexdigest()
 
 
-def old(path: Path) -> Path:
-    """The path, of a file that was last written a day ago."""
+def aged(path: Path) -> Path:
+    """Date the file's last write back by a day."""
     os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
     return path
 
 
 def test_identify_reads_an_unchanged_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"12345")
-    path = old(tmp_path / "a.jsonl")
-    first = sources.identify(path)
+    path = aged(tmp_path / "a.jsonl")
+    first = identity.identify(path)
 
     def never(*_: object) -> Iterator[bytes]:
         pytest.fail("the file was read again")
         yield b""
 
-    monkeypatch.setattr(sources, "_pieces", never)
-    assert sources.identify(path) == first
+    monkeypatch.setattr(identity, "_pieces", never)
+    assert identity.identify(path) == first
 
 
 def test_identify_notices_a_file_of_other_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for body in (b"1", b"12", b"1"):
         path.write_bytes(body)
-        assert sources.identify(path).digest == hashlib.sha256(body).hexdigest()
+        assert identity.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 def test_identify_notices_a_file_of_other_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1")
-    sources.identify(old(path))
+    identity.identify(aged(path))
     path.write_bytes(b"2")
-    assert sources.identify(path).digest == hashlib.sha256(b"2").hexdigest()
+    assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) 
     other.write_bytes(b"2")
     os.utime(path, ns=(10**18, 10**18))
     os.utime(other, ns=(10**18, 10**18))
-    sources.identify(path)
+    identity.identify(path)
     other.replace(path)
-    assert sources.identify(path).digest == hashlib.sha256(b"2").hexdigest()
+    assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -> None:
@@ -131,34 +131,38 @@ def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -
     for number in range(200):
         body = b"%03d" % number
         path.write_bytes(body)
-        assert sources.identify(path).digest == hashlib.sha256(body).hexdigest()
+        assert identity.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 @pytest.mark.parametrize("damage", [b"", b"0123", b"\xff\xfe", b"x" * 64])
 def test_a_damaged_note_is_not_believed(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
-    first = sources.identify(old(path))
-    notes = [note for note in sources.REMEMBERED.rglob("*") if note.is_file()]
+    first = identity.identify(aged(path))
+    notes = [note for note in identity.REMEMBERED.rglob("*") if note.is_file()]
     assert len(notes) == 1
     notes[0].write_bytes(damage)
-    assert sources.identify(path) == first
+    assert identity.identify(path) == first
 
 
 def test_a_home_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").write_text("a file")
-    monkeypatch.setattr(sources, "REMEMBERED", tmp_path / "home" / "digests")
+    monkeypatch.setattr(identity, "REMEMBERED", tmp_path / "home" / "digests")
     (tmp_path / "a.jsonl").write_bytes(b"1")
     for _ in range(2):
-        assert sources.identify(tmp_path / "a.jsonl").digest == hashlib.sha256(b"1").hexdigest()
+        assert identity.identify(tmp_path / "a.jsonl").digest == hashlib.sha256(b"1").hexdigest()
 
 
 def test_a_source_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceInvalid, match=r"gone\.parquet"):
-        sources.identify(tmp_path / "gone.parquet")
+        identity.identify(tmp_path / "gone.parquet")
 
 
-# Of every kind
+# Every format
+
+
+def test_every_suffix_has_a_reader() -> None:
+    assert tuple(documents.READERS) == files.SUFFIXES
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
@@ -176,6 +180,5 @@ def test_another_column_may_hold_the_text(tmp_path: Path, name: str) -> None:
         write_table(path, {"text": [1, 2], "content": ["one", "two"]})
     else:
         write_lines(path, '{"text": 1, "content": "one"}', '{"text": 2, "content": "two"}')
-    rows(path, "content")
     assert len(rows(path, "content").tokens) == 2
     assert texts_of(path, 0, 2, column="content") == ["one", "two"]

@@ -1,4 +1,4 @@
-"""Source files in a bucket that is not ours: any key is found, known by its content, and read by ranges."""
+"""Source files in any bucket: found, identified by content, and read by ranges."""
 
 import secrets
 from pathlib import Path
@@ -9,7 +9,7 @@ from model import tokenizer
 from storage.datasets import records, shards
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
-from storage.sources import files as sources
+from storage.sources import finding, identity
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
 from tests import servers
@@ -22,7 +22,7 @@ from tests.storage.store_kinds import SERVERS, each
 
 @pytest.fixture(params=each(SERVERS))
 def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str:
-    """The URL of a folder of a bucket with files of other programs' naming, and their copies in tmp_path."""
+    """The URL of a folder in a bucket with files named by other programs; tmp_path has copies of them."""
     s3_url(request.param)
     folder = secrets.token_hex(6)
     texts = [document(number) for number in range(60)]
@@ -46,13 +46,13 @@ def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str
     ],
 )
 def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]) -> None:
-    assert sources.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
+    assert finding.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
 
 
-def test_a_pattern_that_names_nothing_is_refused(bucket: str) -> None:
+def test_a_pattern_without_matches_is_refused(bucket: str) -> None:
     for pattern in ("/*.parquet", "/none.jsonl", "/none"):
         with pytest.raises(ValueError, match=r"data\.source.*no such file"):
-            sources.find_files(bucket + pattern)
+            finding.find_files(bucket + pattern)
 
 
 @pytest.mark.parametrize("name", ["year=2024/part 1.parquet", "lines.jsonl"])
@@ -80,4 +80,4 @@ def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store
         shards.build_shard(store, "small", next(planned.jobs()), tokenizer.encode, tokenizer.EOT)
     own_client().delete_object(Bucket=servers.BUCKET, Key=key)
     with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*gone"):
-        sources.identify(f"{bucket}/lines.jsonl")
+        identity.identify(f"{bucket}/lines.jsonl")

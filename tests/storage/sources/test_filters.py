@@ -1,9 +1,10 @@
-"""Filters: read in one spelling, asked of columns, and what they leave out is counted and in no shard."""
+"""Filters: one spelling each; rows that they drop are counted and in no shard."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from model import tokenizer
@@ -12,7 +13,7 @@ from storage.datasets.plan import ShardJob
 from storage.datasets.records import Record
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
-from storage.sources import files as sources
+from storage.sources import identity
 from storage.sources.filters import parse
 from storage.stores.store import Store
 from tests.making import document
@@ -24,7 +25,7 @@ TEXTS = [document(number) for number in range(len(SCORES))]
 DUMPS = ["A", "B", "A", None, "C", "B"]
 
 
-def written(folder: Path, kind: str) -> Path:
+def write_source(folder: Path, kind: str) -> Path:
     columns: dict[str, Any] = {"text": TEXTS, "int_score": SCORES, "dump": DUMPS, "id": [f"<{n}>" for n in range(6)]}
     if kind == "parquet":
         return write_table(folder / "a.parquet", columns, row_group_size=2)
@@ -32,9 +33,9 @@ def written(folder: Path, kind: str) -> Path:
     return write_lines(folder / "a.jsonl", *(json.dumps(item) for item in items))
 
 
-def made(store: Store, path: Path, *filters: str, **shape: Any) -> tuple[ShardJob, Record, list[str]]:
+def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple[ShardJob, Record, list[str]]:
     """The one shard of a file, its record, and the texts in it."""
-    (job,) = jobs_of(path, shard_tokens=10_000, filters=filters, **shape)
+    (job,) = jobs_of(path, shard_tokens=10_000, filters=filters, **settings)
     texts: list[str] = []
 
     def encode(text: str) -> Any:
@@ -45,7 +46,7 @@ def made(store: Store, path: Path, *filters: str, **shape: Any) -> tuple[ShardJo
 
 
 @pytest.mark.parametrize(
-    ("text", "found", "kept"),
+    ("text", "value", "kept"),
     [
         ("int_score >= 4", 4, True),
         ("int_score>=4", 3.5, False),
@@ -62,8 +63,8 @@ def made(store: Store, path: Path, *filters: str, **shape: Any) -> tuple[ShardJo
         ("good == True", True, True),
     ],
 )
-def test_a_filter_keeps(text: str, found: object, kept: bool) -> None:
-    assert parse(text).keeps(found) is kept
+def test_a_filter_keeps(text: str, value: object, kept: bool) -> None:
+    assert parse(text).keeps(value) is kept
 
 
 def test_a_filter_has_one_spelling() -> None:
@@ -76,7 +77,7 @@ def test_a_filter_has_one_spelling() -> None:
     ["", "int_score", "int_score >=", ">= 4", "int_score => 4", "int_score >= four", "a.b == 1", "dump in 'A'",
      "dump == ['A']", "int_score >= 4 and x", "x == open('/etc/passwd')", "x == None", "x == {}", "x in [[1]]"],
 )  # fmt: skip
-def test_what_is_no_filter_is_refused(text: str) -> None:
+def test_text_that_is_not_a_filter_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"data\.filters.*cannot be read.*int_score >= 4"):
         parse(text)
 
@@ -94,55 +95,48 @@ def test_what_is_no_filter_is_refused(text: str) -> None:
 def test_a_shard_holds_what_the_filters_keep(
     tmp_path: Path, store: Store, kind: str, filters: list[str], kept: list[int]
 ) -> None:
-    path = written(tmp_path, kind)
-    job, record, texts = made(store, path, *filters)
+    path = write_source(tmp_path, kind)
+    job, record, texts = build_one(store, path, *filters)
     assert texts == [TEXTS[number] for number in kept]
     assert (record.documents, record.filtered, record.skipped) == (len(kept), 6 - len(kept), 0)
     assert sum(record.lengths) == len(kept)
     assert sum(record.dumps.values()) == sum(DUMPS[number] is not None for number in kept)
-    found = dict(source_rows(job.source, record, range(len(kept))))
-    assert [found[number].number for number in range(len(kept))] == kept
-    assert [found[number].text for number in range(len(kept))] == texts
+    traced = dict(source_rows(job.source, record, range(len(kept))))
+    assert [traced[number].number for number in range(len(kept))] == kept
+    assert [traced[number].text for number in range(len(kept))] == texts
 
 
-def test_filtered_rows_cost_a_plan_nothing(tmp_path: Path) -> None:
-    path = written(tmp_path, "parquet")
-    assert [tokens > 0 for tokens in rows(path, "text", "int_score >= 4").tokens] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
+def test_filtered_rows_have_no_tokens_in_a_plan(tmp_path: Path) -> None:
+    path = write_source(tmp_path, "parquet")
+    assert list(np.flatnonzero(rows(path, "text", "int_score >= 4").tokens)) == [1, 3, 5]
     assert jobs_of(path, filters=("int_score >= 9",)) == []
     ranges = [rows_of(job) for job in jobs_of(path, shard_tokens=80, filters=("int_score >= 4",))]
     assert ranges == [(0, 3), (3, 5), (5, 6)]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, kind: str) -> None:
+def test_a_missing_column_is_refused_and_the_others_listed(tmp_path: Path, kind: str) -> None:
     with pytest.raises(
         SourceInvalid, match=r"'score'.*score > 1.*dump.*id.*int_score.*length|'score'.*int_score.*'length'"
     ):
-        rows(written(tmp_path, kind), "text", "score > 1")
+        rows(write_source(tmp_path, kind), "text", "score > 1")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_value_of_another_type_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(SourceInvalid, match=r"int_score >= 'four'.*int"):
-        rows(written(tmp_path, kind), "text", "int_score >= 'four'")
+        rows(write_source(tmp_path, kind), "text", "int_score >= 'four'")
 
 
-def test_filters_decide_the_name_and_their_spelling_does_not(tmp_path: Path) -> None:
-    path = written(tmp_path, "parquet")
+def test_filters_change_the_shard_id_and_their_spelling_does_not(tmp_path: Path) -> None:
+    path = write_source(tmp_path, "parquet")
     (plain,) = jobs_of(path, shard_tokens=10_000)
     (strict,) = jobs_of(path, shard_tokens=10_000, filters=(str(parse("int_score>=4")),))
     assert plain.shard_id != strict.shard_id
     assert strict.recipe.to_json()["filters"] == ["int_score >= 4"]
 
 
-# Documents that cannot be taken
+# Documents that cannot be tokenised
 
 
 def refusing(text: str) -> Any:
@@ -152,20 +146,20 @@ def refusing(text: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_document_that_cannot_be_taken_is_named_or_left_out(tmp_path: Path, store: Store, kind: str) -> None:
-    path = written(tmp_path, kind)
+def test_a_document_that_cannot_be_tokenised_is_named_or_skipped(tmp_path: Path, store: Store, kind: str) -> None:
+    path = write_source(tmp_path, kind)
     (job,) = jobs_of(path, shard_tokens=10_000)
     with pytest.raises(SourceInvalid, match=rf"a\.{kind}: row 3 \(id <3>\): tiktoken gave up.*on_bad_document=skip"):
         shards.build_shard(store, "small", job, refusing, tokenizer.EOT)
     (job,) = jobs_of(path, shard_tokens=10_000, on_bad_document="skip")
     record = shards.build_shard(store, "small", job, refusing, tokenizer.EOT)
     assert (record.documents, record.skipped, record.skipped_rows) == (5, 1, [3])
-    found = dict(source_rows(job.source, record, [2, 3]))
-    assert [found[number].number for number in (2, 3)] == [2, 4]
+    traced = dict(source_rows(job.source, record, [2, 3]))
+    assert [traced[number].number for number in (2, 3)] == [2, 4]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_null_text_is_left_out_when_asked(tmp_path: Path, store: Store, kind: str) -> None:
+def test_null_text_is_skipped_on_request(tmp_path: Path, store: Store, kind: str) -> None:
     if kind == "parquet":
         path = write_table(tmp_path / "a.parquet", {"text": ["one", None, "three"]})
     else:
@@ -177,11 +171,11 @@ def test_null_text_is_left_out_when_asked(tmp_path: Path, store: Store, kind: st
     assert (record.documents, record.skipped_rows) == (2, [1])
 
 
-def test_a_shard_of_which_all_is_left_out_is_done_and_in_no_version(tmp_path: Path, store: Store) -> None:
+def test_a_shard_whose_rows_are_all_filtered_is_done_and_has_no_tokens(tmp_path: Path, store: Store) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["one", "two"]})
     (job,) = jobs_of(path, filters=("length > 9",))
     record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     assert (record.tokens, record.filtered) == (0, 2)
     assert records.is_finished(store, "small", job.shard_id)
     assert set(records.finished_shards(store, "small", [job.shard_id], {})) == {job.shard_id}
-    assert sources.identify(path).digest == job.recipe.source
+    assert identity.identify(path).digest == job.recipe.source

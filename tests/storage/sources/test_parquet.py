@@ -1,7 +1,7 @@
-"""Parquet files: any rows are read, counts steer, and what is damaged or of another type is refused."""
+"""Parquet files: any rows are read, token counts are used, damaged files and other types are refused."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,39 +10,39 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import SourceInvalid
-from storage.sources import documents
+from storage.sources import parquet
 from tests.making import document, write_parquet
-from tests.storage.source_files import LOOKS, TEXTS, Ask, rows, texts_of, write_table
+from tests.storage.source_files import READS, TEXTS, Read, rows, texts_of, write_table
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda _: b"", lambda _: b"PAR1 not parquet"])
-def test_a_parquet_file_that_is_cut_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], look: Ask) -> None:
+def test_a_parquet_file_that_is_cut_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], read: Read) -> None:
     path = write_parquet(tmp_path / "cut.parquet", TEXTS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SourceInvalid, match=r"cut\.parquet"):
-        look(path)
+        read(path)
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_a_parquet_file_without_the_text_column_is_refused_with_those_it_has(tmp_path: Path, look: Ask) -> None:
+@pytest.mark.parametrize("read", READS)
+def test_a_parquet_file_without_the_text_column_is_refused_with_those_it_has(tmp_path: Path, read: Read) -> None:
     path = write_table(tmp_path / "a.parquet", {"content": ["a", "b"], "url": ["c", "d"]})
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*'text'.*content, url.*data\.text_column"):
-        look(path)
+        read(path)
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize(
     ("values", "kind"),
     [([1, 2], "int64"), ([b"a", b"b"], "binary"), ([["a"], ["b"]], "list"), ([None, None], "null")],
 )
-def test_a_text_column_of_another_type_is_refused(tmp_path: Path, values: list[object], kind: str, look: Ask) -> None:
+def test_a_text_column_of_another_type_is_refused(tmp_path: Path, values: list[object], kind: str, read: Read) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": values})
     with pytest.raises(SourceInvalid, match=rf"a\.parquet.*'text'.*{kind}"):
-        look(path)
+        read(path)
 
 
-def test_null_text_is_seen_in_the_footer(tmp_path: Path) -> None:
+def test_null_text_is_refused_by_the_footer(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b", None, "d"]}, row_group_size=2)
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*'text'.*null"):
         rows(path)
@@ -59,21 +59,21 @@ def test_null_text_is_refused_where_it_is_read(tmp_path: Path, statistics: bool)
     assert texts_of(path, 3, 4) == ["d"]
 
 
-def test_nulls_of_another_column_are_nobodys_business(tmp_path: Path) -> None:
+def test_nulls_of_another_column_do_not_matter(tmp_path: Path) -> None:
     meta = [{"a": 1, "b": None}, {"a": None, "b": None}]  # a nested column: two leaves before `text`
     path = write_table(tmp_path / "a.parquet", {"meta": meta, "url": [None, "b"], "text": ["one", "two"]})
     rows(path)
     assert texts_of(path, 0, 2) == ["one", "two"]
 
 
-def test_nulls_are_seen_behind_a_nested_column(tmp_path: Path) -> None:
+def test_null_text_behind_a_nested_column_is_refused(tmp_path: Path) -> None:
     meta = [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
     path = write_table(tmp_path / "a.parquet", {"meta": meta, "text": ["one", None]})
     with pytest.raises(SourceInvalid, match="null"):
         rows(path)
 
 
-def test_the_estimate_is_of_the_text_column_behind_a_nested_one(tmp_path: Path) -> None:
+def test_the_estimate_uses_the_text_column_behind_a_nested_one(tmp_path: Path) -> None:
     texts = [document(number) for number in range(20)]
     plain = write_table(tmp_path / "a.parquet", {"text": texts})
     nested = write_table(tmp_path / "b.parquet", {"meta": [{"a": 1, "b": 2}] * 20, "text": texts})
@@ -86,30 +86,11 @@ def test_the_estimate_is_of_the_text_column_behind_a_nested_one(tmp_path: Path) 
 def test_any_range_of_rows_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType, row_group_size: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(documents, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", at_once)
     path = write_table(tmp_path / "a.parquet", {"text": pa.array(TEXTS, kind)}, row_group_size=row_group_size)
     for start in range(len(TEXTS) + 1):
         for end in range(start, len(TEXTS) + 1):
             assert texts_of(path, start, end) == TEXTS[start:end]
-
-
-@pytest.mark.parametrize(("most_bytes", "reads"), [(1 << 20, [0, 1]), (0, [0, 0, 0, 0, 1, 1])])
-def test_neighbouring_shards_decode_a_small_row_group_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, reads: list[int]
-) -> None:
-    read: list[int] = []
-    decode = documents._batches
-
-    def counted(parquet: pq.ParquetFile, columns: list[str], groups: list[int]) -> Iterator[pa.RecordBatch]:
-        read.extend(groups)
-        return decode(parquet, columns, groups)
-
-    monkeypatch.setattr(documents, "_batches", counted)
-    monkeypatch.setattr(documents, "KEPT_BYTES", most_bytes)
-    texts = [document(number) for number in range(20)]
-    path = write_table(tmp_path / "a.parquet", {"text": texts}, row_group_size=15)
-    assert [one for start in range(0, 20, 4) for one in texts_of(path, start, start + 4)] == texts
-    assert read == reads
 
 
 def test_another_file_in_a_files_place_is_read_anew(tmp_path: Path) -> None:
@@ -118,7 +99,7 @@ def test_another_file_in_a_files_place_is_read_anew(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "0-2")
 
 
-def test_bytes_that_are_no_utf8_in_a_string_column_are_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused_and_named(tmp_path: Path) -> None:
     offsets, body = pa.py_buffer(np.array([0, 1, 3], np.int32).tobytes()), pa.py_buffer(b"a\xff\xfe")
     texts = pa.StringArray.from_buffers(2, offsets, body)
     path = write_table(tmp_path / "a.parquet", {"text": texts})
@@ -140,7 +121,7 @@ def test_a_damaged_page_is_refused(tmp_path: Path, column: str) -> None:
         rows(path) if column == "token_count" else texts_of(path, 0, 200)
 
 
-def test_a_token_count_steers_by_its_own_number_and_eot(tmp_path: Path) -> None:
+def test_a_token_count_is_believed_and_eot_added(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b", "c"], "token_count": [0, 5, 7]})
     assert list(rows(path).tokens) == [1, 6, 8]
 
@@ -148,19 +129,18 @@ def test_a_token_count_steers_by_its_own_number_and_eot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("counts", [[1, None, 3], [1.5, 2.5, 3.5], ["1", "2", "3"]])
 def test_a_token_count_that_cannot_be_used_is_estimated(tmp_path: Path, counts: list[object]) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a" * 400] * 3, "token_count": counts})
-    found = rows(path).tokens
-    assert len(found) == 3
-    assert all(found >= 1)
+    tokens = rows(path).tokens
+    assert len(tokens) == 3
+    assert all(tokens >= 1)
 
 
 @pytest.mark.parametrize("count", [-5, 2**62, 2**63 - 1])
-def test_a_token_count_of_any_size_makes_no_row_cost_nothing(tmp_path: Path, count: int) -> None:
+def test_every_row_costs_a_token_whatever_its_token_count(tmp_path: Path, count: int) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b"], "token_count": [count, count]})
     assert all(rows(path).tokens >= 1)
 
 
 def test_a_parquet_file_without_rows_has_no_documents(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": pa.array([], pa.string())})
-    rows(path)
     assert len(rows(path).tokens) == 0
     assert texts_of(path, 0, 0) == []

@@ -1,0 +1,86 @@
+"""Identifies source files by the sha256 of their content, wherever they are.
+
+A digest is remembered with a fingerprint of the file (path, size, times and inode; in a bucket: key, size and time), so
+an unchanged file is hashed once.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from storage.digests import digest
+from storage.errors import ObjectMissing, SourceInvalid
+from storage.sources.files import SourceFile
+from storage.sources.finding import BUCKET, bucket_of
+
+REMEMBERED = Path.home() / ".cache" / "gpt2-pipeline" / "digests"
+FILE_PIECE_BYTES = 1 << 20
+REQUEST_BYTES = 1 << 25  # of a bucket: 32 MiB
+
+
+def identify(place: str | Path) -> SourceFile:
+    """The file's name, size and sha256; the content is read only if it changed. Raises SourceInvalid."""
+    return _identify_object(str(place)) if BUCKET.match(str(place)) else _identify_path(Path(place).absolute())
+
+
+def _identify_path(path: Path) -> SourceFile:
+    try:
+        status = path.stat()
+        fingerprint = digest([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
+        sha256 = _remembered(fingerprint) or _hash(fingerprint, _pieces(path))
+    except OSError as error:
+        raise SourceInvalid(f"{path}: cannot be read: {error.strerror}. Check the path and its mode.") from error
+    return SourceFile(path.name, status.st_size, sha256, str(path))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(FILE_PIECE_BYTES):
+            yield piece
+
+
+def _identify_object(place: str) -> SourceFile:
+    store, key = bucket_of(place)
+    try:
+        status = store.stat(key)
+    except ObjectMissing as error:
+        raise SourceInvalid(f"{place}: was listed, is gone now. Put it back, or run the command again.") from error
+    fingerprint = digest([place, status.size, status.modified])
+    pieces = (store.read_range(key, start, REQUEST_BYTES) for start in range(0, status.size, REQUEST_BYTES))
+    sha256 = status.sha256 or _remembered(fingerprint) or _hash(fingerprint, pieces)
+    return SourceFile(PurePosixPath(key).name, status.size, sha256, place)
+
+
+def _hash(fingerprint: str, pieces: Iterator[bytes]) -> str:
+    """The sha256 of the pieces, which is remembered."""
+    hasher = hashlib.sha256()
+    for piece in pieces:
+        hasher.update(piece)
+    _remember(fingerprint, hasher.hexdigest())
+    return hasher.hexdigest()
+
+
+def _note(fingerprint: str) -> Path:
+    return REMEMBERED / fingerprint[:2] / fingerprint
+
+
+def _remembered(fingerprint: str) -> str | None:
+    """The sha256 noted for the fingerprint, if the note is intact: a power cut may leave an empty file."""
+    try:
+        sha256, _, checksum = _note(fingerprint).read_text().partition(" ")
+    except (OSError, ValueError):
+        return None
+    return sha256 if checksum == digest([fingerprint, sha256]) else None
+
+
+def _remember(fingerprint: str, sha256: str) -> None:
+    """Write the note beside its place and rename it there. A home that is read-only costs time, not correctness."""
+    note = _note(fingerprint)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_suffix(f".{os.getpid()}")
+        temporary.write_text(f"{sha256} {digest([fingerprint, sha256])}")
+        temporary.replace(note)
+    except OSError:
+        pass

@@ -1,0 +1,70 @@
+"""Rows of a source file, whatever its format: what a plan counts, what a shard reads, and why a row is refused."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from storage.errors import SourceInvalid
+from storage.sources.files import SourceFile
+from storage.sources.filters import Filter
+
+COUNT_COLUMN = "token_count"  # the column with the gpt2 tokens of each document, where a dataset has one
+DUMP, ID, URL = "dump", "id", "url"  # columns with a document's crawl, its name, and where it was published
+BYTES_PER_TOKEN = 4  # English web text has about 4.4; with 4, estimated shards stay just below their limit
+MOST_TOKENS = 1 << 31  # the largest token_count believed; a larger one is bad data and would overflow sums
+EOT_TOKENS = 1  # each document costs one more token than its text
+
+
+class RowTokens(NamedTuple):
+    """Tokens of each row, EOT included, and for JSON lines the byte where each row starts.
+
+    A row that a filter drops has 0 tokens.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray | None
+
+
+class Row(NamedTuple):
+    """A row that passed the filters: its number in the file, its text, and the columns that name the document.
+
+    `text` is whatever the text column holds: it is not a string in a row that cannot be tokenised.
+    """
+
+    number: int
+    text: Any
+    dump: Any
+    id: Any
+    url: Any = None
+
+
+class Columns(NamedTuple):
+    """The columns to read: the text, those that the filters compare, and others that a file may lack."""
+
+    text: str
+    filters: tuple[Filter, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, once each."""
+        return list(dict.fromkeys([self.text, *self.optional, *(condition.column for condition in self.filters)]))
+
+
+def estimated_tokens(text_bytes: int) -> int:
+    """Tokens of a document of that size, EOT included, rounded up."""
+    return -(-text_bytes // BYTES_PER_TOKEN) + EOT_TOKENS
+
+
+def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:
+    """The error for a document that cannot be tokenised."""
+    name = f"row {row.number:,}" + ("" if row.id is None else f" (id {row.id})")
+    return SourceInvalid(
+        f"{file.place}: {name}: {reason}. Repair or delete that row, or skip such rows: --set data.on_bad_document=skip"
+    )
+
+
+def no_text(row: Row, text_column: str) -> str:
+    """The reason why a row whose text is not a string cannot be tokenised."""
+    shown = "null" if row.text is None else f"{type(row.text).__name__} {str(row.text)[:40]!r}"
+    return f"column {text_column!r} should hold text, found {shown}"
