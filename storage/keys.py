@@ -23,7 +23,6 @@ Prefixes end in "/". `X.failure.json` beside a record or result says why its job
 """
 
 import re
-from dataclasses import dataclass
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -86,23 +85,18 @@ def failed_job(key: str) -> str | None:
     return f"{key.removesuffix(ending)}.json" if key.endswith(ending) else None
 
 
-@dataclass(frozen=True)
 class DatasetKeys:
-    """The keys of one dataset. Raises ValueError for a name that cannot be part of a key."""
+    """The keys of one dataset; plural names are prefixes. Raises ValueError for a name that cannot be part of a key."""
 
-    name: str
-
-    def __post_init__(self) -> None:
-        check_name("dataset", self.name)
-
-    @property
-    def prefix(self) -> str:
-        return f"{DATASETS}{self.name}/"
-
-    @property
-    def shards(self) -> str:
-        """The prefix of shards and their records."""
-        return f"{self.prefix}shards/"
+    def __init__(self, name: str) -> None:
+        self.prefix = f"{DATASETS}{check_name('dataset', name)}/"
+        self.shards = f"{self.prefix}shards/"
+        self.plans = f"{self.prefix}plans/"
+        self.manifests = f"{self.prefix}manifests/"
+        self.split = f"{self.prefix}split.json"
+        self.lease = f"{self.prefix}lease.json"
+        self.latest = f"{self.prefix}latest.json"
+        self.request = f"{self.prefix}asked.json"
 
     def shard(self, shard_id: str) -> str:
         return f"{self.shards}{check_name('shard', shard_id)}.bin"
@@ -115,26 +109,8 @@ class DatasetKeys:
         shard_id, _, suffix = key.removeprefix(self.shards).rpartition(".")
         return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
 
-    @property
-    def plans(self) -> str:
-        """The prefix of the plans of the source files."""
-        return f"{self.prefix}plans/"
-
     def plan(self, digest: str) -> str:
         return check_key(f"{self.plans}{digest}.json")
-
-    @property
-    def split(self) -> str:
-        return f"{self.prefix}split.json"
-
-    @property
-    def lease(self) -> str:
-        return f"{self.prefix}lease.json"
-
-    @property
-    def manifests(self) -> str:
-        """The prefix of all versions."""
-        return f"{self.prefix}manifests/"
 
     def manifest(self, digest: str) -> str:
         return f"{self.manifests}{check_name('manifest', digest)}.json"
@@ -143,42 +119,20 @@ class DatasetKeys:
         """The leak report of the version with that digest."""
         return check_key(f"{self.prefix}audits/{digest}.json")
 
-    @property
-    def request(self) -> str:
-        """The configuration of the last request to build the dataset."""
-        return f"{self.prefix}asked.json"
 
-    @property
-    def latest(self) -> str:
-        return f"{self.prefix}latest.json"
-
-
-@dataclass(frozen=True)
 class RunKeys:
-    """The keys of one run. Raises ValueError for a name that cannot be part of a key."""
+    """The keys of one run; plural names are prefixes. Raises ValueError for a name that cannot be part of a key."""
 
-    name: str
-
-    def __post_init__(self) -> None:
-        check_name("run", self.name)
-
-    @property
-    def prefix(self) -> str:
-        return f"{RUNS}{self.name}/"
-
-    @property
-    def config(self) -> str:
-        return f"{self.prefix}config.json"
-
-    @property
-    def request(self) -> str:
-        """The configuration of the last request for the run."""
-        return f"{self.prefix}asked.json"
-
-    @property
-    def jobs(self) -> str:
-        """The prefix of jobs and results."""
-        return f"{self.prefix}jobs/"
+    def __init__(self, name: str) -> None:
+        self.prefix = f"{RUNS}{check_name('run', name)}/"
+        self.jobs = f"{self.prefix}jobs/"
+        self.checkpoints = f"{self.prefix}checkpoints/"
+        self.metrics = f"{self.prefix}metrics/"
+        self.evaluations = f"{self.prefix}evaluations/"
+        self.config = f"{self.prefix}config.json"
+        self.request = f"{self.prefix}asked.json"
+        self.latest = f"{self.prefix}latest.json"
+        self.progress = f"{self.prefix}progress.json"
 
     def job(self, job_id: str) -> str:
         return f"{self.jobs}{check_name('job', job_id)}.json"
@@ -186,39 +140,15 @@ class RunKeys:
     def result(self, job_id: str) -> str:
         return f"{self.jobs}{check_name('job', job_id)}.result.json"
 
-    @property
-    def checkpoints(self) -> str:
-        """The prefix of checkpoint records and files."""
-        return f"{self.prefix}checkpoints/"
-
     def checkpoint_file(self, step: int, attempt: str, file: str) -> str:
         return check_key(f"{self.checkpoints}{step:06d}/{attempt}/{file}")
 
     def checkpoint_record(self, step: int) -> str:
         return f"{self.checkpoints}{step:06d}.json"
 
-    @property
-    def latest(self) -> str:
-        """Pointer to the newest complete checkpoint."""
-        return f"{self.prefix}latest.json"
-
-    @property
-    def metrics(self) -> str:
-        """The prefix of all metrics."""
-        return f"{self.prefix}metrics/"
-
     def metrics_segment(self, first_step: int, attempt: str) -> str:
         """The metrics of one attempt between two checkpoints."""
         return check_key(f"{self.metrics}{first_step:06d}-{attempt}.jsonl")
-
-    @property
-    def progress(self) -> str:
-        return f"{self.prefix}progress.json"
-
-    @property
-    def evaluations(self) -> str:
-        """The prefix of all evaluations."""
-        return f"{self.prefix}evaluations/"
 
     def evaluation(self, step: int, name: str) -> str:
         return check_key(f"{self.evaluations}{step:06d}/{name}.json")
