@@ -6,7 +6,7 @@ from typing import Any
 from prefect import State, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectConcurrentFuture
+from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.handoffs import Evaluated, Trained
@@ -53,13 +53,12 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     jobs = [job for record in kept for job in evaluation_jobs(config, record, manifest, items)]
     bar = Bar("evaluate", len(jobs), "evaluations")
     with Processes(config.store_url) as processes:
-        futures: list[PrefectConcurrentFuture[Any]] = [
-            evaluate_checkpoint.submit(job, config.store_url, processes)  # type: ignore[misc]  # a thread runner's future
-            for job in jobs
+        futures: list[PrefectFuture[Any]] = [
+            evaluate_checkpoint.submit(job, config.store_url, processes) for job in jobs
         ]
         for future in futures:
-            future.wrapped_future.add_done_callback(lambda _: bar.advance())
-        processes.serve(futures)
+            future.add_done_callback(lambda _: bar.advance())
+        wait(futures)
     bar.close()
     return Evaluated(_answers(config.name, jobs, futures, failures))
 
@@ -72,7 +71,7 @@ def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
 
 
 def _answers(
-    run: str, jobs: list[Job], futures: list[PrefectConcurrentFuture[Any]], failures: list[tuple[str, Exception]]
+    run: str, jobs: list[Job], futures: list[PrefectFuture[Any]], failures: list[tuple[str, Exception]]
 ) -> list[dict[str, Any]]:
     """What each evaluation answered, as a table in Prefect's UI too; raises when one failed, or `failures` has one."""
     rows = [{"evaluation": name, "step": "", "state": "Failed", "found": [str(why)]} for name, why in failures]

@@ -51,9 +51,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
             if config.resources.nodes > 1:
                 say("train", f"on each of the other {config.resources.nodes - 1} hosts, with this package installed: "
                              f"python -m model {config.store_url} {job.key}")  # fmt: skip
-            future = train_model.submit(job, config.store_url, processes)
-            processes.serve([future])  # type: ignore[list-item]  # a thread runner's future
-        result: dict[str, Any] = future.result()
+            result: dict[str, Any] = train_model.submit(job, config.store_url, processes).result()
     finally:
         ended.set()
         watcher.join()

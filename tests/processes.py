@@ -1,4 +1,4 @@
-"""The processes of this host, as /proc shows them: found by what they are, and killed."""
+"""Finds processes of this host in /proc, and kills them."""
 
 import os
 import signal
@@ -7,34 +7,33 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def found(wanted: Callable[[Path], bool]) -> list[int]:
-    """The processes whose folder in /proc is `wanted`; one that ends meanwhile is none."""
+def matching(condition: Callable[[Path], bool]) -> list[int]:
+    """The processes whose folder in /proc satisfies the condition, except those that end meanwhile."""
     pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):
-                if wanted(folder):
+                if condition(folder):
                     pids.append(int(folder.name))
     return pids
 
 
-def with_words(*words: str) -> list[int]:
-    """The processes that were started with all of these words."""
-    return found(lambda folder: set(words) <= set((folder / "cmdline").read_text().split("\0")))
+def with_arguments(*arguments: str) -> list[int]:
+    """The processes that have all of these command-line arguments."""
+    return matching(lambda folder: set(arguments) <= set((folder / "cmdline").read_text().split("\0")))
 
 
 def parent(folder: Path) -> int:
-    """The parent of the process of that folder in /proc."""
+    """The parent of the process with that folder in /proc."""
     return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def children(pid: int) -> list[int]:
-    """The processes that it started, as far as they are there."""
-    return found(lambda folder: parent(folder) == pid)
+    return matching(lambda folder: parent(folder) == pid)
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that descend from it, sessions of their own included."""
+    """The process and all its descendants, also those in other sessions."""
     members = [pid]
     for known in members:
         members += children(known)
@@ -42,7 +41,7 @@ def family(pid: int) -> list[int]:
 
 
 def kill(pids: list[int]) -> None:
-    """kill -9 of those that are still there."""
+    """SIGKILL each process that still runs."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

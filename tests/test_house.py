@@ -20,6 +20,7 @@ ENTRY_POINTS = {
     "flows/platform/server.py",
     "model/__main__.py",
     "model/processes/pod.py",
+    "model/processes/torchrun.py",
 }
 KEY_LITERAL = re.compile(r"^(datasets|runs|sources)/|^(split|latest|progress|config)\.json$|^FORMAT$")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}

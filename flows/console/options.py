@@ -59,7 +59,7 @@ def run_flow(flow: Any, config: RunConfig) -> Any:
     """Run the flow in this process, show its progress, and wait until Prefect has written down what happened."""
     from prefect.utilities.urls import url_for
 
-    from flows.runtime import progress, records
+    from flows.runtime import progress, settle
 
     def show_page(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001  # Prefect calls it by these names
         console.print(f"run        {url_for('flow-run', obj_id=flow_run.id)}", highlight=False)
@@ -69,4 +69,4 @@ def run_flow(flow: Any, config: RunConfig) -> Any:
         try:
             return flow.with_options(on_running=[show_page])(config)
         finally:
-            records.wait_for_task_runs(since, RECORDS_SECONDS)
+            settle.wait_for_task_runs(since, RECORDS_SECONDS)

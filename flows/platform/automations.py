@@ -1,6 +1,6 @@
-"""What Prefect's server does by itself about our runs: finds dead ones, goes on with them, tells of failures.
+"""Automations of Prefect's server: mark dead runs as crashed, restart crashed runs, notify about failures.
 
-Only runs with the tag TAG are touched, which every deployment gives to its runs: a server may have others' flows too.
+They apply only to runs tagged TAG, as our deployments tag theirs: the server may be shared with other projects.
 """
 
 from datetime import timedelta
@@ -12,72 +12,77 @@ from prefect.events.actions import ChangeFlowRunState, PauseAutomation, SendNoti
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 TAG = "gpt2"
-BEAT_LIMIT_SECONDS = 90  # three heartbeats of PREFECT_FLOWS_HEARTBEAT_FREQUENCY, as the deployments set it
-SETTLE_SECONDS = 20  # a worker reports a crash twice: the second report would hit a run that was started again at once
-CRASHES, CRASH_MINUTES = 8, 15  # a run that dies at once is tried so often; each zombie takes two minutes
+HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
+RESTART_SECONDS = 20  # a worker reports a crash twice; the second report must not hit the restarted run
+MAX_CRASHES, CRASH_MINUTES = 8, 15  # covers runs that crash at once; one that is found by its heartbeat takes 2 minutes
 
-ZOMBIES, RESUME, LOOP, NOTIFY = (
-    "gpt2: a run that is not heard of any more has crashed",
-    "gpt2: a crashed run goes on",
-    "gpt2: too many crashes stop the automatic restart",
-    "gpt2: tell of a failed run",
-)
+MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
+RESTART = "gpt2: restart crashed runs"
+PAUSE_RESTARTS = "gpt2: pause automatic restarts after repeated crashes"
+NOTIFY = "gpt2: notify about failed runs"
+FORMER_NAMES = {  # on servers of version 0.1.0; bootstrap renames these automations
+    MARK_CRASHED: "gpt2: a run that is not heard of any more has crashed",
+    RESTART: "gpt2: a crashed run goes on",
+    PAUSE_RESTARTS: "gpt2: too many crashes stop the automatic restart",
+    NOTIFY: "gpt2: tell of a failed run",
+}
 
 
-def zombies() -> AutomationCore:
-    """A run whose worker and process died says nothing: without a heartbeat it is Crashed, and its slot free."""
+def mark_crashed() -> AutomationCore:
+    """A run whose worker and process died cannot report it. Without a heartbeat it becomes Crashed, its slot free."""
+    reason = f"No heartbeat for {HEARTBEAT_LIMIT_SECONDS} s: the run's worker and process died."
     return AutomationCore(
-        name=ZOMBIES,
-        description=f"No heartbeat for {BEAT_LIMIT_SECONDS} s: worker and process are gone, killed or without power.",
+        name=MARK_CRASHED,
+        description=reason,
         trigger=_trigger(
             posture=Posture.Proactive,
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.*"},
             for_each={"prefect.resource.id"},
-            within=timedelta(seconds=BEAT_LIMIT_SECONDS),
+            within=timedelta(seconds=HEARTBEAT_LIMIT_SECONDS),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
+    )
+
+
+def restart() -> AutomationCore:
+    """A crashed run is scheduled again. A cancelled or failed one is not: that was a decision or a result."""
+    return AutomationCore(
+        name=RESTART,
+        description=f"Restarts a crashed run after {RESTART_SECONDS} s; it resumes from the store. "
+        f"Failed runs are left for people to retry.",
+        trigger=_trigger(
+            posture=Posture.Proactive,  # acts when no other event of the run follows in time
+            after={"prefect.flow-run.Crashed"},
+            expect={"prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            within=timedelta(seconds=RESTART_SECONDS),
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"Nothing was heard of this run for {BEAT_LIMIT_SECONDS} s: its worker and process are gone.",
+                state=StateType.SCHEDULED,
+                name="AwaitingRetry",
+                message="The run crashed; it is restarted and resumes from the store.",
             )
         ],
     )
 
 
-def resume() -> AutomationCore:
-    """A crash is nobody's decision and no answer, unlike a cancellation or a failure: the same run is started again."""
-    message = "The run crashed and goes on from what is in the store."
+def pause_restarts(restart_id: UUID) -> AutomationCore:
+    """Repeated crashes pause the automation `restart`, so that no run is restarted forever."""
     return AutomationCore(
-        name=RESUME,
-        description=f"Starts a crashed run again after {SETTLE_SECONDS} s; what it did is found in the store. "
-        f"Failed runs are left to people.",
+        name=PAUSE_RESTARTS,
+        description=f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart. Fix the cause of "
+        f"the crashes (see the runs' logs), then enable '{RESTART}' again.",
         trigger=_trigger(
-            posture=Posture.Proactive,  # nobody has done anything about it
-            after={"prefect.flow-run.Crashed"},
-            expect={"prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            within=timedelta(seconds=SETTLE_SECONDS),
+            expect={"prefect.flow-run.Crashed"}, threshold=MAX_CRASHES, within=timedelta(minutes=CRASH_MINUTES)
         ),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)],
-    )
-
-
-def loop_breaker(resume_id: UUID) -> AutomationCore:
-    """Runs that crash again and again are not started for ever: the automation `resume` is paused."""
-    return AutomationCore(
-        name=LOOP,
-        description=f"{CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart. Mend what makes runs "
-        f"crash (their logs say it), then switch it on again here.",
-        trigger=_trigger(
-            expect={"prefect.flow-run.Crashed"}, threshold=CRASHES, within=timedelta(minutes=CRASH_MINUTES)
-        ),
-        actions=[PauseAutomation(source="selected", automation_id=resume_id)],
+        actions=[PauseAutomation(source="selected", automation_id=restart_id)],
     )
 
 
 def notify(block_id: UUID) -> AutomationCore:
-    """A failed or crashed run is told of through a notification block."""
+    """Each failed or crashed run sends a message through a notification block."""
     return AutomationCore(
         name=NOTIFY,
         description="Sends a message for each failed or crashed run.",
@@ -97,6 +102,6 @@ def notify(block_id: UUID) -> AutomationCore:
     )
 
 
-def _trigger(**how: Any) -> EventTrigger:
-    ours = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
-    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, match_related=ours, **how)
+def _trigger(**options: Any) -> EventTrigger:
+    has_our_tag = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, match_related=has_our_tag, **options)

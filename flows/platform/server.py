@@ -1,6 +1,6 @@
-"""A Prefect server of one's own: on a free port of this host, with its database in `.gpt2`. Knows no flow.
+"""A local Prefect server: on a port of 127.0.0.1, with its database in `.gpt2`.
 
-python -m flows.platform.server --port 4210 --parent PID      the server process; ends when its parent dies
+python -m flows.platform.server --port 4210 --parent PID      the server process; ends with its parent
 """
 
 import argparse
@@ -21,39 +21,27 @@ from pathlib import Path
 from model.processes.parent import end_with_parent
 
 HOME = Path(".gpt2")
-SERVED = HOME / "server.json"  # where `gpt2 serve` is, while it runs
-START_SECONDS = 120.0  # the first start makes the database: 15 s on two busy cores
-SETTINGS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    # kept in memory, leases of slots are gone when a server is started again, which then ends the runs that hold them
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    # likewise which events automations have seen: those after the start would wait 15 minutes for those before it
-    "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "flows.platform.event_ordering",
-    # task runs are recorded one by one by default, 25 to 30 a second; in batches the records keep up
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-}
+SERVED = HOME / "server.json"  # the port of `gpt2 serve` while it runs
+START_SECONDS = 120.0  # the first start creates the database: 15 s on two busy cores
+SETTINGS = Path(__file__).with_name("prefect.env")
 
 
 def prefect_environment(port: int | None = None) -> dict[str, str]:
-    """Prefect's settings for this project, for the server and for its clients."""
-    environment = SETTINGS | {"PREFECT_HOME": str((HOME / "prefect").absolute())}
+    """Prefect's settings as environment variables, for the local server and its clients."""
+    lines = SETTINGS.read_text().splitlines()
+    environment = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    environment |= {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_HOME": str((HOME / "prefect").absolute())}
     if port is not None:
         url = f"http://127.0.0.1:{port}/api"
-        # the UI asks port 4200 for its data unless it is told otherwise
-        environment |= {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}
+        environment |= {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}  # the UI's default is port 4200
     return environment
 
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
-    """The address of a Prefect server that this process may use, put into its environment; its own is stopped again.
+    """Choose a Prefect server and set PREFECT_API_URL to its address. Yields the address. Raises ValueError.
 
-    Taken in this order: the one PREFECT_API_URL names, the one `gpt2 serve` keeps, a new one on a free port.
+    The first of: the server of PREFECT_API_URL, that of `gpt2 serve`, a new one that runs while the block lasts.
     """
     if url := os.environ.get("PREFECT_API_URL"):
         _check_named(url)
@@ -70,7 +58,7 @@ def prefect_server() -> Iterator[str]:
 
 
 def _check_named(url: str) -> None:
-    """Raise ValueError when no Prefect server is there, or none that lets this user in."""
+    """Raise ValueError when no Prefect server answers at PREFECT_API_URL, or when it refuses this user."""
     import httpx
     from prefect.client.orchestration import get_client
 
@@ -78,20 +66,20 @@ def _check_named(url: str) -> None:
         with get_client(sync_client=True) as client:
             client.api_version()
     except httpx.HTTPError as error:
-        why = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"PREFECT_API_URL = {url!r}: a Prefect server was expected there, found: {why}. Start it, mend it, "
-            f"set PREFECT_API_AUTH_STRING=user:password where it asks for one, or unset PREFECT_API_URL."
+            f"PREFECT_API_URL = {url!r}: no Prefect server can be used there: {reason}. Start the server, set "
+            f"PREFECT_API_AUTH_STRING=user:password if it requires one, or unset PREFECT_API_URL."
         ) from error
 
 
 def named_server() -> bool:
-    """Whether there is a server to use already: the one of PREFECT_API_URL, or of `gpt2 serve`."""
+    """Whether PREFECT_API_URL or a running `gpt2 serve` names a server."""
     return bool(os.environ.get("PREFECT_API_URL")) or served_port() is not None
 
 
 def served_port() -> int | None:
-    """The port of the server that `gpt2 serve` keeps for this folder, when it answers."""
+    """The port of this folder's `gpt2 serve`, or None when no server answers there."""
     try:
         port = int(json.loads(SERVED.read_text())["port"])
     except (OSError, ValueError, KeyError):
@@ -99,13 +87,13 @@ def served_port() -> int | None:
     return port if healthy(port) else None
 
 
-def start(name: str, module: str, words: list[str], settings: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a module of ours that ends with this process; what it says goes into a log of that name."""
+def start(name: str, module: str, arguments: list[str], settings: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start one of our modules as a process that ends with this one and writes to the log file `name`."""
     HOME.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", module, *words, "--parent", str(os.getpid())]
+    argv = [sys.executable, "-m", module, *arguments, "--parent", str(os.getpid())]
     with _log(name).open("ab") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | settings
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=os.environ | settings
         )
 
 
@@ -115,15 +103,15 @@ def _log(name: str) -> Path:
 
 @contextmanager
 def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server on that port for as long as the block lasts. Raises ValueError when it does not come up."""
+    """Run a server on that port while the block lasts. Raises ValueError when it does not start."""
     process = start("server", "flows.platform.server", ["--port", str(port)], prefect_environment(port))
     try:
         deadline = time.monotonic() + START_SECONDS
         while not healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(
-                    f"Prefect's server was asked for on port {port}, it did not come up (exit code {process.poll()}). "
-                    f"Its log says why: {_log('server').absolute()}"
+                    f"Prefect's server did not start on port {port} (exit code {process.poll()}). See its log: "
+                    f"{_log('server').absolute()}"
                 )
             time.sleep(0.2)
         yield process
@@ -133,7 +121,7 @@ def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 @contextmanager
 def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that the verbs of this folder find and use, for as long as the block lasts."""
+    """Run a server while the block lasts, and let every `gpt2` command in this folder use it."""
     os.environ.update(prefect_environment(port))
     with running_server(port) as process:
         SERVED.write_text(json.dumps({"port": port}))
@@ -144,53 +132,53 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Return at Ctrl-C or SIGTERM. Raises ValueError when one of the processes ends before."""
-    asked = threading.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: asked.set())
-    while not asked.wait(1):
+    """Return at Ctrl-C or SIGTERM. Raises ValueError when a process ends before that."""
+    stopping = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stopping.set())
+    while not stopping.wait(1):
         for name, process in processes.items():
             if process.poll() is not None:
                 raise ValueError(
-                    f"gpt2 serve: {name} was to run until Ctrl-C, it ended with exit code {process.returncode}. "
-                    f"Its log says why: {_log(name).absolute()}. Start gpt2 serve again: the runs go on."
+                    f"gpt2 serve: {name} ended unexpectedly with exit code {process.returncode}. See its log: "
+                    f"{_log(name).absolute()}. Start gpt2 serve again; retried runs resume."
                 )
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """An unused port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def check_port(port: int) -> None:
-    """Raise ValueError when somebody listens on the port already."""
+    """Raise ValueError when the port is in use."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of one that has just stopped are none
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(
-                f"port {port} of 127.0.0.1 was asked for, it cannot be had: {error.strerror}. "
-                f"Stop what listens there, or choose another: --port {port + 1}"
+                f"port {port} of 127.0.0.1 is not available: {error.strerror}. Stop the process that uses it, or "
+                f"choose another port: --port {port + 1}"
             ) from error
 
 
 def healthy(port: int) -> bool:
-    """Whether a Prefect server answers there."""
+    """Whether a Prefect server answers on that port."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2) as response:
+            return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
-def stop(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None:
-    """End a process and its group."""
-    for sign, seconds in ((signal.SIGTERM, patience_seconds), (signal.SIGKILL, 10)):
+def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
+    """Stop a process and its group: SIGTERM, and SIGKILL after the grace period."""
+    for signum, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10)):
         try:
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, signum)
             process.wait(seconds)
             return
         except ProcessLookupError:
@@ -200,16 +188,16 @@ def stop(process: subprocess.Popen[bytes], patience_seconds: float = 10) -> None
 
 
 def main() -> None:
-    """Become Prefect's server, and end with the process that asked for it."""
+    """Run Prefect's server in this process until its parent ends."""
     parser = argparse.ArgumentParser(prog="python -m flows.platform.server")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
-    asked = parser.parse_args()
-    end_with_parent(asked.parent)
+    args = parser.parse_args()
+    end_with_parent(args.parent)
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(create_app(final=True), host="127.0.0.1", port=asked.port, timeout_keep_alive=5, log_level="warning")
+    uvicorn.run(create_app(final=True), host="127.0.0.1", port=args.port, timeout_keep_alive=5, log_level="warning")
 
 
 if __name__ == "__main__":

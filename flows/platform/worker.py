@@ -1,4 +1,4 @@
-"""A worker of one pool that ends with the process that started it. Knows no flow.
+"""A Prefect worker of one pool that ends with its parent process.
 
 python -m flows.platform.worker --pool train --parent PID
 """
@@ -11,13 +11,13 @@ from model.processes.parent import end_with_parent
 
 
 def main() -> None:
-    """Become Prefect's worker."""
+    """Run `prefect worker start` in this process."""
     parser = argparse.ArgumentParser(prog="python -m flows.platform.worker")
     parser.add_argument("--pool", required=True)
     parser.add_argument("--parent", type=int, required=True)
-    asked = parser.parse_args()
-    end_with_parent(asked.parent)
-    sys.argv = ["prefect", "worker", "start", "--pool", asked.pool, "--type", "process"]
+    args = parser.parse_args()
+    end_with_parent(args.parent)
+    sys.argv = ["prefect", "worker", "start", "--pool", args.pool, "--type", "process"]
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 

@@ -1,1 +1,1 @@
-"""What the stages share while they run: task windows, child processes, progress bars, Prefect artifacts."""
+"""What the stages share while they run: task windows, child processes, progress, Prefect artifacts."""

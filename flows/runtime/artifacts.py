@@ -1,6 +1,6 @@
-"""What Prefect's UI shows of a flow beside its states: tables, text, pictures, links. Decides nothing.
+"""Artifacts of a flow run in Prefect's UI: tables, text, pictures, links.
 
-A server that is away, as while it is started again, is waited for; then the flow goes on without what was to be shown.
+A server that is down, as during a restart, is retried for a minute. After that the flow goes on without the artifact.
 """
 
 import os
@@ -19,45 +19,47 @@ from prefect.logging import get_run_logger
 
 from storage.stores.store import Store
 
-INK = "#7d8794"  # legible on the UI's white and on its black
-WAITS_SECONDS = (1, 2, 4, 8, 16, 32)  # a server is back within a minute
+INK = "#7d8794"  # legible on the UI's white and on its black background
+WAITS_SECONDS = (1, 2, 4, 8, 16, 32)  # a restarted server answers within a minute
 
 
-def show(create: Callable[..., Any], **what: Any) -> Any:
-    """Make an artifact by one of Prefect's functions. Returns its id, or None when no server was there to take it."""
+def show(create: Callable[..., Any], **arguments: Any) -> Any:
+    """Create an artifact with a function of prefect.artifacts. Returns its id, or None when the server is down."""
     for wait in WAITS_SECONDS:
         try:
-            return create(**what)
+            return create(**arguments)
         except httpx.HTTPError as error:
-            why = error
+            reason = error
             time.sleep(wait)
-    get_run_logger().warning("artifact %r is not shown: Prefect's server does not answer (%s)", what.get("key"), why)
+    get_run_logger().warning(
+        "artifact %r is not shown: Prefect's server does not answer (%s)", arguments.get("key"), reason
+    )
     return None
 
 
 def replace(artifact: UUID | None, data: Any) -> None:
-    """Let an artifact show something else now, if the server answers: the next time is soon."""
+    """Replace an artifact's data. An error is ignored, since the next update follows soon."""
     if artifact is not None:
         with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
             client.update_artifact(artifact, ArtifactUpdate(data=data))
 
 
 def show_links(store: Store, title: str, links: dict[str, str]) -> None:
-    """Show where a browser opens these keys of the store. BROWSER_S3_ENDPOINT is a bucket's address for browsers."""
+    """Show browser links to keys of the store. BROWSER_S3_ENDPOINT is the address of the S3 server for browsers."""
     endpoint = os.environ.get("BROWSER_S3_ENDPOINT", "")
-    lines = [f"- [{what}]({store.link(key, endpoint)}): {key}" for what, key in links.items()]
+    lines = [f"- [{text}]({store.link(key, endpoint)}): {key}" for text, key in links.items()]
     show(create_markdown_artifact, markdown="\n".join(lines), key="links", description=title)
 
 
 class Picture:
-    """A drawing that changes while a flow goes on: one artifact, for each new one would stay in the database."""
+    """A picture that is redrawn during a flow. It is one artifact, since each new artifact stays in the database."""
 
     def __init__(self, key: str, description: str) -> None:
         self._key, self._description = key, description
         self._artifact: UUID | None = None
 
     def show(self, svg: str) -> None:
-        """Show this inline SVG from now on."""
+        """Replace the picture with this SVG."""
         image = b64encode(svg.replace("currentColor", INK).encode()).decode()
         url = f"data:image/svg+xml;base64,{image}"
         if self._artifact is None:

@@ -1,151 +1,135 @@
-"""The door to the processes that compute: start one for a job, relay what it says, stop it. Knows no job's contents.
+"""Starts, logs and stops the training and evaluation processes of a flow run. Knows nothing of what a job computes.
 
-Prefect raises a cancellation in the flow's main thread only, and Linux signals a child when the *thread* that started
-it ends. So the main thread owns every process: tasks ask and wait, `serve` starts, and leaving the block stops all.
+    task's thread: run_job ──▶ Processes.run ──▶ python -m model STORE JOB ──▶ result in the store
+    main thread:   with Processes(…): wait for the tasks; leaving the block stops every process
 
-    task thread: run(job) ──request──▶ main thread: serve(futures) ──▶ python -m model … ──▶ result in the store
+Linux signals a child when the *thread* that started it ends (prctl(2)), so the task's thread also waits for it.
+Prefect raises a cancellation in the main thread, which then leaves the block.
 """
 
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, Self
 
 from prefect import get_run_logger
-from prefect.futures import PrefectConcurrentFuture
 from prefect.states import Completed
 
-from model.runs.job import Job, JobFailed, JobRefused, note_failure, put_job, read_result
+from model.runs.job import USER_ERROR, Job, JobFailed, JobRefused, note_failure, put_job, read_result
 from storage.keys import RunKeys
 from storage.stores.store import Store
 
-USER_ERROR = 2  # exit code of a process that found what a user can mend
-GRACE_SECONDS = 8.0  # for a last checkpoint: a cancelled run has 10 s to be gone
+GRACE_SECONDS = 8.0  # for a last checkpoint: Prefect expects a cancelled run to end within 10 s
 TAIL_LINES = 40
-LOG_SECONDS = 10.0  # each relayed line is a row in Prefect's database: some 2,000 of a training of 6 hours
-
-
-def _environment() -> dict[str, str]:
-    """What a process that computes is given: the trainer's identity in the store, where TRAINER_* name one.
-
-    It writes its run and reads the rest; the flow's own, which makes shards, and Prefect's password stay here.
-    """
-    if "TRAINER_ACCESS_KEY_ID" not in os.environ:
-        return dict(os.environ)
-    hidden = ("TRAINER_", "PREFECT_", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    names = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
-    return kept | {f"AWS_{name}": os.environ[f"TRAINER_{name}"] for name in names}
-
-
-class _Request:
-    """One process that a task waits for."""
-
-    def __init__(self, words: list[str], log: Callable[[str], None]) -> None:
-        self.words, self.log = words, log
-        self.process: subprocess.Popen[str] | None = None
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.errors: dict[str, None] = {}  # each once: every rank that meets one says so
-        self.ended = threading.Event()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            text=True, errors="replace", start_new_session=True, env=_environment(),
-        )  # fmt: skip
-        threading.Thread(target=self._relay, daemon=True).start()
-
-    def _relay(self) -> None:
-        """Keep the last lines, and pass on the log without the steps in between."""
-        assert self.process is not None and self.process.stdout is not None
-        said = 0.0
-        with self.process.stdout as lines:
-            for line in lines:
-                self.tail.append(line.rstrip())
-                if line.startswith("error: "):
-                    self.errors[line.rstrip().removeprefix("error: ")] = None
-                if not line.startswith("step ") or time.monotonic() - said > LOG_SECONDS:
-                    said = time.monotonic()
-                    self.log(line.rstrip())
-        self.process.wait()
-        self.ended.set()
-
-    def stop(self, sign: signal.Signals) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, sign)
+LOG_SECONDS = 10.0  # each logged line is a row in Prefect's database: about 2,000 for a training of 6 hours
 
 
 class Processes:
-    """The processes of one flow run. Leaving the block ends every one that is still there, with its whole group."""
+    """The processes of one flow run. Leaving the block stops those still running, each with its process group."""
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
-        self._asked: queue.Queue[_Request] = queue.Queue()
-        self._started: list[_Request] = []
+        self._lock = threading.Lock()  # a process is either started before the block ends or not at all
+        self._started: list[subprocess.Popen[str]] = []
         self._closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed = True
-        for request in self._started:
-            request.stop(signal.SIGTERM)
+        with self._lock:
+            self._closed = True
+        for process in self._started:
+            _signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
-        for request in self._started:
-            if not request.ended.wait(max(deadline - time.monotonic(), 0)):
-                request.stop(signal.SIGKILL)
-        while not self._asked.empty():
-            self._asked.get().ended.set()
+        for process in self._started:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                _signal_group(process, signal.SIGKILL)
 
     def run(self, job_key: str, log: Callable[[str], None]) -> None:
         """Run the job to its end, from a task's thread. Raises JobRefused or JobFailed when it does not succeed."""
-        words = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
-        request = _Request(words, log)
-        if not self._closed:
-            self._asked.put(request)
-            request.ended.wait()
-        if request.process is None:
-            raise JobFailed(f"job {job_key!r} was not started: the flow is ending. Run the same command again.")
-        code = request.process.returncode
+        argv = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
+        with self._lock:
+            if self._closed:
+                raise JobFailed(f"job {job_key!r} was not started: the flow is ending. Run the same command again.")
+            process = _start(argv)
+            self._started.append(process)
+        assert process.stdout is not None
+        with process.stdout as output:
+            tail, errors = _log_output(output, log)
+        code = process.wait()
         if code == USER_ERROR:
-            raise JobRefused("\n".join(request.errors or request.tail))
+            raise JobRefused("\n".join(errors or tail))
         if code:
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            lines = "\n".join(request.tail)
-            raise JobFailed(f"job {job_key!r} {how}. Run the same command again: it goes on. Its last lines:\n{lines}")
-
-    def serve(self, futures: list[PrefectConcurrentFuture[None]]) -> None:
-        """Start what the tasks ask for, in the main thread, until all of them are done."""
-        while not all(future.wrapped_future.done() for future in futures):
-            try:
-                request = self._asked.get(timeout=0.2)
-            except queue.Empty:
-                continue
-            request.start()
-            self._started.append(request)
+            ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            last_lines = "\n".join(tail)
+            raise JobFailed(
+                f"job {job_key!r} {ending}. Run the same command again to resume it. Its last lines:\n{last_lines}"
+            )
 
 
 def run_job(store: Store, job: Job, processes: Processes) -> Any:
-    """Run a job in a process and return its result, from a task's thread; a job that is done is Skipped.
+    """Run a job in a process of its own and return its result; a job that is already done is Skipped.
 
     Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
     """
     if (result := read_result(store, job)) is not None:
-        return Completed(name="Skipped", message="its result was there", data=result)
+        return Completed(name="Skipped", message="already done", data=result)
     try:
         processes.run(put_job(store, job), get_run_logger().info)
         if (result := read_result(store, job)) is None:
-            raise JobFailed(
-                f"job {job.job_id!r} stopped before its end, as it was asked to. Run the same command again."
-            )
+            raise JobFailed(f"job {job.job_id!r} was stopped by a SIGTERM. Run the same command again to resume it.")
     except (JobFailed, ValueError) as error:
         note_failure(store, RunKeys(job.run).result(job.job_id), str(error))
         raise
     return result
+
+
+def _start(argv: list[str]) -> subprocess.Popen[str]:
+    """Start a process as the leader of its own group, with stderr in stdout."""
+    return subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        text=True, errors="replace", start_new_session=True, env=_environment(),
+    )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a job's process. If TRAINER_* names an identity, that one replaces the flow's in the store.
+
+    The trainer's identity may write its run and read the rest. The flow's, which writes shards, and Prefect's password
+    are left out.
+    """
+    if "TRAINER_ACCESS_KEY_ID" not in os.environ:
+        return dict(os.environ)
+    hidden = ("TRAINER_", "PREFECT_", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return kept | {f"AWS_{name}": os.environ[f"TRAINER_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+
+
+def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list[str], list[str]]:
+    """Log a process's output, but of its step lines only one per LOG_SECONDS. Returns its last lines and its errors."""
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    errors: dict[str, None] = {}  # a dict drops repetitions: every rank may print the same error
+    logged_at = 0.0
+    for line in map(str.rstrip, output):
+        tail.append(line)
+        if line.startswith("error: "):
+            errors[line.removeprefix("error: ")] = None
+        if not line.startswith("step ") or time.monotonic() - logged_at > LOG_SECONDS:
+            logged_at = time.monotonic()
+            log(line)
+    return list(tail), list(errors)
+
+
+def _signal_group(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):  # the task's thread may have seen it end in this moment
+            os.killpg(process.pid, signum)

@@ -1,9 +1,11 @@
-"""How far a stage is: an artifact in Prefect's UI, a bar on a terminal, plain lines elsewhere. Decides nothing."""
+"""A stage's progress: an artifact in Prefect's UI, and bars on a terminal or plain lines on another console."""
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple
 
 from prefect.artifacts import create_progress_artifact
 from prefect.logging import get_run_logger
@@ -12,15 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from flows.runtime import artifacts
 
-UPDATE_SECONDS = 1.0  # an artifact's update is a call of Prefect's API
-LINE_SECONDS = 15.0  # between plain lines, where there is no terminal
+UPDATE_SECONDS = 1.0  # each update of an artifact is one call of Prefect's API
+LINE_SECONDS = 15.0  # between plain lines
 
 
-class _Shown:
-    """What the console shows, when there is one: set by `on_console`, and nothing under a worker."""
+class _Output(NamedTuple):
+    """Where a person reads the progress; `bars` is None when the console is not a terminal."""
 
-    console: Console | None = None
-    bars: Progress | None = None
+    console: Console
+    bars: Progress | None
+
+
+_output: ContextVar[_Output | None] = ContextVar("output", default=None)  # None under a worker
 
 
 @contextmanager
@@ -33,67 +38,68 @@ def on_console(console: Console) -> Iterator[None]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    _Shown.console = console
+    bars = Progress(*columns, console=console) if console.is_terminal else None
+    token = _output.set(_Output(console, bars))
     try:
-        if console.is_terminal:
-            with Progress(*columns, console=console) as _Shown.bars:
-                yield
-        else:
+        with bars or nullcontext():
             yield
     finally:
-        _Shown.console, _Shown.bars = None, None
+        _output.reset(token)
 
 
 def say(stage: str, text: str) -> None:
-    """One line for people: on the console, and in the flow run's log."""
+    """Print one line on the console, and write it to the flow run's log."""
     get_run_logger().info("%s: %s", stage, text)
-    _print(stage, text)
+    if output := _output.get():
+        _print(output.console, stage, text)
 
 
-def _print(stage: str, text: str) -> None:
-    if _Shown.console is not None:
-        _Shown.console.print(f"{stage:<10} {text}", highlight=False, markup=False)
+def _print(console: Console, stage: str, text: str) -> None:
+    console.print(f"{stage:<10} {text}", highlight=False, markup=False)
 
 
 class Bar:
-    """A stage's progress from 0 to `total`."""
+    """A stage's progress from 0 to `total` of a unit, such as "shards"."""
 
-    def __init__(self, stage: str, total: int, what: str) -> None:
-        self._stage, self._total, self._what = stage, total, what
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
         self._done = 0
-        self._at = self._line_at = time.monotonic()
+        self._updated_at = self._printed_at = time.monotonic()
         self._artifact = artifacts.show(
-            create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {what}"
+            create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {unit}"
         )
-        self._sender = ThreadPoolExecutor(1)  # a busy server answers after seconds: the stage does not wait for it
-        self._sent: Future[None] | None = None
-        self._task: TaskID | None = None
-        if _Shown.bars is not None:
-            self._task = _Shown.bars.add_task(stage, total=total, note=what)
+        self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer, and the stage does not wait
+        self._sending: Future[None] | None = None
+        self._output = _output.get()
+        self._task = TaskID(0)
+        if self._output and self._output.bars:
+            self._task = self._output.bars.add_task(stage, total=total, note=unit)
 
     def to(self, done: int, note: str = "") -> None:
-        """Stand at `done` of `total`."""
+        """Set the progress to `done`. The note replaces the unit behind the bar."""
         self._done = done
-        if _Shown.bars is not None and self._task is not None:
-            _Shown.bars.update(self._task, completed=done, note=note or self._what)
         now = time.monotonic()
-        if now - self._at > UPDATE_SECONDS or done == self._total:
-            self._at = now
-            if self._sent is None or self._sent.done() or done == self._total:
-                self._sent = self._sender.submit(self._send)
-        if _Shown.console is not None and _Shown.bars is None and now - self._line_at > LINE_SECONDS:
-            self._line_at = now
-            _print(self._stage, f"{done:,} of {self._total:,} {self._what}  {note}")
+        is_last = done == self._total
+        if now - self._updated_at > UPDATE_SECONDS or is_last:
+            self._updated_at = now
+            if self._sending is None or self._sending.done() or is_last:
+                self._sending = self._sender.submit(self._send)
+        if self._output is None:
+            return
+        if self._output.bars:
+            self._output.bars.update(self._task, completed=done, note=note or self._unit)
+        elif now - self._printed_at > LINE_SECONDS:
+            self._printed_at = now
+            _print(self._output.console, self._stage, f"{done:,} of {self._total:,} {self._unit}  {note}")
 
     def advance(self) -> None:
-        """One more is done."""
         self.to(self._done + 1)
 
     def _send(self) -> None:
         artifacts.replace(self._artifact, 100 * self._done / max(self._total, 1))
 
     def close(self) -> None:
-        """Take the bar off the terminal; a line of `say` stands for the stage from now on."""
-        self._sender.shutdown()  # the last number is on its way
-        if _Shown.bars is not None and self._task is not None:
-            _Shown.bars.remove_task(self._task)
+        """Remove the bar from the terminal, once the last update is sent."""
+        self._sender.shutdown()
+        if self._output and self._output.bars:
+            self._output.bars.remove_task(self._task)

@@ -1,7 +1,4 @@
-"""Many tasks of one kind: a window of them in flight, and which of their failures are worth another try.
-
-A window keeps every worker busy and the flow small.
-"""
+"""Submits many tasks of one kind with a bounded number in flight, and tells which failures are worth a retry."""
 
 import os
 from collections import deque
@@ -14,49 +11,49 @@ from prefect.futures import PrefectFuture, PrefectWrappedFuture
 from model.config import ResourcesConfig
 from storage.errors import SourceUnavailable, StoreUnavailable
 
-Asked = TypeVar("Asked")
-LOOK_SECONDS = 0.5
+Item = TypeVar("Item")
+POLL_SECONDS = 0.5
 
 
 def worker_count(resources: ResourcesConfig) -> int:
-    """How many things at once `resources` asks for."""
+    """How many tasks run at once: resources.workers, or one per core."""
     return resources.workers or (os.cpu_count() or 1)
 
 
 def is_transient(error: object) -> bool:
-    """Whether an error may be gone at the next try: what disk or network did, never bad data."""
+    """Whether an error may go away on a retry: a disk or network error does, bad data does not."""
     return isinstance(error, OSError | StoreUnavailable | SourceUnavailable)
 
 
 def retry_if_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """The same of a task's final state, as Prefect asks it."""
+    """is_transient as Prefect's `retry_condition_fn`."""
     return is_transient(state.result(raise_on_failure=False))
 
 
 def in_window(
-    asked: Iterable[Asked],
-    submit: Callable[[Asked], PrefectFuture[Any]],
+    items: Iterable[Item],
+    submit: Callable[[Item], PrefectFuture[Any]],
     window: int,
-    look: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Asked, BaseException | None, PrefectFuture[Any]]]:
-    """Submit each, at most `window` at once; yields each when it has ended, in order, and its error if it failed.
+    on_poll: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Item, BaseException | None, PrefectFuture[Any]]]:
+    """Submit a task for each item, at most `window` at once. Yields item, error or None, and future, in order.
 
-    `look` is called every LOOK_SECONDS while one is waited for.
+    The window keeps every worker busy and the flow's memory small. `on_poll` is called every POLL_SECONDS of waiting.
     """
-    pending: deque[tuple[Asked, PrefectWrappedFuture[Any, Any]]] = deque()
+    pending: deque[tuple[Item, PrefectWrappedFuture[Any, Any]]] = deque()
 
-    def oldest() -> tuple[Asked, BaseException | None, PrefectFuture[Any]]:
-        one, future = pending.popleft()
+    def oldest() -> tuple[Item, BaseException | None, PrefectFuture[Any]]:
+        item, future = pending.popleft()
         while not future.wrapped_future.done():
-            future.wait(LOOK_SECONDS)
-            look()
+            future.wait(POLL_SECONDS)
+            on_poll()
         future.wait()
-        return one, _error(future), future
+        return item, _error(future), future
 
-    for one in asked:
-        future = submit(one)
-        assert isinstance(future, PrefectWrappedFuture)  # of every runner there is
-        pending.append((one, future))
+    for item in items:
+        future = submit(item)
+        assert isinstance(future, PrefectWrappedFuture)  # true of every task runner in use
+        pending.append((item, future))
         if len(pending) >= window:
             yield oldest()
     while pending:

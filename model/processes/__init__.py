@@ -1,1 +1,1 @@
-"""Processes: ranks and devices, torchrun's launcher, ending with a parent, one pod of several."""
+"""Ranks and devices, the torchrun launcher, ending with a parent process, one Kubernetes pod."""

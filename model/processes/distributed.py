@@ -1,4 +1,4 @@
-"""Ranks and devices: what torchrun says of this process, and the process group. Computes nothing.
+"""Ranks and devices: reads torchrun's environment variables, picks the device, joins the process group.
 
 RANK, WORLD_SIZE, LOCAL_RANK (torchrun)  →  DDPConfig  →  device, backend, process group
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DDPConfig:
-    """This process among all processes of the job, and the device it computes on."""
+    """This process's rank, the number of ranks in the job, and this rank's device."""
 
     rank: int
     ranks: int
@@ -26,77 +26,77 @@ class DDPConfig:
 
     @classmethod
     def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
-        """Read torchrun's variables and take the device that is asked for, or the best there is.
+        """Read torchrun's variables and choose the device. "auto" is CUDA, else MPS (one process only), else the CPU.
 
-        That is CUDA, else MPS (one process only), else the CPU. Raises ValueError when a device is asked for that is
-        not there, or more processes were started than there are GPUs.
+        Raises ValueError when the device is not available, or when there are more processes than GPUs.
         """
         rank = int(environment.get("RANK", "0"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
         local_rank = int(environment.get("LOCAL_RANK", "0"))
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and ranks == 1}
+        available = ["cuda"] if torch.cuda.is_available() else []
+        available += ["mps"] if torch.backends.mps.is_available() and ranks == 1 else []  # MPS has no collectives
+        available += ["cpu"]
         if device == "auto":
-            device = next((name for name, is_there in there.items() if is_there), "cpu")
-        if not there.get(device, True):
-            alone = " (in a training of one process)" if device == "mps" else ""
-            found = [name for name, is_there in there.items() if is_there]
+            device = available[0]
+        if device not in available:
+            condition = " for a training of one process" if device == "mps" else ""
             raise ValueError(
-                f"resources.device = {device!r}: torch {torch.__version__} finds no such device here{alone}, found "
-                f"{', '.join([*found, 'cpu'])}. Write --set resources.device=auto, or mend the driver: gpt2 doctor"
+                f"resources.device = {device!r}: torch {torch.__version__} has no such device here{condition}, only "
+                f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with gpt2 doctor."
             )
         if device != "cuda":
             return cls(rank, ranks, torch.device(device))
-        if local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
             raise ValueError(
-                f"process {local_rank} of this host was started, found {torch.cuda.device_count()} GPUs. "
-                f"Start at most one a GPU: --set resources.processes={torch.cuda.device_count()} (of an evaluation: "
-                f"resources.evaluation_processes)"
+                f"process {local_rank} of this host has no GPU of its own: there are {gpus}. Start at most one process "
+                f"per GPU: --set resources.processes={gpus} (for evaluations: resources.evaluation_processes)"
             )
         torch.cuda.set_device(local_rank)
         return cls(rank, ranks, torch.device("cuda", local_rank))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one rank that writes and logs."""
+        """Whether this is rank 0, the only one that writes and logs."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """The device in words: a GPU's own name, else its kind."""
+        """A GPU's product name, else the type of the device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
     def environment(self) -> dict[str, str | int]:
-        """What computes here, for people who compare numbers."""
+        """Hardware and versions, for comparing results."""
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {"device": self.device_name, "ranks": self.ranks, "system": platform.platform(), **versions}
 
     def memory_bytes(self) -> int:
-        """The most memory that this process has used: of its GPU, else of its host."""
+        """Peak memory of this process, on its GPU or else on the host."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
     @contextmanager
-    def process_group(self, patience: timedelta) -> Iterator[None]:
-        """The group of all ranks, for as long as the block lasts; none is needed for one rank.
+    def process_group(self, last_save: timedelta) -> Iterator[None]:
+        """Join the group of all ranks while the block lasts. Does nothing for a single rank.
 
-        The ranks wait for each other as long as `patience`, and ten minutes more: the main rank may be storing the
-        last checkpoint. One that dies is noticed at once.
+        A collective times out after `last_save` and ten minutes: the main rank may be storing the last checkpoint.
+        A rank that dies is noticed at once.
         """
         if self.ranks == 1:
             yield
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience + timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=last_save + timedelta(minutes=10))
         yield
-        dist.barrier()  # nobody leaves while the main rank still writes
-        # After an error the process just ends: with NCCL this would wait for ranks that wait for this one.
+        dist.barrier()  # no rank leaves while the main rank still writes
+        # Not in a `finally`: after an error NCCL would wait here for ranks that wait for this one.
         dist.destroy_process_group()
 
     def agree(self, value: int) -> bool:
-        """Whether all ranks have the same value, of less than 2 ** 53."""
+        """Whether all ranks have the same value, which must be below 2 ** 53."""
         bounds = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
         if self.ranks > 1:
             dist.all_reduce(bounds, dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""Ends a process with the one that started it, however that one dies. Imports no torch."""
+"""Ends a process together with its parent, however the parent dies. Imports no torch."""
 
 import ctypes
 import os
@@ -8,22 +8,23 @@ import threading
 import time
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+POLL_SECONDS = 0.5
 
 
-def end_with_parent(parent: int, sign: signal.Signals = signal.SIGTERM) -> None:
-    """Ask to be sent a signal when the process `parent`, which started this one, dies; exit now if it is dead already.
+def end_with_parent(parent: int, signum: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process `signum` when the process `parent` that started it dies. Exits at once if it is already dead.
 
-    Asked by the child itself: a `preexec_fn` may deadlock in a parent with threads.
+    The child calls this itself, since a `preexec_fn` may deadlock in a parent that has threads.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
     else:
-        threading.Thread(target=_watch, args=(parent, sign), daemon=True).start()
+        threading.Thread(target=_poll_parent, args=(parent, signum), daemon=True).start()
     if os.getppid() != parent:
-        sys.exit(f"the process {parent} that started this one is gone")
+        sys.exit(f"parent process {parent} has already ended")
 
 
-def _watch(parent: int, sign: signal.Signals) -> None:
+def _poll_parent(parent: int, signum: signal.Signals) -> None:
     while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), sign)
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signum)

@@ -14,6 +14,8 @@ from storage.errors import AlreadyExists
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_json
 
+USER_ERROR = 2  # exit code of a process that failed because of something a user can fix
+
 
 class JobFailed(Exception):
     """A process ended without a result; the message holds its last lines."""

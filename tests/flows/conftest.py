@@ -20,9 +20,9 @@ os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # 60 s, a te
 @pytest.fixture(scope="session")
 def api() -> Iterator[str]:
     """The address of a server of the tests' own, for flows in this process and for processes that inherit it."""
-    from flows.runtime import records
+    from flows.runtime import settle
 
     since = datetime.now(UTC)
     with server.running_server(PORT):
         yield os.environ["PREFECT_API_URL"]
-        records.wait_for_task_runs(since, 15)
+        settle.wait_for_task_runs(since, 15)

@@ -1,4 +1,4 @@
-"""What the tests of the control room ask Prefect's server for, as its UI does."""
+"""Calls of Prefect's API that its UI makes: deployments, automations, flow runs and their states; and a worker."""
 
 import os
 import subprocess
@@ -15,19 +15,19 @@ FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
 def deployment(api: str, name: str) -> dict[str, Any]:
-    [found] = ask(api, "/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
-    return dict(found)
+    [match] = ask(api, "/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    return dict(match)
 
 
 def automation(api: str, name: str) -> dict[str, Any]:
-    [found] = [one for one in ask(api, "/automations/filter", {}) if one["name"] == name]
-    return dict(found)
+    [match] = [entry for entry in ask(api, "/automations/filter", {}) if entry["name"] == name]
+    return dict(match)
 
 
 def start(api: str, name: str, config: RunConfig) -> str:
-    """The id of a new run of the deployment."""
-    asked = {"parameters": {"config": config.model_dump(mode="json")}}
-    return str(ask(api, f"/deployments/{deployment(api, name)['id']}/create_flow_run", asked)["id"])
+    """Start a run of the deployment. Returns its id."""
+    body = {"parameters": {"config": config.model_dump(mode="json")}}
+    return str(ask(api, f"/deployments/{deployment(api, name)['id']}/create_flow_run", body)["id"])
 
 
 def set_state(api: str, flow_run: str, kind: str, name: str | None = None) -> dict[str, Any]:
@@ -40,27 +40,27 @@ def run(api: str, flow_run: str) -> dict[str, Any]:
 
 
 def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 180) -> dict[str, Any]:
-    """The run, once its attempt has ended."""
+    """Wait until that attempt of the run has ended. Returns the run."""
 
-    def found() -> Any:
-        there = run(api, flow_run)
-        return there["state_type"] in FINAL and there["run_count"] >= attempt and there
+    def ended_run() -> Any:
+        current = run(api, flow_run)
+        return current["state_type"] in FINAL and current["run_count"] >= attempt and current
 
-    return dict(poll(found, seconds))
+    return dict(poll(ended_run, seconds))
 
 
 def states(api: str, flow_run: str) -> list[str]:
-    """The names of all states that the run was in, in their order."""
+    """The names of all states of the run, oldest first."""
     return [state["name"] for state in ask(api, f"/flow_run_states/?flow_run_id={flow_run}")]
 
 
 @contextmanager
 def worker(pool: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker of the pool that looks for runs every second."""
+    """Run a worker of the pool that polls for runs every second."""
     environment = os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
-    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
     with log.open("ab") as out:
-        process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(argv, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
         yield process
     finally:

@@ -1,12 +1,11 @@
 """Evaluations under Prefect: of every checkpoint, asked again otherwise, killed, of models from outside; reports."""
 
 import json
-import os
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,18 @@ from tests.making import build_dataset, document, tiny_config, write_parquet
 
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).with_name("prefect"))
-# A job's process whose validation never ends: that of so small a model may be done before it is killed
-UNENDING = """
-import signal, sys
+# A job's process that kills itself in its validation
+KILLED = """
+import os, signal, sys
+from datetime import UTC, datetime
 from model import __main__
-from model.evaluation import jobs as scoring
+from model.evaluation import jobs
 
-scoring.KINDS["val_loss"] = lambda *_: signal.pause()
+def kill(*_):
+    print("killed at", datetime.now(UTC).isoformat(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+jobs.KINDS["val_loss"] = kill
 sys.exit(__main__.main())
 """
 
@@ -133,30 +137,27 @@ def test_a_finished_run_may_be_asked_something_else_and_then_the_first_again(api
 def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_succeeds(
     api: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed: list[datetime] = []
-    start = processes._Request.start
+    killed: list[str] = []
+    start = processes._start
 
-    def kill(self: processes._Request) -> None:
-        first = "val_loss" in self.words[4] and not killed
-        if first:
-            self.words[1:3] = ["-c", UNENDING]
-        start(self)
-        if first:
-            assert self.process is not None
-            poll(lambda: self.tail)  # it has said what it computes on
-            killed.append(datetime.now(UTC))
-            os.kill(self.process.pid, signal.SIGKILL)
+    def start_killed(argv: list[str]) -> subprocess.Popen[str]:
+        if "val_loss" in argv[4] and not killed:
+            killed.append(argv[4])
+            argv = [argv[0], "-c", KILLED, *argv[3:]]
+        return start(argv)
 
-    monkeypatch.setattr(processes._Request, "start", kill)
+    monkeypatch.setattr(processes, "_start", start_killed)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
     before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # of a test that asked otherwise, or none
-    with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu"):
+    with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu") as failed:
         evaluate_and_report(config)
+    killed_at = re.search(r"killed at (\S+)", str(failed.value))
+    assert killed_at is not None
     assert read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) == before
     assert read_json(store, RunKeys("tiny").evaluation(4, "samples")) is not None
     assert "SIGKILL" in {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
-    assert ended - killed[0] < timedelta(seconds=10)
+    assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=10)
     body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
     [newest, *_] = asked_of(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
     assert newest["state_type"] == "FAILED"

@@ -15,7 +15,7 @@ import pytest
 from flows import tokenise
 from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
-from flows.runtime import records
+from flows.runtime import settle
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.runs.job import JobFailed
@@ -28,7 +28,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.flows.client import poll, shard_runs
 from tests.making import document, published, tiny_config, write_parquet
-from tests.processes import found, kill, parent
+from tests.processes import kill, matching, parent
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -41,7 +41,7 @@ def runs_made_by(api: str, config: RunConfig) -> int:
     """How many shard tasks one more build starts, by what Prefect has written down of its flows alone."""
     since = datetime.now(UTC)
     build_dataset(config)
-    records.wait_for_task_runs(since, 60)
+    settle.wait_for_task_runs(since, 60)
     return len(shard_runs(api, {"start_time": {"after_": since.isoformat()}}))
 
 
@@ -209,7 +209,7 @@ def test_a_killed_worker_process_costs_what_it_had_in_hand_alone(tmp_path: Path)
     def kill_one() -> None:
         poll(lambda: len(list(folder.glob("*.json"))) > 5, 120)
         before.update({path: path.stat().st_mtime_ns for path in folder.glob("*.json")})
-        kill(found(spawned)[:1])
+        kill(matching(spawned)[:1])
 
     killer = threading.Thread(target=kill_one)
     killer.start()

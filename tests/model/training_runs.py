@@ -24,7 +24,7 @@ from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.making import tiny_config
-from tests.processes import kill, with_words
+from tests.processes import kill, with_arguments
 
 STEPS = 12
 EXACT = ("step", "loss", "val_loss", "learning_rate", "gradient_norm", "skipped")
@@ -119,7 +119,7 @@ def training(store: Store, job_key: str, ranks: int, folder: Path) -> Iterator[T
 
 def processes_of(store: Store, job_key: str) -> list[int]:
     """The launcher and the ranks of a job, by the words they were started with."""
-    return with_words(store.url, job_key)
+    return with_arguments(store.url, job_key)
 
 
 def kill_all(store: Store, job_key: str) -> None:

@@ -137,7 +137,7 @@ def build(out: str, settings: list[str]) -> None:
     phases = Phases()
     from flows import download, tokenise
     from flows.console import dataset
-    from flows.runtime import records
+    from flows.runtime import settle
     from storage.datasets import shards
 
     phases.mark(dataset, "run_flow", called=BEGIN)
@@ -146,7 +146,7 @@ def build(out: str, settings: list[str]) -> None:
     phases.mark(tokenise.tokenise_flow, "fn", called=LOOK)
     phases.mark(shards, "done", returned=MAKE)
     phases.mark(tokenise, "seal", called=SEAL, returned=END)
-    phases.mark(records, "wait", called=RECORDS)
+    phases.mark(settle, "wait_for_task_runs", called=RECORDS)
     dataset.build(None, settings, False)
     phases.enter(OVER)
     missing = set(PHASES) - {OVER} - set(phases.found)

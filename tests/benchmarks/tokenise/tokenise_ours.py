@@ -102,7 +102,7 @@ def pool(corpus: Path, shard_tokens: int) -> None:
 
 def build(corpus: Path, shard_tokens: int, settings: list[str]) -> None:
     """The stage as `gpt2 dataset build` runs it, but for the seal; then the proof that what it left is whole."""
-    from flows.runtime import records
+    from flows.runtime import settle
     from storage.datasets.manifest import latest_manifest
     from storage.inspection.verify import check_fully
     from storage.keys import DatasetKeys
@@ -126,7 +126,7 @@ def build(corpus: Path, shard_tokens: int, settings: list[str]) -> None:
     assert manifest.shard_ids == planned
     last = max(store.stat(DatasetKeys("bench").record(shard_id)).modified for shard_id in planned)
     proved = time.monotonic()
-    records.wait_for_task_runs(since, 15)  # as the console does
+    settle.wait_for_task_runs(since, 15)  # as the console does
     answer(
         begin=begin,
         end=end,

@@ -1,4 +1,4 @@
-"""`gpt2 bootstrap`: what a server has afterwards, that a second time changes nothing, and what its automations do."""
+"""`gpt2 bootstrap`: what it creates, that a second call changes nothing, and what its automations do."""
 
 import json
 import threading
@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.client.orchestration import get_client
 
 from flows.platform import automations
-from flows.platform.bootstrap import bootstrap
+from flows.platform.bootstrap import _automation, bootstrap
 from model.config import RunConfig
 from tests.flows.client import ask, poll
 from tests.flows.deployments import automation, deployment, run, set_state, start, states
@@ -26,48 +27,65 @@ def registered(api: str) -> list[str]:
 
 @pytest.fixture
 def restarts(api: str) -> Iterator[str]:
-    """The id of the automation that starts crashed runs again, switched on for one test."""
-    found = automation(api, automations.RESUME)["id"]
-    ask(api, f"/automations/{found}", {"enabled": True}, "PATCH")
-    yield found
-    ask(api, f"/automations/{found}", {"enabled": True}, "PATCH")
+    """The id of the automation that restarts crashed runs, enabled for one test."""
+    restart = automation(api, automations.RESTART)["id"]
+    ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
+    yield restart
+    ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
 
 
 def everything(api: str) -> dict[str, Any]:
-    """All that people may change by hand, without the times."""
+    """Everything that people may change by hand, without timestamps."""
     deployments, pools = ask(api, "/deployments/filter", {}), ask(api, "/work_pools/filter", {})
-    made = ask(api, "/automations/filter", {})
     schedules = {
-        one["name"]: [(made["id"], made["slug"], made["active"], made["schedule"]) for made in one["schedules"]]
-        for one in deployments
+        deployment["name"]: picked(deployment["schedules"], "slug", "id", "active", "schedule")
+        for deployment in deployments
     }
     return {
-        "deployments": {one["name"]: (one["id"], one["paused"], one["parameters"], one["tags"]) for one in deployments},
+        "deployments": picked(deployments, "name", "id", "paused", "parameters", "tags"),
         "schedules": schedules,
-        "pools": {one["name"]: (one["id"], one["is_paused"], one["concurrency_limit"]) for one in pools},
-        "automations": {one["name"]: (one["id"], one["enabled"], one["trigger"], one["actions"]) for one in made},
+        "pools": picked(pools, "name", "id", "is_paused", "concurrency_limit"),
+        "automations": picked(ask(api, "/automations/filter", {}), "name", "id", "enabled", "trigger", "actions"),
     }
 
 
-def test_all_is_there_and_a_second_time_changes_nothing(api: str) -> None:
-    there = everything(api)
-    assert set(there["deployments"]) >= DEPLOYMENTS
-    assert there["pools"].keys() >= {"data", "train"}
-    assert there["pools"]["train"][2] == 1
-    assert not any("made" in line or "brought" in line for line in bootstrap(CONFIG, scheduled=False))
-    assert everything(api) == there
+def picked(objects: list[dict[str, Any]], key: str, *fields: str) -> dict[str, list[Any]]:
+    """These fields of each object, by its key."""
+    return {entry[key]: [entry[field] for field in fields] for entry in objects}
 
 
-def test_what_people_paused_or_changed_stays(api: str) -> None:
+def test_everything_exists_and_a_second_call_changes_nothing(api: str) -> None:
+    before = everything(api)
+    assert set(before["deployments"]) >= DEPLOYMENTS
+    assert before["pools"].keys() >= {"data", "train"}
+    assert before["pools"]["train"][2] == 1
+    assert not any("created" in line or "updated" in line for line in bootstrap(CONFIG, scheduled=False))
+    assert everything(api) == before
+
+
+def test_an_automation_under_its_former_name_is_renamed_and_stays_disabled(api: str) -> None:
+    name, former_name = automations.MARK_CRASHED, automations.FORMER_NAMES[automations.MARK_CRASHED]
+    before = automation(api, name)
+    former = {key: before[key] for key in ("description", "trigger", "actions")}
+    ask(api, f"/automations/{before['id']}", former | {"name": former_name, "enabled": False}, "PUT")
+    with get_client(sync_client=True) as client:
+        assert "updated, disabled" in _automation(client, automations.mark_crashed())
+    after = automation(api, name)
+    assert (after["id"], after["enabled"]) == (before["id"], False)
+    assert former_name not in {entry["name"] for entry in ask(api, "/automations/filter", {})}
+    ask(api, f"/automations/{before['id']}", {"enabled": True}, "PATCH")
+
+
+def test_what_people_paused_or_changed_is_kept(api: str) -> None:
     refresh, train = deployment(api, "dataset-refresh"), deployment(api, "train")
     [schedule] = refresh["schedules"]
-    beat = automation(api, automations.ZOMBIES)["id"]
+    mark_crashed = automation(api, automations.MARK_CRASHED)["id"]
 
     def change(active: bool) -> None:
         ask(api, f"/deployments/{refresh['id']}/schedules/{schedule['id']}", {"active": active}, "PATCH")
         ask(api, f"/deployments/{train['id']}", {"paused": not active}, "PATCH")
         ask(api, "/work_pools/data", {"is_paused": not active, "concurrency_limit": 3}, "PATCH")
-        ask(api, f"/automations/{beat}", {"enabled": active}, "PATCH")
+        ask(api, f"/automations/{mark_crashed}", {"enabled": active}, "PATCH")
 
     for active in (True, False, True):
         change(active)
@@ -78,10 +96,10 @@ def test_what_people_paused_or_changed_stays(api: str) -> None:
 
 
 def test_the_form_has_titles_order_choices_defaults_and_help(api: str) -> None:
-    found = deployment(api, "pretrain")
-    assert found["parameters"]["config"]["name"] == "given"
-    assert "**The whole pipeline**" in found["description"]
-    schema = found["parameter_openapi_schema"]
+    pretrain = deployment(api, "pretrain")
+    assert pretrain["parameters"]["config"]["name"] == "given"
+    assert "**The whole pipeline**" in pretrain["description"]
+    schema = pretrain["parameter_openapi_schema"]
     for section in ("RunConfig", "DataConfig", "ModelConfig", "TrainingConfig", "EvaluationConfig", "ResourcesConfig"):
         fields = schema["definitions"][section]["properties"]
         in_order = sorted(fields, key=lambda name: fields[name]["position"])
@@ -99,35 +117,37 @@ def _section(model: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("max_steps", -5, "-5 is less than the minimum of 1"),
         ("precision", "fp8", "'fp8' is not one of ['auto', 'fp32', 'bf16']"),
         ("speed", 1, "Additional properties are not allowed ('speed' was unexpected)"),
     ],
 )
-def test_the_form_refuses_a_bad_value_with_the_fields_own_message(api: str, field: str, value: Any, said: str) -> None:
-    found = deployment(api, "pretrain")
-    config = found["parameters"]["config"]
+def test_the_form_refuses_a_bad_value_with_a_message_for_that_field(
+    api: str, field: str, value: Any, message: str
+) -> None:
+    pretrain = deployment(api, "pretrain")
+    config = pretrain["parameters"]["config"]
     config["train"][field] = value
-    asked = {"parameters": {"config": config}}
-    answer = httpx.post(f"{api}/deployments/{found['id']}/create_flow_run", json=asked)
-    assert (answer.status_code, said in answer.text) == (409, True), answer.text
+    body = {"parameters": {"config": config}}
+    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body)
+    assert (response.status_code, message in response.text) == (409, True), response.text
 
 
-def test_a_schedule_makes_runs_with_its_parameters_also_after_a_pause(api: str) -> None:
+def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str) -> None:
     refresh = deployment(api, "dataset-refresh")
     [schedule] = refresh["schedules"]
     assert schedule["slug"] == "weekly"
     path = f"/deployments/{refresh['id']}/schedules/{schedule['id']}"
 
     def scheduled() -> list[dict[str, Any]]:
-        asked = {
+        body = {
             "deployments": {"id": {"any_": [refresh["id"]]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
         }
-        found: list[dict[str, Any]] = ask(api, "/flow_runs/filter", asked)
-        return [one for one in found if one["auto_scheduled"]]
+        runs: list[dict[str, Any]] = ask(api, "/flow_runs/filter", body)
+        return [run for run in runs if run["auto_scheduled"]]
 
     for _ in range(2):
         ask(api, path, {"active": True}, "PATCH")
@@ -137,7 +157,7 @@ def test_a_schedule_makes_runs_with_its_parameters_also_after_a_pause(api: str) 
         poll(lambda: not scheduled())
 
 
-def test_a_crashed_run_goes_on_and_a_failed_or_cancelled_one_does_not(api: str, restarts: str) -> None:
+def test_a_crashed_run_is_restarted_and_a_failed_or_cancelled_one_is_not(api: str, restarts: str) -> None:
     crashed, failed, cancelled = (start(api, "train", CONFIG) for _ in range(3))
     set_state(api, failed, "FAILED")
     set_state(api, cancelled, "CANCELLED")
@@ -148,24 +168,24 @@ def test_a_crashed_run_goes_on_and_a_failed_or_cancelled_one_does_not(api: str, 
     set_state(api, crashed, "CANCELLED")
 
 
-def test_runs_that_crash_again_and_again_wait_until_someone_switches_the_restart_on(api: str, restarts: str) -> None:
+def test_repeated_crashes_pause_the_restart_until_a_person_enables_it(api: str, restarts: str) -> None:
     crashing = start(api, "train", CONFIG)
-    for _ in range(automations.CRASHES):
+    for _ in range(automations.MAX_CRASHES):
         set_state(api, crashing, "SCHEDULED", "AwaitingRetry")
         set_state(api, crashing, "CRASHED")
-    poll(lambda: not automation(api, automations.RESUME)["enabled"])
+    poll(lambda: not automation(api, automations.RESTART)["enabled"])
     assert run(api, crashing)["state_name"] == "Crashed"
     ask(api, f"/automations/{restarts}", {"enabled": True}, "PATCH")
     poll(lambda: run(api, crashing)["state_name"] == "AwaitingRetry")
 
 
 class Inbox(BaseHTTPRequestHandler):
-    """Where the webhook sends its messages."""
+    """Collects the messages of the webhook."""
 
-    came: list[str] = []  # noqa: RUF012
+    messages: list[str] = []  # noqa: RUF012
 
     def do_POST(self) -> None:
-        self.came.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
         self.send_response(200)
         self.end_headers()
 
@@ -184,7 +204,7 @@ def inbox() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_failure_is_told_through_any_notification_block(api: str, inbox: str) -> None:
+def test_a_failure_is_sent_through_any_notification_block(api: str, inbox: str) -> None:
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
     payload = {"title": "{{subject}}", "text": "{{body}}"}
@@ -194,14 +214,14 @@ def test_a_failure_is_told_through_any_notification_block(api: str, inbox: str) 
     ask(
         api,
         f"/flow_runs/{flow_run}/set_state",
-        {"state": {"type": "FAILED", "name": "Failed", "message": "why"}, "force": True},
+        {"state": {"type": "FAILED", "name": "Failed", "message": "the reason"}, "force": True},
     )
-    [message] = [json.loads(text) for text in poll(lambda: [one for one in Inbox.came if flow_run in one])]
+    [message] = [json.loads(text) for text in poll(lambda: [text for text in Inbox.messages if flow_run in text])]
     assert message["title"].endswith(": Failed")
-    for part in ("why", f"prefect flow-run retry {flow_run}", "/flow-run/"):
+    for part in ("the reason", f"prefect flow-run retry {flow_run}", "/flow-run/"):
         assert part in message["text"]
 
 
-def test_a_block_that_is_not_there_is_refused(api: str) -> None:
+def test_a_missing_notification_block_is_refused(api: str) -> None:
     with pytest.raises(ValueError, match=r"--notify slack-webhook/nobody.*prefect block ls"):
         list(bootstrap(CONFIG, block="slack-webhook/nobody"))

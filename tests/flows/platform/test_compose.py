@@ -1,4 +1,4 @@
-"""The compose file and the image's recipe, read: nothing unpinned, nothing open, no secret; `make env` writes those."""
+"""docker-compose.yml and the Dockerfile: images are pinned, ports local, secrets in files that `make env` writes."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ ONCE = {"s3-setup", "bootstrap"}
 SECRETS = {"postgres", "prefect", "s3_root", "s3_pipeline", "s3_trainer"}
 
 
-def test_every_image_is_a_variable_with_a_digest_or_made_here() -> None:
+def test_every_image_is_a_variable_with_a_digest_or_built_locally() -> None:
     for name, service in SERVICES.items():
         image = service["image"]
         assert image == "gpt2-pipeline:local" or re.fullmatch(
@@ -30,7 +30,7 @@ def test_every_image_is_a_variable_with_a_digest_or_made_here() -> None:
     assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) == {"${PYTHON_IMAGE}"}
 
 
-def test_nothing_listens_beyond_this_host() -> None:
+def test_every_port_is_on_this_host_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert len(ports) == 3
     assert all(port.startswith("127.0.0.1:") for port in ports)
@@ -38,7 +38,7 @@ def test_nothing_listens_beyond_this_host() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_container_has_limits_and_no_rights(name: str) -> None:
+def test_every_container_has_limits_and_no_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -50,12 +50,12 @@ def test_every_container_has_limits_and_no_rights(name: str) -> None:
         assert service["healthcheck"]["test"][0] == "CMD"
 
 
-def test_secrets_are_files_and_each_service_has_just_its_own() -> None:
+def test_secrets_are_files_and_each_service_has_only_its_own() -> None:
     assert COMPOSE["secrets"].keys() == SECRETS
-    assert {made["file"] for made in COMPOSE["secrets"].values()} == {
+    assert {secret["file"] for secret in COMPOSE["secrets"].values()} == {
         f"${{SECRETS:?run make env first}}/{name}" for name in SECRETS
     }
-    given = {name: {one["source"] for one in service.get("secrets", [])} for name, service in SERVICES.items()}
+    given = {name: {secret["source"] for secret in service.get("secrets", [])} for name, service in SERVICES.items()}
     assert given == {
         "postgres": {"postgres"},
         "s3": {"s3_root"},
@@ -67,11 +67,11 @@ def test_secrets_are_files_and_each_service_has_just_its_own() -> None:
     }
     for service in SERVICES.values():
         for variable, value in (service.get("environment") or {}).items():
-            secret = re.search("PASSWORD|SECRET|AUTH", variable) and not variable.endswith("_FILE")
-            assert not secret, f"{variable} = {value}"
+            is_secret = re.search("PASSWORD|SECRET|AUTH", variable) and not variable.endswith("_FILE")
+            assert not is_secret, f"{variable} = {value}"
 
 
-def test_the_image_is_of_a_plain_user_and_tells_nobody() -> None:
+def test_the_image_runs_as_a_plain_user_without_telemetry() -> None:
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
     for setting in ("DO_NOT_TRACK=1", "PREFECT_SERVER_ANALYTICS_ENABLED=false"):
         assert setting in DOCKERFILE
@@ -81,28 +81,32 @@ def test_the_image_is_of_a_plain_user_and_tells_nobody() -> None:
     assert not any("secret" in line or ".env" in line or "data" in line for line in allowed)
 
 
-def test_the_server_has_the_settings_that_one_of_ones_own_has() -> None:
-    image = dict(re.findall(r"(\w+)=(\S+)", DOCKERFILE))
-    there = image | {name: str(value) for name, value in SERVICES["server"]["environment"].items()}
-    ours = server.SETTINGS.keys() - {"PREFECT_SERVER_LOGGING_LEVEL"}  # a container's log is for its server alone
-    assert {name: there.get(name) for name in ours} == {name: server.SETTINGS[name] for name in ours}
+def test_the_server_and_a_local_one_read_the_same_settings() -> None:
+    assert ROOT / SERVICES["server"]["env_file"] == server.SETTINGS
+    settings = [line for line in server.SETTINGS.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Z_]+=[\w.]+", line) for line in settings)  # nothing that one of the two would unquote
+    local = server.prefect_environment()
+    for line in settings:
+        name, _, value = line.partition("=")
+        assert local[name] == value
+        assert name not in SERVICES["server"]["environment"]
 
 
 def test_make_env_writes_random_secrets_once(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
 
-    def made() -> dict[str, str]:
+    def make_env() -> dict[str, str]:
         subprocess.run(["make", "env"], cwd=tmp_path, check=True, capture_output=True)
         return {path.name: path.read_text() for path in (tmp_path / ".secrets").iterdir()}
 
-    first = made()
+    first = make_env()
     assert first.keys() == SECRETS
     assert all(re.fullmatch(r"(gpt2:)?[0-9a-f]{48}", value) for value in first.values())
     assert len(set(first.values())) == len(SECRETS)
     assert stat.S_IMODE((tmp_path / ".secrets").stat().st_mode) == 0o700
     assert "SECRETS=./.secrets" in (tmp_path / ".env").read_text().splitlines()
-    assert made() == first
+    assert make_env() == first
     (tmp_path / ".secrets" / "prefect").unlink()
-    renewed = made()
+    renewed = make_env()
     assert renewed.pop("prefect") != first.pop("prefect")
     assert renewed == first

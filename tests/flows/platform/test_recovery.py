@@ -1,4 +1,4 @@
-"""Runs of the deployments under real workers: cancelled, killed, left by a dead worker, retried."""
+"""Runs of the deployments under real workers: cancelled, killed, orphaned by a dead worker, retried."""
 
 import re
 import time
@@ -18,13 +18,13 @@ from storage.stores.store import read_json
 from tests.flows.client import ask, poll
 from tests.flows.deployments import automation, ended, run, set_state, start, states, worker
 from tests.making import document, tiny_config, write_parquet
-from tests.processes import found, kill, with_words
+from tests.processes import kill, matching, with_arguments
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 STEPS = 300
-GONE_SECONDS = 10.0
-DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's words; the other rank, which lost it, may end first
+END_SECONDS = 10.0
+DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's message; the other rank may end first, with 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,44 +34,44 @@ def registered(api: str) -> None:
 
 @pytest.fixture
 def one_worker(tmp_path: Path, registered: None) -> Iterator[int]:
-    """The process id of a worker of the pool `train`."""
+    """The process id of a running worker of the pool `train`."""
     with worker("train", tmp_path / "worker.log") as process:
         yield process.pid
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """A training of some seconds by two processes, with a checkpoint only where it is stopped."""
+    """A training of some seconds on two ranks that saves a checkpoint only when it is stopped."""
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     steps = (f"train.max_steps={STEPS}", "train.checkpoint_every_steps=1000", "train.validate_every_steps=0")
     return tiny_config(str(tmp_path / "store"), str(source), *steps, "resources.processes=2")
 
 
 def step(config: RunConfig) -> int:
-    """The step that the training has reached, as its own progress says."""
+    """The step that the training has reached, from its progress object."""
     store = open_store(config.store_url, create=True)
     return int((read_json(store, RunKeys(config.name).progress) or {"step": 0})["step"])
 
 
 def of_flow_run(flow_run: str) -> list[int]:
-    """The processes that Prefect started for a flow run: they have its id in their environment."""
-    return found(lambda folder: flow_run.encode() in (folder / "environ").read_bytes())
+    """The processes that Prefect started for a flow run, which have its id in their environment."""
+    return matching(lambda folder: flow_run.encode() in (folder / "environ").read_bytes())
 
 
-def cancelled(api: str, flow_run: str, config: RunConfig) -> None:
-    """Cancel the run as the UI does; all its processes must be gone in time, and its state say so."""
-    assert with_words(config.store_url)
-    began = time.monotonic()
+def assert_cancellable(api: str, flow_run: str, config: RunConfig) -> None:
+    """Cancel the run as the UI does. All its processes must end in time, and it must become Cancelled."""
+    assert with_arguments(config.store_url)
+    started_at = time.monotonic()
     set_state(api, flow_run, "CANCELLING")
-    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    poll(lambda: not with_arguments(config.store_url), END_SECONDS)
     assert ended(api, flow_run)["state_name"] == "Cancelled"
-    poll(lambda: not of_flow_run(flow_run), max(GONE_SECONDS - (time.monotonic() - began), 1))
+    poll(lambda: not of_flow_run(flow_run), max(END_SECONDS - (time.monotonic() - started_at), 1))
 
 
-def test_a_cancelled_training_saves_and_its_retry_goes_on(api: str, one_worker: int, config: RunConfig) -> None:
+def test_a_cancelled_training_saves_and_its_retry_resumes(api: str, one_worker: int, config: RunConfig) -> None:
     flow_run = start(api, "pretrain", config)
     poll(lambda: step(config) > 20, 120)
-    cancelled(api, flow_run, config)
+    assert_cancellable(api, flow_run, config)
     store = open_store(config.store_url)
     [saved] = checkpoints(store, config.name)
     assert 20 < saved.step < STEPS
@@ -85,75 +85,73 @@ def test_a_cancelled_training_saves_and_its_retry_goes_on(api: str, one_worker: 
     )
 
 
-def test_a_cancelled_evaluation_is_gone_at_once(api: str, one_worker: int, config: RunConfig) -> None:
+def test_a_cancelled_evaluation_ends_at_once(api: str, one_worker: int, config: RunConfig) -> None:
     unending = config.evaluation.model_copy(update={"sample_tokens": 10**7})
     quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
-    asked = config.model_copy(update={"evaluation": unending, "train": quick})
-    flow_run = start(api, "pretrain", asked)
+    unending_config = config.model_copy(update={"evaluation": unending, "train": quick})
+    flow_run = start(api, "pretrain", unending_config)
 
     def samples(folder: Path) -> bool:
-        words = (folder / "cmdline").read_text()
-        return config.store_url in words and "samples" in words
+        argv = (folder / "cmdline").read_text()
+        return config.store_url in argv and "samples" in argv
 
-    poll(lambda: found(samples), 120)
-    cancelled(api, flow_run, asked)
+    poll(lambda: matching(samples), 120)
+    assert_cancellable(api, flow_run, unending_config)
 
 
-def test_a_killed_flow_takes_its_processes_along_and_goes_on_by_itself(
-    api: str, one_worker: int, config: RunConfig
-) -> None:
+def test_a_killed_flow_ends_with_its_processes_and_is_restarted(api: str, one_worker: int, config: RunConfig) -> None:
     flow_run = start(api, "pretrain", config)
     poll(lambda: step(config) > 20, 120)
     kill(of_flow_run(flow_run))
-    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    poll(lambda: not with_arguments(config.store_url), END_SECONDS)
     end = ended(api, flow_run, 2)
     assert end["state_name"] == "Completed", (end["state"]["message"], states(api, flow_run))
     assert "Crashed" in states(api, flow_run)
     assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
 
 
-def test_a_run_whose_worker_died_with_it_is_crashed_and_its_slot_is_free(
+def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
     api: str, config: RunConfig, tmp_path: Path
 ) -> None:
-    resume = automation(api, automations.RESUME)["id"]
-    ask(api, f"/automations/{resume}", {"enabled": False}, "PATCH")
+    restart = automation(api, automations.RESTART)["id"]
+    ask(api, f"/automations/{restart}", {"enabled": False}, "PATCH")
     try:
         with worker("train", tmp_path / "worker.log") as process:
             flow_run = start(api, "pretrain", config)
             poll(lambda: step(config) > 20, 120)
             kill([process.pid, *of_flow_run(flow_run)])
             process.wait()
-        died = time.monotonic()
+        died_at = time.monotonic()
         short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
         waiting = start(api, "pretrain", config.model_copy(update={"name": "after", "train": short}))
         assert run(api, flow_run)["state_name"] == "Running"
         with worker("train", tmp_path / "worker.log"):
-            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.BEAT_LIMIT_SECONDS + 30)
-            assert "Nothing was heard of this run" in run(api, flow_run)["state"]["message"]
-            assert time.monotonic() - died > 30  # its last heartbeat may be 30 s old
+            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.HEARTBEAT_LIMIT_SECONDS + 30)
+            assert "No heartbeat" in run(api, flow_run)["state"]["message"]
+            assert time.monotonic() - died_at > 30  # its last heartbeat may be 30 s old
             assert ended(api, waiting)["state_name"] == "Completed"
             set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
             assert ended(api, flow_run, 2)["state_name"] == "Completed"
     finally:
-        ask(api, f"/automations/{resume}", {"enabled": True}, "PATCH")
+        ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
 
 
-def test_a_rank_that_dies_fails_the_run_with_torchruns_own_words(api: str, one_worker: int, config: RunConfig) -> None:
+def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_worker: int, config: RunConfig) -> None:
     flow_run = start(api, "pretrain", config)
     poll(lambda: step(config) > 20, 120)
     rank = next(
-        pid for pid in with_words(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        pid for pid in with_arguments(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
     kill([rank])
     end = ended(api, flow_run)
     assert end["state_name"] == "Failed"
     assert DIED.search(end["state"]["message"]), end["state"]["message"]
-    poll(lambda: not with_words(config.store_url), GONE_SECONDS)
+    poll(lambda: not with_arguments(config.store_url), END_SECONDS)
 
-    def said() -> str:
-        asked = {"task_runs": {"name": {"any_": ["train-tiny"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-        [task] = ask(api, "/task_runs/filter", asked)
-        logs: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
-        return "\n".join(line["message"] for line in logs)
+    def log() -> str:
+        body = {"task_runs": {"name": {"any_": ["train-tiny"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+        [task] = ask(api, "/task_runs/filter", body)
+        lines: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
+        return "\n".join(line["message"] for line in lines)
 
-    poll(lambda: "2 processes on cpu" in said() and DIED.search(said()))
+    poll(lambda: "2 processes on cpu" in log() and DIED.search(log()))

@@ -1,4 +1,4 @@
-"""`gpt2 serve`: a platform in one process tree, on this host alone, that Ctrl-C ends; a server with a password."""
+"""`gpt2 serve`: one process tree, on this host only, that Ctrl-C stops; and a server with a password."""
 
 import os
 import signal
@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 
 @contextmanager
-def serving(folder: Path, port: int, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """`gpt2 serve` in a folder, once it has said where its UI is."""
-    process = gpt2("serve", "--port", str(port), *words, cwd=folder)
+def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`gpt2 serve` in a folder, once it has printed the address of its UI."""
+    process = gpt2("serve", "--port", str(port), *arguments, cwd=folder)
     assert process.stdout is not None
     try:
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()
@@ -47,18 +47,18 @@ def listening(pids: list[int]) -> set[str]:
                 inodes.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
             except OSError:
                 continue
-    found = set()
+    addresses = set()
     for table, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            place, state, inode = line.split()[1], line.split()[3], line.split()[9]
-            if state == "0A" and inode in inodes:
-                packed = bytes.fromhex(place.partition(":")[0])
+            local, state, inode = line.split()[1], line.split()[3], line.split()[9]
+            if state == "0A" and inode in inodes:  # LISTEN
+                packed = bytes.fromhex(local.partition(":")[0])
                 words = [packed[start : start + 4][::-1] for start in range(0, len(packed), 4)]
-                found.add(socket.inet_ntop(kind, b"".join(words)))
-    return found
+                addresses.add(socket.inet_ntop(kind, b"".join(words)))
+    return addresses
 
 
-def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path) -> None:
+def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     config = tiny_config(
         str(tmp_path / "data"), str(source), "train.max_steps=600", "train.validate_every_steps=0",
@@ -72,17 +72,17 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
         return int((read_json(store, RunKeys("tiny").progress) or {"step": 0})["step"])
 
     with serving(tmp_path, port) as process:
-        found = family(process.pid)
-        assert len(found) >= 4  # server, two workers
-        assert listening(found) == {"127.0.0.1"}
+        tree = family(process.pid)
+        assert len(tree) >= 4  # gpt2, server, two workers
+        assert listening(tree) == {"127.0.0.1"}
         flow_run = start(api, "pretrain", config)
         poll(lambda: steps() > 20, 120)
-        found = family(process.pid)
+        tree = family(process.pid)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, said
-        assert "cancelled" in said
-        assert [pid for pid in found if Path(f"/proc/{pid}").exists()] == []
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        assert "cancelled" in output
+        assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
     saved = steps()
     assert saved < 600
     with serving(tmp_path, port) as process:
@@ -90,30 +90,30 @@ def test_a_click_runs_ctrl_c_ends_all_and_the_next_start_goes_on(tmp_path: Path)
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
         assert ended(api, flow_run, 2)["state_name"] == "Completed"
         assert steps() == 600
-        found = family(process.pid)
-        process.kill()  # nothing can be said any more: the others notice
+        tree = family(process.pid)
+        process.kill()  # the other processes notice by themselves
         process.wait()
-        poll(lambda: [pid for pid in found if Path(f"/proc/{pid}").exists()] == [], 30)
+        poll(lambda: [pid for pid in tree if Path(f"/proc/{pid}").exists()] == [], 30)
 
 
 @pytest.mark.parametrize("name", ["worker-train", "server"])
-def test_what_ends_before_it_should_ends_all_with_a_remedy(tmp_path: Path, name: str) -> None:
-    word = {"worker-train": "flows.platform.worker", "server": "flows.platform.server"}[name]
+def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path, name: str) -> None:
+    module = {"worker-train": "flows.platform.worker", "server": "flows.platform.server"}[name]
     with serving(tmp_path, free_port()) as process:
-        found = family(process.pid)
-        words = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in found}
-        os.kill(next(pid for pid in found if word in words[pid] and "data" not in words[pid]), signal.SIGKILL)
-        said, _ = process.communicate(timeout=60)
-        assert [pid for pid in found if Path(f"/proc/{pid}").exists()] == []
+        tree = family(process.pid)
+        argv = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in tree}
+        os.kill(next(pid for pid in tree if module in argv[pid] and "data" not in argv[pid]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
     assert process.returncode == 2
-    assert f"{name} was to run until Ctrl-C" in said
-    assert f"{name}.log" in said
-    assert "Traceback" not in said
+    assert f"{name} ended unexpectedly" in output
+    assert f"{name}.log" in output
+    assert "Traceback" not in output
 
 
 @pytest.fixture
 def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server that asks for a password."""
+    """The address of a server with a password."""
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "gpt2:secret")
     monkeypatch.setattr(server, "HOME", tmp_path / ".gpt2")
     port = free_port()
@@ -124,12 +124,12 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_with_a_password_no_call_works_without_it(
     guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"flow_runs/filter": "POST", "deployments/filter": "POST", "admin/version": "GET", "logs/filter": "POST"}
-    for path, method in asked.items():
+    methods = {"flow_runs/filter": "POST", "deployments/filter": "POST", "admin/version": "GET", "logs/filter": "POST"}
+    for path, method in methods.items():
         assert httpx.request(method, f"{guarded}/{path}", json={}).status_code == 401, path
         assert httpx.request(method, f"{guarded}/{path}", json={}, auth=("gpt2", "other")).status_code == 401, path
         assert httpx.request(method, f"{guarded}/{path}", json={}, auth=("gpt2", "secret")).status_code == 200, path
-    code, said = run_gpt2("bootstrap", cwd=tmp_path, api=guarded)
-    assert (code, "401" in said, "PREFECT_API_AUTH_STRING" in said) == (2, True, True), said
-    code, said = run_gpt2("bootstrap", cwd=tmp_path, api=guarded, password="gpt2:secret")  # noqa: S106
-    assert code == 0, said
+    code, output = run_gpt2("bootstrap", cwd=tmp_path, api=guarded)
+    assert (code, "401" in output, "PREFECT_API_AUTH_STRING" in output) == (2, True, True), output
+    code, output = run_gpt2("bootstrap", cwd=tmp_path, api=guarded, password="gpt2:secret")  # noqa: S106
+    assert code == 0, output

@@ -1,4 +1,4 @@
-"""What Prefect's UI shows: waited for while the server is away, never a reason to fail."""
+"""Artifacts in Prefect's UI: retried while the server is down, never a reason to fail."""
 
 from base64 import b64decode
 from typing import Any
@@ -15,26 +15,26 @@ from tests.flows.client import ask, poll
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><text fill="currentColor">{}</text></svg>'
 
 
-def test_a_server_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[Any] = [httpx.ConnectError("away"), httpx.ReadTimeout("slow"), 7]
-    waited: list[float] = []
+def test_a_server_that_comes_back_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [httpx.ConnectError("down"), httpx.ReadTimeout("slow")]
+    waits: list[float] = []
 
-    def create(**what: Any) -> Any:
-        assert what == {"key": "a", "table": []}
-        if isinstance(answer := answers.pop(0), Exception):
-            raise answer
-        return answer
+    def create(**arguments: Any) -> Any:
+        assert arguments == {"key": "a", "table": []}
+        if errors:
+            raise errors.pop(0)
+        return 7
 
-    monkeypatch.setattr(artifacts.time, "sleep", waited.append)
+    monkeypatch.setattr(artifacts.time, "sleep", waits.append)
     assert show(create, key="a", table=[]) == 7
-    assert waited == [1, 2]
+    assert waits == [1, 2]
 
 
-def test_a_server_that_stays_away_fails_no_flow(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stays_down_does_not_fail_the_flow(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def create(**_: Any) -> Any:
-        raise httpx.ConnectError("away")
+        raise httpx.ConnectError("down")
 
-    @flow(name="away")
+    @flow(name="down")
     def shown() -> Any:
         return show(create, key="a")
 
@@ -42,19 +42,19 @@ def test_a_server_that_stays_away_fails_no_flow(api: str, monkeypatch: pytest.Mo
     assert shown() is None
 
 
-def test_a_change_that_nobody_takes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Away:
+def test_an_update_that_fails_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Down:
         def __enter__(self) -> Any:
-            raise httpx.ConnectError("away")
+            raise httpx.ConnectError("down")
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(artifacts, "get_client", lambda **_: Away())
+    monkeypatch.setattr(artifacts, "get_client", lambda **_: Down())
     replace(uuid4(), 50.0)
     replace(None, 50.0)
 
 
-def test_a_picture_is_one_artifact_however_often_it_changes(api: str) -> None:
+def test_a_picture_stays_one_artifact_when_it_is_redrawn(api: str) -> None:
     @flow(name="drawing")
     def drawing() -> UUID | None:
         picture = Picture("drawn", "A drawing")
@@ -62,9 +62,9 @@ def test_a_picture_is_one_artifact_however_often_it_changes(api: str) -> None:
             picture.show(SVG.format(text))
         return picture._artifact
 
-    made = drawing()
-    [found] = poll(lambda: ask(api, "/artifacts/filter", {"artifacts": {"key": {"any_": ["drawn"]}}}))
-    assert (found["id"], found["type"]) == (str(made), "image")
-    assert found["flow_run_id"] is not None
-    drawn = b64decode(found["data"].partition("base64,")[2]).decode()
+    artifact_id = drawing()
+    [artifact] = poll(lambda: ask(api, "/artifacts/filter", {"artifacts": {"key": {"any_": ["drawn"]}}}))
+    assert (artifact["id"], artifact["type"]) == (str(artifact_id), "image")
+    assert artifact["flow_run_id"] is not None
+    drawn = b64decode(artifact["data"].partition("base64,")[2]).decode()
     assert drawn == SVG.format("last").replace("currentColor", artifacts.INK)

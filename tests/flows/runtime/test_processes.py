@@ -1,20 +1,46 @@
-"""What a process that computes is given."""
+"""A job's process: its environment, and that it ends with the block that it was started in."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flows.runtime.processes import _environment
+from flows.runtime import processes
+from flows.runtime.processes import Processes, _environment
+from model.runs.job import JobFailed
+from tests.flows.client import poll
+
+KEY = "runs/tiny/jobs/train-00000000.json"
+ENDLESS = "import signal; signal.signal(signal.SIGTERM, signal.{}); print('started', flush=True); signal.pause()"
 
 
-def test_a_process_works_as_the_trainer_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {"AWS_ACCESS_KEY_ID": "pipeline", "AWS_SECRET_ACCESS_KEY": "p", "AWS_SESSION_TOKEN": "t", "AWS_PROFILE": "x"}
+def test_a_process_has_the_identity_of_the_trainer_if_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow_identity = {"AWS_ACCESS_KEY_ID": "pipeline", "AWS_SECRET_ACCESS_KEY": "p"}
+    flow_identity |= {"AWS_SESSION_TOKEN": "t", "AWS_PROFILE": "x"}
     kept = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000", "PATH": "/bin"}
     for name in os.environ:
         monkeypatch.delenv(name)
-    for name, value in (ours | kept | {"PREFECT_API_AUTH_STRING": "gpt2:secret"}).items():
+    for name, value in (flow_identity | kept | {"PREFECT_API_AUTH_STRING": "gpt2:secret"}).items():
         monkeypatch.setenv(name, value)
     assert _environment() == dict(os.environ)
     monkeypatch.setenv("TRAINER_ACCESS_KEY_ID", "trainer")
     monkeypatch.setenv("TRAINER_SECRET_ACCESS_KEY", "s")
     assert _environment() == kept | {"AWS_ACCESS_KEY_ID": "trainer", "AWS_SECRET_ACCESS_KEY": "s"}
+
+
+@pytest.mark.parametrize(("on_sigterm", "ended_by"), [("SIG_DFL", "SIGTERM"), ("SIG_IGN", "SIGKILL")])
+def test_leaving_the_block_ends_a_running_process_and_starts_no_other(
+    monkeypatch: pytest.MonkeyPatch, on_sigterm: str, ended_by: str
+) -> None:
+    start = processes._start
+    monkeypatch.setattr(processes, "_start", lambda argv: start([argv[0], "-c", ENDLESS.format(on_sigterm)]))
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
+    lines: list[str] = []
+    with ThreadPoolExecutor(1) as task_threads:
+        with Processes("./store") as running:
+            task = task_threads.submit(running.run, KEY, lines.append)
+            poll(lambda: lines == ["started"])
+        with pytest.raises(JobFailed, match=f"{KEY}.*{ended_by}"):
+            task.result(timeout=10)
+    with pytest.raises(JobFailed, match="not started"):
+        running.run(KEY, lines.append)

@@ -1,4 +1,6 @@
-"""The device of a process: what is asked for, else the best there is; what is not there is refused."""
+"""A process's device: the configured one or the best available; an unavailable device is refused."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,24 +10,25 @@ from model.runs.job import read_job
 from model.training.trainer import Trainer
 from tests.model.training_runs import House
 
+SetHardware = Callable[[int, bool], None]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
 
 @pytest.fixture
-def there(monkeypatch: pytest.MonkeyPatch) -> object:
-    """A function that says how many GPUs there are, and whether there is MPS; `set_device` is noted."""
+def set_hardware(monkeypatch: pytest.MonkeyPatch) -> SetHardware:
+    """A function that sets how many GPUs torch finds, and whether it finds MPS."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
-    def have(gpus: int, mps: bool) -> None:
+    def set_hardware(gpus: int, mps: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
-    return have
+    return set_hardware
 
 
 @pytest.mark.parametrize(
-    ("gpus", "mps", "environment", "asked", "device"),
+    ("gpus", "mps", "environment", "setting", "device"),
     [
         (0, False, {}, "auto", "cpu"),
         (0, True, {}, "auto", "mps"),
@@ -38,37 +41,37 @@ def there(monkeypatch: pytest.MonkeyPatch) -> object:
         (1, False, {}, "cuda", "cuda:0"),
     ],
 )
-def test_the_device_is_the_one_asked_for_else_the_best(
-    there: object, gpus: int, mps: bool, environment: dict[str, str], asked: str, device: str
+def test_the_device_is_the_configured_one_or_the_best(
+    set_hardware: SetHardware, gpus: int, mps: bool, environment: dict[str, str], setting: str, device: str
 ) -> None:
-    there(gpus, mps)  # type: ignore[operator]
-    found = DDPConfig.detect(environment, asked)
-    assert found.device == torch.device(device)
-    assert (found.rank, found.ranks) == ((3, 4) if environment else (0, 1))
+    set_hardware(gpus, mps)
+    ddp = DDPConfig.detect(environment, setting)
+    assert ddp.device == torch.device(device)
+    assert (ddp.rank, ddp.ranks) == ((3, 4) if environment else (0, 1))
 
 
 @pytest.mark.parametrize(
-    ("gpus", "mps", "environment", "asked", "said"),
+    ("gpus", "mps", "environment", "setting", "facts"),
     [
-        (0, False, {}, "cuda", ("resources.device = 'cuda'", "found cpu", "resources.device=auto")),
-        (0, True, {}, "cuda", ("found mps, cpu",)),
-        (0, False, {}, "mps", ("resources.device = 'mps'", "found cpu")),
-        (0, True, TORCHRUN, "mps", ("training of one process", "found cpu")),
-        (1, False, TORCHRUN, "auto", ("process 1 of this host", "found 1 GPUs", "resources.processes=1")),
+        (0, False, {}, "cuda", ("resources.device = 'cuda'", "only cpu.", "resources.device=auto")),
+        (0, True, {}, "cuda", ("only mps, cpu.",)),
+        (0, False, {}, "mps", ("resources.device = 'mps'", "only cpu.")),
+        (0, True, TORCHRUN, "mps", ("training of one process", "only cpu.")),
+        (1, False, TORCHRUN, "auto", ("process 1 of this host", "there are 1", "resources.processes=1")),
     ],
 )
-def test_what_is_not_there_is_refused(
-    there: object, gpus: int, mps: bool, environment: dict[str, str], asked: str, said: tuple[str, ...]
+def test_an_unavailable_device_is_refused(
+    set_hardware: SetHardware, gpus: int, mps: bool, environment: dict[str, str], setting: str, facts: tuple[str, ...]
 ) -> None:
-    there(gpus, mps)  # type: ignore[operator]
+    set_hardware(gpus, mps)
     with pytest.raises(ValueError, match="resources") as caught:
-        DDPConfig.detect(environment, asked)
-    for word in said:
-        assert word in str(caught.value)
+        DDPConfig.detect(environment, setting)
+    for fact in facts:
+        assert fact in str(caught.value)
 
 
 @pytest.mark.parametrize(("others", "agreed"), [(7, True), (8, False), (6, False)])
-def test_ranks_agree_when_all_have_one_value(monkeypatch: pytest.MonkeyPatch, others: int, agreed: bool) -> None:
+def test_ranks_agree_when_all_have_the_same_value(monkeypatch: pytest.MonkeyPatch, others: int, agreed: bool) -> None:
     def with_others(bounds: torch.Tensor, op: object) -> None:
         assert op == torch.distributed.ReduceOp.MAX
         bounds.copy_(torch.maximum(bounds, torch.tensor([others, -others])))
@@ -78,12 +81,12 @@ def test_ranks_agree_when_all_have_one_value(monkeypatch: pytest.MonkeyPatch, ot
     assert DDPConfig(0, 1, torch.device("cpu")).agree(7)
 
 
-def test_ranks_that_found_different_checkpoints_do_not_train(house: House) -> None:
-    class Apart(DDPConfig):
+def test_ranks_that_resume_different_checkpoints_do_not_train(house: House) -> None:
+    class Disagreeing(DDPConfig):
         def agree(self, value: int) -> bool:
             assert value == 0
             return False
 
     key = house.ask("apart")
     with pytest.raises(ValueError, match="another process is still saving"):
-        Trainer(house.store, read_job(house.store, key), Apart(0, 1, torch.device("cpu")))
+        Trainer(house.store, read_job(house.store, key), Disagreeing(0, 1, torch.device("cpu")))

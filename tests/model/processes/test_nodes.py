@@ -1,4 +1,4 @@
-"""Two hosts train one run: two network namespaces with a cable between them, the same command on each.
+"""Two hosts train one run: two connected network namespaces, the same command in each.
 
 Needs root and iproute2, as `make test-full` does.
 """
@@ -15,21 +15,21 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
-from model import __main__ as launcher
-from model.__main__ import _address, launch
 from model.config import ResourcesConfig
+from model.processes import torchrun
+from model.processes.torchrun import launch, local_address
 from tests.model.training_runs import STEPS, House, assert_equal_runs, checkpoints, kill_all, processes_of, until
 
 ADDRESSES = ("10.97.31.1", "10.97.31.2")
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
 
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two namespaces, each with a loopback and one end of a cable."""
+    """Two network namespaces, each with a loopback and one end of a veth pair."""
     names = [f"gpt2-{secrets.token_hex(3)}" for _ in ADDRESSES]
     ends = [f"v{name[5:]}" for name in names]
     for name in names:
@@ -47,75 +47,84 @@ def hosts() -> Iterator[list[str]]:
             ip("netns", "del", name)
 
 
-def started(host: str, house: House, key: str, folder: Path) -> subprocess.Popen[bytes]:
-    """The printed command, on that host."""
-    words = ["ip", "netns", "exec", host, sys.executable, "-m", "model", house.store.url, key]
+def kill_host(host: str) -> None:
+    """SIGKILL to every process on the host."""
+    for pid in subprocess.check_output(["ip", "netns", "pids", host], text=True).split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def start(host: str, house: House, key: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Run the command that `gpt2 train` prints, on that host."""
+    argv = ["ip", "netns", "exec", host, sys.executable, "-m", "model", house.store.url, key]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}  # as two ranks of one host have
     with (folder / host).open("wb") as out:
-        return subprocess.Popen(words, stdout=out, stderr=out, env=environment, start_new_session=True)
+        return subprocess.Popen(argv, stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
 @pytest.mark.full
-def test_two_hosts_train_as_two_processes_of_one_do_and_go_on_after_one_has_died(
+def test_two_hosts_train_like_two_processes_of_one_host_and_resume_after_one_died(
     house: House, undisturbed: Callable[[int], str], hosts: list[str], tmp_path: Path
 ) -> None:
     settings = ("resources.nodes=2", "resources.processes=1", f"resources.rendezvous={ADDRESSES[0]}:29500")
     key = house.ask("two-hosts", *settings)
 
-    def said(host: str) -> str:
+    def output(host: str) -> str:
         return (tmp_path / host).read_text()
 
     try:
-        first, second = (started(host, house, key, tmp_path) for host in hosts)
-        until(lambda: any("step      6/" in said(host) for host in hosts), "no step was made", seconds=120)
-        found = subprocess.run(["ip", "netns", "pids", hosts[1]], check=True, capture_output=True, text=True)
-        for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+        first, second = (start(host, house, key, tmp_path) for host in hosts)
+        until(lambda: any("step      6/" in output(host) for host in hosts), "no step was made", seconds=120)
+        kill_host(hosts[1])
         second.wait()
-        until(lambda: first.poll() is not None, "the other host waits", seconds=60)
-        assert first.returncode == 1, said(hosts[0])
-        assert "Traceback" not in said(hosts[0])
+        until(lambda: first.poll() is not None, "the other host is still running", seconds=60)
+        assert first.returncode == 1, output(hosts[0])
+        assert "Traceback" not in output(hosts[0])
         until(lambda: not processes_of(house.store, key), "a rank outlives its host's launcher", seconds=30)
         assert checkpoints(house.store, "two-hosts")[-1].step >= 4
-        again = [started(host, house, key, tmp_path) for host in hosts]
-        assert [process.wait(timeout=120) for process in again] == [0, 0], [said(host) for host in hosts]
+        again = [start(host, house, key, tmp_path) for host in hosts]
+        assert [process.wait(timeout=120) for process in again] == [0, 0], [output(host) for host in hosts]
     finally:
         kill_all(house.store, key)
-    assert "2 processes on cpu" in said(hosts[0]) + said(hosts[1])
+    assert "2 processes on cpu" in output(hosts[0]) + output(hosts[1])
     assert checkpoints(house.store, "two-hosts")[-1].step == STEPS
     assert_equal_runs(house.store, "two-hosts", undisturbed(2))
 
 
-def test_the_first_host_is_the_one_that_has_the_address() -> None:
-    assert _address("127.0.0.1:29500") == ("127.0.0.1", True)
-    assert _address("localhost:29500")[1]
+def test_the_first_host_is_the_one_with_the_rendezvous_address() -> None:
+    assert local_address("127.0.0.1:29500") == ("127.0.0.1", True)
+    assert local_address("localhost:29500")[1]
 
 
-@pytest.mark.parametrize("rendezvous", ["127.0.0.1", "no.such.host.invalid:29500", "127.0.0.1:port"])
-def test_an_address_that_leads_nowhere_is_refused(rendezvous: str) -> None:
+@pytest.mark.parametrize("rendezvous", ["127.0.0.1", "127.0.0.1:port"])
+def test_a_malformed_address_is_refused(rendezvous: str) -> None:
     with pytest.raises(ValueError, match=r"resources\.rendezvous"):
-        _address(rendezvous)
+        local_address(rendezvous)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
-def test_a_launcher_ends_well_at_the_one_signal_at_which_ranks_save(
+def test_a_launcher_succeeds_only_at_the_signal_at_which_ranks_save(
     monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
 ) -> None:
     def stopped(_: list[str]) -> None:
         raise SignalException("stopped", sent)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(launcher, "torchrun", stopped)
+    monkeypatch.setattr(torchrun, "torchrun", stopped)
     assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == code
 
 
-def test_hosts_that_do_not_meet_are_told_where_and_when_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone(words: list[str]) -> None:
-        assert "127.0.0.1:29500" in words
+def test_hosts_that_do_not_meet_fail_with_a_remedy_and_may_run_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def alone(argv: list[str]) -> None:
+        assert "127.0.0.1:29500" in argv
         raise RendezvousTimeoutError("nobody came")
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(launcher, "torchrun", alone)
-    resources = ResourcesConfig(nodes=2, rendezvous="127.0.0.1:29500")
-    with pytest.raises(ValueError, match=r"2 hosts.*nobody came.*first one first"):
-        launch("./store", "runs/tiny/jobs/train.json", resources, 1)
+    monkeypatch.setattr(torchrun, "torchrun", alone)
+    for rendezvous, reason in (("127.0.0.1:29500", "nobody came"), ("no.such.host.invalid:29500", "Errno")):
+        resources = ResourcesConfig(nodes=2, rendezvous=rendezvous)
+        assert launch("./store", "runs/tiny/jobs/train.json", resources, 1) == 1
+        error = capsys.readouterr().err
+        for fact in ("error: resources.rendezvous", rendezvous, "2 hosts", reason, "the first host first"):
+            assert fact in error

@@ -273,7 +273,7 @@ def test_a_stop_while_a_save_fails_is_saved_if_the_store_is_back_before_the_limi
     assert far.saved()[-1:] == [7] * is_back
     if is_back:
         assert len(far.steps) == 7  # the one in which it was told
-        assert "stopped as asked, saved" in far.said
+        assert "stopped after saving" in far.said
     else:
         assert "resources.unsaved_minutes = 0.02" in far.errors and "run the same command" in far.errors
         far.steps.clear()

@@ -1,0 +1,37 @@
+"""Waits until Prefect has recorded every task run: its server writes them from events, some seconds after the fact."""
+
+import time
+from datetime import datetime
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterStartTime
+from prefect.client.schemas.objects import TaskRun
+from prefect.logging.handlers import APILogHandler
+
+POLL_SECONDS = 0.5
+SETTLED_POLLS = 2  # an event still under way would add a task run
+PAGE_SIZE = 200  # the API's largest page
+
+
+def wait_for_task_runs(since: datetime, limit_seconds: float) -> None:
+    """Return when the task runs of all flows started since then have ended and no more appear, or at the limit."""
+    APILogHandler().flush()  # otherwise sent at exit: when the server has already stopped, that is 70 s of retries
+    deadline = time.monotonic() + limit_seconds
+    previous_count, settled_polls = -1, 0
+    while settled_polls < SETTLED_POLLS and time.monotonic() < deadline:
+        runs = _task_runs(since)
+        all_ended = all(run.state is not None and run.state.is_final() for run in runs)
+        settled_polls = settled_polls + 1 if all_ended and len(runs) == previous_count else 0
+        previous_count = len(runs)
+        time.sleep(POLL_SECONDS)
+
+
+def _task_runs(since: datetime) -> list[TaskRun]:
+    started = FlowRunFilter(start_time=FlowRunFilterStartTime(after_=since))
+    runs: list[TaskRun] = []
+    with get_client(sync_client=True) as client:
+        while True:
+            page = client.read_task_runs(flow_run_filter=started, offset=len(runs))
+            runs += page
+            if len(page) < PAGE_SIZE:
+                return runs

@@ -1,0 +1,72 @@
+"""Starts torchrun's launcher with this host's ranks, on one host or on each of several."""
+
+import os
+import signal
+import socket
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.run import main as torchrun
+
+from model.config import ResourcesConfig
+from model.runs.job import USER_ERROR
+
+SHUTDOWN_SECONDS = 30  # torchrun's own default, on top of the time for a last checkpoint
+
+
+def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int) -> int:
+    """Run the job on `ranks` processes of this host. Returns the exit code.
+
+    Hosts that do not meet, or lose each other, return 1. Raises ValueError when resources.rendezvous is malformed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))  # torchrun's default is 1, with a warning
+    # After this time torchrun kills ranks that got a SIGTERM; a last checkpoint may take all of unsaved_minutes.
+    shutdown_seconds = round(60 * resources.unsaved_minutes) + SHUTDOWN_SECONDS
+    argv = ["--shutdown-timeout", str(shutdown_seconds), "--nproc-per-node", str(ranks)]
+    argv += ["-m", "model", store_url, job_key, "--parent", str(os.getpid())]
+    try:
+        hosts = _rendezvous_options(resources, job_key) if resources.nodes > 1 else ["--standalone"]
+        torchrun([*hosts, *argv])
+    except ChildFailedError as error:  # the rank has printed its own error
+        return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
+    except SignalException as error:  # torchrun has passed the signal on; ranks save a checkpoint at SIGTERM only
+        return 0 if error.sigval == signal.SIGTERM else 1
+    except RendezvousError as error:
+        print(
+            f"error: resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not meet, or "
+            f"lost each other: {str(error).rstrip('.')}. Give the first host's address as the others reach it, and "
+            f"start the same command on each host within a minute, the first host first.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    return 0
+
+
+def _rendezvous_options(resources: ResourcesConfig, job_key: str) -> list[str]:
+    address, is_first = local_address(resources.rendezvous)
+    options = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2], "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", resources.rendezvous, "--rdzv-conf", f"is_host={is_first}"]
+    return [*options, "--local-addr", address]
+
+
+def local_address(rendezvous: str) -> tuple[str, bool]:
+    """This host's address on the network of the first host, and whether this is the first host.
+
+    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises ValueError when
+    `rendezvous` is malformed, and RendezvousError when its host is unknown or unreachable.
+    """
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"resources.rendezvous = {rendezvous!r} is not HOST:PORT, such as 10.0.0.1:29500")
+    try:
+        family, _, _, _, first = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing
+            probe.connect(first)
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise RendezvousError(str(error)) from error
+    return address, address == first[0]
