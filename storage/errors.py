@@ -1,40 +1,40 @@
-"""Every error this package raises about what a store or a source file held. It knows no store and no format.
+"""Every error that storage raises about the contents of a store or a source file.
 
 * StorageError
-  - ObjectMissing      a key that should be there is not
-  - AlreadyExists      a create-only put lost: the key is taken
-  - Conflict           a compare-and-swap lost: the object is no longer the one that was read
-  - ObjectCorrupt      an object's bytes are not those that were put, or more than can be
-  - StoreUnusable      the store itself: not a folder, read-only, full, refusing its user, of a newer layout
-  - StoreUnavailable   the store does not answer; it may later
-  - SourceUnavailable  where the source files are does not answer; it may later
-  - SourceInvalid      a source file: cut, without the text column, null or non-string text
-  - ShardCorrupt       a shard's bytes are not those its record promises
+  - ObjectMissing      the key does not exist
+  - AlreadyExists      a create-only put lost: the key exists
+  - Conflict           a compare-and-swap lost: the object has changed since it was read
+  - ObjectCorrupt      the bytes are damaged, or more than the object can have
+  - StoreUnusable      the store itself: not a folder, read-only, full, access denied, a newer layout
+  - StoreUnavailable   the store does not respond; it may later
+  - SourceUnavailable  the host of the source files does not respond; it may later
+  - SourceInvalid      a source file: truncated, without the text column, null or non-string text
+  - ShardCorrupt       the bytes of a shard do not match its record
   - DatasetMismatch    a dataset or run name is bound to other settings
   - CheckpointInvalid  a checkpoint is damaged, or belongs to another model or dataset
 
-What a user wrote wrongly is a ValueError. Each message says what was asked, what was found and what to do.
+Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
 """
 
 
 class StorageError(Exception):
-    """What a store or a source file held is not what the pipeline needs."""
+    """The contents of a store or a source file are not what the pipeline needs."""
 
 
 class ObjectMissing(StorageError):
-    """A key that should be there is not."""
+    """The key does not exist."""
 
 
 class AlreadyExists(StorageError):
-    """A create-only put found the key taken."""
+    """A create-only put failed because the key exists."""
 
 
 class Conflict(StorageError):
-    """A compare-and-swap found another object than the one that was read."""
+    """A compare-and-swap failed because the object has changed since it was read."""
 
 
 class ObjectCorrupt(StorageError):
-    """An object's bytes are not those that were put, or larger than such an object can be."""
+    """The bytes of an object are damaged, or more than such an object can have."""
 
 
 class StoreUnusable(StorageError):
@@ -42,11 +42,11 @@ class StoreUnusable(StorageError):
 
 
 class StoreUnavailable(StorageError):
-    """The store did not answer for as long as we wait; the same request may succeed later."""
+    """The store did not respond before the deadline; the same request may succeed later."""
 
 
 class SourceUnavailable(StorageError):
-    """The place of the source files did not answer for as long as we wait; the same request may succeed later."""
+    """The host of the source files did not respond before the deadline; the same request may succeed later."""
 
 
 class SourceInvalid(StorageError):
@@ -54,7 +54,7 @@ class SourceInvalid(StorageError):
 
 
 class ShardCorrupt(StorageError):
-    """A shard's bytes differ from its record."""
+    """The bytes of a shard do not match its record."""
 
 
 class DatasetMismatch(StorageError):
@@ -62,4 +62,4 @@ class DatasetMismatch(StorageError):
 
 
 class CheckpointInvalid(StorageError):
-    """A checkpoint is damaged or belongs to something else."""
+    """A checkpoint is damaged, or belongs to another model or dataset."""

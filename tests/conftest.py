@@ -95,7 +95,7 @@ def forget_client() -> Iterator[Callable[[], None]]:
         if s3_client.client.cache_info().currsize:
             s3_client.own_client().close()
         s3_client.client.cache_clear()
-        s3.honest.clear()
+        s3.S3Store.checked_buckets.clear()
 
     yield forget
     forget()

@@ -1,4 +1,4 @@
-"""An S3 server of a few lines that says yes to everything: conditions, sums and ranges are nothing to it."""
+"""A minimal S3 server that accepts every request: it ignores conditions, checksums and ranges."""
 
 import hashlib
 import ssl
@@ -42,23 +42,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def handle(self) -> None:
-        with suppress(OSError):  # a client that does not know our certificate hangs up
+        with suppress(OSError):  # a client that does not trust our certificate disconnects
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nobody reads it."""
+        pass
 
 
 @contextmanager
 def dishonest_server(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Its endpoint, and what it holds by path."""
-    held: dict[str, bytes] = {}
-    handler = type("Handler", (_Handler,), {"objects": held})
+    """The endpoint of a running server, and its objects by path."""
+    objects: dict[str, bytes] = {}
+    handler = type("Handler", (_Handler,), {"objects": objects})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         if tls:
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
-            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}", held
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}", objects
         finally:
             server.shutdown()

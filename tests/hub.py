@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub: the part of its HTTP interface that its client uses, and every way to fail.
+"""A fake Hugging Face Hub: the part of its HTTP interface that its client uses, with fault injection.
 
-Large files are answered, as by the hub, with a redirect to another host (here: `localhost` instead of 127.0.0.1), which
-must never see the token.
+As on the real Hub, a request for a large file is redirected to another host (here `localhost` instead of 127.0.0.1),
+which must never get the token.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ Fault = Literal[
     "429 later",  # with Retry-After: 1
     "500",
     "503",
-    "reset",  # the connection ends before an answer
-    "cut",  # half of the body comes, then the connection ends
-    "short",  # a body that is shorter, and says so: nothing in HTTP tells
-    "wrong",  # as many bytes, one bit of them wrong
-    "whole",  # a range was asked for, all comes
-    "hang",  # half of the body comes, the rest never does: until `let_go`
+    "reset",  # the connection ends before a response
+    "cut",  # half of the body, then the connection ends
+    "short",  # half of the body with a matching Content-Length, so HTTP shows no error
+    "wrong",  # the right length, one wrong bit
+    "whole",  # the range is ignored
+    "hang",  # half of the body, then nothing until `release`
 ]
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     PORT: int = probe.getsockname()[1]
 ENDPOINT = f"http://127.0.0.1:{PORT}"
-PAGE = 3  # entries of one page of a listing: the hub's 1,000 would never need a second one here
-TOKEN = "hf_" + "x" * 34  # what the tests sign in with
+PAGE_ENTRIES = 3  # of a listing; with the real 1,000 no test would need a second page
+TOKEN = "hf_" + "x" * 34  # the tests' access token
 
 
 class Request(NamedTuple):
-    """A request as it came: host name, method, path, and headers by lower-case name."""
+    """A received request: host name, method, path, and headers by lower-case name."""
 
     host: str
     method: str
@@ -49,7 +49,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Repository:
-    """A dataset on the hub: its card's fields, and at each commit its files."""
+    """A dataset on the Hub: the fields of its card, and the files of each commit."""
 
     card: dict[str, Any]
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -74,35 +74,34 @@ class Repository:
 
 
 class Hub:
-    """The stand-in's state: repositories by name, what it was asked, and the faults that are still to come."""
+    """The state of the fake Hub: repositories by name, requests received, and faults still to inject."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Forget all."""
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.faults: list[tuple[str, Fault]] = []
-        self._held = threading.Event()
+        self._released = threading.Event()
 
-    def let_go(self) -> None:
-        """End the answers that hang."""
-        self._held.set()
+    def release(self) -> None:
+        """End the responses that hang."""
+        self._released.set()
 
-    def hold(self) -> None:
-        self._held.wait()
+    def wait_for_release(self) -> None:
+        self._released.wait()
 
     def dataset(self, name: str, files: dict[str, bytes], **card: Any) -> Repository:
-        """A new dataset of one commit; its configuration `default` has the files below `data/` as split `train`."""
-        made = Repository({"license": "odc-by", "configs": {"default": {"train": "data/*"}}} | card)
-        made.commit(files)
-        self.repositories[name] = made
-        return made
+        """Add a dataset of one commit; its configuration `default` has the files below `data/` as split `train`."""
+        repository = Repository({"license": "odc-by", "configs": {"default": {"train": "data/*"}}} | card)
+        repository.commit(files)
+        self.repositories[name] = repository
+        return repository
 
     def spoil(self, path: str, *faults: Fault) -> None:
-        """Spoil the next requests whose path matches the pattern, one fault each."""
+        """Inject one fault each into the next requests whose path matches the pattern."""
         self.faults += [(path, fault) for fault in faults]
 
     def fault(self, request: Request) -> Fault | None:
@@ -114,23 +113,23 @@ class Hub:
                     return fault
         return None
 
-    def asked(self, path: str, method: str = "GET") -> list[Request]:
+    def received(self, path: str, method: str = "GET") -> list[Request]:
         """The requests so far whose path matches the pattern."""
-        return [found for found in self.requests if found.method == method and fnmatch(found.path, path)]
+        return [request for request in self.requests if request.method == method and fnmatch(request.path, path)]
 
 
 def is_large(name: str) -> bool:
-    """Whether the hub keeps a file outside git, with its sha256 published."""
+    """Whether the Hub stores a file outside git and publishes its sha256."""
     return Path(name).suffix == ".parquet"
 
 
 def entry(name: str, body: bytes) -> dict[str, Any]:
-    """A file as a listing shows it."""
+    """A file's entry in a listing."""
     blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()  # noqa: S324  # git's
-    found: dict[str, Any] = {"type": "file", "oid": blob, "size": len(body), "path": name}
+    fields: dict[str, Any] = {"type": "file", "oid": blob, "size": len(body), "path": name}
     if is_large(name):
-        found["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-    return found
+        fields["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+    return fields
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -184,11 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, name: str, repository: Repository, verb: str, rest: str, query: str) -> None:
         revision, _, folder = rest.partition("/")
-        found = repository.files(revision)
-        if found is None:
+        tree = repository.files(revision)
+        if tree is None:
             self._json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return
-        commit, files = found
+        commit, files = tree
         if verb == "revision":
             card = {"license": repository.card["license"]}
             siblings = [{"rfilename": file} for file in files]
@@ -197,53 +196,53 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "tree":
             self._tree(files, folder, parse_qs(query))
         else:
-            asked = parse_qs(self._posted.decode())["paths"]
-            self._json([entry(file, files[file]) for file in asked if file in files])
+            paths = parse_qs(self._posted.decode())["paths"]
+            self._json([entry(path, files[path]) for path in paths if path in files])
 
     def _tree(self, files: dict[str, bytes], folder: str, query: dict[str, list[str]]) -> None:
         prefix = f"{folder}/" if folder else ""
         inside = [entry(file, body) for file, body in sorted(files.items()) if file.startswith(prefix)]
-        names = {str(Path(one["path"]).parent) for one in inside} - {folder or "."}
+        names = {str(Path(item["path"]).parent) for item in inside} - {folder or "."}
         folders = {part for name in names for part in [name, *map(str, Path(name).parents)] if part.startswith(prefix)}
-        found = inside + [{"type": "directory", "oid": "0" * 40, "size": 0, "path": one} for one in folders - {"."}]
+        items = inside + [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders - {"."}]
         if query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
-            found = [one for one in found if "/" not in one["path"].removeprefix(prefix)]
-        if not found:
-            self._json({"error": "not there"}, 404, {"X-Error-Code": "EntryNotFound"})
+            items = [item for item in items if "/" not in item["path"].removeprefix(prefix)]
+        if not items:
+            self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         start = int(query.get("cursor", ["0"])[0])
         more = {}
-        if start + PAGE < len(found):
+        if start + PAGE_ENTRIES < len(items):
             flags = "&".join(f"{name}={value[0]}" for name, value in query.items() if name != "cursor")
-            more = {"Link": f'<{ENDPOINT}{urlsplit(self.path).path}?{flags}&cursor={start + PAGE}>; rel="next"'}
-        self._json(found[start : start + PAGE], 200, more)
+            more = {"Link": f'<{ENDPOINT}{urlsplit(self.path).path}?{flags}&cursor={start + PAGE_ENTRIES}>; rel="next"'}
+        self._json(items[start : start + PAGE_ENTRIES], 200, more)
 
     def _resolve(self, repository: Repository, rest: str) -> None:
         revision, _, file = rest.partition("/")
-        found = repository.files(revision)
-        if found is None or file not in found[1]:
+        tree = repository.files(revision)
+        if tree is None or file not in tree[1]:
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._json({"error": "gated"}, 401, {"X-Error-Code": "GatedRepo"})
             return
-        commit, files = found
-        facts = entry(file, files[file])
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{facts["oid"]}"'}
-        if "lfs" not in facts:
+        commit, files = tree
+        fields = entry(file, files[file])
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{fields["oid"]}"'}
+        if "lfs" not in fields:
             self._body(files[file], headers)
             return
-        name = next(name for name, one in self.hub.repositories.items() if one is repository)
+        name = next(name for name, other in self.hub.repositories.items() if other is repository)
         other_host = ENDPOINT.replace("127.0.0.1", "localhost")
-        headers |= {"X-Linked-Size": str(facts["size"]), "X-Linked-ETag": f'"{facts["lfs"]["oid"]}"'}
+        headers |= {"X-Linked-Size": str(fields["size"]), "X-Linked-ETag": f'"{fields["lfs"]["oid"]}"'}
         headers["Location"] = f"{other_host}/stored/{name}/{commit}/{file}"
         self._json({}, 302, headers)
 
     def _body(self, body: bytes, headers: dict[str, str]) -> None:
         status = 200
-        asked = self.headers.get("Range")
-        if asked and self._fault != "whole":
-            first, _, last = asked.removeprefix("bytes=").partition("-")
+        byte_range = self.headers.get("Range")
+        if byte_range and self._fault != "whole":
+            first, _, last = byte_range.removeprefix("bytes=").partition("-")
             end = min(int(last or len(body)), len(body) - 1)
             if int(first) > end:
                 self._json({}, 416, {"Content-Range": f"bytes */{len(body)}"})
@@ -261,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if self._fault in ("cut", "hang") else body)
         if self._fault == "hang":
-            self.hub.hold()
+            self.hub.wait_for_release()
         if self._fault in ("cut", "hang"):
             self.close_connection = True
 
@@ -281,12 +280,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """A client that goes away in the middle is part of the tests."""
+        """Tests disconnect clients on purpose."""
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """The stand-in, answering at ENDPOINT while the block lasts."""
+    """A fake Hub that listens at ENDPOINT while the block runs."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with _Server(("127.0.0.1", PORT), handler) as server:

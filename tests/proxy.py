@@ -1,7 +1,7 @@
-"""A small proxy before a real S3 server that spoils chosen requests, and remembers all of them.
+"""A fault-injecting proxy in front of a real S3 server, which records every request.
 
-One request a connection, bytes forwarded as they are: signatures stay valid, since they cover neither `Connection` nor
-`Expect`.
+It handles one request per connection and forwards the bytes unchanged. Signatures stay valid, because they cover
+neither `Connection` nor `Expect`.
 """
 
 import socket
@@ -14,25 +14,25 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 Fault = Literal[
-    "503",  # the server is busy
+    "503",  # busy
     "503 later",  # busy, with Retry-After: 1
     "429",
     "500",
-    "409",  # another write of the key is being settled
-    "reset",  # before anything was done
-    "lost",  # done, but the answer never arrives
-    "stall",  # done, but not a byte of the answer arrives
-    "cut",  # half of the body arrives
-    "stall in body",  # half of the body arrives, then nothing
-    "flip",  # one bit of the answer's body is wrong
-    "flip up",  # one bit of the request's body is wrong
+    "409",  # another write of the key is in progress
+    "reset",  # the connection ends, the request is not executed
+    "lost",  # the request is executed, then the connection ends without a response
+    "stall",  # the request is executed, but no byte of the response arrives
+    "cut",  # half of the body, then the connection ends
+    "stall in body",  # half of the body, then nothing
+    "flip",  # one wrong bit in the response body
+    "flip up",  # one wrong bit in the request body
 ]
-WORDS = {"503": "SlowDown", "503 later": "SlowDown", "429": "TooManyRequests", "500": "InternalError",
-         "409": "ConditionalRequestConflict"}  # fmt: skip
+ERROR_CODES = {"503": "SlowDown", "503 later": "SlowDown", "429": "TooManyRequests", "500": "InternalError",
+               "409": "ConditionalRequestConflict"}  # fmt: skip
 
 
 class Request(NamedTuple):
-    """A request as it came: its number, method, path with query, and headers by lower-case name."""
+    """A received request: its number, method, path with query, and headers by lower-case name."""
 
     number: int
     method: str
@@ -44,7 +44,7 @@ Plan = Callable[[Request], Fault | None]
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Forwards to `server`; `plan` says what becomes of each request, `seen` holds all, `spoilt` the faults."""
+    """Forwards to `server`. `plan` chooses each request's fault, `seen` has all requests, `spoilt` all faults."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -56,14 +56,14 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.seen: list[Request] = []
         self.spoilt: list[Fault] = []
         self.ended = threading.Event()
-        self.counting = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def judge(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
-        with self.counting:
+    def choose_fault(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
+        with self._lock:
             request = Request(len(self.seen), method, path, headers)
             self.seen.append(request)
             if (fault := self.plan(request)) is not None:
@@ -71,12 +71,12 @@ class Proxy(socketserver.ThreadingTCPServer):
             return fault
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is none of ours."""
+        """Tests disconnect clients on purpose."""
 
 
 @contextmanager
 def spoiling(server: str, plan: Plan) -> Iterator[Proxy]:
-    """A running proxy before the server."""
+    """A running proxy in front of the server."""
     with Proxy(server, plan) as proxy:
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
@@ -99,22 +99,22 @@ class _Handler(socketserver.StreamRequestHandler):
             lines.append(line)
         pairs = (line.decode().split(":", 1) for line in lines)
         headers = {name.lower(): value.strip() for name, value in pairs}
-        fault = self.server.judge(method, path, headers)
+        fault = self.server.choose_fault(method, path, headers)
         if headers.get("expect") == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(int(headers.get("content-length", 0)))
         if fault == "reset":
             return self._reset()
-        if fault in WORDS:
+        if fault in ERROR_CODES:
             return self._refuse(fault)
-        kept = [line for line in lines if line.split(b":")[0].lower() not in (b"connection", b"expect")]
-        spoilt = _flipped(body) if fault == "flip up" and body else body
-        answer = self._forward(first + b"".join(kept) + b"Connection: close\r\n\r\n" + spoilt)
+        forwarded = [line for line in lines if line.split(b":")[0].lower() not in (b"connection", b"expect")]
+        sent_body = _flipped(body) if fault == "flip up" and body else body
+        response = self._forward(first + b"".join(forwarded) + b"Connection: close\r\n\r\n" + sent_body)
         if fault == "lost":
             return self._reset()
         if fault == "stall":
             return self._wait()
-        head, _, content = answer.partition(b"\r\n\r\n")
+        head, _, content = response.partition(b"\r\n\r\n")
         head += b"\r\n\r\n"
         if fault == "flip" and content:
             content = _flipped(content)
@@ -127,12 +127,12 @@ class _Handler(socketserver.StreamRequestHandler):
     def _forward(self, request: bytes) -> bytes:
         address = (self.server.upstream.hostname, self.server.upstream.port)
         with socket.create_connection(address) as upstream:
-            with suppress(ConnectionError):  # a server may answer before it has all of the body, and close
+            with suppress(ConnectionError):  # a server may respond and close before it has read the whole body
                 upstream.sendall(request)
             return b"".join(iter(lambda: upstream.recv(1 << 20), b""))
 
     def _refuse(self, fault: str) -> None:
-        body = f"<Error><Code>{WORDS[fault]}</Code><Message>spoilt</Message></Error>".encode()
+        body = f"<Error><Code>{ERROR_CODES[fault]}</Code><Message>spoilt</Message></Error>".encode()
         later = "Retry-After: 1\r\n" if fault == "503 later" else ""
         head = f"HTTP/1.1 {fault[:3]} Spoilt\r\nContent-Length: {len(body)}\r\n{later}Connection: close\r\n\r\n"
         self.wfile.write(head.encode() + body)
@@ -141,7 +141,7 @@ class _Handler(socketserver.StreamRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def _wait(self) -> None:
-        """Say nothing until the client has had enough."""
+        """Send nothing until the client disconnects."""
         self.connection.settimeout(0.2)
         while not self.server.ended.is_set():
             try:
@@ -152,5 +152,5 @@ class _Handler(socketserver.StreamRequestHandler):
 
 
 def _flipped(body: bytes) -> bytes:
-    place = len(body) // 2
-    return body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]

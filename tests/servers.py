@@ -1,4 +1,4 @@
-"""Real S3 servers as processes of the tests' own: SeaweedFS from its wheel, MinIO where `make minio` built it."""
+"""Real S3 servers as child processes: SeaweedFS from its wheel, MinIO if `make minio` built it."""
 
 import json
 import os
@@ -25,14 +25,14 @@ START_SECONDS = 60
 
 @dataclass
 class Server:
-    """A running server: where it answers, and its process."""
+    """A running server: its endpoint and its process."""
 
     endpoint: str
     process: subprocess.Popen[bytes]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client of this server has in its environment."""
+        """The environment variables of a client of this server."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -44,17 +44,17 @@ class Server:
         }
 
     def stop(self) -> None:
-        self.process.kill()  # a graceful stop of SeaweedFS takes 15 s, and nothing here is kept
+        self.process.kill()  # a graceful stop of SeaweedFS takes 15 s, and no data is kept
         self.process.wait()
 
 
 def minio_program() -> str | None:
-    """MinIO's server, where `make minio` built it or where it is on PATH."""
+    """The MinIO server that `make minio` built, or that is on PATH."""
     return shutil.which("minio", path=f"{ROOT / '.tools'}{os.pathsep}{os.environ['PATH']}")
 
 
 def start(kind: str, folder: Path) -> Server:
-    """Start a server that keeps its files in the folder, and make the bucket."""
+    """Start a server that stores its files in the folder, and create the bucket."""
     folder.mkdir(parents=True, exist_ok=True)
     server = {"seaweedfs": _seaweedfs, "minio": _minio}[kind](folder)
     client = boto3.Session().client(
@@ -67,17 +67,17 @@ def start(kind: str, folder: Path) -> Server:
 
 
 def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _minio(folder: Path) -> Server:
     program, port = minio_program(), free_port()
     assert program is not None, "make minio"
-    words = [program, "server", str(folder / "objects"), "--address", f"127.0.0.1:{port}", "--quiet"]
+    argv = [program, "server", str(folder / "objects"), "--address", f"127.0.0.1:{port}", "--quiet"]
     settings = {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_BROWSER": "off"}
-    return _answering(words, settings, folder, port, "minio/health/ready")
+    return _started(argv, settings, folder, port, "minio/health/ready")
 
 
 def _seaweedfs(folder: Path) -> Server:
@@ -94,19 +94,19 @@ def _seaweedfs(folder: Path) -> Server:
         },
     ]
     (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-    ports = {name: _port_with_its_grpc() for name in ("master", "volume", "filer", "s3")}
+    ports = {name: _port_with_grpc() for name in ("master", "volume", "filer", "s3")}
     weed = Path(sys.executable).with_name("weed")
-    words = [
+    argv = [
         str(weed), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
         *(f"-{name}.port={port}" for name, port in ports.items()),
         f"-s3.config={folder / 'identities.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false",
         "-master.telemetry=false", "-volume.max=400", "-master.volumeSizeLimitMB=100",  # a bucket takes 7 volumes
     ]  # fmt: skip
-    return _answering(words, {}, folder, ports["s3"], "healthz")
+    return _started(argv, {}, folder, ports["s3"], "healthz")
 
 
-def _port_with_its_grpc() -> int:
-    """A free port p for which p + 10,000, where SeaweedFS speaks gRPC, is free too."""
+def _port_with_grpc() -> int:
+    """A free port p for which p + 10,000, SeaweedFS's gRPC port, is free too."""
     while True:
         port = free_port()
         with socket.socket() as other:
@@ -117,10 +117,10 @@ def _port_with_its_grpc() -> int:
                 continue
 
 
-def _answering(words: list[str], settings: dict[str, str], folder: Path, port: int, page: str) -> Server:
-    """Start the process and wait until its page answers."""
+def _started(argv: list[str], settings: dict[str, str], folder: Path, port: int, page: str) -> Server:
+    """Start the process and wait until it serves the page."""
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(words, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(argv, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", process)
     deadline = time.monotonic() + START_SECONDS
     while True:

@@ -122,7 +122,7 @@ def _outcome(store: Store, manifest: Manifest) -> Outcome:
 
 def _forget_client() -> None:
     s3_client.client.cache_clear()
-    s3.honest.clear()
+    s3.S3Store.checked_buckets.clear()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""The Hugging Face Hub: which files a dataset has at one commit, and their bytes. Knows no store.
+"""The Hugging Face Hub: the files of a dataset at one commit, and their bytes. Knows no store.
 
-What a name, a configuration and a revision mean is asked of `datasets`, so it is what `load_dataset` would take. Token
-and endpoint are HF_TOKEN and HF_ENDPOINT, which the Hub's client reads; the token is sent to the endpoint alone.
+`datasets` resolves a name, a configuration and a revision, so the files are those that `load_dataset` would use.
+The Hub client reads HF_TOKEN and HF_ENDPOINT. The token is sent only to the endpoint.
+Downloads are ours: `hf_hub_download` deletes a partial file on failure and does not verify digests.
 """
 
 import hashlib
@@ -25,144 +26,128 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.sources.files import SUFFIXES, SourceFile
-from storage.stores.retries import Patience, asked_seconds
+from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
 
 SCHEME = "hf://datasets/"
 PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PASSING = {408, 429, 500, 502, 503, 504}
-PATIENCE_SECONDS = 60.0
-LONGEST_WAIT_SECONDS = 10.0
-LONGEST_ASKED_SECONDS = 330.0  # the Hub counts requests in windows of 5 minutes and says how much is left of one
+MAX_RETRY_AFTER_SECONDS = 330.0  # the Hub limits requests per 5 minutes and sends the rest of that time
 READ_SECONDS = 30.0  # without a byte
 PIECE_BYTES = 1 << 20
-WRONG_TRIES = 3  # of a whole file whose digest is not the published one
-Answer = TypeVar("Answer")
-
-
-class _Cut(Exception):
-    """Fewer bytes came than were asked for."""
+DIGEST_TRIES = 3  # downloads of a whole file whose digest does not match
+Result = TypeVar("Result")
 
 
 def resolve(dataset: str, revision: str) -> tuple[str, str]:
-    """The commit that a revision is now, and the dataset's licence as its card says it: one request.
+    """The current commit of a revision, and the licence from the dataset's card, in one request.
 
-    Raises ValueError when there is no such dataset or revision, SourceUnavailable when the Hub does not answer.
+    Raises ValueError if the dataset or revision does not exist, SourceUnavailable if the Hub does not respond.
     """
-    found = _patiently(
+    info = _with_retries(
         f"{dataset} at {revision}", lambda: HfApi().dataset_info(dataset, revision=revision, timeout=READ_SECONDS)
     )
-    licence = found.card_data.get("license") if found.card_data else None
-    return str(found.sha), ", ".join(licence) if isinstance(licence, list) else str(licence or "not stated")
+    licence = info.card_data.get("license") if info.card_data else None
+    return str(info.sha), ", ".join(licence) if isinstance(licence, list) else str(licence or "not stated")
 
 
 def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[SourceFile, ...]:
-    """The files of one split of a configuration at a commit, in `load_dataset`'s order, with published digests."""
-    from datasets import load_dataset_builder  # takes 1.5 s to import
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    """The files of one split of a configuration at a commit, in `load_dataset` order, with published digests.
 
-    def load() -> Any:
-        try:
-            return load_dataset_builder(dataset, config or None, revision=commit).config.data_files
-        except (DatasetNotFoundError, DataFilesNotFoundError) as error:
-            raise ValueError(f"{dataset} ({config}) at {commit}: {error} Check data.source and data.config.") from error
-        except ValueError as error:
-            if "BuilderConfig" not in str(error):
-                raise
-            raise ValueError(
-                f"data.config = {config!r}: {dataset} has no such configuration. {error}. Name one of these: "
-                f"--set data.config=…"
-            ) from error
-
-    data_files = _patiently(f"{dataset} ({config}) at {commit}", load)
+    Raises ValueError if the configuration, the split or a file format is not available.
+    """
+    what = f"{dataset} ({config}) at {commit}"
+    data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
     if split not in data_files:
         raise ValueError(
-            f"{dataset} ({config}) at {commit}: split {split!r} was asked for, found {', '.join(data_files)}. "
+            f"{what}: no split {split!r}, only {', '.join(data_files)}. "
             f"Choose another configuration: --set data.config=…"
         )
-    names = [_taken_apart(place)[2] for place in data_files[split]]
-    if other := [name for name in names if not name.endswith(SUFFIXES)]:
+    names = [_parse_place(place)[2] for place in data_files[split]]
+    unsupported = [name for name in names if not name.endswith(SUFFIXES)]
+    if unsupported:
         raise ValueError(
-            f"{dataset} ({config}) at {commit}: {' or '.join(SUFFIXES)} files were asked for, found {other[0]!r}. "
-            f"Choose another configuration (--set data.config=…), or one of the Hub's parquet copies: "
+            f"{what}: {unsupported[0]!r} is not a {' or '.join(SUFFIXES)} file. Choose another configuration "
+            f"(--set data.config=…), or the parquet files that the Hub converts: "
             f"--set data.revision=refs/convert/parquet"
         )
-    folder = _common_folder(names)
-    entries = _patiently(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, folder))
+    entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
     return tuple(
-        SourceFile(name, entries[name].size, _published(entries[name]), place_of(dataset, commit, name))
+        SourceFile(name, entries[name].size, _published_digest(entries[name]), place_of(dataset, commit, name))
         for name in names
     )
 
 
 def place_of(dataset: str, commit: str, name: str) -> str:
-    """Where a file of a dataset lies at a commit."""
+    """The place of a dataset's file at a commit."""
     return f"{SCHEME}{dataset}@{commit}/{name}"
 
 
 def read_range(place: str, start: int, length: int) -> bytes:
-    """`length` bytes of a file from `start`."""
+    """Exactly `length` bytes of a file from `start`."""
 
-    def ask() -> bytes:
-        with _answer(place, {"Range": f"bytes={start}-{start + length - 1}"}) as response:
+    def request() -> bytes:
+        with _open_response(place, {"Range": f"bytes={start}-{start + length - 1}"}) as response:
             body = response.read() if response.status_code == httpx2.codes.PARTIAL_CONTENT else b""
         if len(body) != length:
-            raise _Cut(f"{length:,} bytes from {start:,} were asked for, {len(body):,} came")
+            raise Transient(f"received {len(body):,} of {length:,} bytes from {start:,}")
         return body
 
-    return _patiently(place, ask)
+    return _with_retries(place, request)
 
 
-def fetch(file: SourceFile, body: BinaryIO, come: Callable[[int], None]) -> None:
-    """Bring a file's bytes into `body`, going on where it ends, until they have the published digest.
+def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
+    """Download a file into `body`, continuing from its end, until its digest is the published one.
 
-    `come` is told how many bytes are there. Raises SourceInvalid when the digest is wrong again and again.
+    `on_progress` receives the number of bytes in `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests.
     """
-    for _ in range(WRONG_TRIES):
-        _patiently(file.place, lambda: _take(file, body, come), body.tell)
-        found = content_digest(body, file)
-        if found == file.digest:
+    for _ in range(DIGEST_TRIES):
+        _with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
+        digest = content_digest(body, file)
+        if digest == file.digest:
             return
-        body.seek(0)
-        body.truncate()
+        _clear(body)
     raise SourceInvalid(
-        f"{file.place}: the Hub publishes {file.size_bytes:,} bytes of digest {file.digest}, "
-        f"{WRONG_TRIES} times others came, {found} last. "
-        f"Something on the way changes them (a proxy, HF_ENDPOINT): take another way."
+        f"{file.place}: the download failed its checksum {DIGEST_TRIES} times (the Hub publishes {file.digest} for "
+        f"{file.size_bytes:,} bytes, the last download has {digest}). "
+        f"A proxy or HF_ENDPOINT may be altering it: try another network path."
     )
 
 
 def content_digest(body: BinaryIO, file: SourceFile) -> str:
-    """The digest of what is in `body`, of the kind that the file's is: a sha256, or git's sha1 of a small file."""
-    git = COMMIT.fullmatch(file.digest) is not None
-    hasher = hashlib.sha1(b"blob %d\0" % file.size_bytes) if git else hashlib.sha256()  # noqa: S324  # git's own
+    """The digest of `body`, of the same kind as the file's: sha256, or git's sha1 for a small file."""
+    is_git = COMMIT.fullmatch(file.digest) is not None
+    hasher = hashlib.sha1(b"blob %d\0" % file.size_bytes) if is_git else hashlib.sha256()  # noqa: S324  # git's own
     body.seek(0)
     while piece := body.read(PIECE_BYTES):
         hasher.update(piece)
     return hasher.hexdigest()
 
 
-def _take(file: SourceFile, body: BinaryIO, come: Callable[[int], None]) -> None:
-    start = body.seek(0, 2)
+def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
+    start = body.seek(0, os.SEEK_END)
     if start < file.size_bytes:
-        with _answer(file.place, {"Range": f"bytes={start}-"} if start else {}) as response:
-            if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:  # all of it comes, from the beginning
-                body.seek(0)
-                body.truncate()
-            for piece in response.iter_bytes():  # as it comes: a piece that waits to be full is lost with a connection
+        with _open_response(file.place, {"Range": f"bytes={start}-"} if start else {}) as response:
+            if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:
+                _clear(body)  # the server ignored the range and sends the whole file
+            for piece in response.iter_bytes():  # unbuffered, so that a dropped connection loses nothing
                 body.write(piece)
-                come(body.tell())
-    if body.tell() != file.size_bytes:
-        if body.tell() > file.size_bytes:
-            body.seek(0)
-            body.truncate()
-        raise _Cut(f"{file.size_bytes:,} bytes were asked for, {body.tell():,} are there")
+                on_progress(body.tell())
+    received_bytes = body.tell()
+    if received_bytes > file.size_bytes:
+        _clear(body)
+    if received_bytes != file.size_bytes:
+        raise Transient(f"received {received_bytes:,} of {file.size_bytes:,} bytes")
+
+
+def _clear(body: BinaryIO) -> None:
+    body.seek(0)
+    body.truncate()
 
 
 @contextmanager
-def _answer(place: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
-    """The Hub's answer for a file. It redirects to where the bytes lie: on another host the token is not sent."""
-    dataset, commit, name = _taken_apart(place)
+def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
+    """The Hub's response for a file. It redirects to another host, which does not get the token."""
+    dataset, commit, name = _parse_place(place)
     url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
     with get_session().stream("GET", url, headers=headers, timeout=READ_SECONDS) as response:
@@ -170,57 +155,82 @@ def _answer(place: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
         yield response
 
 
-def _patiently(what: str, ask: Callable[[], Answer], come: Callable[[], int] = lambda: 0) -> Answer:
-    """The answer, asked again after what may pass; see `Patience`."""
-    patience = Patience(PATIENCE_SECONDS, LONGEST_WAIT_SECONDS, LONGEST_ASKED_SECONDS)
+def _with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
+    """The result of `request`, retried with `Backoff`. Raises ValueError, SourceInvalid and SourceUnavailable."""
+    backoff = Backoff(MAX_RETRY_AFTER_SECONDS)
     while True:
         try:
-            return ask()
-        except GatedRepoError as error:
-            raise ValueError(
-                f"{what}: its owner lets in only those who accepted its terms. Accept them on its page on the Hub, "
-                f"then set HF_TOKEN to a token of that account."
-            ) from error
-        except RevisionNotFoundError as error:
-            raise ValueError(f"{what}: there is no such revision. Name a branch, a tag or a commit.") from error
-        except RepositoryNotFoundError as error:
-            raise ValueError(
-                f"{what}: nothing on this host is called so, and the Hub knows no such dataset, or shows it to its "
-                f"members only. Check the name or the path; for a private dataset set HF_TOKEN."
-            ) from error
-        except OfflineModeIsEnabled as error:
-            raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids asking the Hub. Unset it.") from error
-        except HfHubHTTPError as error:
-            if error.response.status_code not in PASSING:
-                raise SourceInvalid(f"{what}: the Hub answered {error}. Check HF_TOKEN and HF_ENDPOINT.") from error
-            problem: Exception = error
-            asked = asked_seconds(error.response.headers.get("Retry-After"))
-        except (httpx2.TransportError, ConnectionError, _Cut) as error:
-            problem, asked = error, 0.0
-        if not patience.waits(asked, come()):
-            raise SourceUnavailable(
-                f"{what}: no good answer in {patience.tries} tries and {patience.in_vain_seconds:.0f} s, last: "
-                f"{str(problem).splitlines()[0]}. Check the network and HF_ENDPOINT, then run the same command "
-                f"again: it goes on."
-            ) from problem
+            return request()
+        except (HfHubHTTPError, httpx2.TransportError, ConnectionError, Transient) as error:
+            _check_transient(what, error)
+            if not backoff.wait(_retry_after_seconds(error), received_bytes()):
+                first_line = str(error).partition("\n")[0]
+                raise SourceUnavailable(
+                    f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {first_line}. "
+                    f"Check the network and HF_ENDPOINT, then run the same command again to continue."
+                ) from error
 
 
-def _entries(dataset: str, commit: str, folder: str | None) -> dict[str, Any]:
+def _check_transient(what: str, error: Exception) -> None:
+    """Raise ValueError, SourceInvalid or SourceUnavailable for an error that a retry cannot fix."""
+    if isinstance(error, GatedRepoError):
+        raise ValueError(
+            f"{what}: access is restricted to accounts that accepted its terms. Accept them on its page on the Hub, "
+            f"then set HF_TOKEN to a token of that account."
+        ) from error
+    if isinstance(error, RevisionNotFoundError):
+        raise ValueError(f"{what}: no such revision. Name a branch, a tag or a commit.") from error
+    if isinstance(error, RepositoryNotFoundError):
+        raise ValueError(
+            f"{what}: no such local file, and no such dataset on the Hub (or it is private). "
+            f"Check the name or the path; for a private dataset set HF_TOKEN."
+        ) from error
+    if isinstance(error, OfflineModeIsEnabled):
+        raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
+    if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
+        raise SourceInvalid(f"{what}: the Hub answered {error}. Check HF_TOKEN and HF_ENDPOINT.") from error
+
+
+def _retry_after_seconds(error: Exception) -> float:
+    return parse_retry_after(error.response.headers.get("Retry-After")) if isinstance(error, HfHubHTTPError) else 0.0
+
+
+def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
+    """The places of a configuration's files, by split."""
+    from datasets import load_dataset_builder  # takes 1.5 s to import
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    try:
+        data_files: dict[str, list[str]] = load_dataset_builder(
+            dataset, config or None, revision=commit
+        ).config.data_files
+    except (DatasetNotFoundError, DataFilesNotFoundError) as error:
+        raise ValueError(f"{dataset} ({config}) at {commit}: {error} Check data.source and data.config.") from error
+    except ValueError as error:
+        if "BuilderConfig" not in str(error):
+            raise
+        raise ValueError(
+            f"data.config = {config!r}: {dataset} has no such configuration. {error}. "
+            f"Choose an available one: --set data.config=…"
+        ) from error
+    return data_files
+
+
+def _entries(dataset: str, commit: str, names: list[str]) -> dict[str, Any]:
+    """What the Hub lists in the common folder of the files, by name."""
+    common = os.path.commonpath([str(PurePosixPath(name).parent) for name in names])
+    folder = None if common in ("", ".") else common
     tree = HfApi().list_repo_tree(dataset, folder, recursive=True, revision=commit, repo_type="dataset")
     return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
 
-def _published(entry: Any) -> str:
-    """The sha256 that the Hub publishes of a large file, or git's id of a small one."""
+def _published_digest(entry: Any) -> str:
+    """The published sha256 of a large file, or git's id of a small one."""
     return str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
-def _taken_apart(place: str) -> tuple[str, str, str]:
-    found = PLACE.fullmatch(place)
-    assert found is not None
-    return found[1], found[2], found[3]
-
-
-def _common_folder(names: list[str]) -> str | None:
-    common = os.path.commonpath([str(PurePosixPath(name).parent) for name in names])
-    return None if common in ("", ".") else common
+def _parse_place(place: str) -> tuple[str, str, str]:
+    """The dataset, commit and name in a place."""
+    match = PLACE.fullmatch(place)
+    assert match is not None
+    return match[1], match[2], match[3]

@@ -1,7 +1,7 @@
-"""Copies of the Hub's files in the store: each is fetched once, under the digest that the Hub publishes of it.
+"""Copies of Hub files in the store: each is downloaded once and stored under its published digest.
 
-A file comes into a folder of this host first, where a killed fetch leaves what had come: the next one goes on from
-there. What is in the store was compared with its published digest, so nobody asks the Hub again.
+A download goes to a folder on this host first and stays there if the process is killed, so the next one resumes it.
+A file enters the store only with its published digest, so the Hub is not asked again.
 """
 
 import fcntl
@@ -20,24 +20,25 @@ from storage.sources import hub
 from storage.sources.files import Listing, SourceFile, with_distinct_names
 from storage.sources.finding import find_files, is_on_hub
 from storage.sources.identity import identify
-from storage.stores.store import Store, overwrite, read_json
+from storage.stores.store import Body, Store, overwrite, read_json
 
-HASHED_AT_ONCE = 4
+HASHING_THREADS = 4
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
 
 
 def list_source(store: Store, source: str, config: str, revision: str, split: str) -> tuple[Listing, str]:
-    """What a source holds now: files of this host or a bucket, each with its digest, or of a Hub dataset.
+    """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
-    A Hub dataset costs one request while its revision is the same commit: the files of a commit are remembered in the
-    store. When the Hub does not answer, that is what is returned, and why. Raises ValueError for what is not there,
-    SourceUnavailable when the Hub does not answer and never did.
+    A Hub dataset costs one request while its revision is the same commit: the store remembers the files of a commit.
+    If the Hub does not respond, the remembered listing is returned with the reason.
+    Raises ValueError if the source does not exist, SourceUnavailable if the Hub does not respond and never did.
     """
     if not is_on_hub(source):
-        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            return Listing(with_distinct_names(list(pool.map(identify, find_files(source)))), {}), ""
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            files = list(pool.map(identify, find_files(source)))
+        return Listing(with_distinct_names(files), {}), ""
     key = keys.listing(digest([source, config, revision, split]))
-    known = _remembered(read_json(store, key))
+    known = _remembered(store, key)
     if known and known.origin["commit"] == revision:
         return known, ""
     try:
@@ -49,13 +50,13 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
     if known and known.origin["commit"] == commit:
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
-    found = Listing(hub.list_files(source, config, commit, split), origin)
-    overwrite(store, key, canonical_json({"files": [asdict(file) for file in found.files], "origin": origin}))
-    return found, ""
+    listing = Listing(hub.list_files(source, config, commit, split), origin)
+    overwrite(store, key, canonical_json({"files": [asdict(file) for file in listing.files], "origin": origin}))
+    return listing, ""
 
 
 def locate(store: Store, file: SourceFile) -> SourceFile:
-    """The file with the place where it is read best: its copy in the store when there is one."""
+    """The file at the best place to read it: its copy in the store if there is one."""
     if not file.place.startswith(hub.SCHEME):
         return file
     try:
@@ -67,47 +68,56 @@ def locate(store: Store, file: SourceFile) -> SourceFile:
     return replace(file, place=f"{store.url.rstrip('/')}/{file.key}" if path is None else str(path))
 
 
-def mirror(store: Store, file: SourceFile, come: Callable[[int], None] = lambda _: None) -> SourceFile:
-    """Bring a Hub file into the store, unless it is there. Returns it with its new place."""
+def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None) -> SourceFile:
+    """Copy a Hub file into the store unless it is there already, and return it with its new place.
+
+    `on_progress` receives the number of bytes downloaded so far. Raises StoreUnusable if this host's disk is full,
+    SourceInvalid and SourceUnavailable as `hub.fetch`.
+    """
     located = locate(store, file)
     if located is not file or not file.place.startswith(hub.SCHEME):
-        come(file.size_bytes)
+        on_progress(file.size_bytes)
         return located
     try:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        path = FOLDER / file.digest
-        with path.open("a+b") as body:
-            fcntl.flock(body, fcntl.LOCK_EX)  # two builders of one host: the second finds it fetched
-            if locate(store, file) is file:  # or already put, and what it was fetched into gone
-                hub.fetch(file, body, come)
-                body.flush()
-                if file.size_bytes:
-                    with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as whole:
-                        _put(store, file, whole)
-                else:
-                    _put(store, file, b"")
-            else:
-                come(file.size_bytes)
-            path.unlink(missing_ok=True)
+        _download_and_put(store, file, on_progress)
     except OSError as error:
         raise StoreUnusable(
-            f"{file.place}: {file.size_bytes:,} bytes were to be fetched into {FOLDER}, found {error.strerror}. Free "
-            f"some space there or mend its mode, then run the same command again: it goes on."
+            f"{file.place}: cannot download {file.size_bytes:,} bytes into {FOLDER}: {error.strerror}. Free some space "
+            f"there or change its mode, then run the same command again to continue."
         ) from error
     return locate(store, file)
 
 
-def _put(store: Store, file: SourceFile, body: Any) -> None:
+def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int], None]) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / file.digest
+    with path.open("a+b") as body:
+        fcntl.flock(body, fcntl.LOCK_EX)  # a second builder on this host waits, and then finds the copy
+        if locate(store, file) is not file:
+            on_progress(file.size_bytes)
+        else:
+            hub.fetch(file, body, on_progress)
+            body.flush()
+            if file.size_bytes:
+                with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                    _put(store, file, view)
+            else:
+                _put(store, file, b"")
+        path.unlink(missing_ok=True)
+
+
+def _put(store: Store, file: SourceFile, body: Body) -> None:
     try:
         store.put_new(file.key, body)
     except AlreadyExists:
-        if store.stat(file.key).size != file.size_bytes:  # named by its content, which this is not
+        if store.stat(file.key).size != file.size_bytes:  # the key names the content, so the object is damaged
             store.delete(file.key)
-            with suppress(AlreadyExists):  # somebody else mends it, too
+            with suppress(AlreadyExists):  # another process repairs it as well
                 store.put_new(file.key, body)
 
 
-def _remembered(found: dict[str, Any] | None) -> Listing | None:
-    if found is None:
+def _remembered(store: Store, key: str) -> Listing | None:
+    value: dict[str, Any] | None = read_json(store, key)
+    if value is None:
         return None
-    return Listing(tuple(SourceFile(**file) for file in found["files"]), found["origin"])
+    return Listing(tuple(SourceFile(**file) for file in value["files"]), value["origin"])

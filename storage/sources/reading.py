@@ -1,4 +1,4 @@
-"""Opens a source file wherever it lies: a path of this host, a bucket, or the Hub, by ranges. Knows no format."""
+"""Opens a source file wherever it is stored: on this host, in a bucket or on the Hub. Knows no format."""
 
 import io
 from collections.abc import Callable
@@ -12,58 +12,53 @@ from storage.sources.identity import identify
 
 
 class RangeFile(io.RawIOBase):
-    """A file of known size that is read by ranges: `read_range(start, length)` gives its bytes."""
+    """A seekable file of known size that is read through `read_range(start, length)`."""
 
     def __init__(self, size_bytes: int, read_range: Callable[[int, int], bytes]) -> None:
-        self._size_bytes, self._read_range, self._at = size_bytes, read_range, 0
+        self._size_bytes, self._read_range, self._position = size_bytes, read_range, 0
 
     def readable(self) -> bool:
-        """It is."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Stand at the offset; reads nothing."""
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}[whence]
-        return self._at
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        """Where it stands."""
-        return self._at
+        return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's name for it is private
-        """Fill the buffer with one request."""
-        length = min(len(buffer), self._size_bytes - self._at)
+        length = min(len(buffer), self._size_bytes - self._position)
         if length <= 0:
             return 0
-        body = self._read_range(self._at, length)
+        body = self._read_range(self._position, length)
         buffer[: len(body)] = body
-        self._at += len(body)
+        self._position += len(body)
         return len(body)
 
 
 def open_source(file: SourceFile) -> Path | RangeFile:
-    """The path of a source file that lies on this host, else the file opened for reading.
+    """The path of a source file on this host, or the file opened for reading by ranges.
 
-    Raises SourceInvalid when the place no longer holds what was planned with. A commit of the Hub cannot change, nor
-    can an object that is named by its digest.
+    Raises SourceInvalid if the file has changed since it was planned. A Hub commit cannot change, and neither can an
+    object named by its digest.
     """
     if file.place.startswith(hub.SCHEME):
         return RangeFile(file.size_bytes, lambda start, length: hub.read_range(file.place, start, length))
-    # What was copied into a store is named by its digest; git's, of a small file, is no sha256 to compare with.
-    named = BUCKET.match(file.place) or hub.COMMIT.fullmatch(file.digest)
-    if not (named and file.place.endswith(file.key)):
-        found = identify(file.place).digest
-        if found != file.digest:
-            raise SourceInvalid(
-                f"{file.place}: planned with sha256 {file.digest[:12]}…, it has changed since. "
-                + ("Delete that copy. " if file.place.endswith(file.key) else "")
-                + "Run the command again."
-            )
-    if not BUCKET.match(file.place):
+    in_bucket = BUCKET.match(file.place) is not None
+    is_copy = file.place.endswith(file.key)
+    # Rehashing is skipped for copies in a bucket, and for small Hub files, whose git id is not a sha256.
+    is_trusted = is_copy and (in_bucket or hub.COMMIT.fullmatch(file.digest))
+    if not is_trusted and identify(file.place).digest != file.digest:
+        remedy = "Delete that copy. Run the command again." if is_copy else "Run the command again."
+        raise SourceInvalid(
+            f"{file.place}: the file has changed since it was planned with sha256 {file.digest[:12]}…. {remedy}"
+        )
+    if not in_bucket:
         return Path(file.place)
     store, key = bucket_of(file.place)
     return RangeFile(file.size_bytes, lambda start, length: store.read_range(key, start, length))

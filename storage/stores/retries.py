@@ -1,43 +1,49 @@
-"""How long a request is repeated in vain: waits that grow and are spread, and an end. Knows no server."""
+"""Retries of requests: exponential backoff with jitter, and a deadline. Knows no server."""
 
 import random
 import time
 
+RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+RETRY_SECONDS = 60.0  # without progress, for one request and its retries; a server restarts within 20 s
 FIRST_WAIT_SECONDS = 0.1
+MAX_WAIT_SECONDS = 10.0
 
 
-class Patience:
-    """The patience that one request has with all its repetitions: `seconds` without progress."""
+class Transient(Exception):
+    """A response that a retry may improve: incomplete, damaged or superseded."""
 
-    def __init__(self, seconds: float, longest_wait_seconds: float, longest_asked_seconds: float) -> None:
-        self._seconds = seconds
-        self._longest_wait, self._longest_asked = longest_wait_seconds, longest_asked_seconds
-        self._since, self._had = 0.0, -1
+
+class Backoff:
+    """Exponential backoff with jitter, and a deadline that restarts whenever bytes arrive."""
+
+    def __init__(self, max_retry_after_seconds: float) -> None:
+        self._max_retry_after_seconds = max_retry_after_seconds
+        self._received_bytes = -1
+        self._last_progress = 0.0
         self.tries = 0
-        self.in_vain_seconds = 0.0
+        self.stalled_seconds = 0.0
 
-    def waits(self, asked_seconds: float = 0.0, come: int = 0) -> bool:
-        """Wait before the next try; False, at once, when patience has ended.
+    def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
+        """Sleep before the next try, or return False at once when that would pass the deadline.
 
-        `asked_seconds` is what the server asked for (Retry-After); `come` counts what has come so far: more of it is
-        progress, after which patience begins anew.
+        The server's Retry-After is honoured up to a maximum. It extends the deadline by one try if necessary.
         """
         now = time.monotonic()
-        if come > self._had:
-            self.tries, self._since, self._had = 0, now, come
-        longest = min(FIRST_WAIT_SECONDS * 2**self.tries, self._longest_wait)
-        asked = min(asked_seconds, self._longest_asked)
-        wait = max(random.uniform(0, longest), asked)  # noqa: S311  # spreads retries, keeps no secret
+        if received_bytes > self._received_bytes:
+            self.tries, self._last_progress, self._received_bytes = 0, now, received_bytes
+        retry_after_seconds = min(retry_after_seconds, self._max_retry_after_seconds)
+        max_wait_seconds = min(FIRST_WAIT_SECONDS * 2**self.tries, MAX_WAIT_SECONDS)
+        jittered_seconds = random.uniform(0, max_wait_seconds)  # noqa: S311  # spreads retries, keeps no secret
+        wait_seconds = max(jittered_seconds, retry_after_seconds)
+        deadline_seconds = max(RETRY_SECONDS, retry_after_seconds + 1) if retry_after_seconds else RETRY_SECONDS
         self.tries += 1
-        self.in_vain_seconds = now - self._since
-        if self.in_vain_seconds + wait > max(
-            self._seconds, asked + 1 if asked else 0.0
-        ):  # one try more than was asked for
+        self.stalled_seconds = now - self._last_progress
+        if self.stalled_seconds + wait_seconds > deadline_seconds:
             return False
-        time.sleep(wait)
+        time.sleep(wait_seconds)
         return True
 
 
-def asked_seconds(header: str | None) -> float:
-    """The seconds of a Retry-After header; 0 for none, and for a date, which no server tried here sends."""
+def parse_retry_after(header: str | None) -> float:
+    """The seconds of a Retry-After header; 0 for no header and for a date, which no tested server sends."""
     return float(header) if header and header.isdigit() else 0.0

@@ -1,50 +1,47 @@
-"""A store in an S3 bucket: MinIO, SeaweedFS, AWS and their like. Knows no dataset and no run.
+"""A store in an S3 bucket: MinIO, SeaweedFS, AWS and compatible servers. Knows no dataset and no run.
 
-Every put carries its SHA-256 and a condition, every body is hashed while it comes in and taken up again where it was
-cut. A write whose answer was lost is recognised by reading back: what must be told apart holds a commit_id.
+Every put carries its SHA-256 and a condition. Every body is hashed while it streams, and resumed if it is cut.
+A write whose response was lost is recognised by reading the object back: writers that must differ store a commit_id.
 """
 
-import hashlib
 import mimetypes
 import secrets
 import threading
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from botocore.exceptions import ClientError
 
 from storage import keys
 from storage.digests import sha256
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StorageError, StoreUnusable
-from storage.stores.s3_body import Incoming, kept_sha256
+from storage.stores.retries import Transient
+from storage.stores.s3_body import ResumableBody, base64_sha256, stored_sha256
 from storage.stores.s3_client import (
     DAMAGED_TRIES,
-    Answer,
-    Passing,
+    Result,
     check_endpoint,
     code,
     link_client,
     own_client,
-    patiently,
     status,
+    with_retries,
 )
+from storage.stores.s3_multipart import abort, uploaded_parts
 from storage.stores.store import LIMIT_BYTES, LINK_SECONDS, Body, Capabilities, Object, Stat, check_conditions
 
-PART_BYTES = 1 << 25  # 32 MiB, 4 at a time: as fast as any of those measured
-PARTS_AT_ONCE = 4
-WHOLE_BYTES = 1 << 26  # one request up to here: a shard of 20 MB in parts costs five times the processor time
-CONFLICT_TRIES = 3  # a server that is settling another write answers 409 for a moment
-probing = threading.RLock()
-honest: set[tuple[str, str]] = set()  # (endpoint, bucket) whose conditions this process has seen to hold
+WHOLE_BYTES = 1 << 26  # one request up to this size: a shard of 20 MB in parts costs five times the CPU time
+CONFLICT_TRIES = 3  # a server answers 409 briefly while it settles another write
 
 
 class S3Store:
-    """Objects below a prefix of one bucket. In a bucket that is not ours (`foreign`) every key is an object."""
+    """Objects below a prefix of one bucket. In a `foreign` bucket, which is only read, any name is a key."""
+
+    checked_buckets: ClassVar[set[tuple[str, str]]] = set()  # (endpoint, bucket) that honour conditional writes
+    _check_lock = threading.RLock()
 
     def __init__(self, bucket: str, prefix: str, url: str, *, plain_http: bool, foreign: bool = False) -> None:
         self.url = url
@@ -55,122 +52,101 @@ class S3Store:
         check_endpoint(url, self._endpoint, plain_http=plain_http)
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
-        """The whole object. Raises ObjectMissing, and ObjectCorrupt for a damaged one or more than `limit_bytes`."""
-        for _ in range(DAMAGED_TRIES):  # what was damaged on its way comes whole the next time
-            found = self._receive(key, Incoming(limit_bytes))
-            digest = found.hasher.hexdigest()
-            if found.kept_sha256 in (None, digest):
-                return Object(found.body, found.etag, digest)
+        for _ in range(DAMAGED_TRIES):  # damage in transit disappears with the next try
+            received = self._receive(key, ResumableBody(limit_bytes))
+            digest = received.hasher.hexdigest()
+            if received.stored_sha256 in (None, digest):
+                return Object(received.body, received.etag, digest)
         raise ObjectCorrupt(
-            f"object {key!r} of store {self.url!r}: the store keeps sha256 {found.kept_sha256} of it, its bytes have "
-            f"{digest}. It is damaged in the store: delete it, then run the command that made it again."
+            f"object {key!r} of store {self.url!r}: its bytes have sha256 {digest}, the store recorded "
+            f"{received.stored_sha256}. It is damaged in the store: delete it, then run the command that made it again."
         )
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, fewer where the object ends. Raises ObjectMissing."""
         length = min(length, self.stat(key).size - start)
-        return bytes(self._receive(key, Incoming(length, start)).body) if length > 0 else b""
+        return bytes(self._receive(key, ResumableBody(length, start)).body) if length > 0 else b""
 
     def put_new(self, key: str, body: Body) -> str:
-        """Create the object and return its etag. Of any number of racing writers one wins; raises AlreadyExists."""
-        lost = AlreadyExists(f"object {key!r} of store {self.url!r} is there already.")
-        return self._write(key, body, None, lost)
+        return self._write(key, body, None, AlreadyExists(f"object {key!r} of store {self.url!r} already exists."))
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
-        """Replace the object that `etag` names (None: there is none yet), return the new etag. Raises Conflict."""
-        lost = Conflict(f"object {key!r} of store {self.url!r} is not the one that was read.")
-        return self._write(key, body, etag, lost)
+        conflict = Conflict(f"object {key!r} of store {self.url!r} has changed since it was read.")
+        return self._write(key, body, etag, conflict)
 
     def stat(self, key: str) -> Stat:
-        """Size, time and kept sha256 of the object. Raises ObjectMissing."""
-        found = self._ask(f"look at {key!r}", lambda: self._call("head_object", key, ChecksumMode="ENABLED"))
-        return Stat(key, found["ContentLength"], found["LastModified"].timestamp(), kept_sha256(found))
+        head = self._request(f"stat {key!r}", "head_object", key, ChecksumMode="ENABLED")
+        return Stat(key, head["ContentLength"], head["LastModified"].timestamp(), stored_sha256(head))
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Every object whose key begins with `prefix`; SeaweedFS sorts by folder, others by key."""
         if prefix and not self._foreign and not keys.is_key(prefix.removesuffix("/")):
-            return  # MinIO refuses such a prefix, SeaweedFS reads it as another
-        asked: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+            return  # MinIO refuses such a prefix, SeaweedFS reads it as another one
+        parameters = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
-            page = self._ask(f"list {prefix!r}", partial(own_client().list_objects_v2, **asked))
-            for found in page.get("Contents", []):
-                key = found["Key"].removeprefix(self._prefix)
-                if self._foreign or keys.is_key(key):  # whatever else lies in our bucket is none of our objects
-                    yield Stat(key, found["Size"], found["LastModified"].timestamp())
+            page = self._retried(f"list {prefix!r}", partial(own_client().list_objects_v2, **parameters))
+            for entry in page.get("Contents", []):
+                key = entry["Key"].removeprefix(self._prefix)
+                if self._foreign or keys.is_key(key):  # other programs may keep their own objects in the bucket
+                    yield Stat(key, entry["Size"], entry["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+            parameters["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
-        """Remove the object; nothing happens when it is not there."""
         with suppress(ObjectMissing):
-            self._ask(f"delete {key!r}", lambda: self._call("delete_object", key))
+            self._request(f"delete {key!r}", "delete_object", key)
 
     def probe(self) -> Capabilities:
-        """Prove that conditional writes are honoured. Raises StoreUnusable when they are not."""
         server = self._server()
         self._check_conditions(server)
         key = keys.probe(secrets.token_hex(8))
-        damaged = {"Body": b"body", "ChecksumSHA256": _base64_sha256(b"as it was sent")}
+        damaged = {"Body": b"body", "ChecksumSHA256": base64_sha256(b"another body")}
         try:
-            self._ask("probe checksums", lambda: self._call("put_object", key, **damaged))
+            self._request("probe checksums", "put_object", key, **damaged)
         except StoreUnusable:
             return Capabilities(server, refuses_damaged=True)
         self.delete(key)
         return Capabilities(server, refuses_damaged=False)
 
     def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
-        """Uploads in parts that were begun before a time (Unix seconds) and never ended; aborted when asked."""
-        asked = {"Bucket": self._bucket, "Prefix": self._prefix}
-        found = []
+        parameters = {"Bucket": self._bucket, "Prefix": self._prefix}
+        leftovers = []
         while True:
-            page = self._ask("list uploads", partial(own_client().list_multipart_uploads, **asked))
+            page = self._retried("list uploads", partial(own_client().list_multipart_uploads, **parameters))
             for upload in page.get("Uploads", []):
                 key = upload["Key"].removeprefix(self._prefix)
                 if keys.is_key(key) and upload["Initiated"].timestamp() < before:
-                    found.append(f"upload of {key}")
+                    leftovers.append(f"upload of {key}")
                     if remove:
-                        self._abort(key, upload["UploadId"])
+                        abort(self._request, key, upload["UploadId"])
             if not page.get("IsTruncated"):
-                return tuple(found)
-            asked |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                return tuple(leftovers)
+            parameters |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def local_path(self, key: str) -> Path | None:
-        """No object lies on this host."""
         keys.check_key(key)
         return None
 
     def link(self, key: str, endpoint: str = "") -> str:
-        """Where a browser opens the object for LINK_SECONDS: signed here, without a request."""
-        asked = {"Bucket": self._bucket, "Key": self._prefix + keys.check_key(key)}
-        asked["ResponseContentType"] = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        return str(link_client(endpoint).generate_presigned_url("get_object", Params=asked, ExpiresIn=LINK_SECONDS))
+        parameters = {"Bucket": self._bucket, "Key": self._prefix + keys.check_key(key)}
+        parameters["ResponseContentType"] = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        client = link_client(endpoint)  # signs on this host, without a request
+        return str(client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=LINK_SECONDS))
 
     def _write(self, key: str, body: Body, etag: str | None, lost: StorageError) -> str:
-        """Replace the object of that etag (None: none) and return the new one; raise `lost` when it is another."""
+        """Write if the object has `etag` (None: is absent) and return the new etag, else raise `lost`."""
         keys.check_key(key)
-        with probing:  # no thread writes before the first probe has ended
-            if (self._endpoint, self._bucket) not in honest:
+        with self._check_lock:  # no thread writes before the first check has passed
+            if (self._endpoint, self._bucket) not in self.checked_buckets:
                 self._check_conditions(self._server())
         if len(body) <= WHOLE_BYTES:
-            whole = {"Body": bytes(body), "ChecksumSHA256": _base64_sha256(body)}
-            return self._conditionally(key, body, etag, lost, partial(self._call, "put_object", key, **whole))
-        upload = self._ask(
-            f"begin {key!r}", lambda: self._call("create_multipart_upload", key, ChecksumAlgorithm="SHA256")
-        )["UploadId"]
-        try:
-            parts = {"UploadId": upload, "MultipartUpload": {"Parts": self._put_parts(key, upload, memoryview(body))}}
-            complete = partial(self._call, "complete_multipart_upload", key, **parts)
-            return self._conditionally(key, body, etag, lost, complete)
-        except BaseException:
-            with suppress(StorageError):
-                self._abort(key, upload)
-            raise
+            send = partial(self._call, "put_object", key, Body=bytes(body), ChecksumSHA256=base64_sha256(body))
+            return self._write_if(key, body, etag, lost, send)
+        with uploaded_parts(self._request, key, body) as parameters:
+            send = partial(self._call, "complete_multipart_upload", key, **parameters)
+            return self._write_if(key, body, etag, lost, send)
 
-    def _conditionally(
-        self, key: str, body: Body, etag: str | None, lost: StorageError, send: Callable[..., Any]
-    ) -> str:
-        """Send while the object at the key is the one of that etag (None: none); else it is ours already, or lost."""
+    def _write_if(self, key: str, body: Body, etag: str | None, lost: StorageError, send: Callable[..., Any]) -> str:
+        """Call `send` if the object has `etag` (None: is absent), else raise `lost` unless it holds `body` already."""
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         tries = 0
 
@@ -178,21 +154,23 @@ class S3Store:
             nonlocal tries
             tries += 1
             try:
-                # Looked at before a body is sent again: MinIO refuses a long one by closing the connection.
+                # Check before resending a body: MinIO refuses a long one by closing the connection.
                 if tries == 1 or self._etag(key) == etag:
                     return str(send(**condition)["ETag"])
             except ClientError as error:
                 if status(error) not in (404, 409, 412) or code(error) == "NoSuchBucket":
                     raise
                 if status(error) == 409 and tries < CONFLICT_TRIES:
-                    raise Passing(str(error)) from error
-            if tries > 1 and (ours := self._holds(key, body)):
-                return ours  # an earlier try was stored and only its answer was lost
-            raise lost
+                    raise Transient(str(error)) from error
+            stored_etag = self._etag_of(key, body) if tries > 1 else None
+            if stored_etag is None:
+                raise lost
+            return stored_etag  # an earlier try was stored and only its response was lost
 
-        return self._ask(f"write {key!r}", request)
+        return self._retried(f"write {key!r}", request)
 
     def _etag(self, key: str) -> str | None:
+        """The object's etag, or None if it is absent; without retries."""
         try:
             return str(self._call("head_object", key)["ETag"])
         except ClientError as error:
@@ -200,68 +178,48 @@ class S3Store:
                 raise
             return None
 
-    def _put_parts(self, key: str, upload: str, body: memoryview) -> Sequence[dict[str, Any]]:
-        def put(start: int) -> dict[str, Any]:
-            part = body[start : start + PART_BYTES]
-            number, digest = 1 + start // PART_BYTES, _base64_sha256(part)
-            asked = {"UploadId": upload, "PartNumber": number, "ChecksumSHA256": digest, "Body": bytes(part)}
-            reply = self._ask(f"write part {number} of {key!r}", lambda: self._call("upload_part", key, **asked))
-            return {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": digest}
-
-        with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-            try:
-                return list(pool.map(put, range(0, len(body), PART_BYTES)))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _abort(self, key: str, upload: str) -> None:
-        with suppress(ObjectMissing):
-            self._ask(f"abort {key!r}", lambda: self._call("abort_multipart_upload", key, UploadId=upload))
-
-    def _holds(self, key: str, body: Body) -> str | None:
-        """The etag of the object when it holds just these bytes."""
+    def _etag_of(self, key: str, body: Body) -> str | None:
+        """The object's etag if it holds exactly `body`."""
         try:
-            found = self.read(key, len(body))
+            stored = self.read(key, len(body))
         except (ObjectMissing, ObjectCorrupt):
             return None
-        return found.etag if found.sha256 == sha256(body) else None
+        return stored.etag if stored.sha256 == sha256(body) else None
 
     def _check_conditions(self, server: str) -> None:
         place = (self._endpoint, self._bucket)
-        honest.add(place)  # or the probe's own writes would ask for a probe
+        self.checked_buckets.add(place)  # so that the check's own writes do not start another check
         try:
             check_conditions(self, server)
         except BaseException:
-            honest.discard(place)
+            self.checked_buckets.discard(place)
             raise
 
     def _server(self) -> str:
-        """What answers, in its own words."""
-        answer = self._ask("reach the bucket", lambda: own_client().head_bucket(Bucket=self._bucket))
-        name = answer["ResponseMetadata"]["HTTPHeaders"].get("server", "a server without a name")
+        """The name that the server gives itself, and its endpoint."""
+        response = self._retried("reach the bucket", partial(own_client().head_bucket, Bucket=self._bucket))
+        name = response["ResponseMetadata"]["HTTPHeaders"].get("server", "an unnamed server")
         return f"{name} at {self._endpoint}"
 
-    def _receive(self, key: str, found: Incoming) -> Incoming:
-        def request() -> Incoming:
+    def _receive(self, key: str, body: ResumableBody) -> ResumableBody:
+        def request() -> ResumableBody:
             try:
-                return found.take(self._call("get_object", key, **found.rest()))
+                return body.receive(self._call("get_object", key, **body.request_parameters()))
             except ClientError as error:
                 if status(error) != 412:
                     raise
-                found.restart()
-                raise Passing("it was replaced while it was read") from error
+                body.restart()
+                raise Transient("the object was replaced while it was read") from error
 
-        return patiently(self.url, f"read {key!r}", request, lambda: found.come)
+        return with_retries(self.url, f"read {key!r}", request, lambda: body.received_bytes)
 
-    def _call(self, verb: str, key: str, **asked: Any) -> Any:
+    def _request(self, action: str, verb: str, key: str, **parameters: Any) -> Any:
+        """The response to one request about a key, with retries."""
+        return self._retried(action, partial(self._call, verb, key, **parameters))
+
+    def _call(self, verb: str, key: str, **parameters: Any) -> Any:
         key = key if self._foreign else keys.check_key(key)
-        return getattr(own_client(), verb)(Bucket=self._bucket, Key=self._prefix + key, **asked)
+        return getattr(own_client(), verb)(Bucket=self._bucket, Key=self._prefix + key, **parameters)
 
-    def _ask(self, what: str, ask: Callable[[], Answer]) -> Answer:
-        return patiently(self.url, what, ask)
-
-
-def _base64_sha256(body: Body) -> str:
-    """The sum as S3 writes it."""
-    return b64encode(hashlib.sha256(body).digest()).decode()
+    def _retried(self, action: str, request: Callable[[], Result]) -> Result:
+        return with_retries(self.url, action, request)

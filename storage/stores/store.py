@@ -1,12 +1,13 @@
-"""What a store can do: objects at keys, wherever they lie. Knows no dataset and no run, and no kind of store.
+"""The interface of a store: objects at keys. Knows no dataset, no run and no kind of store.
 
-The same verbs for every kind of store. A write is atomic: a key holds all of the new bytes or what it held.
+Every write is atomic: afterwards the key holds either all of the new bytes or what it held before.
 """
 
 import json
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,12 +15,12 @@ from storage import keys
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 
 Body = bytes | bytearray | memoryview
-LINK_SECONDS = 7 * 86_400  # the longest that S3's signatures allow
-LIMIT_BYTES = 1 << 26  # the largest object whose size nobody stated: a manifest of 130,000 shards has 20 MB
+LINK_SECONDS = 7 * 86_400  # the longest that S3 signatures allow
+LIMIT_BYTES = 1 << 26  # default size limit of a read; a manifest of 130,000 shards has 20 MB
 
 
 class Object(NamedTuple):
-    """An object's bytes, its etag (an opaque token that `swap` compares) and the sha256 of the bytes, in hex."""
+    """An object's bytes, its etag (an opaque token for `swap`) and the sha256 of the bytes in hex."""
 
     body: bytes | bytearray
     etag: str
@@ -27,9 +28,9 @@ class Object(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """An object's key, size in bytes, when it was written (Unix seconds) and the sha256 that the store keeps of it.
+    """An object's key, size in bytes, time of the last write (Unix seconds) and the sha256 that the store keeps.
 
-    A listing knows no sha256, and not every store keeps one: then it is None.
+    The sha256 is None in a listing, and in stores that keep none.
     """
 
     key: str
@@ -39,79 +40,78 @@ class Stat(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a probe found: who answers, and whether a body that was damaged on its way is refused."""
+    """The result of a probe: the server's name, and whether it rejects a body that was damaged in transit."""
 
     server: str
     refuses_damaged: bool
 
 
 class Store(Protocol):
-    """What every kind of store can do; `tests/storage/test_store.py` is the contract."""
+    """What every kind of store does; `tests/storage/stores/test_store.py` is the contract."""
 
     url: str
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
-        """The whole object. Raises ObjectMissing, and ObjectCorrupt for a damaged one or more than `limit_bytes`."""
+        """Read the whole object. Raises ObjectMissing, and ObjectCorrupt if damaged or larger than `limit_bytes`."""
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, fewer where the object ends. Raises ObjectMissing."""
+        """Read `length` bytes from `start`, fewer at the end of the object. Raises ObjectMissing."""
 
     def put_new(self, key: str, body: Body) -> str:
-        """Create the object and return its etag. Of any number of racing writers one wins; raises AlreadyExists."""
+        """Create the object and return its etag. Exactly one of several racing writers wins. Raises AlreadyExists."""
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
-        """Replace the object that `etag` names (None: there is none yet), return the new etag. Raises Conflict."""
+        """Replace the object if it still has `etag` (None: if absent) and return the new etag. Raises Conflict."""
 
     def stat(self, key: str) -> Stat:
-        """Size, time and kept sha256 of the object. Raises ObjectMissing."""
+        """Size, time and stored sha256 of the object. Raises ObjectMissing."""
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Every object whose key begins with `prefix`, in an order that differs from store to store."""
+        """Every object whose key begins with `prefix`. The order depends on the store."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; nothing happens when it is not there."""
+        """Remove the object. A missing object is not an error."""
 
     def probe(self) -> Capabilities:
-        """Prove that conditional writes are honoured. Raises StoreUnusable when they are not."""
+        """Prove that conditional writes are honoured. Raises StoreUnusable if they are not."""
 
     def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
-        """What killed writers left that is no object, begun before a time (Unix seconds); removed when asked."""
+        """Describe leftovers of killed writers that began before a time (Unix seconds), and optionally remove them."""
 
     def local_path(self, key: str) -> Path | None:
-        """The file that holds the object, where the store keeps one on this host."""
+        """The object's file, if the store keeps its objects as files on this host."""
 
     def link(self, key: str, endpoint: str = "") -> str:
-        """Where a browser opens the object, at the server's `endpoint` as people reach it (empty: as this host does).
+        """A URL that opens the object in a browser.
 
-        Of a bucket the link holds its own permission to read this one object, for LINK_SECONDS.
+        For a bucket it points to `endpoint` (empty: the endpoint that this host uses). It grants read access to this
+        object alone, for LINK_SECONDS.
         """
 
 
 def check_conditions(store: Store, server: str) -> None:
-    """Put, put again, swap twice at one key. Raises StoreUnusable when a write that must be refused is not."""
+    """Test create-only put and compare-and-swap on a scratch key. Raises StoreUnusable if either is ignored."""
     key = keys.probe(secrets.token_hex(8))
     etag = store.put_new(key, b"1")
-    ignored = ["create-only put", "compare-and-swap"]
-    try:
+    ignored = []
+    with suppress(AlreadyExists):
         etag = store.put_new(key, b"2")
-    except AlreadyExists:
-        ignored.remove("create-only put")
-    try:
+        ignored.append("create-only put")
+    with suppress(Conflict):
         store.swap(key, b"3", etag)
         store.swap(key, b"4", etag)
-    except Conflict:
-        ignored.remove("compare-and-swap")
+        ignored.append("compare-and-swap")
     store.delete(key)
     if ignored:
         raise StoreUnusable(
-            f"store {store.url!r}: conditional writes were asked for, {server} ignores {' and '.join(ignored)}, so two "
-            f"writers would lose each other's work. Use a folder on a local disk, AWS S3, SeaweedFS 4.48 or newer, or "
-            f"MinIO of 2025-09-07 or newer."
+            f"store {store.url!r}: {server} ignores conditional writes ({' and '.join(ignored)}), so concurrent "
+            f"writers would overwrite each other. Use a folder on a local disk, AWS S3, SeaweedFS 4.48 or newer, or "
+            f"MinIO 2025-09-07 or newer."
         )
 
 
 def clock(store: Store) -> float:
-    """The store's own time (Unix seconds), which need not be this host's: that of an object written now."""
+    """The store's current time (Unix seconds), which may differ from this host's."""
     key = keys.probe(secrets.token_hex(8))
     store.put_new(key, str(time.time()).encode())
     try:
@@ -121,24 +121,25 @@ def clock(store: Store) -> float:
 
 
 def read_json(store: Store, key: str) -> dict[str, object] | None:
-    """The JSON object at `key`, or None when there is none. Raises ObjectCorrupt for bytes that are no JSON."""
+    """The JSON object at `key`, or None if the key does not exist. Raises ObjectCorrupt for anything else."""
     try:
         body = store.read(key).body
     except ObjectMissing:
         return None
     try:
         value = json.loads(body)
-        if not isinstance(value, dict):
-            raise ValueError
-    except ValueError as error:
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
         raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} should be JSON, found {body[:40]!r}. Delete it and run again."
-        ) from error
+            f"object {key!r} of store {store.url!r} should be a JSON object, but starts with {body[:40]!r}. "
+            f"Delete it and run the command again."
+        )
     return value
 
 
 def overwrite(store: Store, key: str, body: Body) -> None:
-    """Put the object whatever was there: for pages that people read and notes of which only the last one counts."""
+    """Write the object whether or not it exists. The last of several racing writers wins."""
     while True:
         try:
             etag = store.read(key).etag
@@ -148,4 +149,4 @@ def overwrite(store: Store, key: str, body: Body) -> None:
             store.swap(key, body, etag)
             return
         except Conflict:
-            continue  # somebody else wrote in between; the last one wins
+            continue  # another writer came in between

@@ -18,7 +18,7 @@ from storage.datasets import records
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.keys import DatasetKeys
-from storage.sources import hub as client
+from storage.stores import retries
 from storage.stores.opening import open_store
 from tests.hub import Hub
 from tests.making import document, tiny_config, words, write_parquet
@@ -34,7 +34,7 @@ def body_of(folder: Path, number: int, documents: int = 40) -> bytes:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request has a second, a task no second try: its delays of 5 and 30 seconds are Prefect's to prove."""
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 1.0)
     monkeypatch.setattr(download, "prepare_file", download.prepare_file.with_options(retries=0))
 
 
@@ -62,7 +62,7 @@ def sealed(config: RunConfig) -> Manifest:
 
 def stored(hub: Hub) -> list[str]:
     """The files whose bytes were asked for."""
-    return [request.path.rpartition("/")[2] for request in hub.asked("/stored/*")]
+    return [request.path.rpartition("/")[2] for request in hub.received("/stored/*")]
 
 
 def shard_ids(manifest: Manifest) -> set[str]:
@@ -91,7 +91,7 @@ def test_a_mirror_or_none_gives_the_same_manifest(tmp_path: Path, config: RunCon
     hub.requests.clear()
     other = changed(config, mirror=False).model_copy(update={"store_url": str(tmp_path / "other")})
     assert build_dataset(other) == digest
-    assert {request.headers["range"][:6] for request in hub.asked("/stored/*")} == {"bytes="}
+    assert {request.headers["range"][:6] for request in hub.received("/stored/*")} == {"bytes="}
     assert list(open_store(other.store_url).list("sources/")) != []  # the listing
     assert [found for found in open_store(other.store_url).list("sources/") if found.key.endswith("parquet")] == []
 

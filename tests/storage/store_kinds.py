@@ -1,4 +1,4 @@
-"""Every kind of store that the contract is held against."""
+"""The kinds of stores that the contract tests run on."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ STORES = ["folder", *SERVERS]
 
 
 def each(kinds: list[str]) -> list[Any]:
-    """The kinds as parameters of a fixture; MinIO, which few have built, is for make test-full and CI."""
+    """The kinds as fixture parameters. MinIO, which must be built, runs only in make test-full and CI."""
     return [pytest.param(kind, marks=[pytest.mark.full] * (kind == "minio")) for kind in kinds]
 
 
 def listed(store: Store, prefix: str) -> list[str]:
-    return sorted(found.key for found in store.list(prefix))
+    return sorted(entry.key for entry in store.list(prefix))

@@ -257,8 +257,8 @@ def rehearse(folder: Path, hub: Hub, documents: int) -> None:
     count = len(first.shard_ids)
     found.show("edu, the first time", count)
     check_shards(store, "edu", columns, tokens)
-    print(f"| edu, the first time: {len(hub.requests)} requests, {len(hub.asked('/stored/*'))} of them for data | | "
-          f"| | | {verdict(len(hub.asked('/stored/*')) == FILES)} |")  # fmt: skip
+    print(f"| edu, the first time: {len(hub.requests)} requests, {len(hub.received('/stored/*'))} of them for data | | "
+          f"| | | {verdict(len(hub.received('/stored/*')) == FILES)} |")  # fmt: skip
     show_mirroring(store, hub)
     show_planning(store, bodies, documents, tokens)
 

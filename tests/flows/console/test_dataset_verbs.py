@@ -158,7 +158,7 @@ def test_a_repair_whose_source_is_gone_gives_nothing_up(api: str, built: Built, 
 
 def test_what_cannot_be_checked_is_exit_code_2(built: Built) -> None:
     code, said = built.verify(url="nowhere")
-    assert (code, "there is none yet" in said) == (2, True)
+    assert (code, "does not exist" in said) == (2, True)
     code, said = run_gpt2("dataset", "verify", "--set", "store_url=data", cwd=built.folder)
     assert (code, "never sealed" in said) == (2, True)
     for path in (built.folder / "source").iterdir():

@@ -120,7 +120,7 @@ def test_a_bad_setting_is_refused_before_anything_starts(folder: Path, words: li
 
 def test_the_verbs_one_after_the_other(api: str, folder: Path) -> None:
     code, said = run_gpt2("train", *settings(), cwd=folder, api=api)
-    assert (code, "there is none yet" in said) == (2, True)
+    assert (code, "does not exist" in said) == (2, True)
     code, said = run_gpt2("dataset", "build", *settings(), cwd=folder, api=api)
     assert code == 0, said
     store = open_store(str(folder / "data"))

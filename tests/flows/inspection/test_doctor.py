@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.inspection.doctor import Verdict, examine
-from storage.stores import s3_client
+from storage.stores import retries
 from tests import servers
 from tests.conftest import S3Url
 from tests.dishonest import dishonest_server
@@ -81,7 +81,7 @@ def test_a_server_that_cannot_be_reached_is_bad_when_patience_ends(
 ) -> None:
     url = s3_url("seaweedfs")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{servers.free_port()}")
-    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.5)
     forget_client()
     (found,) = of_store(url)
     assert not found.well

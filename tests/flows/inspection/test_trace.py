@@ -14,9 +14,9 @@ from model.data.order import WindowOrder
 from storage.datasets.records import read_record
 from storage.errors import ObjectMissing
 from storage.inspection.lineage import Traced, hub_files, source_rows
-from storage.sources import hub as client
 from storage.sources import identity
 from storage.sources.mirror import mirror
+from storage.stores import retries
 from tests.crawl import BARE, GOOD, LONG, SKIPPING, Crawl, Kept
 from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
@@ -203,7 +203,7 @@ class Published(NamedTuple):
 
 @pytest.fixture
 def published(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Published:
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.2)
     crawl = Crawl(tmp_path)
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in sorted(crawl.rows)}
     repository = hub.dataset("org/edu", files)
@@ -220,7 +220,7 @@ def test_rows_of_a_hub_dataset_are_found_at_its_commit(published: Published, hub
     found = hub_files(published.one.manifest)
     assert (list(found), [file.name for file in found.values()]) == (source["files"]["digest"], source["files"]["name"])
     published.check()
-    resolved = hub.asked("/datasets/org/edu/resolve/*")
+    resolved = hub.received("/datasets/org/edu/resolve/*")
     assert resolved
     assert all(f"/resolve/{published.commit}/data/" in request.path for request in resolved)
 

@@ -21,7 +21,7 @@ from model.checkpoints.records import checkpoints
 from model.training import metrics, saver, trainer
 from model.training.metrics import MetricsLog
 from storage.keys import DatasetKeys, RunKeys
-from storage.stores import s3_client
+from storage.stores import retries, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import servers
@@ -38,8 +38,8 @@ SETTINGS = (
 AT_THE_END = "train.checkpoint_every_steps=1000"
 SHORT_SECONDS = [
     (s3_client, "READ_SECONDS", 0.5),
-    (s3_client, "PATIENCE_SECONDS", 0.5),
-    (s3_client, "LONGEST_WAIT_SECONDS", 0.1),
+    (retries, "RETRY_SECONDS", 0.5),
+    (retries, "MAX_WAIT_SECONDS", 0.1),
     (saver, "RETRY_SECONDS", 0.05),
     (trainer, "SAVE_WAIT_SECONDS", 0.02),
 ]

@@ -1,4 +1,4 @@
-"""Copies of the Hub's files: fetched once, whole or not at all, and taken up again after a kill or a full disk."""
+"""Copies of Hub files: downloaded once, complete or not at all, and resumed after a kill or a full disk."""
 
 import resource
 import subprocess
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from storage.errors import SourceInvalid, SourceUnavailable
-from storage.sources import hub as client
 from storage.sources import mirror as mirrors
 from storage.sources.files import Listing, SourceFile
 from storage.sources.mirror import list_source, locate, mirror
 from storage.sources.reading import open_source
+from storage.stores import retries
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.conftest import S3Url
@@ -25,8 +25,8 @@ STORED = "/stored/*"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PATIENCE_SECONDS", 1.0)
+def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 1.0)
 
 
 @pytest.fixture(params=each(STORES))
@@ -39,7 +39,7 @@ def listed(store: Store, revision: str = "main") -> Listing:
     return list_source(store, "org/edu", "default", revision, "train")[0]
 
 
-def test_a_file_is_fetched_once_and_read_from_the_store(store: Store, hub: Hub) -> None:
+def test_a_file_is_downloaded_once_and_read_from_the_store(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     for file in listed(store).files:
         copied = mirror(store, file)
@@ -49,30 +49,30 @@ def test_a_file_is_fetched_once_and_read_from_the_store(store: Store, hub: Hub) 
         body = opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes)
         assert body == FILES[file.name]
         assert mirror(store, file) == copied
-    assert len(hub.asked(STORED)) == len(FILES)
+    assert len(hub.received(STORED)) == len(FILES)
     assert list(mirrors.FOLDER.iterdir()) == []
 
 
-@pytest.mark.parametrize("left", [b"", b"A" * 299_999])
-def test_a_copy_of_another_size_is_replaced(store: Store, hub: Hub, left: bytes) -> None:
+@pytest.mark.parametrize("damaged", [b"", b"A" * 299_999])
+def test_a_copy_of_the_wrong_size_is_replaced(store: Store, hub: Hub, damaged: bytes) -> None:
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
-    store.put_new(file.key, left)
+    store.put_new(file.key, damaged)
     assert mirror(store, file) == locate(store, file) != file
     assert store.read(file.key).body == FILES[file.name]
-    assert len(hub.asked(STORED)) == 1
+    assert len(hub.received(STORED)) == 1
 
 
-def test_a_copy_whose_bytes_changed_is_to_be_deleted(tmp_path: Path, hub: Hub) -> None:
+def test_a_copy_whose_bytes_changed_must_be_deleted(tmp_path: Path, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     store = open_store(str(tmp_path / "changed"), create=True)
     copied = mirror(store, listed(store).files[0])
     Path(copied.place).write_bytes(bytes(copied.size_bytes))
-    with pytest.raises(SourceInvalid, match=r"Delete that copy\. Run the command again"):
+    with pytest.raises(SourceInvalid, match=r"Delete that copy.*again"):
         open_source(copied)
 
 
-def test_a_file_without_a_copy_is_read_where_it_is(store: Store, hub: Hub) -> None:
+def test_a_file_without_a_copy_is_read_from_the_hub(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
     assert locate(store, file) == file
@@ -83,7 +83,7 @@ def test_a_file_without_a_copy_is_read_where_it_is(store: Store, hub: Hub) -> No
 
 
 def test_an_unchanged_revision_costs_one_request(store: Store, hub: Hub) -> None:
-    made = hub.dataset("org/edu", FILES)
+    repository = hub.dataset("org/edu", FILES)
     first = listed(store)
     hub.requests.clear()
     assert listed(store) == first
@@ -93,14 +93,14 @@ def test_an_unchanged_revision_costs_one_request(store: Store, hub: Hub) -> None
     hub.requests.clear()
     assert listed(store, commit).files == first.files  # a commit never changes
     assert hub.requests == []
-    made.commit(FILES | {"data/part-9.parquet": b"9"})
+    repository.commit(FILES | {"data/part-9.parquet": b"9"})
     again = listed(store)
     assert [file.name for file in again.files] == [*FILES, "data/part-9.parquet"]
     assert [file.digest for file in again.files[:3]] == [file.digest for file in first.files]
     assert again.origin["commit"] != commit
 
 
-def test_an_unreachable_hub_is_what_it_was(store: Store, hub: Hub) -> None:
+def test_an_unreachable_hub_is_replaced_by_the_last_listing(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     hub.spoil("*", *["reset"] * 1_000)  # type: ignore[arg-type]
     with pytest.raises(SourceUnavailable, match="org/edu"):
@@ -109,52 +109,52 @@ def test_an_unreachable_hub_is_what_it_was(store: Store, hub: Hub) -> None:
     known = listed(store)
     mirror(store, known.files[0])
     hub.spoil("*", *["reset"] * 1_000)  # type: ignore[arg-type]
-    found, why = list_source(store, "org/edu", "default", "main", "train")
-    assert found == known
-    assert "org/edu" in why
-    assert locate(store, found.files[0]) == mirror(store, found.files[0])
+    remembered, reason = list_source(store, "org/edu", "default", "main", "train")
+    assert remembered == known
+    assert "org/edu" in reason
+    assert locate(store, known.files[0]) == mirror(store, known.files[0])
     with pytest.raises(SourceUnavailable):
-        mirror(store, found.files[1])
+        mirror(store, known.files[1])
 
 
-def test_bytes_that_are_not_the_published_ones_never_reach_the_store(store: Store, hub: Hub) -> None:
+def test_wrong_bytes_never_reach_the_store(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
     hub.spoil(STORED, *["wrong"] * 9)  # type: ignore[arg-type]
-    with pytest.raises(SourceInvalid, match="others came"):
+    with pytest.raises(SourceInvalid, match="checksum"):
         mirror(store, file)
     assert list(store.list("sources/" + file.digest)) == []
 
 
-def test_two_builders_of_one_host_fetch_a_file_once(store: Store, hub: Hub) -> None:
+def test_concurrent_builders_on_one_host_download_a_file_once(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     files = listed(store).files
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: mirror(store, files[n % 3]), range(24)))
-    assert {file.place for file in found} == {locate(store, file).place for file in files}
-    assert len(hub.asked(STORED)) == len(FILES)
+        copies = list(pool.map(lambda n: mirror(store, files[n % 3]), range(24)))
+    assert {file.place for file in copies} == {locate(store, file).place for file in files}
+    assert len(hub.received(STORED)) == len(FILES)
 
 
-def test_what_another_builder_brings_after_one_has_looked_is_not_fetched_again(
+def test_a_copy_that_appears_after_the_first_check_is_not_downloaded_again(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One looks and finds nothing; another looks, fetches, puts and cleans up; only then the first goes on."""
+    """The first builder finds no copy, then a second one downloads the whole file before the first continues."""
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
-    looked: list[SourceFile] = []
+    checked: list[SourceFile] = []
 
     def overtaken(store: Store, file: SourceFile) -> SourceFile:
-        found = locate(store, file)
-        looked.append(file)
-        if len(looked) == 1:
+        located = locate(store, file)
+        checked.append(file)
+        if len(checked) == 1:
             mirror(store, file)
-        return found
+        return located
 
     monkeypatch.setattr(mirrors, "locate", overtaken)
-    come: list[int] = []
-    assert mirror(store, file, come.append) == locate(store, file)
-    assert sum(come) == file.size_bytes
-    assert len(hub.asked(STORED)) == 1
+    progress: list[int] = []
+    assert mirror(store, file, progress.append) == locate(store, file)
+    assert sum(progress) == file.size_bytes
+    assert len(hub.received(STORED)) == 1
     assert list(mirrors.FOLDER.iterdir()) == []
 
 
@@ -169,47 +169,49 @@ if len(sys.argv) > 3:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 store = open_store(sys.argv[1])
-found, _ = mirror.list_source(store, "org/edu", "default", "main", "train")
+listing, _ = mirror.list_source(store, "org/edu", "default", "main", "train")
 print("listed", flush=True)
 try:
-    mirror.mirror(store, found.files[0])
+    mirror.mirror(store, listing.files[0])
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
-def test_a_disk_that_is_full_in_the_middle_is_said_and_the_next_fetch_goes_on(tmp_path: Path, hub: Hub) -> None:
-    """A limit on the size of a file fails a write as a full disk does."""
+def test_a_full_disk_is_reported_and_the_next_download_resumes(tmp_path: Path, hub: Hub) -> None:
+    """A limit on the file size makes a write fail like a full disk."""
     hub.dataset("org/edu", FILES)
     store = open_store(str(tmp_path / "store"), create=True)
     listed(store)
-    words = [sys.executable, "-c", CHILD, str(tmp_path / "store"), str(mirrors.FOLDER)]
+    argv = [sys.executable, "-c", CHILD, str(tmp_path / "store"), str(mirrors.FOLDER)]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    ended = subprocess.run([*words, "200000"], capture_output=True, text=True, check=False)
+    ended = subprocess.run([*argv, "200000"], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "StoreUnusable" in ended.stderr
     assert str(mirrors.FOLDER) in ended.stderr
     assert "Free some space" in ended.stderr
-    (left,) = mirrors.FOLDER.iterdir()
-    assert 100_000 < left.stat().st_size <= 200_000
-    subprocess.run(words, check=True, capture_output=True)
-    assert hub.asked(STORED)[-1].headers["range"] == f"bytes={left.stat().st_size if left.exists() else 200_000}-"
+    (partial,) = mirrors.FOLDER.iterdir()
+    assert 100_000 < partial.stat().st_size <= 200_000
+    subprocess.run(argv, check=True, capture_output=True)
+    assert (
+        hub.received(STORED)[-1].headers["range"] == f"bytes={partial.stat().st_size if partial.exists() else 200_000}-"
+    )
     assert store.read(listed(store).files[0].key).body == FILES["data/part-0.parquet"]
 
 
-def test_a_killed_fetch_is_taken_up_again(tmp_path: Path, hub: Hub) -> None:
+def test_a_killed_download_is_resumed(tmp_path: Path, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     store = open_store(str(tmp_path / "store"), create=True)
     listed(store)
     file = listed(store).files[0]
     hub.spoil(STORED, "hang")
-    words = [sys.executable, "-c", CHILD, str(tmp_path / "store"), str(mirrors.FOLDER)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
+    argv = [sys.executable, "-c", CHILD, str(tmp_path / "store"), str(mirrors.FOLDER)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
         while not (mirrors.FOLDER / file.digest).exists() or not (mirrors.FOLDER / file.digest).stat().st_size:
             assert child.poll() is None
         child.kill()
-    hub.let_go()
-    come = (mirrors.FOLDER / file.digest).stat().st_size
+    hub.release()
+    partial_bytes = (mirrors.FOLDER / file.digest).stat().st_size
     mirror(store, file)
-    assert hub.asked(STORED)[-1].headers["range"] == f"bytes={come}-"
+    assert hub.received(STORED)[-1].headers["range"] == f"bytes={partial_bytes}-"
     assert store.read(file.key).body == FILES[file.name]

@@ -1,4 +1,4 @@
-"""The folder store where its place is wrong, full, read-only or of another layout."""
+"""The folder store in a place that is wrong, full, read-only or of another layout."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# What is opened
+# Opening
 
 
 def test_a_store_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_store_below_a_file_is_refused(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file" / "store"), create=True)
 
 
-def test_an_absent_store_is_made_only_when_asked(tmp_path: Path) -> None:
+def test_a_missing_store_is_created_only_on_request(tmp_path: Path) -> None:
     place = tmp_path / "deep" / "store"
     with pytest.raises(ObjectMissing, match=f"{place}.*store_url"):
         open_store(str(place))
@@ -73,7 +73,7 @@ def test_a_relative_store_stays_where_it_was_opened(tmp_path: Path, monkeypatch:
     assert (tmp_path / "store" / "key").read_bytes() == b"1"
 
 
-def test_a_scheme_that_no_store_has_is_refused() -> None:
+def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises((StoreUnusable, ValueError), match="ftp"):
         open_store("ftp://host/store", create=True)
 
@@ -91,7 +91,7 @@ def test_a_newer_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
     [b"", b"garbage", b"[]", b"1", b"null", b"{}", b'{"layout": "x"}', b'{"layout": null}', b"\xff\xfe\x00",
      b'{"layout": Infinity}'],
 )  # fmt: skip
-def test_a_folder_whose_format_is_no_layout_is_refused(tmp_path: Path, body: bytes) -> None:
+def test_a_folder_with_an_invalid_format_object_is_refused(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "FORMAT").write_bytes(body)
     for create in (False, True):
         with pytest.raises(StoreUnusable, match=r"FORMAT.*store_url"):
@@ -104,24 +104,24 @@ def test_a_folder_whose_format_is_no_layout_is_refused(tmp_path: Path, body: byt
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that another user may reach; pytest's own are for this user only."""
+    """A folder that other users can enter; pytest's own are private."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 def as_nobody(script: str, place: Path) -> str:
-    """What a process prints that has imported all it needs and then gave up root, if it had it."""
+    """The output of a script in a process that drops root, if it has it, after its imports."""
     head = (
         "import os, resource, sys\nfrom storage.stores.opening import open_store\n"
         "from storage.errors import StorageError\n"
         f"if os.geteuid() == 0:\n    os.setgroups([])\n    os.setgid({NOBODY})\n    os.setuid({NOBODY})\n"
     )
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", head + script, str(place)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 PUT_AND_SWAP = """
@@ -135,7 +135,7 @@ for write in (lambda: store.put_new("a/new", b"2"), lambda: store.swap("key", b"
 """
 
 
-def test_a_read_only_folder_is_read_and_every_write_says_what_to_do(open_folder: Path) -> None:
+def test_a_read_only_folder_can_be_read_and_every_write_names_a_remedy(open_folder: Path) -> None:
     open_store(str(open_folder), create=True).put_new("key", b"1")
     before = files(open_folder)
     for path in [open_folder, *open_folder.rglob("*")]:
@@ -160,7 +160,7 @@ for create in (False, True):
 """
 
 
-def test_a_store_cannot_be_made_in_a_read_only_folder(open_folder: Path) -> None:
+def test_a_store_cannot_be_created_in_a_read_only_folder(open_folder: Path) -> None:
     open_folder.chmod(0o555)
     missing, unusable = as_nobody(OPEN, open_folder / "store").splitlines()
     assert missing.startswith("ObjectMissing")
@@ -171,7 +171,7 @@ def test_a_store_cannot_be_made_in_a_read_only_folder(open_folder: Path) -> None
 
 
 @pytest.mark.parametrize("below", ["", "store"])
-def test_a_folder_that_may_not_be_entered_is_unusable(open_folder: Path, below: str) -> None:
+def test_a_folder_without_permission_is_unusable(open_folder: Path, below: str) -> None:
     closed = open_folder / "closed"
     closed.mkdir()
     closed.chmod(0)
@@ -190,7 +190,7 @@ except StorageError as error:
 """
 
 
-def test_a_listing_that_may_not_see_all_is_refused(open_folder: Path) -> None:
+def test_an_incomplete_listing_is_refused(open_folder: Path) -> None:
     open_store(str(open_folder), create=True).put_new("closed/key", b"1")
     (open_folder / "closed").chmod(0)
     printed = as_nobody(LIST, open_folder)
@@ -199,11 +199,11 @@ def test_a_listing_that_may_not_see_all_is_refused(open_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "fact"),
     [(errno.ENOSPC, "full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only"), (errno.EIO, "disk")],
 )
 def test_a_write_that_the_disk_refuses_leaves_nothing(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fact: str
 ) -> None:
     store.put_new("pointer", b"old")
     etag = store.read("pointer").etag
@@ -214,13 +214,13 @@ def test_a_write_that_the_disk_refuses_leaves_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(StoreUnusable, match=f"a/key.*{said}"):
+        with pytest.raises(StoreUnusable, match=f"a/key.*{fact}"):
             store.put_new("a/key", b"new")
-        with pytest.raises(StoreUnusable, match=f"pointer.*{said}"):
+        with pytest.raises(StoreUnusable, match=f"pointer.*{fact}"):
             store.swap("pointer", b"new", etag)
     assert files(tmp_path) == [*before] or set(files(tmp_path)) - set(before) == {tmp_path / "store/.store/swap.lock"}
     assert store.read("pointer").body == b"old"
-    store.put_new("a/key", b"new")  # once there is room again
+    store.put_new("a/key", b"new")  # after space was freed
     store.swap("pointer", b"new", etag)
 
 
@@ -245,7 +245,7 @@ def test_a_write_that_ends_halfway_leaves_nothing(open_folder: Path) -> None:
     store.put_new("half", b"whole")
 
 
-# What no other store has
+# Files
 
 
 def test_no_write_leaves_a_temporary_file(store: Store, tmp_path: Path) -> None:
@@ -258,25 +258,25 @@ def test_no_write_leaves_a_temporary_file(store: Store, tmp_path: Path) -> None:
     assert list((tmp_path / "store" / ".store" / "tmp").iterdir()) == []
 
 
-def test_what_lies_beside_the_objects_is_not_listed(store: Store, tmp_path: Path) -> None:
+def test_other_files_are_not_listed(store: Store, tmp_path: Path) -> None:
     store.put_new("a/key", b"1")
     store.swap("pointer", b"1", None)
     (tmp_path / "store" / ".hidden").write_text("x")
     (tmp_path / "store" / "a" / ".part").write_text("x")
-    assert [found.key for found in store.list("")] == [keys.FORMAT, "a/key", "pointer"]
+    assert [entry.key for entry in store.list("")] == [keys.FORMAT, "a/key", "pointer"]
 
 
-def test_an_object_is_the_file_that_its_key_says(store: Store, tmp_path: Path) -> None:
+def test_an_object_is_the_file_at_its_key(store: Store, tmp_path: Path) -> None:
     store.put_new("a/b.bin", b"1")
     assert store.local_path("a/b.bin") == tmp_path / "store" / "a" / "b.bin"
     assert (tmp_path / "store" / "a" / "b.bin").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("verb", ["link", "replace", "rename"])
-def test_a_swap_that_expects_nothing_never_replaces_what_was_put_meanwhile(
+def test_a_swap_that_expects_no_object_never_replaces_a_concurrent_put(
     store: Store, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """Another process puts the object at the last moment before this one's file gets its name."""
+    """Another process puts the object just before the swap names its file."""
     original = getattr(os, verb)
     put = []
 
@@ -299,10 +299,10 @@ def test_a_store_that_was_moved_is_the_same_store(store: Store, tmp_path: Path) 
     assert open_store(str(tmp_path / "moved")).read("a/key")[:2] == (b"1", etag)
 
 
-def test_a_probe_tells_a_file_system_that_ignores_conditions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_detects_a_file_system_that_ignores_conditions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def put_anyway(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
 
     monkeypatch.setattr(os, "link", put_anyway)
-    with pytest.raises(StoreUnusable, match=r"ignores create-only put"):
+    with pytest.raises(StoreUnusable, match="create-only put"):
         store.probe()

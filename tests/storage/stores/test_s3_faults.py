@@ -1,4 +1,4 @@
-"""What happens between us and the server is mended or named: never a wrong byte, a doubled write, an endless wait."""
+"""Network faults are repaired or reported: never a wrong byte, a duplicate write or an endless wait."""
 
 import os
 import time
@@ -23,7 +23,7 @@ FAULTS = [fault for fault in get_args(Fault) if fault != "409"]
 
 
 class Spoilt:
-    """A store behind a proxy; `next` holds the faults of the coming requests."""
+    """A store behind a fault-injecting proxy; `next` holds the faults of the next requests."""
 
     def __init__(self) -> None:
         self.next: list[Fault | None] = []
@@ -39,10 +39,10 @@ class Spoilt:
         upstream = self.proxy.upstream.geturl()
         boto3.Session().client("s3", endpoint_url=upstream).put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=body)
 
-    def requests(self, ask: Callable[[], object]) -> list[Request]:
-        """What is sent while `ask` runs."""
+    def requests(self, action: Callable[[], object]) -> list[Request]:
+        """The requests sent by `action`."""
         before = len(self.proxy.seen)
-        ask()
+        action()
         return self.proxy.seen[before:]
 
 
@@ -57,28 +57,28 @@ def spoilt(
     url = s3_url(request.param)
     monkeypatch.setattr(s3_client, "READ_SECONDS", 0.5)
     monkeypatch.setattr(s3_body, "PIECE_BYTES", 50_000)
-    found = Spoilt()
-    with spoiling(running(request.param).endpoint, found.plan) as found.proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", found.proxy.endpoint)
+    state = Spoilt()
+    with spoiling(running(request.param).endpoint, state.plan) as state.proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", state.proxy.endpoint)
         forget_client()
-        found.store = open_store(url, create=True)
-        found.store.put_new("body", BODY)
-        yield found
+        state.store = open_store(url, create=True)
+        state.store.put_new("body", BODY)
+        yield state
 
 
 # Reading
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_read_gives_the_right_bytes_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+def test_a_read_returns_the_right_bytes_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
     spoilt.next = [fault]
     sent = spoilt.requests(lambda: None if spoilt.store.read("body").body == BODY else pytest.fail("other bytes"))
     assert len(sent) <= 2
 
 
-def test_a_cut_body_is_taken_up_where_it_ended_and_of_the_same_object(spoilt: Spoilt) -> None:
+def test_a_cut_body_is_resumed_from_the_same_object(spoilt: Spoilt) -> None:
     etag = spoilt.store.read("body").etag
-    spoilt.next = ["cut", "cut", "cut"]  # it is kept from the second answer on
+    spoilt.next = ["cut", "cut", "cut"]  # bytes are kept from the second response on
     sent = spoilt.requests(lambda: spoilt.store.read("body"))
     assert "range" not in sent[0].headers and "range" not in sent[1].headers
     starts = [int(again.headers["range"].removeprefix("bytes=").split("-")[0]) for again in sent[2:]]
@@ -105,7 +105,7 @@ def test_a_range_is_right_after_a_cut(spoilt: Spoilt) -> None:
         assert spoilt.store.read_range("body", 1000, 200_000) == BODY[1000:201_000]
 
 
-def test_what_is_damaged_in_the_store_is_named_after_three_tries(spoilt: Spoilt) -> None:
+def test_an_object_damaged_in_the_store_is_reported_after_three_tries(spoilt: Spoilt) -> None:
     spoilt.always = lambda request: "flip" if request.method == "GET" else None
 
     def read() -> None:
@@ -115,10 +115,10 @@ def test_what_is_damaged_in_the_store_is_named_after_three_tries(spoilt: Spoilt)
     assert len(spoilt.requests(read)) == 3
 
 
-def test_an_object_that_is_too_large_is_refused_before_its_body_is_read(spoilt: Spoilt) -> None:
+def test_an_oversized_object_is_refused_before_its_body_is_read(spoilt: Spoilt) -> None:
     spoilt.always = lambda _: "stall in body"
     started = time.monotonic()
-    with pytest.raises(ObjectCorrupt, match=f"1,000 bytes.*{len(BODY):,}"):
+    with pytest.raises(ObjectCorrupt, match=f"{len(BODY):,} bytes.*1,000"):
         spoilt.store.read("body", 1000)
     assert time.monotonic() - started < s3_client.READ_SECONDS
 
@@ -127,16 +127,16 @@ def test_an_object_that_is_too_large_is_refused_before_its_body_is_read(spoilt: 
 
 
 @pytest.mark.parametrize("fault", get_args(Fault))
-def test_a_put_makes_one_object_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+def test_a_put_creates_one_object_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
     spoilt.next = [fault]
-    etag = spoilt.store.put_new("made", BODY)
-    assert spoilt.store.read("made")[:2] == (BODY, etag)
+    etag = spoilt.store.put_new("new", BODY)
+    assert spoilt.store.read("new")[:2] == (BODY, etag)
     with pytest.raises(AlreadyExists):
-        spoilt.store.put_new("made", BODY[::-1])
+        spoilt.store.put_new("new", BODY[::-1])
 
 
 @pytest.mark.parametrize("fault", get_args(Fault))
-def test_a_swap_is_made_once_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
+def test_a_swap_happens_once_after_any_fault(spoilt: Spoilt, fault: Fault) -> None:
     first = spoilt.store.swap("pointer", b"one", None)
     spoilt.next = [fault]
     second = spoilt.store.swap("pointer", b"two", first)
@@ -145,7 +145,7 @@ def test_a_swap_is_made_once_after_any_fault(spoilt: Spoilt, fault: Fault) -> No
         spoilt.store.swap("pointer", b"three", first)
 
 
-def test_a_put_that_lost_to_other_bytes_says_so_after_a_lost_request(spoilt: Spoilt) -> None:
+def test_a_put_that_lost_the_race_is_refused_after_a_lost_request(spoilt: Spoilt) -> None:
     spoilt.store.put_new("taken", b"theirs")
     for fault in ("reset", "lost"):
         spoilt.next = [fault]
@@ -154,7 +154,7 @@ def test_a_put_that_lost_to_other_bytes_says_so_after_a_lost_request(spoilt: Spo
     assert spoilt.store.read("taken").body == b"theirs"
 
 
-def test_a_conflict_that_is_not_settled_is_a_lost_race(spoilt: Spoilt) -> None:
+def test_a_persistent_conflict_is_a_lost_race(spoilt: Spoilt) -> None:
     etag = spoilt.store.put_new("pointer", b"one")
     spoilt.always = lambda request: "409" if request.method == "PUT" else None
     with pytest.raises(AlreadyExists):
@@ -163,7 +163,7 @@ def test_a_conflict_that_is_not_settled_is_a_lost_race(spoilt: Spoilt) -> None:
         spoilt.store.swap("pointer", b"two", etag)
 
 
-def test_of_racing_writers_one_wins_though_answers_are_lost(spoilt: Spoilt) -> None:
+def test_one_of_several_racing_writers_wins_although_responses_are_lost(spoilt: Spoilt) -> None:
     spoilt.always = lambda request: "lost" if request.method == "PUT" and request.number % 3 == 0 else None
 
     def write(number: int) -> str | None:
@@ -177,15 +177,15 @@ def test_of_racing_writers_one_wins_though_answers_are_lost(spoilt: Spoilt) -> N
     assert [spoilt.store.read("raced").body.decode()] == won
 
 
-def test_a_full_queue_is_waited_for_as_long_as_it_asks(spoilt: Spoilt) -> None:
+def test_retry_after_is_honoured(spoilt: Spoilt) -> None:
     spoilt.next = ["503 later"]
     started = time.monotonic()
     spoilt.store.read("body")
     assert time.monotonic() - started >= 1
 
 
-def test_patience_ends_and_says_what_to_check(spoilt: Spoilt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 1.0)
+def test_retries_end_at_the_deadline_with_a_remedy(spoilt: Spoilt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 1.0)
     spoilt.always = lambda _: "reset"
     started = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"read 'body'.*tries.*AWS_ENDPOINT_URL.*same command again"):
@@ -193,7 +193,7 @@ def test_patience_ends_and_says_what_to_check(spoilt: Spoilt, monkeypatch: pytes
     assert time.monotonic() - started < 3
 
 
-def test_a_missing_object_is_asked_for_once(spoilt: Spoilt) -> None:
+def test_a_missing_object_costs_one_request(spoilt: Spoilt) -> None:
     def read() -> None:
         with pytest.raises(ObjectMissing):
             spoilt.store.read("none")
@@ -212,18 +212,18 @@ def test_listing_and_deleting_are_right_after_faults(spoilt: Spoilt) -> None:
         assert listed(spoilt.store, "gone") == []
 
 
-def test_bytes_that_come_are_progress_and_patience_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, come = [0.0], [0]
+def test_received_bytes_restart_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, received = [0.0], [0]
     monkeypatch.setattr(retries.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
     def slow(progress: int) -> None:
         now[0] += 50
-        come[0] += progress
-        if come[0] < 10:
+        received[0] += progress
+        if received[0] < 10:
             raise ConnectionResetError
 
-    s3_client.patiently("s3://x", "read", lambda: slow(1), lambda: come[0])
-    come[0] = 0
+    s3_client.with_retries("s3://x", "read", lambda: slow(1), lambda: received[0])
+    received[0] = 0
     with pytest.raises(StoreUnavailable, match="3 tries"):
-        s3_client.patiently("s3://x", "read", lambda: slow(0), lambda: come[0])
+        s3_client.with_retries("s3://x", "read", lambda: slow(0), lambda: received[0])

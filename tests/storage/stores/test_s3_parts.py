@@ -1,4 +1,4 @@
-"""A large object goes up in parts: whole, conditional, and without a trace when it fails. Its leavings can be swept."""
+"""Multipart uploads are atomic and conditional, and leave nothing behind when they fail or are swept."""
 
 import os
 import time
@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from storage.errors import AlreadyExists, StorageError
-from storage.stores import s3, s3_client
+from storage.stores import retries, s3, s3_client, s3_multipart
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests import servers
@@ -21,7 +21,7 @@ PARTS = 4
 
 
 class Parts:
-    """A store that sends anything above 6 MiB in parts of 5, behind a proxy."""
+    """A store behind a proxy that sends objects over 6 MiB in parts of 5 MiB."""
 
     kind: str
     store: Store
@@ -30,8 +30,8 @@ class Parts:
     def __init__(self) -> None:
         self.fault: Callable[[Request], Fault | None] = lambda _: None
 
-    def plan(self, asked: Request) -> Fault | None:
-        return self.fault(asked)
+    def plan(self, request: Request) -> Fault | None:
+        return self.fault(request)
 
 
 @pytest.fixture(params=each(SERVERS))
@@ -44,19 +44,19 @@ def parts(
 ) -> Iterator[Parts]:
     url = s3_url(request.param)
     monkeypatch.setattr(s3, "WHOLE_BYTES", 6 << 20)
-    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
-    found = Parts()
-    found.kind = request.param
-    with spoiling(running(request.param).endpoint, found.plan) as found.proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", found.proxy.endpoint)
+    monkeypatch.setattr(s3_multipart, "PART_BYTES", 5 << 20)
+    state = Parts()
+    state.kind = request.param
+    with spoiling(running(request.param).endpoint, state.plan) as state.proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", state.proxy.endpoint)
         forget_client()
-        found.store = open_store(url, create=True)
-        found.store.put_new("warm", b"1")
-        yield found
+        state.store = open_store(url, create=True)
+        state.store.put_new("warm", b"1")
+        yield state
 
 
 def uploads(store: Store, key: str) -> list[str]:
-    """Unfinished uploads of the key, as the server lists them for just this key."""
+    """The unfinished uploads that the server lists for this key."""
     bucket, prefix = store.url.removeprefix("s3://").split("/")
     page = s3_client.own_client().list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/{key}")
     return [upload["UploadId"] for upload in page.get("Uploads", [])]
@@ -76,36 +76,38 @@ def test_a_body_in_parts_is_one_object_and_create_only(parts: Parts) -> None:
 @pytest.mark.parametrize("fault", ["500", "reset", "lost", "flip up"])
 def test_only_the_part_that_failed_is_sent_again(parts: Parts, fault: Fault) -> None:
     failing = {"partNumber=2": fault}
-    parts.fault = lambda asked: next((failing.pop(name) for name in list(failing) if name in asked.path), None)
+    parts.fault = lambda request: next((failing.pop(name) for name in list(failing) if name in request.path), None)
     parts.store.put_new("large", BODY)
     assert parts.store.read("large").body == BODY
-    sent = [asked.path for asked in parts.proxy.seen if "partNumber" in asked.path]
+    sent = [request.path for request in parts.proxy.seen if "partNumber" in request.path]
     assert len(sent) == PARTS + 1
     assert sum("partNumber=2" in path for path in sent) == 2
 
 
-def test_the_end_whose_answer_was_lost_is_a_success(parts: Parts) -> None:
+def test_a_completion_whose_response_was_lost_is_a_success(parts: Parts) -> None:
     lost: list[Fault] = ["lost"]
-    parts.fault = lambda asked: lost.pop() if asked.method == "POST" and "uploadId" in asked.path and lost else None
+    parts.fault = lambda request: (
+        lost.pop() if request.method == "POST" and "uploadId" in request.path and lost else None
+    )
     etag = parts.store.put_new("large", BODY)
     assert parts.store.read("large")[:2] == (BODY, etag)
 
 
 def test_an_upload_that_fails_is_aborted(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
-    parts.fault = lambda asked: "reset" if "partNumber=3" in asked.path else None
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.3)
+    parts.fault = lambda request: "reset" if "partNumber=3" in request.path else None
     with pytest.raises(StorageError, match="part 3 of 'large'"):
         parts.store.put_new("large", BODY)
     assert listed(parts.store, "large") == []
     assert uploads(parts.store, "large") == []
 
 
-def test_an_upload_that_nobody_ended_is_listed_and_aborted_when_it_is_old(parts: Parts) -> None:
+def test_an_old_unfinished_upload_is_listed_and_aborted(parts: Parts) -> None:
     bucket, prefix = parts.store.url.removeprefix("s3://").split("/")
     began = boto3.Session().client("s3").create_multipart_upload(Bucket=bucket, Key=f"{prefix}/large")["UploadId"]
     assert uploads(parts.store, "large") == [began]
     assert parts.store.unfinished(time.time() - 3600, remove=True) == ()
-    lists_all = parts.kind != "minio"  # MinIO lists those of one key only, and ends all by itself after 24 hours
+    lists_all = parts.kind != "minio"  # MinIO lists uploads of one key only, and aborts all after 24 hours
     assert parts.store.unfinished(time.time() + 3600) == (("upload of large",) if lists_all else ())
     assert uploads(parts.store, "large") == [began]
     parts.store.unfinished(time.time() + 3600, remove=True)

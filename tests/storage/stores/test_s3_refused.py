@@ -1,4 +1,4 @@
-"""What a store in a bucket refuses: servers that lie, clear text, strangers. No message holds a secret."""
+"""An S3 store refuses dishonest servers, plain http and unknown credentials. No message contains a secret."""
 
 import os
 import re
@@ -35,52 +35,54 @@ def url(request: pytest.FixtureRequest, s3_url: S3Url) -> str:
     return s3_url(request.param)
 
 
-# Servers that lie
+# Dishonest servers
 
 STORE = f"s3://{servers.BUCKET}/x"
-Lying = Callable[..., AbstractContextManager[tuple[str, dict[str, bytes]]]]
+StartDishonest = Callable[..., AbstractContextManager[tuple[str, dict[str, bytes]]]]
 
 
 @pytest.fixture
-def lying(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget) -> Lying:
-    """A function that starts a dishonest server which holds the start of `STORE`, and lets this process talk to it."""
+def dishonest(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget) -> StartDishonest:
+    """A function that starts a dishonest server with an empty `STORE` and points this process to it."""
 
     @contextmanager
     def started(tls: ssl.SSLContext | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
         s3_url("seaweedfs")  # some credentials
-        with dishonest_server(tls) as (endpoint, held):
+        with dishonest_server(tls) as (endpoint, objects):
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
             forget_client()
-            held[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
-            yield endpoint, held
+            objects[f"/{servers.BUCKET}/x/{keys.FORMAT}"] = b'{"layout": 1}'
+            yield endpoint, objects
 
     return started
 
 
-def test_a_server_that_ignores_conditions_is_named_and_nothing_is_committed(lying: Lying) -> None:
-    with lying() as (endpoint, held):
-        before = dict(held)
+def test_a_server_that_ignores_conditions_is_refused_and_nothing_is_written(dishonest: StartDishonest) -> None:
+    with dishonest() as (endpoint, objects):
+        before = dict(objects)
         store = open_store(STORE)
-        asks: list[Callable[[], object]] = [
+        writes: list[Callable[[], object]] = [
             store.probe,
-            lambda: store.put_new("made", b"1"),
+            lambda: store.put_new("new", b"1"),
             lambda: store.swap("pointer", b"1", None),
         ]
-        for ask in asks:
-            with pytest.raises(StoreUnusable) as found:
-                ask()
+        for write in writes:
+            with pytest.raises(StoreUnusable) as caught:
+                write()
             for fact in ("Dishonest", endpoint, "create-only put and compare-and-swap", "SeaweedFS", "MinIO", "folder"):
-                assert fact in str(found.value)
-        assert held == before
+                assert fact in str(caught.value)
+        assert objects == before
 
 
-def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(lying: Lying, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.3)
-    with lying() as (_, held):
-        held[f"/{servers.BUCKET}/x/body"] = b"0123456789"
+def test_a_server_that_ignores_ranges_returns_no_wrong_bytes(
+    dishonest: StartDishonest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.3)
+    with dishonest() as (_, objects):
+        objects[f"/{servers.BUCKET}/x/body"] = b"0123456789"
         store = open_store(STORE)
         assert store.read("body").body == b"0123456789"
-        with pytest.raises(StoreUnavailable, match="a range was asked for, all of the object came"):
+        with pytest.raises(StoreUnavailable, match="ignored the range"):
             store.read_range("body", 4, 2)
 
 
@@ -88,15 +90,15 @@ def test_an_honest_server_is_probed_once_a_process(url: str) -> None:
     store = open_store(url, create=True)
     assert store.probe().refuses_damaged
     assert "127.0.0.1" in store.probe().server
-    store.put_new("one", b"1")
-    assert listed(store, "") == [keys.FORMAT, "one"]
+    store.put_new("key", b"1")
+    assert listed(store, "") == [keys.FORMAT, "key"]
 
 
-def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_works(
-    lying: Lying, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
+def test_a_certificate_of_an_unknown_authority_is_reported_at_once_and_the_remedy_works(
+    dishonest: StartDishonest, monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path
 ) -> None:
-    with lying(own_certificate(tmp_path / "own.pem")):
-        monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("asked again"))
+    with dishonest(own_certificate(tmp_path / "own.pem")):
+        monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("retried"))
         with pytest.raises(StoreUnusable, match="AWS_CA_BUNDLE"):
             open_store(STORE)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "own.pem"))
@@ -105,11 +107,11 @@ def test_a_certificate_of_an_unknown_authority_is_said_at_once_and_the_remedy_wo
 
 
 def own_certificate(path: Path) -> ssl.SSLContext:
-    """A certificate for this host that only its maker knows; its public half is written to `path`."""
+    """A self-signed certificate for this host, whose public half is written to `path`."""
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
     names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
     today = datetime.now(UTC)
-    made = (
+    certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(today - timedelta(days=1))
         .not_valid_after(today + timedelta(days=1))
@@ -117,7 +119,7 @@ def own_certificate(path: Path) -> ssl.SSLContext:
         .add_extension(names, critical=True)
         .sign(key, SHA256())
     )
-    path.write_bytes(made.public_bytes(Encoding.PEM))
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
     secret = path.with_suffix(".key")
     secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -125,45 +127,45 @@ def own_certificate(path: Path) -> ssl.SSLContext:
     return context
 
 
-# Clear text
+# Plain http
 
 
 @pytest.mark.parametrize("host", ["example.invalid:9000", "127.0.0.1.example.invalid"])
-def test_plain_http_beyond_this_host_is_refused_unless_the_url_asks_for_it(
+def test_plain_http_to_another_host_needs_an_explicit_scheme(
     url: str, host: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}")
     monkeypatch.setattr(s3_client, "CONNECT_SECONDS", 0.2)
-    monkeypatch.setattr(s3_client, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     forget_client()
     with pytest.raises(StoreUnusable, match=r"https, found http://.*s3\+http://"):
         open_store(url)
-    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):  # it was tried: nobody answers there
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL"):  # it was tried, but no server listens
         open_store(url.replace("s3://", "s3+http://"))
 
 
 @pytest.mark.parametrize(
     "place", ["s3://key:sekret@bucket/x", "s3://Bucket", "s3://b", "s3://bucket//x", "s3://bucket/../x", "http://key:sekret@bucket/x"]
 )  # fmt: skip
-def test_a_url_that_is_none_is_not_echoed(place: str) -> None:
-    with pytest.raises(StoreUnusable, match="store_url") as found:
+def test_an_invalid_url_is_not_echoed(place: str) -> None:
+    with pytest.raises(StoreUnusable, match="store_url") as caught:
         open_store(place)
-    assert "sekret" not in str(found.value)
+    assert "sekret" not in str(caught.value)
 
 
-# Strangers
+# Credentials
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "remedy"),
     [
         ({"AWS_SECRET_ACCESS_KEY": "sekret-that-is-wrong"}, "AWS_SECRET_ACCESS_KEY"),
         ({"AWS_ACCESS_KEY_ID": "nobody-we-know"}, "AWS_ACCESS_KEY_ID"),
         ({"AWS_SECRET_ACCESS_KEY": None, "AWS_ACCESS_KEY_ID": None}, "no credentials.*AWS_ACCESS_KEY_ID"),
     ],
 )
-def test_strangers_are_told_what_to_set_and_no_secret_is_shown(
-    url: str, changed: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
+def test_wrong_credentials_are_reported_with_a_remedy_and_without_a_secret(
+    url: str, changed: dict[str, str | None], remedy: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
 ) -> None:
     open_store(url, create=True)
     for name, value in changed.items():
@@ -172,14 +174,14 @@ def test_strangers_are_told_what_to_set_and_no_secret_is_shown(
         else:
             monkeypatch.setenv(name, value)
     forget_client()
-    with pytest.raises(StoreUnusable, match=said) as found:
+    with pytest.raises(StoreUnusable, match=remedy) as caught:
         open_store(url)
-    shown = "".join(traceback.format_exception(found.value))
+    shown = "".join(traceback.format_exception(caught.value))
     assert servers.SECRET not in shown and "sekret-that-is-wrong" not in shown
 
 
 @pytest.mark.parametrize("answer", ["AuthorizationHeaderMalformed", "PermanentRedirect"])
-def test_the_region_is_read_from_where_the_remedy_says(
+def test_the_region_is_read_from_the_variable_in_the_remedy(
     answer: str, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
 ) -> None:
     (variable,) = re.findall(r"AWS_\w+", s3_client.REMEDIES[answer])
@@ -188,49 +190,49 @@ def test_the_region_is_read_from_where_the_remedy_says(
     assert s3_client.own_client().meta.region_name == "eu-north-1"
 
 
-def test_who_may_only_read_reads_and_is_refused_the_rest(
+def test_a_read_only_identity_can_read_and_is_refused_writes(
     s3_url: S3Url, monkeypatch: pytest.MonkeyPatch, forget_client: Forget
 ) -> None:
     url = s3_url("seaweedfs")
-    open_store(url, create=True).put_new("made", b"1")
+    open_store(url, create=True).put_new("key", b"1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.READER_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.READER_SECRET)
     forget_client()
     store = open_store(url)
-    assert store.read("made").body == b"1"
-    for ask in (lambda: store.put_new("more", b"1"), lambda: store.delete("made"), store.probe):
-        with pytest.raises(StoreUnusable, match="may not"):
-            ask()
-    assert listed(store, "") == [keys.FORMAT, "made"]
+    assert store.read("key").body == b"1"
+    for write in (lambda: store.put_new("new", b"1"), lambda: store.delete("key"), store.probe):
+        with pytest.raises(StoreUnusable, match=r"AccessDenied.*permission"):
+            write()
+    assert listed(store, "") == [keys.FORMAT, "key"]
 
 
-def test_a_missing_bucket_is_named_with_the_command_that_makes_it(url: str) -> None:
+def test_a_missing_bucket_is_named_with_the_command_that_creates_it(url: str) -> None:
     for create in (False, True):
         with pytest.raises(StoreUnusable, match=r"no-such-bucket.*aws s3 mb"):
             open_store("s3://no-such-bucket/x", create=create)
 
 
-# One client a process, and never the transfer manager
+# One client per process, without the transfer manager
 
 
-def test_a_client_made_before_a_fork_is_not_used_after_it(url: str) -> None:
+def test_a_client_is_not_shared_across_a_fork(url: str) -> None:
     store = open_store(url, create=True)
-    ours = id(s3_client.own_client())
+    parents_client = id(s3_client.own_client())
     child = os.fork()
     if not child:
         with suppress(BaseException):
-            os._exit(0 if id(s3_client.own_client()) != ours and store.read(keys.FORMAT).body else 1)
+            os._exit(0 if id(s3_client.own_client()) != parents_client and store.read(keys.FORMAT).body else 1)
         os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_no_put_is_sent_in_clear_sums_or_by_the_transfer_manager(url: str) -> None:
-    """Header by header, over http and (as far as the signature) https, in a process that has just begun."""
+def test_every_put_signs_its_sha256_and_bypasses_the_transfer_manager(url: str) -> None:
+    """Checks the headers over http and, up to the signature, over https, in a new process."""
     script = f"""
 import sys
-from storage.stores import s3, s3_client
+from storage.stores import s3, s3_client, s3_multipart
 from storage.stores.opening import open_store
-s3.WHOLE_BYTES, s3.PART_BYTES = 6 << 20, 5 << 20
+s3.WHOLE_BYTES, s3_multipart.PART_BYTES = 6 << 20, 5 << 20
 sent = []
 s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
 store = open_store({url!r}, create=True)
@@ -249,9 +251,9 @@ assert not [name for name in sys.modules if "awscrt" in name or name == "s3trans
     secure = f"""
 import os
 os.environ["AWS_ENDPOINT_URL_S3"] = "https://127.0.0.1:1"
-from storage.stores import s3, s3_client
-s3_client.PATIENCE_SECONDS = 0.0
-s3.honest.add(("https://127.0.0.1:1", "{servers.BUCKET}"))
+from storage.stores import retries, s3, s3_client
+retries.RETRY_SECONDS = 0.0
+s3.S3Store.checked_buckets.add(("https://127.0.0.1:1", "{servers.BUCKET}"))
 sent = []
 s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
 try:

@@ -1,4 +1,4 @@
-"""The contract of every kind of store: a new kind joins by one more entry of `STORES` in stores.py."""
+"""The contract of every kind of store. A new kind is one more entry of `STORES` in store_kinds.py."""
 
 import time
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def store(url: str) -> Store:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_what_was_put_is_read_back(store: Store, kind: Callable[[bytes], Body]) -> None:
+def test_a_put_object_is_read_back(store: Store, kind: Callable[[bytes], Body]) -> None:
     etag = store.put_new("a/b.bin", kind(b"some bytes"))
     assert store.read("a/b.bin")[:2] == (b"some bytes", etag)
 
@@ -55,10 +55,10 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
     assert store.read_range("empty", 0, 10) == b""
 
 
-def test_an_object_that_is_larger_than_it_can_be_is_refused(store: Store) -> None:
+def test_an_object_over_the_size_limit_is_refused(store: Store) -> None:
     store.put_new("key", b"some bytes")
     assert store.read("key", 10).body == b"some bytes"
-    with pytest.raises(ObjectCorrupt, match=r"at most 9 bytes.*found 10"):
+    with pytest.raises(ObjectCorrupt, match=r"10 bytes.*at most 9"):
         store.read("key", 9)
 
 
@@ -101,14 +101,14 @@ def test_swap_with_a_stale_etag_is_a_conflict_and_changes_nothing(store: Store) 
     assert store.read("pointer")[:2] == (b"two", second)
 
 
-def test_swap_that_expects_nothing_is_a_conflict_where_something_is(store: Store) -> None:
+def test_swap_that_expects_no_object_conflicts_with_an_existing_one(store: Store) -> None:
     store.put_new("key", b"one")
     with pytest.raises(Conflict):
         store.swap("key", b"two", None)
     assert store.read("key").body == b"one"
 
 
-def test_swap_that_expects_an_object_is_a_conflict_where_nothing_is(store: Store) -> None:
+def test_swap_that_expects_an_object_conflicts_with_a_missing_one(store: Store) -> None:
     etag = store.put_new("key", b"one")
     store.delete("key")
     with pytest.raises(Conflict):
@@ -116,7 +116,7 @@ def test_swap_that_expects_an_object_is_a_conflict_where_nothing_is(store: Store
     assert listed(store, "key") == []
 
 
-def test_overwrite_puts_whatever_was_there(store: Store) -> None:
+def test_overwrite_creates_and_replaces(store: Store) -> None:
     overwrite(store, "page", b"one")
     overwrite(store, "page", b"two")
     assert store.read("page").body == b"two"
@@ -125,11 +125,11 @@ def test_overwrite_puts_whatever_was_there(store: Store) -> None:
 # Reading
 
 
-def test_a_link_opens_the_object_alone_without_a_key(store: Store) -> None:
+def test_a_link_opens_only_its_object_and_needs_no_credentials(store: Store) -> None:
     store.put_new("runs/a/report.html", b"<p>one")
     store.put_new("runs/a/other.html", b"<p>two")
     link = store.link("runs/a/report.html")
-    with urlopen(link) as page:  # noqa: S310  # the test's own server, or a file
+    with urlopen(link) as page:  # noqa: S310  # our own server, or a file
         assert page.read() == b"<p>one"
         assert page.headers["Content-Type"] == "text/html"
     if link.startswith("http"):
@@ -139,58 +139,58 @@ def test_a_link_opens_the_object_alone_without_a_key(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "access",
     [
         lambda store: store.read("a/none"),
         lambda store: store.read_range("a/none", 0, 1),
         lambda store: store.stat("a/none"),
     ],
 )
-def test_a_missing_object_is_named(store: Store, ask: Callable[[Store], object]) -> None:
+def test_a_missing_object_is_named(store: Store, access: Callable[[Store], object]) -> None:
     with pytest.raises(ObjectMissing, match="a/none"):
-        ask(store)
+        access(store)
     store.put_new("a/other", b"1")
     with pytest.raises(ObjectMissing, match="a/none"):
-        ask(store)
+        access(store)
 
 
 @pytest.mark.parametrize(
     ("start", "length", "expected"),
     [(0, 4, b"0123"), (3, 4, b"3456"), (8, 2, b"89"), (8, 100, b"89"), (10, 5, b""), (99, 5, b""), (4, 0, b"")],
 )
-def test_read_range_gives_what_lies_there(store: Store, start: int, length: int, expected: bytes) -> None:
+def test_read_range_returns_the_bytes_in_the_range(store: Store, start: int, length: int, expected: bytes) -> None:
     store.put_new("digits", b"0123456789")
     assert store.read_range("digits", start, length) == expected
 
 
-def test_stat_says_size_and_time(store: Store) -> None:
+def test_stat_returns_size_and_time(store: Store) -> None:
     store.put_new("a/key", b"12345")
-    found = store.stat("a/key")
-    assert (found.key, found.size) == ("a/key", 5)
-    assert abs(found.modified - time.time()) < 3600
-    assert [(found.key, found.size) for found in store.list("a/")] == [("a/key", 5)]
+    stat = store.stat("a/key")
+    assert (stat.key, stat.size) == ("a/key", 5)
+    assert abs(stat.modified - time.time()) < 3600
+    assert [(entry.key, entry.size) for entry in store.list("a/")] == [("a/key", 5)]
 
 
-def test_the_folder_of_an_object_is_no_object(store: Store) -> None:
+def test_the_folder_of_an_object_is_not_an_object(store: Store) -> None:
     store.put_new("a/b/c", b"1")
-    for ask in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
+    for access in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(ObjectMissing):
-            ask("a/b")
+            access("a/b")
     store.delete("a/b")
     assert listed(store, "a/") == ["a/b/c"]
 
 
-def test_nothing_lies_below_an_object(store: Store) -> None:
+def test_no_object_exists_below_another(store: Store) -> None:
     store.put_new("a", b"1")
-    for ask in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
+    for access in (store.read, store.stat, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(ObjectMissing):
-            ask("a/b")
+            access("a/b")
     store.delete("a/b")
     assert listed(store, "a/") == []
     assert store.read("a").body == b"1"
 
 
-def test_json_that_is_not_there_is_none(store: Store) -> None:
+def test_missing_json_is_none(store: Store) -> None:
     assert read_json(store, "none.json") is None
     store.put_new("some.json", b'{"a": 1}')
     assert read_json(store, "some.json") == {"a": 1}
@@ -199,26 +199,26 @@ def test_json_that_is_not_there_is_none(store: Store) -> None:
 # Listing
 
 
-def test_a_listing_holds_just_the_prefix(store: Store) -> None:
+def test_a_listing_contains_exactly_the_prefix(store: Store) -> None:
     names = ["a/b.bin", "a/b/c", "a/b/d/e", "a/bc/d", "a/b-1", "a/c", "ab", "b/a"]
     for name in names:
         store.put_new(name, name.encode())
     for prefix in ["a", "a/", "a/b", "a/b/", "a/b/d", "a/b.", "ab", "a/c", "b/a", "c", "a/x/", "a/c/"]:
         assert listed(store, prefix) == sorted(name for name in names if name.startswith(prefix)), prefix
     assert set(names) < set(listed(store, ""))
-    assert all(found.size == len(found.key) for found in store.list("a"))
+    assert all(entry.size == len(entry.key) for entry in store.list("a"))
 
 
 @pytest.mark.parametrize("prefix", ["/", "/a", "//", "..", "../", "../contract/", "a/../"])
 def test_a_prefix_that_no_key_has_lists_nothing(store: Store, prefix: str) -> None:
     store.put_new("a", b"1")
-    found: list[str] = []
+    listed_keys: list[str] = []
     with suppress(ValueError):
-        found = listed(store, prefix)
-    assert found == []
+        listed_keys = listed(store, prefix)
+    assert listed_keys == []
 
 
-def test_a_listing_of_more_than_a_page_is_whole(store: Store) -> None:
+def test_a_listing_of_several_pages_is_complete(store: Store) -> None:
     names = [f"many/{number:04d}" for number in range(1_100)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: store.put_new(name, b"1"), names))
@@ -227,16 +227,17 @@ def test_a_listing_of_more_than_a_page_is_whole(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/two words", "a/é", "a/b~", "a/two words/c"])
-def test_what_is_none_of_our_objects_is_not_listed(store: Store, name: str) -> None:
+def test_foreign_objects_are_not_listed(store: Store, name: str) -> None:
     store.put_new("a/key", b"1")
     put_by_hand(store, name)
     assert listed(store, "a/") == ["a/key"]
 
 
 def put_by_hand(store: Store, name: str) -> None:
-    """What people and other programs put beside the objects, where no key can be."""
-    if beside := store.local_path("a/key"):
-        path = beside.parent.parent / name
+    """Put an object past the store, under a name that is not a key."""
+    local_path = store.local_path("a/key")
+    if local_path:
+        path = local_path.parent.parent / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"1")
     else:
@@ -244,7 +245,7 @@ def put_by_hand(store: Store, name: str) -> None:
         own_client().put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=b"1")
 
 
-def test_delete_of_what_is_not_there_does_nothing(store: Store) -> None:
+def test_deleting_a_missing_object_does_nothing(store: Store) -> None:
     store.delete("a/key")
     store.put_new("a/key", b"1")
     store.delete("a/key")
@@ -254,7 +255,7 @@ def test_delete_of_what_is_not_there_does_nothing(store: Store) -> None:
         store.read("a/key")
 
 
-# What the store is
+# The store itself
 
 
 def test_the_probe_passes_and_leaves_nothing(store: Store) -> None:
@@ -265,9 +266,9 @@ def test_the_probe_passes_and_leaves_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
-def test_a_bad_key_is_refused_by_every_verb(store: Store, key: str) -> None:
+def test_a_bad_key_is_refused_by_every_method(store: Store, key: str) -> None:
     before = listed(store, "")
-    for ask in (
+    for access in (
         lambda: store.read(key),
         lambda: store.read_range(key, 0, 1),
         lambda: store.put_new(key, b"1"),
@@ -277,7 +278,7 @@ def test_a_bad_key_is_refused_by_every_verb(store: Store, key: str) -> None:
         lambda: store.local_path(key),
     ):
         with pytest.raises(ValueError, match="cannot be part of a key"):
-            ask()
+            access()
     assert listed(store, "") == before
 
 
