@@ -1,4 +1,4 @@
-"""The fourth stage: fan out the evaluations of checkpoints, each a tracked task and a job of its own process."""
+"""The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in a process of its own."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.records import CheckpointRecord, checkpoints
 from model.config import EvaluationConfig, RunConfig, differences
+from model.evaluation.results import EvaluationSummary
 from model.runs.job import Job, JobFailed, JobRefused
 from model.runs.run import evaluation_jobs, pinned_run
 from storage.datasets.manifest import latest_manifest
@@ -24,33 +25,35 @@ from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 
+Failure = tuple[str, Exception]  # the evaluation, and why it failed
+
 
 @task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
-    """Wait for one evaluation's process. Returns its result: name, metrics and the key of all that was found."""
+    """Run one evaluation job in a process of its own. Returns its result as JSON."""
     store = open_store(store_url)
-    kept = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
-    if kept is None or kept.get("job") != job.job_id:
-        store.delete(RunKeys(job.run).result(job.job_id))  # asked otherwise since: what it found was overwritten
+    stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
+    if stored is None or stored.get("job") != job.job_id:
+        store.delete(RunKeys(job.run).result(job.job_id))  # a job with other settings has overwritten its evaluation
     return run_job(store, job, processes)
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
-def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # what it waits for
-    """Evaluate the checkpoints that are asked for. One failing evaluation leaves the others.
+def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # the stage to wait for
+    """Run the configured evaluations. A failed one does not stop the others.
 
     Raises JobRefused or JobFailed, with every failure in its message, after all have ended.
     """
     store = open_store(config.store_url)
-    kept = chosen(store, config.name, config.evaluation)
-    manifest, items = _data(store, config, kept[-1])
-    failures: list[tuple[str, Exception]] = []
+    records = chosen(store, config.name, config.evaluation)
+    manifest, items = _inputs(store, config, records[-1])
+    failures: list[Failure] = []
     if config.evaluation.hellaswag and items is None:
         try:
             items = mirror_items(config.evaluation.hellaswag, config.store_url)
         except (ValueError, StorageError) as error:
             failures.append(("hellaswag", error))
-    jobs = [job for record in kept for job in evaluation_jobs(config, record, manifest, items)]
+    jobs = [job for record in records for job in evaluation_jobs(config, record, manifest, items)]
     bar = Bar("evaluate", len(jobs), "evaluations")
     with Processes(config.store_url) as processes:
         futures: list[PrefectFuture[Any]] = [
@@ -60,75 +63,96 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
             future.add_done_callback(lambda _: bar.advance())
         wait(futures)
     bar.close()
-    return Evaluated(_answers(config.name, jobs, futures, failures))
+    return Evaluated(_results(config.name, jobs, futures, failures))
 
 
 def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
-    """Run the stage with at most `resources.concurrent_evaluations` at once. Returns the state that it ended in."""
+    """Run the stage, `resources.concurrent_evaluations` evaluations at once. Returns its final state."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
     state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
     return state
 
 
-def _answers(
-    run: str, jobs: list[Job], futures: list[PrefectFuture[Any]], failures: list[tuple[str, Exception]]
-) -> list[dict[str, Any]]:
-    """What each evaluation answered, as a table in Prefect's UI too; raises when one failed, or `failures` has one."""
-    rows = [{"evaluation": name, "step": "", "state": "Failed", "found": [str(why)]} for name, why in failures]
+def chosen(store: Store, run: str, evaluation: EvaluationConfig) -> list[CheckpointRecord]:
+    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when there is none."""
+    records = checkpoints(store, run)
+    if evaluation.checkpoint == "last":
+        selected = records[-1:]
+    elif evaluation.checkpoint == "every":
+        selected = records
+    else:
+        selected = [record for record in records if str(record.step) == evaluation.checkpoint]
+    if selected:
+        return selected
+    if not records:
+        raise ObjectMissing(f"run {run!r} has no checkpoint in store {store.url!r}. Train it first: gpt2 train")
+    steps = ", ".join(f"{record.step:,}" for record in records)
+    raise ObjectMissing(
+        f"run {run!r}: there is no checkpoint {evaluation.checkpoint!r} (evaluation.checkpoint) in store "
+        f"{store.url!r}, which has those of steps {steps}. Choose one of these."
+    )
+
+
+def _results(
+    run: str, jobs: list[Job], futures: list[PrefectFuture[Any]], failures: list[Failure]
+) -> list[EvaluationSummary]:
+    """The results of all jobs, also shown as a table in Prefect's UI.
+
+    Raises JobFailed or JobRefused when a job failed, or when there were failures before the jobs.
+    """
+    failures = list(failures)
+    rows = [{"evaluation": name, "step": "", "state": "Failed", "result": str(error)} for name, error in failures]
     results = []
+    computed = 0
     for job, future in zip(jobs, futures, strict=True):
         row = {"evaluation": job.kind, "step": job.recipe["step"]}
         try:
-            result = future.result()
+            result = EvaluationSummary(**future.result())
         except (JobFailed, ValueError, StorageError) as error:
             failures.append((f"{job.kind} of step {job.recipe['step']:,}", error))
-            rows.append(row | {"state": "Failed", "found": [str(error)]})
-        else:
-            results.append(result)
-            found = [f"{name} {value:.4f}" for name, value in result["metrics"].items()]
-            rows.append(row | {"state": str(future.state.name), "found": found or [""]})
-    shown = [row | {"found": line[:300]} for row in rows for line in row["found"]]
+            rows.append(row | {"state": "Failed", "result": str(error)})
+            continue
+        results.append(result)
+        if future.state.name == "Completed":  # else Skipped
+            computed += 1
+        metrics = [f"{name} {value:.4f}" for name, value in result.metrics.items()]
+        rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
+    shown = [row | {"result": row["result"][:300]} for row in rows]
     show(create_table_artifact, table=shown, key="evaluations", description=f"Evaluations of {run}")
-    for name, why in failures:
-        say("evaluate", f"{name} failed: {why}")
-    made = sum(row["state"] == "Completed" for row in rows)
-    say("evaluate", f"{len(results)} of {len(rows)} evaluations done, {made} made now")
+    for name, reason in failures:
+        say("evaluate", f"{name} failed: {reason}")
+    say("evaluate", f"{len(results)} of {len(results) + len(failures)} evaluations done, {computed} computed now")
     if failures:
-        said = "\n".join(f"{name}: {why}" for name, why in failures)
-        raise JobFailed(said) if any(isinstance(why, JobFailed) for _, why in failures) else JobRefused(said)
+        raise _error(failures)
     return results
 
 
-def chosen(store: Store, run: str, asked: EvaluationConfig) -> list[CheckpointRecord]:
-    """The checkpoints that `evaluation.checkpoint` names, oldest first. Raises ObjectMissing when there is none."""
-    kept = checkpoints(store, run)
-    named = {"last": kept[-1:], "every": kept}
-    found = named.get(asked.checkpoint) or [record for record in kept if str(record.step) == asked.checkpoint]
-    if not found:
-        steps = ", ".join(f"{record.step:,}" for record in kept)
-        there = f"those of steps {steps}. Give one of these" if kept else "none of it. Train it first: gpt2 train"
-        raise ObjectMissing(
-            f"run {run!r}: checkpoint {asked.checkpoint!r} (evaluation.checkpoint) was asked for, store {store.url!r} "
-            f"has {there}"
-        )
-    return found
+def _error(failures: list[Failure]) -> JobFailed | JobRefused:
+    message = "\n".join(f"{name}: {error}" for name, error in failures)
+    if any(isinstance(error, JobFailed) for _, error in failures):
+        return JobFailed(message)
+    return JobRefused(message)
 
 
-def _data(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
-    """The dataset's version to ask about and the key of HellaSwag items, None for what is not at hand.
+def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
+    """The manifest to evaluate on and the key of the HellaSwag items; None for what is not at hand.
 
-    Those that the run is pinned to; a model that was imported takes the newest version there is.
+    A run has both from the inputs it is pinned to. An imported model takes the newest version of the dataset.
     """
     run = pinned_run(store, config)
     if run is not None:
-        asked = config.evaluation.hellaswag
-        # A file on this host is read anew: it may have been mended. One that has gone is in the store.
-        kept = run.config["evaluation"]["hellaswag"] == asked and not Path(asked).is_file()
-        return run.manifest, run.items if kept else None
+        hellaswag = config.evaluation.hellaswag
+        # A local file is read again, since it may have been edited. If it is gone, the copy in the store serves.
+        use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
+        return run.manifest, run.items if use_pinned else None
     if differing := differences(config.model.model_dump(mode="json"), record.model):
-        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Give the settings that it was imported with.")
+        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Use the settings that it was imported with.")
     newest = latest_manifest(store, config.data.dataset)
     if newest is None:
-        say("evaluate", f"dataset {config.data.dataset!r} has no version here, so there is no val loss. "
-                        f"gpt2 dataset build makes one; --set data.dataset=NAME names another")  # fmt: skip
-    return (newest.digest if newest else None), None
+        say(
+            "evaluate",
+            f"dataset {config.data.dataset!r} has no version here, so there is no val loss. "
+            f"Build it with gpt2 dataset build, or name another with --set data.dataset=NAME",
+        )
+        return None, None
+    return newest.digest, None

@@ -1,8 +1,9 @@
 """What one stage hands to the next. Stages import these types from here, and nothing from each other."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+from flows.inspection.facts import DatasetFacts, TrainingFacts
+from model.evaluation.results import EvaluationSummary
 from storage.datasets.plan import FilePlan
 
 
@@ -36,6 +37,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The results of the evaluations."""
+    """The results of the evaluation jobs."""
 
-    results: list[dict[str, Any]]
+    results: list[EvaluationSummary]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Facts of a run's report, its key, and the results of the evaluations before it."""
+
+    dataset: DatasetFacts | None
+    training: TrainingFacts
+    sample: str | None  # prompt and text
+    page: str  # key of report.html
+    evaluations: list[EvaluationSummary] = field(default_factory=list)

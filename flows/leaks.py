@@ -7,8 +7,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.inspection.facts import leak_line
 from flows.items import mirror_items
-from flows.pages.dataset_card import leak_line
 from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
 from flows.runtime.tasks import worker_count

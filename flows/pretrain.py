@@ -4,14 +4,12 @@ Each stage takes the very object that the stage before returned: Prefect tracks 
 identity. (`wait_for` orders sub-flows too, but Prefect's UI draws no arrow for it.)
 """
 
-from typing import Any
-
 from prefect import flow
 from prefect.utilities.engine import link_state_to_flow_run_result
 
 from flows.download import download
 from flows.evaluate import evaluate
-from flows.handoffs import Evaluated, Trained
+from flows.handoffs import Evaluated, Reported, Trained
 from flows.report import report
 from flows.runtime.artifacts import show_links
 from flows.tokenise import tokenise
@@ -27,7 +25,7 @@ from storage.stores.store import Store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
-def pretrain(config: RunConfig) -> dict[str, Any]:
+def pretrain(config: RunConfig) -> Reported:
     """Bring a run from source files to a report. Run again, it resumes."""
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses other settings before they are kept
@@ -58,7 +56,7 @@ def train_run(config: RunConfig) -> None:
 
 
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
-def evaluate_and_report(config: RunConfig) -> dict[str, Any]:
+def evaluate_and_report(config: RunConfig) -> Reported:
     """Evaluate checkpoints of a run, then write its report."""
     store = open_store(config.store_url)
     if pinned_run(store, config) is not None:
@@ -71,7 +69,7 @@ def _check_binding(store: Store, config: RunConfig) -> None:
     check_binding(store, spec.name, spec.binding)
 
 
-def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str, Any]:
+def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported:
     """Evaluate, then report. A failed evaluation fails the flow after the report was written with the others."""
     state = evaluate(config, trained)
     result = state.result(raise_on_failure=False)
@@ -79,11 +77,11 @@ def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> dict[str
         raise result
     evaluated = result if isinstance(result, Evaluated) else Evaluated([])
     link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a flow's return value: its UI draws the arrow
-    facts = report(config, evaluated)
-    pages = {"report": facts["report"]}
-    if data := facts["dataset"]:
-        pages["manifest"] = DatasetKeys(data["name"]).manifest(data["manifest"])
+    reported = report(config, evaluated)
+    pages = {"report": reported.page}
+    if dataset := reported.dataset:
+        pages["manifest"] = DatasetKeys(dataset.name).manifest(dataset.manifest)
     show_links(open_store(config.store_url), f"Pages of {config.name}; links to a bucket expire after 7 days", pages)
     if isinstance(result, BaseException):
         raise result
-    return facts
+    return reported

@@ -99,7 +99,7 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
             lines_by_step |= {line["step"]: line for line in lines}
             if time.monotonic() - drawn_at > CURVE_SECONDS:
                 drawn_at = time.monotonic()
-                curve.show(loss_curve(run.name, [lines_by_step[step] for step in sorted(lines_by_step)]))
+                curve.show(loss_curve([lines_by_step[step] for step in sorted(lines_by_step)]))
 
 
 def _show_metrics(run: Run, metrics: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from model.processes.distributed import DDPConfig
 from model.processes.parent import end_with_parent
 from model.processes.torchrun import launch
 from model.runs.job import USER_ERROR, Job, put_result, read_job, read_result
-from model.training.trainer import Trainer
+from model.training.setup import build_trainer
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 
@@ -38,7 +38,7 @@ def run_job(store_url: str, job_key: str) -> int:
             processes = "1 process" if ddp.ranks == 1 else f"{ddp.ranks} processes"
             print(f"{job.job_id}: {processes} on {ddp.device_name}", flush=True)
         with ddp.process_group(timedelta(minutes=resources.unsaved_minutes)):
-            result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
+            result = build_trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
         if not ddp.is_main:
             return 0
         if result is None:

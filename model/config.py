@@ -1,7 +1,7 @@
-"""The configuration: one frozen tree of settings, each with its unit, checked once. Opens no store, imports no torch.
+"""The configuration: frozen pydantic models, one field a setting, validated once. Opens no store, imports no torch.
 
 *What is computed* (`data`, `model`, `train`, `evaluation`) enters recipes; *how it runs* (`resources`, `store_url`)
-never does. Secrets and endpoints are environment, never configuration.
+never does. Secrets and endpoints are environment variables.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -17,13 +17,13 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _form(schema: dict[str, Any]) -> None:
-    """Titles, and an order that survives: PostgreSQL's JSON forgets it, and Prefect's form goes by `position`."""
+    """Add a title and a `position` to each field: Prefect's form sorts by it, PostgreSQL's JSON loses the order."""
     for position, (name, field) in enumerate(schema["properties"].items()):
         field |= {"title": name.replace("_", " ").capitalize(), "position": position}
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and every unknown name is an error."""
+    """A part of the configuration. Frozen; an unknown field is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, json_schema_extra=_form
@@ -31,30 +31,30 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which text becomes which shards."""
+    """The source text, and how it is cut into shards."""
 
-    dataset: str = Field("fineweb-edu-10b", description="The dataset's name in the store.")
+    dataset: str = Field("fineweb-edu-10b", description="Name of the dataset in the store.")
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
-        description="A Hub dataset, or a path, folder or glob of .parquet or .jsonl files, s3:// too.",
+        description="Hub dataset, or path of a .parquet or .jsonl file, folder or glob (s3:// too).",
     )
-    config: str = Field("sample-10BT", description="Configuration of a Hub dataset.")
-    revision: str = Field("main", description="Revision of a Hub dataset: branch, tag or commit.")
-    text_column: str = Field("text", description="The column that holds the documents.")
-    shard_tokens: Positive = Field(10_000_000, description="Tokens in a full shard; 2 bytes each.")
-    val_shards: Positive = Field(10, description="The first shards of the first version are the val split.")
+    config: str = Field("sample-10BT", description="Configuration (subset) of the Hub dataset.")
+    revision: str = Field("main", description="Branch, tag or commit of the Hub dataset.")
+    text_column: str = Field("text", description="Column that holds the text of a document.")
+    shard_tokens: Positive = Field(10_000_000, description="Tokens per shard, at 2 bytes a token.")
+    val_shards: Positive = Field(10, description="Shards in the val split: the first ones of the first version.")
     filters: tuple[str, ...] = Field(
-        (), description="Which documents count, all of: 'int_score >= 4', 'length >= 200' (characters)."
+        (), description="Keep only documents that meet every condition: 'int_score >= 4', 'length >= 200' (characters)."
     )
-    max_tokens: int = Field(0, ge=0, description="Only the first documents, of so many tokens; 0: all.")
-    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store first; else read ranges.")
+    max_tokens: int = Field(0, ge=0, description="Use only the first N tokens of the source (0 = all).")
+    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store (off = read ranges).")
     on_bad_document: Literal["fail", "skip"] = Field(
-        "fail", description="A document that cannot be tokenised fails its shard, or is left out and counted."
+        "fail", description="If a document cannot be tokenised: fail the shard, or skip and count it."
     )
 
     @model_validator(mode="after")
-    def _filters_can_be_read(self) -> Self:
-        assert self.parsed_filters is not None  # raises what is wrong
+    def _filters_parse(self) -> Self:
+        assert self.parsed_filters is not None  # raises ValueError
         return self
 
     def spec(self, tokenizer: dict[str, Any]) -> DatasetSpec:
@@ -71,65 +71,67 @@ class DataConfig(Section):
 
     @property
     def parsed_filters(self) -> tuple[Filter, ...]:
-        """The filters, read."""
+        """The filters, parsed."""
         return tuple(parse(text) for text in self.filters)
 
 
 class ModelConfig(Section):
-    """The shape of GPT-2; the defaults are the 124M model's."""
+    """The shape of the model. The defaults are GPT-2 124M."""
 
-    layers: Positive = Field(12, description="Transformer blocks.")
-    heads: Positive = Field(12, description="Attention heads a block; must divide the width.")
-    width: Positive = Field(768, description="Channels of the residual stream.")
-    context_tokens: Positive = Field(1_024, description="Longest sequence, in tokens: learnt positions.")
+    layers: Positive = Field(12, description="Number of transformer blocks.")
+    heads: Positive = Field(12, description="Attention heads in each block; must divide the width.")
+    width: Positive = Field(768, description="Channels of the residual stream (embedding size).")
+    context_tokens: Positive = Field(1_024, description="Longest sequence in tokens (size of the position embedding).")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(
-                f"model.width = {self.width} cannot be divided among model.heads = {self.heads} heads. "
+                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}. "
                 f"Try a width of {self.width // self.heads * self.heads or self.heads}."
             )
         return self
 
 
 class TrainingConfig(Section):
-    """The optimizer, the schedule and what a step is; the defaults are the 19,073-step run of GPT-2 124M."""
+    """The optimizer, the schedule and the batch. The defaults are the 19,073-step run of GPT-2 124M."""
 
-    # How a training runs, not what it computes: never in a recipe, free to differ when a run goes on. (With dropout
-    # another micro-batch drops other activations, of the same distribution.)
+    # How a training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
+    # another micro-batch size drops other activations, from the same distribution.)
     HOW: ClassVar = frozenset(
         {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
     )
 
-    sequence_tokens: Positive = Field(512, description="T: tokens of one sequence.")
-    micro_batch_sequences: Positive = Field(8, description="Sequences in one forward pass on one rank.")
-    batch_tokens: Positive = Field(524_288, description="Tokens of one step, over all ranks.")
-    max_steps: Positive = Field(19_073, description="Optimizer steps of the whole run.")
-    warmup_steps: int = Field(715, ge=0, description="Steps in which the learning rate rises to its maximum.")
+    sequence_tokens: Positive = Field(512, description="Sequence length T in tokens.")
+    micro_batch_sequences: Positive = Field(8, description="Sequences in one forward pass of one process.")
+    batch_tokens: Positive = Field(524_288, description="Tokens per optimizer step, over all processes.")
+    max_steps: Positive = Field(19_073, description="Optimizer steps in the whole run.")
+    warmup_steps: int = Field(715, ge=0, description="Steps of linear warm-up to the maximum learning rate.")
     learning_rate: float = Field(6e-4, gt=0, description="Maximum learning rate.")
-    min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine.")
-    weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; vectors have none.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's two decay rates.")
-    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine decay.")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; biases and norms have none.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
+    clip: float = Field(1.0, gt=0, description="Gradient clipping: the largest gradient norm.")
     skip_outlier_steps: int = Field(
-        0, ge=0, description="Steps without an update that are allowed, where loss or gradient is far off or no number."
+        0, ge=0, description="How many outlier steps (NaN, infinite or 10x the usual gradient norm) may be skipped."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations dropped in training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic of the forward pass; auto: bf16 where a GPU has it, else fp32."
+        "auto", description="Precision of the forward pass (auto = bf16 on a GPU that supports it, else fp32)."
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on with CUDA only.")
-    seed: int = Field(1337, ge=0, description="Decides the initial weights and the order of the data.")
-    start_from: str = Field("", description="A run whose newest checkpoint this one begins with; empty: from scratch.")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
+    seed: int = Field(1337, ge=0, description="Random seed of the initial weights and the data order.")
+    start_from: str = Field(
+        "", description="Start from the newest checkpoint of this run (empty = train from scratch)."
+    )
     start_with: Literal["weights", "everything"] = Field(
-        "weights", description="What is taken of it: its weights, or its step and its optimizer's state too."
+        "weights", description="What to load from that run: only the weights, or also the step and the optimizer state."
     )
-    checkpoint_every_steps: Positive = Field(250, description="Steps between checkpoints.")
-    keep_last: Positive = Field(3, description="How many of the newest checkpoints are kept.")
-    keep_every_steps: int = Field(5_000, ge=0, description="Checkpoints kept for good; 0: none but the newest.")
-    validate_every_steps: int = Field(250, ge=0, description="Steps between validations inside the run; 0: none.")
-    validation_tokens: Positive = Field(10_485_760, description="Tokens of a validation inside the run, at most.")
+    checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
+    keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
+    keep_every_steps: int = Field(5_000, ge=0, description="Steps between checkpoints kept for good (0 = none).")
+    validate_every_steps: int = Field(250, ge=0, description="Steps between validations in training (0 = none).")
+    validation_tokens: Positive = Field(10_485_760, description="Most tokens that a validation during training scores.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -137,7 +139,7 @@ class TrainingConfig(Section):
         if self.batch_tokens % micro_batch_tokens:
             nearest = max(round(self.batch_tokens / micro_batch_tokens), 1) * micro_batch_tokens
             raise ValueError(
-                f"train.batch_tokens = {self.batch_tokens:,} cannot be made of whole micro-batches of "
+                f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of "
                 f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
                 f"train.sequence_tokens {self.sequence_tokens:,}). Try train.batch_tokens = {nearest}."
             )
@@ -154,12 +156,12 @@ class TrainingConfig(Section):
         return self
 
     def micro_batches(self, ranks: int) -> int:
-        """Micro-batches of one step on each of `ranks` ranks. Raises ValueError when the batch cannot be shared out."""
+        """Micro-batches per step on each of `ranks` ranks. Raises ValueError when they do not divide the batch."""
         micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
         count, rest = divmod(self.batch_tokens, micro_batch_tokens * ranks)
         if rest:
             raise ValueError(
-                f"train.batch_tokens = {self.batch_tokens:,} cannot be shared among {ranks} ranks in micro-batches of "
+                f"train.batch_tokens = {self.batch_tokens:,} cannot be split among {ranks} ranks in micro-batches of "
                 f"{micro_batch_tokens:,} tokens. Try train.batch_tokens = {(count + 1) * micro_batch_tokens * ranks}, "
                 f"or resources.processes = 1."
             )
@@ -167,65 +169,67 @@ class TrainingConfig(Section):
 
     @property
     def batch_windows(self) -> int:
-        """Windows of T tokens in one step, over all ranks."""
+        """Windows of T tokens per step, over all ranks."""
         return self.batch_tokens // self.sequence_tokens
 
 
 class EvaluationConfig(Section):
-    """What is asked of a trained model: free to differ each time, every evaluation holds what it was asked."""
+    """Evaluations of a trained model. Not pinned to the run: each evaluation records its own settings."""
 
     checkpoint: str = Field(
         "last",
         pattern="^(last|every|[0-9]+)$",
-        description="Which checkpoint is evaluated: the last one, every one that is kept, or that of a step.",
+        description="Checkpoint to evaluate: the last, every one that was kept, or the one of a step number.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Arithmetic of losses; bf16 is faster on a GPU and moves a few answers. Samples: fp32."
+        "fp32", description="Precision of losses; bf16 is faster on a GPU and changes a few answers. Samples use fp32."
     )
-    validation_tokens: int = Field(0, ge=0, description="Tokens of the val split that are scored; 0: all of them.")
+    validation_tokens: int = Field(0, ge=0, description="Tokens of the val split to score (0 = all).")
     hellaswag: str = Field(
         "Rowan/hellaswag",
-        description="A Hub dataset or a file of HellaSwag items; empty: a completion set of val documents.",
+        description="Hub dataset or file of HellaSwag items (empty = use a completion set made of val documents).",
     )
-    completion_items: Positive = Field(
-        200, description="Items of the completion set, where no HellaSwag file is given."
+    completion_items: Positive = Field(200, description="Items in the completion set, used if HellaSwag is empty.")
+    prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
+    samples: Positive = Field(2, description="Samples per prompt.")
+    sample_tokens: Positive = Field(64, description="New tokens per sample.")
+    temperature: float = Field(0.9, ge=0, description="Sampling temperature (0 = always the most likely token).")
+    top_k: int = Field(50, ge=0, description="Sample from the k most likely tokens (0 = all).")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability (1 = all)."
     )
-    prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Beginnings of the samples.")
-    samples: Positive = Field(2, description="Samples of each prompt.")
-    sample_tokens: Positive = Field(64, description="New tokens of a sample.")
-    temperature: float = Field(0.9, ge=0, description="0: always the likeliest token; higher: more surprising.")
-    top_k: int = Field(50, ge=0, description="Only the k likeliest tokens are drawn from; 0: all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens of this total probability; 1: all.")
 
 
 class ResourcesConfig(Section):
-    """How it runs: never part of a recipe, free to differ from one run of a command to the next."""
+    """Where and how it runs. Never part of a recipe, free to change from one command to the next."""
 
-    runner: Literal["threads", "processes", "dask"] = Field("threads", description="What runs shard jobs in parallel.")
-    workers: int = Field(0, ge=0, description="Shard jobs at once; 0: one a core.")
-    dask_address: str = Field("", description="A standing Dask cluster, tcp://host:port; empty: one on this host.")
-    shards_per_task: int = Field(0, ge=0, description="Shards that one task makes; 0: one, more in plans above 2,000.")
-    audit: bool = Field(False, description="Look for leaks (gpt2 dataset audit) after each build.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, else MPS, else the CPU.")
-    processes: int = Field(0, ge=0, description="Training processes on each host; 0: one a GPU, else 1.")
-    nodes: Positive = Field(1, description="Hosts that train together; each runs the command that is printed.")
-    rendezvous: str = Field("", description="HOST:PORT of the first of several hosts, where they find each other.")
-    prefetch_batches: int = Field(4, ge=0, description="Micro-batches that are made ready ahead; 0: none.")
-    unsaved_minutes: float = Field(
-        30.0, gt=0, description="How long a training goes on while no checkpoint can be stored."
+    runner: Literal["threads", "processes", "dask"] = Field("threads", description="How shard jobs run in parallel.")
+    workers: int = Field(0, ge=0, description="Shard jobs at once (0 = one per core).")
+    dask_address: str = Field("", description="Running Dask cluster, tcp://HOST:PORT (empty = start one here).")
+    shards_per_task: int = Field(0, ge=0, description="Shards per Prefect task (0 = one, more above 2,000 shards).")
+    audit: bool = Field(False, description="Write a leak report (gpt2 dataset audit) after each build.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Device (auto = CUDA, else MPS, else CPU)."
     )
-    tensorboard: str = Field("", description="A folder for TensorBoard's event files (extra: tensorboard).")
-    concurrent_evaluations: Positive = Field(1, description="Evaluations at once.")
-    evaluation_processes: int = Field(1, ge=0, description="Processes of one evaluation; 0: one a GPU, else 1.")
-    cache_bytes: Positive = Field(50_000_000_000, description="Shards of an S3 store that this host keeps, in bytes.")
+    processes: int = Field(0, ge=0, description="Training processes per host (0 = one per GPU, else 1).")
+    nodes: Positive = Field(1, description="Hosts that train together; run the printed command on each of them.")
+    rendezvous: str = Field("", description="HOST:PORT of the first host; needed with several hosts.")
+    prefetch_batches: int = Field(4, ge=0, description="Micro-batches to prefetch (0 = none).")
+    unsaved_minutes: float = Field(
+        30.0, gt=0, description="Minutes to keep training while checkpoints cannot be saved."
+    )
+    tensorboard: str = Field("", description="Folder for TensorBoard event files (empty = none).")
+    concurrent_evaluations: Positive = Field(1, description="Evaluations that run at once.")
+    evaluation_processes: int = Field(1, ge=0, description="Processes per evaluation (0 = one per GPU, else 1).")
+    cache_bytes: Positive = Field(50_000_000_000, description="Size of this host's cache for shards from S3, in bytes.")
 
 
 class RunConfig(Section):
-    """Everything a run is asked to be."""
+    """The whole configuration of a run."""
 
-    name: str = Field("gpt2-124m", description="The run's name in the store.")
+    name: str = Field("gpt2-124m", description="Name of the run in the store.")
     store_url: str = Field(
-        "./data", description="The store: a folder, or s3://bucket/prefix (endpoint, secrets: AWS_*)."
+        "./data", description="The store: a folder, or s3://bucket/prefix (endpoint and credentials: AWS_* variables)."
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -246,29 +250,29 @@ class RunConfig(Section):
             self.train.micro_batches(self.resources.processes * self.resources.nodes)
         if self.resources.nodes > 1 and not self.resources.rendezvous:
             raise ValueError(
-                f"resources.nodes = {self.resources.nodes}: the hosts must know where to find each other. Give the "
-                f"first one's address: --set resources.rendezvous=HOST:29500"
+                f"resources.nodes = {self.resources.nodes}: the hosts need the address of the first one. Set it: "
+                f"--set resources.rendezvous=HOST:29500"
             )
         if self.train.start_from:
             keys.check_name("train.start_from", self.train.start_from)
         return self
 
     def computed(self) -> dict[str, Any]:
-        """What is computed, as JSON values. A run is pinned to all of it but `evaluation`."""
+        """What is computed, as JSON values. A run is pinned to all of it except `evaluation`."""
         return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
 
     def how(self) -> dict[str, Any]:
-        """How it runs, as JSON values: what a process is told beside its recipe."""
+        """How it runs, as JSON values: a job carries them beside its recipe."""
         return self.model_dump(mode="json", include={"train": set(TrainingConfig.HOW), "resources": True})
 
 
-def differences(asked: dict[str, Any], pinned: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two configurations of the same shape differ, in words."""
-    found = []
-    for name, ours in asked.items():
+def differences(requested: dict[str, Any], pinned: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each field in which two configurations of the same shape differ, sorted."""
+    lines = []
+    for name, ours in requested.items():
         theirs = pinned[name]
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += differences(ours, theirs, f"{prefix}{name}.")
+            lines += differences(ours, theirs, f"{prefix}{name}.")
         elif ours != theirs:
-            found.append(f"{prefix}{name} is {theirs!r}, asked for {ours!r}")
-    return sorted(found)
+            lines.append(f"{prefix}{name} is {theirs!r}, asked for {ours!r}")
+    return sorted(lines)

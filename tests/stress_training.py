@@ -85,7 +85,7 @@ class Proof:
         if latest is not None and latest["step"] != self.step:
             self.stale += 1
             assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
-            self._load(CheckpointRecord(**read_json(self._store, latest["record"])))  # type: ignore[arg-type]
+            self._load(CheckpointRecord.from_json(read_json(self._store, latest["record"])))  # type: ignore[arg-type]
         names = {
             listed.key.removeprefix(RunKeys(RUN).checkpoints) for listed in self._store.list(RunKeys(RUN).checkpoints)
         }
@@ -97,8 +97,8 @@ class Proof:
     def _load(self, record: CheckpointRecord) -> None:
         for name, stated in record.files.items():
             key = RunKeys(RUN).checkpoint_file(record.step, record.attempt, name)
-            body = self._store.read(key, stated["size_bytes"]).body
-            assert sha256(body) == stated["sha256"], key
+            body = self._store.read(key, stated.size_bytes).body
+            assert sha256(body) == stated.sha256, key
             assert all(tensor.isfinite().all() for tensor in load(bytes(body)).values()), key
         for segment in record.metrics:
             if segment not in self._segments:

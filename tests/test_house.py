@@ -24,11 +24,23 @@ ENTRY_POINTS = {
 }
 KEY_LITERAL = re.compile(r"^(datasets|runs|sources)/|^(split|latest|progress|config)\.json$|^FORMAT$")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc", "core"}
-MAXIMUM_LINES = 400
+VAGUE_IDENTIFIERS = {
+    "found",
+    "asked",
+    "one",
+    "there",
+    "words",
+    "wanted",
+    "made",
+}  # of anything that outlives a function
+MOST_LINES, MOST_TEST_LINES = 350, 400
+MOST_FILES = 13  # in a folder
+MOST_WORDS = 30  # in a sentence of a docstring
+MOST_COLUMNS = 120
 
 
 def too_long(_: str, text: str) -> bool:
-    return len(text.splitlines()) > MAXIMUM_LINES
+    return len(text.splitlines()) > MOST_LINES
 
 
 def without_docstring(_: str, text: str) -> bool:
@@ -66,6 +78,35 @@ def unpickles(_: str, text: str) -> bool:
     return bool(names & {"pickle", "cloudpickle", "dill", "shelve"}) or "torch.load(" in text
 
 
+def names_something_vaguely(_: str, text: str) -> bool:
+    """Whether a module or a class binds a name that does not say what it holds."""
+    tree = ast.parse(text)
+    scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    bound = {name for scope in scopes for node in scope.body for name in names_bound_by(node)}
+    return bool(bound & VAGUE_IDENTIFIERS)
+
+
+def names_bound_by(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def rambles(_: str, text: str) -> bool:
+    """Whether a docstring has a sentence of too many words. Indented lines are drawings and code."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = (ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
+    return any(len(sentence.split()) > MOST_WORDS for docstring in docstrings for sentence in sentences(docstring))
+
+
+def sentences(prose: str) -> list[str]:
+    drawn = ("    ", "|", "* ", "- ", "  - ")
+    lines = ["" if line.startswith(drawn) else line for line in prose.splitlines()]
+    return [part for block in "\n".join(lines).split("\n\n") for part in re.split(r"[.:;?!](?:\s|$)", block)]
+
+
 def string_literals(tree: ast.Module) -> Iterator[str]:
     """Strings of the code, and the beginnings of f-strings; docstrings are prose."""
     prose = {
@@ -82,7 +123,10 @@ def string_literals(tree: ast.Module) -> Iterator[str]:
 
 Rule = Callable[[str, str], bool]
 RULES: list[tuple[Rule, str, str]] = [  # the rule, and a file that must break it
-    (too_long, "model/long.py", '"""Long."""\n' * (MAXIMUM_LINES + 1)),
+    (too_long, "model/long.py", '"""Long."""\n' * (MOST_LINES + 1)),
+    (names_something_vaguely, "model/vague.py", '"""Doc."""\n\n\ndef found() -> None: ...\n'),
+    (names_something_vaguely, "model/vague.py", '"""Doc."""\n\n\nclass Thing:\n    asked: int = 0\n'),
+    (rambles, "model/prose.py", f'"""{"word " * (MOST_WORDS + 1)}."""\n'),
     (without_docstring, "model/bare.py", "x = 1\n"),
     (spells_a_key, "model/stray.py", '"""Doc."""\nkey = f"runs/{1}/config.json"\n'),
     (spells_a_key, "flows/stray.py", '"""Doc."""\nkey = "latest.json"\n'),
@@ -100,9 +144,9 @@ def modules() -> list[Path]:
 
 @pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
 def test_every_module_keeps_the_rule(rule: Rule) -> None:
-    found = modules()
-    assert len(found) > 30
-    assert [str(path.relative_to(ROOT)) for path in found if rule(str(path.relative_to(ROOT)), path.read_text())] == []
+    paths = modules()
+    assert len(paths) > 30
+    assert [str(path.relative_to(ROOT)) for path in paths if rule(str(path.relative_to(ROOT)), path.read_text())] == []
 
 
 @pytest.mark.parametrize(("rule", "name", "text"), RULES, ids=lambda part: getattr(part, "__name__", None))
@@ -121,7 +165,27 @@ def test_tests_have_no_init_that_would_shadow_the_packages() -> None:
 
 
 def test_test_files_are_short_too() -> None:
-    assert [path.name for path in (ROOT / "tests").rglob("*.py") if too_long("", path.read_text())] == []
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > MOST_TEST_LINES} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_folder_holds_few_files(package: str) -> None:
+    folders = [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]
+    counts = {folder.name: len([path for path in folder.iterdir() if path.suffix == ".py"]) for folder in folders}
+    assert {name: count for name, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_lines_of_markdown_fit_a_screen() -> None:
+    pages = [*ROOT.glob("*.md"), *(page for part in (*PACKAGES, "deploy") for page in (ROOT / part).rglob("*.md"))]
+    assert len(pages) > 5
+    too_wide = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > MOST_COLUMNS and not line.startswith("|")
+    ]
+    assert too_wide == []
 
 
 def test_locks_name_no_address() -> None:

@@ -1,4 +1,4 @@
 """The `gpt2` command.
 
-A new verb is one function with `@app.command()`: in `cli.py`, or in `dataset.py` for `gpt2 dataset`.
+To add a verb, write one function with `@app.command()` in `cli.py`, or with `@dataset_app.command()` in `dataset.py`.
 """

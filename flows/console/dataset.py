@@ -1,33 +1,43 @@
-"""The verbs of `gpt2 dataset`: build, verify, copy. Each reads the configuration, asks, and says what came of it."""
+"""The verbs of `gpt2 dataset` that build, check and copy: build, verify, audit, copy."""
 
 import json
-import secrets
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress, track
+from rich.progress import Progress
 
-from flows.console.options import ConfigFile, Overrides, Verbose, command, console, prefect, run_flow
-from flows.console.versions import add_to
-from model.config import DataConfig, RunConfig
+from flows.console.app import dataset_app
+from flows.console.options import (
+    ConfigFile,
+    Overrides,
+    Verbose,
+    command,
+    console,
+    load_with_store,
+    prefect,
+    progress_bar,
+    run_flow,
+    say,
+)
+from model.config import RunConfig
 from model.config_file import load_config
-from storage.keys import DatasetKeys
-from storage.sources.files import SourceFile
 from storage.stores.opening import open_store
-from storage.stores.store import Store
 
-dataset = typer.Typer(help="Build, check and copy datasets.", no_args_is_help=True)
-add_to(dataset)
-AT_ONCE = 4  # shards in flight: a store's answer to one is on its way while another is hashed
+if TYPE_CHECKING:
+    from flows.console.verification import Verification
 
 
-@dataset.command()
-def build(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Make the shards that are missing and seal a new version of the dataset; nothing new gives no new version."""
-    build_dataset(load_config(config, overrides or []), verbose)
+@dataset_app.command()
+def build(config_file: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Build the missing shards and seal a new version of the dataset. If nothing changed, no version is added.
+
+    Run the same command again after a failure or Ctrl-C: it builds only what is missing.
+
+    Example: gpt2 dataset build --set data.dataset=mine --set data.source='texts/*.parquet'
+
+    Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train
+    """
+    build_dataset(load_config(config_file, overrides or []), verbose)
 
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
@@ -41,117 +51,110 @@ def build_dataset(config: RunConfig, verbose: bool) -> None:
         run_flow(flow, config)
 
 
-@dataset.command()
+@dataset_app.command()
 def verify(
-    config: ConfigFile = None,
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only sizes and the sums that the store keeps.")] = False,
-    deep: Annotated[int, typer.Option(min=0, help="Tokenise so many documents of the source again.", metavar="N")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare only sizes and the checksums that the store keeps.")
+    ] = False,
+    deep: Annotated[
+        int, typer.Option(min=0, help="Also tokenise N random documents of the source again.", metavar="N")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild the damaged shards.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prove that the dataset's newest version is whole; without an option every byte of it is read.
+    """Prove that the dataset's newest version is intact. By default this reads every byte of it.
 
-    Exit code 0: it is. 1: something is damaged; the command that mends it is printed. 2: it could not be checked.
+    Exit code 0: intact. 1: damaged, and the command that repairs it is printed. 2: not checked.
+
+    Example: gpt2 dataset verify --deep 100
+
+    Next, when something is damaged: gpt2 dataset verify --repair
     """
-    from model import tokenizer
-    from storage.datasets.versions import newest_version
-    from storage.inspection.verify import check_documents, check_fully, check_quickly, check_versions
+    from flows.console import verification
 
-    asked = load_config(config, overrides or [])
-    store, name = open_store(asked.store_url), asked.data.dataset
-    manifest = newest_version(store, name)
     if as_json and repair:
-        raise ValueError("--json and --repair were both given: a repair prints what it does. Give one of them.")
-    data = asked.data
-    if data.source == manifest.source.get("dataset"):  # the files it was made of, whatever came since
-        data = data.model_copy(update={"revision": manifest.source["commit"]})
-    files = _files(store, data) if deep or repair else []
-    look = partial(check_quickly, store, name) if quick else partial(check_fully, store, name, eot=tokenizer.EOT)
-    shown = {"console": console, "disable": as_json or not console.is_terminal}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        looks = pool.map(look, manifest.rows())
-        damaged = [found for found in track(looks, "verify", len(manifest.shard_ids), **shown) if found]  # type: ignore[arg-type]
-    again = {found.name for found in damaged}
-    whole = len(manifest.shard_ids) - len(damaged)
-    damaged += [] if quick else check_versions(store, name, manifest)
-    seed = secrets.randbits(32)  # other documents each time
-    drawn = list(check_documents(store, name, manifest, files, tokenizer.encode, count=deep, seed=seed)) if deep else []
-    damaged += [found for found in drawn if found]
-    mend = command("dataset verify --repair", config, overrides or [])
+        raise ValueError("--json and --repair exclude each other: a repair prints its progress. Give only one.")
+    config, store = load_with_store(config_file, overrides)
+    target = verification.newest_target(store, config)
+    files = target.source_files() if deep or repair else []
+    with progress_bar("verify", len(target.manifest.shard_ids), hidden=as_json) as advance:
+        result = verification.verify(target, files, quick=quick, deep=deep, on_progress=advance)
+    repair_command = command("dataset verify --repair", config_file, overrides) if result.damaged_shards else None
     if as_json:
-        found = [{"name": damage.name, "wrong": damage.wrong} for damage in damaged]
-        facts = {"dataset": name, "manifest": manifest.digest, "whole": whole, "documents": len(drawn)}
-        print(json.dumps(facts | {"damaged": found, "mend": mend if again else None}))
+        _print_json(result, repair_command)
     else:
-        for damage in damaged:
-            console.print(f"damaged    {damage.name}: {damage.wrong}", highlight=False, markup=False)
-        console.print(f"verify     {whole:,} of {len(manifest.shard_ids):,} shards are whole", highlight=False)
-        if drawn:
-            console.print(f"verify     {len(drawn):,} documents of the source compared", highlight=False)
-        if again and not repair:
-            console.print(f"to mend    {mend}", highlight=False, markup=False)
-    if repair and again:
-        _check_source(store, data, files, again)  # before anything is given up
-        for shard_id in sorted(again):  # without its record a shard's job runs again, and replaces what is damaged
-            store.delete(DatasetKeys(name).record(shard_id))
-        build(config, [*(overrides or []), f"data.revision={data.revision}"], verbose)
-    if len(damaged) > (len(again) if repair else 0):
+        _print_lines(result, None if repair else repair_command)
+    if repair and result.damaged_shards:
+        verification.forget_shards(target, files, result.damaged_shards)
+        build_dataset(target.config, verbose)
+    if result.other_damage if repair else result.damage:
         raise typer.Exit(1)
 
 
-def _files(store: Store, data: DataConfig) -> Sequence[SourceFile]:
-    from storage.sources.mirror import list_source
-
-    found, _ = list_source(store, data.source, data.config, data.revision, "train")
-    return found.files
-
-
-def _check_source(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
-    """Raise ValueError unless the source still gives all of these shards."""
-    from model import tokenizer
-    from storage.datasets.plan import plan_files
-
-    settings = data.spec(tokenizer.identity()).settings
-    plans = plan_files(store, data.dataset, files, settings)
-    if gone := shard_ids.difference(*(one.shard_ids for one in plans)):
-        raise ValueError(
-            f"--repair: {len(gone):,} damaged shards were to be made again, data.source = {data.source!r} no longer "
-            f"gives {min(gone)!r}. Put the old source files back, or build another dataset from the new ones."
-        )
+def _print_json(result: "Verification", repair_command: str | None) -> None:
+    facts = {
+        "dataset": result.target.dataset,
+        "manifest": result.target.manifest.digest,
+        "whole": result.whole_shards,
+        "documents": result.documents,
+        "damaged": [{"name": damage.name, "wrong": damage.wrong} for damage in result.damage],
+        "mend": repair_command,
+    }
+    print(json.dumps(facts))
 
 
-@dataset.command()
-def audit(config: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Look for leaks: documents of val in train, documents twice in train, HellaSwag items that train shows.
+def _print_lines(result: "Verification", repair_command: str | None) -> None:
+    for damage in result.damage:
+        say("damaged", f"{damage.name}: {damage.wrong}")
+    say("verify", f"{result.whole_shards:,} of {len(result.target.manifest.shard_ids):,} shards are whole")
+    if result.documents:
+        say("verify", f"{result.documents:,} documents of the source compared")
+    if repair_command:
+        say("to repair", repair_command)
 
-    The report lies beside the manifest and is part of `gpt2 dataset show`. Without a network: --set
-    evaluation.hellaswag="" or a file of items.
+
+@dataset_app.command()
+def audit(config_file: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Look for leaks: documents of val in train, duplicates in train, HellaSwag items in train.
+
+    The leak report is stored beside the manifest.
+
+    HellaSwag is downloaded once. Without a network: --set evaluation.hellaswag="" or a file of items.
+
+    Next: gpt2 dataset show prints the leak report
     """
-    asked = load_config(config, overrides or [])
-    open_store(asked.store_url)
+    config, _ = load_with_store(config_file, overrides)
     with prefect(verbose):
         from flows.leaks import find_leaks_of_newest
 
-        run_flow(find_leaks_of_newest, asked)
+        run_flow(find_leaks_of_newest, config)
 
 
-@dataset.command()
+@dataset_app.command()
 def copy(
     to: Annotated[str, typer.Argument(help="The other store: a folder or s3://bucket/prefix.", metavar="STORE_URL")],
-    config: ConfigFile = None,
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Copy all versions of the dataset to another store, verified on the way; run again, it goes on where it stood."""
+    """Copy all versions of the dataset to another store and verify every shard on the way.
+
+    Run the same command again after a failure or Ctrl-C: it copies only what is missing.
+
+    Example: gpt2 dataset copy s3://bucket/prefix
+
+    Next: gpt2 dataset verify --set store_url=STORE_URL
+    """
     from storage.datasets.copy import copy_dataset
 
-    asked = load_config(config, overrides or [])
-    source, target = open_store(asked.store_url), open_store(to, create=True)
+    config, store = load_with_store(config_file, overrides)
+    target = open_store(to, create=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("copy")
+        bar = progress.add_task("copy", total=None)
         copied = copy_dataset(
-            source, target, asked.data.dataset, lambda done, total: progress.update(bar, completed=done, total=total)
+            store, target, config.data.dataset, lambda done, total: progress.update(bar, completed=done, total=total)
         )
-    console.print(f"copy       {copied.copied:,} of {copied.shards:,} shards copied now", highlight=False)
-    console.print(f"copy       manifest {copied.manifest.digest} is the newest in {to}", highlight=False, markup=False)
+    say("copy", f"{copied.copied:,} of {copied.shards:,} shards copied now")
+    say("copy", f"manifest {copied.manifest.digest} is the newest in {to}")

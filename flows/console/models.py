@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from flows.console.app import MODELS, app
 from flows.console.options import ConfigFile, Overrides, command, console, say
 from model.config import ModelConfig, RunConfig, differences
 from model.config_file import load_config
@@ -19,13 +20,7 @@ from storage.stores.opening import open_store
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make the functions of this file verbs of `gpt2`."""
-    app.command()(generate)
-    app.command()(export)
-    app.command("import")(import_model)
-
-
+@app.command(rich_help_panel=MODELS)
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
     config: ConfigFile = None,
@@ -36,13 +31,14 @@ def generate(
     """Continue a prompt with the run's newest checkpoint."""
     settings = load_config(config, overrides or [])
     sampling = settings.evaluation
-    argv = [sys.executable, "-m", "model.evaluation.sampling", settings.store_url, settings.name, "--prompt", prompt]
+    argv = [sys.executable, "-m", "model.evaluation.generate", settings.store_url, settings.name, "--prompt", prompt]
     argv += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(sampling.sample_tokens)]
     argv += ["--device", settings.resources.device, "--temperature", str(sampling.temperature)]
     argv += ["--top-k", str(sampling.top_k), "--top-p", str(sampling.top_p)]
     raise typer.Exit(subprocess.run(argv, check=False).returncode)
 
 
+@app.command(rich_help_panel=MODELS)
 def export(
     to: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="FOLDER")],
     config: ConfigFile = None,
@@ -58,6 +54,7 @@ def export(
     say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
 
 
+@app.command("import", rich_help_panel=MODELS)
 def import_model(
     folder: Annotated[Path, typer.Argument(help="config.json and model.safetensors of a GPT-2.", metavar="FOLDER")],
     config: ConfigFile = None,

@@ -1,6 +1,6 @@
-"""Finds in a moment what would end a flow after Prefect's start: the store, the source, a name that is taken.
+"""Checks the inputs before Prefect starts: the store, the source, the items file, a run name in use.
 
-Imports no Prefect, which takes 3 s and reads its settings when it is imported.
+Imports no Prefect: that takes 3 s.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from storage.stores.opening import open_store
 
 
 def check(config: RunConfig) -> None:
-    """Raise ValueError or StorageError when the pipeline cannot start; make the store when all is well."""
+    """Raise ValueError or StorageError when the pipeline cannot start; otherwise create the store."""
     try:
         run = pinned_run(open_store(config.store_url), config)
     except ObjectMissing:
@@ -21,10 +21,13 @@ def check(config: RunConfig) -> None:
     if run is None:
         if not sources.is_on_hub(config.data.source):
             sources.find_files(config.data.source)
-        items = config.evaluation.hellaswag
-        if items and not sources.is_on_hub(items) and not Path(items).is_file():
-            raise ValueError(
-                f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset, a .jsonl or .parquet file of "
-                f"items, or leave it empty."
-            )
+        _check_items(config.evaluation.hellaswag)
     open_store(config.store_url, create=True)
+
+
+def _check_items(items: str) -> None:
+    if items and not sources.is_on_hub(items) and not Path(items).is_file():
+        raise ValueError(
+            f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset or a .jsonl or .parquet file of "
+            f"items, or leave it empty."
+        )

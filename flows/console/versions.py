@@ -1,22 +1,25 @@
-"""The verbs of `gpt2 dataset` that look at versions: log, diff, show, trace, export. They change no dataset."""
+"""The verbs of `gpt2 dataset` that read versions and change nothing: log, diff, show, trace, export."""
 
 import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
 
-from flows.console.options import ConfigFile, Overrides, console
-from model.config import RunConfig
-from model.config_file import load_config
-from storage.stores.opening import open_store
-from storage.stores.store import Store
+from flows.console.app import dataset_app
+from flows.console.options import ConfigFile, Overrides, console, load_with_store, progress_bar, say
 
-Version = Annotated[str, typer.Option(help="Which version: the beginning of its manifest's digest.", metavar="DIGEST")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")]
+if TYPE_CHECKING:
+    from storage.datasets.manifest import Manifest
+    from storage.inspection.lineage import Traced
+
+Version = Annotated[
+    str, typer.Option(help="A version: the first characters of its manifest's digest.", metavar="DIGEST")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+STEP_TEXT_CHARACTERS = 160  # of each document; a single window shows all of its text
 
 
 class Split(StrEnum):
@@ -27,213 +30,192 @@ class Split(StrEnum):
 
 
 class Format(StrEnum):
-    """Programs that train on token files of their own."""
+    """Programs whose token files `export` writes."""
 
     nanogpt = "nanogpt"
     llmc = "llmc"
 
 
-def log(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """The dataset's versions, newest first: when each was sealed, what it holds and what it added and took away."""
-    from storage.datasets.versions import difference, history, sealed_at
+@dataset_app.command()
+def log(config_file: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """List the dataset's versions, newest first: when each was sealed, its size and what it changed.
 
-    store, asked = _opened(config, overrides)
-    versions = history(store, asked.data.dataset)
-    found = [(version, sealed_at(store, asked.data.dataset, version)) for version in versions]
-    for number, (version, sealed) in enumerate(found):
-        parent = found[number + 1][0] if number + 1 < len(found) else None
-        changes = difference(parent, version).to_json() if parent else None
-        facts: dict[str, Any] = {
-            "manifest": version.digest,
-            "sealed": datetime.fromtimestamp(sealed, UTC).isoformat(timespec="seconds"),
-            "commit": version.source.get("commit"),
-            "shards": len(version.shard_ids),
-            "tokens": sum(sums["tokens"] for sums in version.totals.values()),
-            "changes": changes,
-        }
+    Next: gpt2 dataset diff A B compares two of them
+    """
+    from storage.datasets.versions import history, sealed_at
+
+    config, store = load_with_store(config_file, overrides)
+    versions = list(history(store, config.data.dataset))
+    for version, parent in zip(versions, [*versions[1:], None], strict=True):
+        facts = _version_facts(version, sealed_at(store, config.data.dataset, version), parent)
         if as_json:
             print(json.dumps(facts))
             continue
         commit = f", commit {facts['commit'][:12]}" if facts["commit"] else ""
-        _say(version.digest[:12], f"{facts['sealed']}  {facts['shards']:,} shards, {facts['tokens']:,} tokens{commit}")
-        if changes:
-            _say("", _changes(changes))
+        counts = f"{facts['shards']:,} shards, {facts['tokens']:,} tokens{commit}"
+        say(version.digest[:12], f"{facts['sealed']}  {counts}")
+        if facts["changes"]:
+            say("  changed", _change_counts(facts["changes"]))
 
 
+def _version_facts(version: "Manifest", sealed_at: float, parent: "Manifest | None") -> dict[str, Any]:
+    from storage.datasets.versions import difference
+
+    return {
+        "manifest": version.digest,
+        "sealed": datetime.fromtimestamp(sealed_at, UTC).isoformat(timespec="seconds"),
+        "commit": version.origin.get("commit"),
+        "shards": len(version.shard_ids),
+        "tokens": version.tokens,
+        "changes": difference(parent, version).to_json() if parent else None,
+    }
+
+
+@dataset_app.command()
 def diff(
-    old: Annotated[str, typer.Argument(help="A version: the beginning of its manifest's digest.", metavar="A")],
-    new: Annotated[str, typer.Argument(help="Another one, or latest.", metavar="B")] = "latest",
-    config: ConfigFile = None,
+    old: Annotated[str, typer.Argument(help="A version: the first characters of its digest.", metavar="A")],
+    new: Annotated[str, typer.Argument(help="Another version, or latest.", metavar="B")] = "latest",
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """What version B holds that version A does not, and the other way round: files, shards, documents, tokens."""
+    """Compare two versions: the files, shards, documents and tokens that B adds to A and removes from it.
+
+    Example: gpt2 dataset diff 1a2b3c4d latest
+
+    gpt2 dataset log lists the digests.
+    """
     from storage.datasets.versions import difference, find_version
 
-    store, asked = _opened(config, overrides)
-    versions = [find_version(store, asked.data.dataset, name) for name in (old, new)]
-    found: dict[str, Any] = difference(*versions).to_json()
+    config, store = load_with_store(config_file, overrides)
+    old_version, new_version = (find_version(store, config.data.dataset, digest) for digest in (old, new))
+    changes: dict[str, Any] = difference(old_version, new_version).to_json()
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(changes))
         return
-    _say("changes", _changes(found))
-    for how, names in found["files"].items():
+    say("changes", _change_counts(changes))
+    for kind, names in changes["files"].items():
         for name in names:
-            _say(how, name)
-    for name in found["settings"]:
-        _say("setting", f"{name} differs")
+            say(kind, name)
+    for name in changes["settings"]:
+        say("setting", f"{name} differs")
 
 
+@dataset_app.command()
 def show(
-    config: ConfigFile = None,
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
     version: Version = "latest",
     as_json: AsJson = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots there.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.", metavar="FILE")] = None,
 ) -> None:
-    """The dataset's card: totals, source files, dumps, lengths of documents, what was left out, leaks."""
+    """Show the dataset card: totals, source files, crawl dumps, document lengths, filtered documents, leaks.
+
+    Example: gpt2 dataset show --html card.html
+    """
     from flows.pages.dataset_card import page, print_card
     from storage.datasets.versions import find_version
     from storage.inspection.summary import summarise
 
-    store, asked = _opened(config, overrides)
+    config, store = load_with_store(config_file, overrides)
     with console.status("reading the records of its shards"):
-        found = summarise(store, asked.data.dataset, find_version(store, asked.data.dataset, version)).to_json()
+        card = summarise(store, config.data.dataset, find_version(store, config.data.dataset, version)).to_json()
     if html is not None:
-        try:
-            part = html.with_name(f"{html.name}.part")
-            part.write_bytes(page(found))
-            part.replace(html)
-        except OSError as error:
-            raise ValueError(
-                f"--html {html}: {error.strerror}. Give a file in a folder that can be written."
-            ) from error
+        _write_page(html, page(card))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(card))
     elif html is not None:
-        _say("show", f"written to {html}")
+        say("show", f"written to {html}")
     else:
-        print_card(console, found)
+        print_card(console, card)
 
 
+def _write_page(path: Path, body: bytes) -> None:
+    try:
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(body)
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(f"--html {path}: {error.strerror}. Give a file in a writable folder.") from error
+
+
+@dataset_app.command()
 def trace(
-    config: ConfigFile = None,
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
-    split: Annotated[Split, typer.Option(help="The split of the window.")] = Split.train,
-    window: Annotated[int | None, typer.Option(min=0, help="A window, counted from 0.", metavar="K")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="All windows of a step of the run.", metavar="N")] = None,
-    checkpoint: Annotated[
-        int | None, typer.Option(min=0, help="What a checkpoint saw; 0: the newest.", metavar="N")
-    ] = None,
-    evaluation: Annotated[
-        str | None, typer.Option(help="What an evaluation was made of: val_loss, hellaswag, …", metavar="NAME")
-    ] = None,
+    split: Annotated[Split, typer.Option(help="The split that --window counts in.")] = Split.train,
+    window: Annotated[int | None, typer.Option(min=0, help="One window, counted from 0.", metavar="K")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="All windows of one training step.", metavar="N")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Where tokens came from: the documents of a window or a step, or all that a checkpoint or an evaluation used.
+    """Show the source documents of a window or of a training step: file, row, id, URL and text.
 
-    A window of train is counted as training sees them, one of val as validation does. The run is the configuration's
-    name (--set name=…); where none was started, its settings on the dataset's newest version.
+    Windows of train are counted in training order, those of val in validation order.
+    The run is the one that the configuration names (--set name=NAME).
+    If it was never started, its settings are applied to the dataset's newest version.
+
+    Example: gpt2 dataset trace --step 100
     """
-    from flows.inspection import trace as lineage
+    from flows.inspection.trace import trace_target, window_range, windows
+
+    config, store = load_with_store(config_file, overrides)
+    target = trace_target(store, config)
+    first, count = window_range(target, split, window, step)
+    for number, document in windows(store, config, target, split, first, count):
+        text = _text(document)
+        if as_json:
+            _print_document_json(number, document, text)
+        else:
+            _print_document(number, document, text if step is None else " ".join(text.split())[:STEP_TEXT_CHARACTERS])
+
+
+def _text(document: "Traced") -> str:
     from model import tokenizer
 
-    store, wanted = _opened(config, overrides)
-    one = lineage.asked(store, wanted)
-    given = [value is not None for value in (window, step)]
-    if (checkpoint is not None or evaluation is not None) and not any(given):
-        _ancestry(lineage.ancestry(store, one, checkpoint, evaluation), as_json)
-        return
-    if sum(given) != 1 or checkpoint is not None or evaluation is not None:
-        raise ValueError(
-            "one of --window K, --step N, and --checkpoint N with --evaluation NAME was asked for. Give one of them: "
-            "gpt2 dataset trace --split train --window 0"
-        )
-    if step is not None and split is not Split.train:
-        raise ValueError("--step was asked for of split val: steps are made of train's windows. Leave --split out.")
-    size = one.train.batch_windows
-    first, count = (window, 1) if window is not None else ((step or 0) * size, size)
-    for number, found in lineage.windows(store, wanted, one, split, first, count):
-        text = tokenizer.decode([token for token in found.ids.tolist() if token != tokenizer.EOT])
-        if as_json:
-            facts = found._asdict() | {"ids": found.ids.tolist(), "text": text, "window": number}
-            print(json.dumps(facts, default=str))  # ids may be of any type
-            continue
-        where = found.source + (f" row {found.row:,}" if found.row is not None else f" ({found.why})")
-        named = "".join(
-            f", {name} {value}" for name, value in (("id", found.id), ("url", found.url)) if value is not None
-        )
-        _say(f"window {number}", f"{where}{named}; document {found.document:,} of shard {found.shard_id}")
-        shown = text if window is not None else " ".join(text.split())[:160]
-        console.print(shown, highlight=False, markup=False, style="dim")
+    return tokenizer.decode([token for token in document.ids.tolist() if token != tokenizer.EOT])
 
 
+def _print_document_json(window: int, document: "Traced", text: str) -> None:
+    facts = document._asdict() | {"ids": document.ids.tolist(), "text": text, "window": window}
+    print(json.dumps(facts, default=str))  # a document's id may be of any type
+
+
+def _print_document(window: int, document: "Traced", text: str) -> None:
+    place = f" row {document.row:,}" if document.row is not None else f" ({document.why})"
+    names = [f"{name} {value}" for name, value in (("id", document.id), ("url", document.url)) if value is not None]
+    source = ", ".join([document.source + place, *names])
+    say(f"window {window}", f"{source}; document {document.document:,} of shard {document.shard_id}")
+    console.print(text, style="dim")
+
+
+@dataset_app.command()
 def export(
     to: Annotated[Path, typer.Argument(help="The folder to write to.", metavar="FOLDER")],
-    layout: Annotated[Format, typer.Option("--format", help="Whose files.")],
-    config: ConfigFile = None,
+    layout: Annotated[Format, typer.Option("--format", help="The program that will read the files.")],
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
     version: Version = "latest",
 ) -> None:
-    """Write the dataset as nanoGPT (train.bin, val.bin) or llm.c (shards with a header) read it."""
+    """Write the dataset as token files for nanoGPT (train.bin, val.bin) or llm.c (shards with a header).
+
+    Example: gpt2 dataset export tokens --format nanogpt
+    """
     from storage.datasets.export import export as write
     from storage.datasets.versions import find_version
 
-    store, asked = _opened(config, overrides)
-    manifest = find_version(store, asked.data.dataset, version)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("export", total=sum(row.tokens for row in manifest.rows()))
-        files = write(store, asked.data.dataset, manifest, to, layout, lambda tokens: progress.advance(bar, tokens))
+    config, store = load_with_store(config_file, overrides)
+    manifest = find_version(store, config.data.dataset, version)
+    with progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
+        files = write(store, config.data.dataset, manifest, to, layout, advance)
     for file in files[:2]:
-        _say("export", str(file))
-    _say("export", f"{len(files):,} files of {len(manifest.shard_ids):,} shards, manifest {manifest.digest[:12]}")
+        say("export", str(file))
+    say("export", f"{len(files):,} files of {len(manifest.shard_ids):,} shards, manifest {manifest.digest[:12]}")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Give these verbs to the group `gpt2 dataset`."""
-    for verb in (log, diff, show, trace, export):
-        app.command()(verb)
-
-
-def _opened(config: Path | None, overrides: list[str] | None) -> tuple[Store, RunConfig]:
-    asked = load_config(config, overrides or [])
-    return open_store(asked.store_url), asked
-
-
-def _changes(found: dict[str, Any]) -> str:
-    parts = [
-        f"{what} +{found[what]['added']:,} -{found[what]['removed']:,}" for what in ("shards", "documents", "tokens")
+def _change_counts(changes: dict[str, Any]) -> str:
+    counts = [
+        f"{what} +{changes[what]['added']:,} -{changes[what]['removed']:,}"
+        for what in ("shards", "documents", "tokens")
     ]
-    files = ", ".join(f"{len(names):,} {how}" for how, names in found["files"].items() if names)
-    return ", ".join(parts) + f"; files: {files or 'the same'}"
-
-
-def _ancestry(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for name in (
-        "run",
-        "checkpoint",
-        "evaluation",
-        "metrics",
-        "items",
-        "job",
-        "windows",
-        "epochs",
-        "dataset",
-        "manifest",
-    ):
-        if facts.get(name) is not None:
-            _say(name, str(facts[name]))
-    for name, value in facts["source"].items():
-        _say(f"source {name}", str(value))
-    _say("shards", f"{len(facts['shards']):,} of split {facts['split']}")
-    for shard_id in facts["shards"]:
-        _say("", shard_id)
-    for file in facts["files"]:
-        _say("file", f"{file['name']}  {file['digest']}")
-
-
-def _say(name: str, text: str) -> None:
-    console.print(f"{name:<14} {text}", highlight=False, markup=False)
+    files = ", ".join(f"{len(names):,} {kind}" for kind, names in changes["files"].items() if names)
+    return f"{', '.join(counts)}; files: {files or 'the same'}"

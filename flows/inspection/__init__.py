@@ -1,1 +1,1 @@
-"""What can be told about runs from the store alone, without Prefect."""
+"""What the store alone says about runs and datasets, without Prefect."""

@@ -1,12 +1,13 @@
-"""Checks of what a run needs, each a verdict with its remedy. Changes nothing but a probe object in the store."""
+"""Checks what a run needs; each verdict says what to do. Changes nothing but a probe object in the store."""
 
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from flows.platform.server import served_port
@@ -18,79 +19,91 @@ from storage.errors import StorageError
 from storage.stores.opening import open_store
 from storage.stores.store import clock
 
-PACKAGES = ("torch", "prefect", "tiktoken", "numpy", "pyarrow", "boto3", "fastapi", "sqlalchemy")
-SKEW_SECONDS = 60  # S3 refuses requests of 15 minutes
+SKEW_SECONDS = 60  # S3 refuses requests that are 15 minutes off
 FREE_BYTES = 5 * 10**9  # three checkpoints of GPT-2 124M are 4.5 GB
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was looked at, whether it is well, and what was found or what to do."""
+    """What was checked, whether it is fine, and the facts or the remedy."""
 
-    what: str
-    well: bool
-    found: str
+    check: str
+    ok: bool
+    detail: str
 
 
 def examine(store_url: str) -> Iterator[Verdict]:
-    """Every verdict, one after the other."""
+    """Yields one verdict after the other."""
     yield Verdict("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        yield _package(package)
-    yield _tried("tokenizer", lambda: f"gpt2, {len(tokenizer.encode('hello world'))} tokens in 'hello world'")
+    yield _packages()
+    yield _attempt("tokenizer", lambda: f"gpt2, {len(tokenizer.encode('hello world'))} tokens in 'hello world'")
     yield from _store(store_url)
     yield _disk()
-    yield _tried("cache", _cache)
+    yield _attempt("cache", _cache)
     port = served_port()
-    yield Verdict(
-        "server", True, f"gpt2 serve answers on port {port}" if port else "none runs here; a verb starts its own"
+    served = f"gpt2 serve answers on port {port}" if port else "not running here; each verb starts its own"
+    yield Verdict("server", True, served)
+
+
+def _attempt(check: str, detail: Callable[[], str]) -> Verdict:
+    try:
+        return Verdict(check, True, detail())
+    except (ValueError, OSError, StorageError) as error:
+        return Verdict(check, False, str(error))
+
+
+def _packages() -> Verdict:
+    """Whether every dependency is installed, and the versions of the two that bug reports need."""
+    required = [line for line in requires("gpt2-pipeline") or [] if "extra ==" not in line]
+    versions = {name: _version(name) for name in (re.split(r"[^\w.-]", line)[0] for line in required)}
+    missing = [name for name, installed in versions.items() if installed is None]
+    if missing:
+        remedy = "run make demo, or pip install -e . in this environment"
+        return Verdict("packages", False, f"not installed: {', '.join(missing)}; {remedy}")
+    return Verdict(
+        "packages",
+        True,
+        f"all {len(versions)} installed, torch {versions['torch']}, prefect {versions['prefect']}",
     )
 
 
-def _package(name: str) -> Verdict:
+def _version(package: str) -> str | None:
     try:
-        return Verdict(name, True, version(name))
+        return version(package)
     except PackageNotFoundError:
-        return Verdict(name, False, "not installed: run make demo, or pip install -e . in this environment")
-
-
-def _tried(what: str, look: Callable[[], str]) -> Verdict:
-    try:
-        return Verdict(what, True, look())
-    except (ValueError, OSError, StorageError) as error:
-        return Verdict(what, False, str(error))
+        return None
 
 
 def _store(url: str) -> Iterator[Verdict]:
-    """Reachability and credentials, conditional writes, checksums, clocks: as far as one comes."""
+    """Access, conditional writes, checksums and clock. Stops at the first failure."""
     try:
         store = open_store(url, create=True)
         yield Verdict("store", True, f"{url}: reads and writes with these credentials")
-        found = store.probe()
-        yield Verdict("conditions", True, f"{found.server}: create-only put and compare-and-swap are honoured")
-        refused = "a body that was damaged on its way is refused"
-        stored = "a damaged body is stored; reads find it by its sha256, but later: update the server"
-        yield Verdict("checksums", found.refuses_damaged, refused if found.refuses_damaged else stored)
-        skew = abs(clock(store) - time.time())
-        well = skew < SKEW_SECONDS
-        yield Verdict("clock", well, f"{skew:.0f} s from the store's" + ("" if well else "; set it, S3 refuses 900 s"))
+        probe = store.probe()
+        yield Verdict("conditions", True, f"{probe.server}: create-only put and compare-and-swap are honoured")
+        if probe.refuses_damaged:
+            yield Verdict("checksums", True, "a body damaged in transit is refused")
+        else:
+            late = "a body damaged in transit is stored, and only detected when it is read: update the server"
+            yield Verdict("checksums", False, late)
+        skew_seconds = abs(clock(store) - time.time())
+        remedy = "" if skew_seconds < SKEW_SECONDS else "; synchronise it, S3 refuses a difference of 900 s"
+        yield Verdict("clock", not remedy, f"{skew_seconds:.0f} s from the store's{remedy}")
     except (ValueError, OSError, StorageError) as error:
         yield Verdict("store", False, str(error))
 
 
-def _cache() -> str:
-    host = HostCache(host_cache.FOLDER, shard_cache.LIMIT_BYTES)
-    aside = len(host.quarantined())
-    return f"{host_cache.FOLDER}: {host.used_bytes() / 1e9:.1f} GB of shards" + (
-        f", {aside} damaged files set aside: check this disk, then gpt2 gc --delete" if aside else ""
-    )
-
-
 def _disk() -> Verdict:
-    free = shutil.disk_usage(Path.cwd()).free
-    found = f"{free / 1e9:,.1f} GB free here"
-    return Verdict(
-        "disk",
-        free > FREE_BYTES,
-        found if free > FREE_BYTES else f"{found}; a full run wants {FREE_BYTES / 1e9:.0f} GB",
-    )
+    free_bytes = shutil.disk_usage(Path.cwd()).free
+    enough = free_bytes > FREE_BYTES
+    needed = "" if enough else f"; a full run needs {FREE_BYTES / 1e9:.0f} GB"
+    return Verdict("disk", enough, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
+
+
+def _cache() -> str:
+    cache = HostCache(host_cache.FOLDER, shard_cache.LIMIT_BYTES)
+    usage = f"{host_cache.FOLDER}: {cache.used_bytes() / 1e9:.1f} GB of shards"
+    quarantined = len(cache.quarantined())
+    if quarantined:
+        usage += f", {quarantined} damaged files in quarantine: check this disk, then gpt2 gc --delete"
+    return usage

@@ -1,10 +1,11 @@
-"""What there is to tell about a run, from the store alone: training, evaluations, samples, lineage. Draws nothing."""
+"""The facts that a report shows about a run: training, dataset, evaluations, samples, lineage. Reads the store only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flows.pages.dataset_card import leak_line
 from model.checkpoints.records import CheckpointRecord, checkpoints, read_metrics
+from model.evaluation.results import Evaluation
 from model.runs.job import read_result
 from model.runs.run import Run, find_run, training_job
 from storage.datasets.manifest import read_manifest
@@ -12,20 +13,18 @@ from storage.errors import ObjectMissing
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Store, read_json
 
-Facts = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Reference:
-    """A published number, beside which the same metric of a run is shown, and no other one."""
+    """A published value of one metric, shown beside the same metric of a run and no other."""
 
     metric: str
     value: float
-    what: str
-    source: str = ""  # of the dataset, where the metric is about its val split
+    label: str
+    source: str = ""  # the dataset that the value belongs to, for metrics of a val split
 
 
-# OpenAI's GPT-2 124M, as karpathy/build-nanogpt measured it (hellaswag.py, play.ipynb) or quotes it of the harness
+# OpenAI's GPT-2 124M, as karpathy/build-nanogpt measured it (hellaswag.py, play.ipynb) or quotes it for the harness
 REFERENCES = (
     Reference("val_loss_t1024", 3.2924, "GPT-2 124M, first shard of FineWeb-Edu", "HuggingFaceFW/fineweb-edu"),
     Reference("hellaswag_completion_acc", 0.2859, "GPT-2 124M, completion style, 10,042 items"),
@@ -35,112 +34,190 @@ REFERENCES = (
 )
 
 
-def run_facts(store: Store, name: str) -> Facts:
-    """All that a report shows of a run. Raises ObjectMissing when there is neither a run nor a model of that name."""
-    kept = checkpoints(store, name)
+@dataclass(frozen=True)
+class TrainingFacts:
+    """How far a training is and what it learnt; of an imported model `max_steps` is 0 and the losses are None."""
+
+    steps: int
+    max_steps: int
+    first_loss: float | None
+    last_loss: float | None
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """The dataset version of a run."""
+
+    name: str
+    manifest: str
+    parent: str | None
+    source: str
+    origin: dict[str, Any]  # the Hub's dataset, config, commit and licence
+    totals: dict[str, Any]  # sums by split
+    shards: int
+    tokens: int
+    tokenizer: dict[str, Any]
+    leaks: str
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """The samples of one checkpoint: their sampling settings, and texts as {prompt, text}."""
+
+    step: int
+    settings: str
+    texts: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything that a report shows about a run."""
+
+    name: str
+    code_version: str | None
+    config: dict[str, Any]
+    dataset: DatasetFacts | None
+    metrics: list[dict[str, Any]]  # one line of the log for each step
+    training: TrainingFacts
+    evaluations: list[Evaluation]  # those with metrics, by step
+    samples: list[SampleFacts]  # the newest first
+    references: dict[str, Reference]  # by metric
+    lineage: list[tuple[str, str]]
+    environment: list[tuple[str, str]]
+
+
+def run_facts(store: Store, name: str) -> RunFacts:
+    """The facts of a run or of an imported model. Raises ObjectMissing when the store has neither of that name."""
+    records = checkpoints(store, name)
     run = find_run(store, name)
-    if run is None and not kept:
-        raise ObjectMissing(f"run {name!r}: a report was asked for, store {store.url!r} has no such run. gpt2 status")
+    if run is None and not records:
+        raise ObjectMissing(f"store {store.url!r} has no run {name!r} to report on. List its runs: gpt2 status")
     metrics = read_metrics(store, name)
-    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # a skipped step's may be no number
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # None: NaN in a skipped step
     evaluations = read_evaluations(store, name)
-    config = run.config if run else {"model": kept[-1].model}
+    config = run.config if run else {"model": records[-1].model}
     dataset = _dataset(store, run, evaluations)
+    return RunFacts(
+        name=name,
+        code_version=run.code_version if run else None,
+        config=config,
+        dataset=dataset,
+        metrics=metrics,
+        training=TrainingFacts(
+            steps=records[-1].step if records else 0,
+            max_steps=config["train"]["max_steps"] if run else 0,
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+        ),
+        evaluations=[evaluation for evaluation in evaluations if evaluation.metrics],
+        samples=list(_samples(evaluations)),
+        references=references(evaluations, dataset),
+        lineage=list(_lineage(run, records, dataset, evaluations)),
+        environment=_environment(store, run, evaluations),
+    )
+
+
+def read_evaluations(store: Store, run: str) -> list[Evaluation]:
+    """The evaluations of a run in the store, by step and name."""
+    listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
+    values = (read_json(store, key) for key in listed_keys)  # None: deleted since, as its job is running again
+    return [Evaluation.from_json(value) for value in values if value is not None and "job" in value]
+
+
+def newest(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """The evaluation of the last step for each kind."""
+    return list({evaluation.name: evaluation for evaluation in evaluations}.values())
+
+
+def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> dict[str, Reference]:
+    """The published values of the metrics that the run has, measured on the same data."""
+    metrics = {metric for evaluation in evaluations for metric in evaluation.metrics}
+    sources = ("", dataset.source if dataset else "")
     return {
-        "name": name,
-        "code_version": run.code_version if run else None,
-        "config": config,
-        "dataset": dataset,
-        "metrics": metrics,
-        "training": {
-            "steps": kept[-1].step if kept else 0,
-            "max_steps": config["train"]["max_steps"] if run else 0,
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
-        },
-        "evaluations": [one for one in evaluations if one["metrics"]],
-        "samples": [
-            {"step": one["step"], "how": one["drawn"], "texts": one["samples"]}
-            for one in reversed(evaluations)
-            if "samples" in one
-        ],
-        "references": references(evaluations, dataset),
-        "lineage": _lineage(run, kept, dataset, evaluations),
-        "environment": _environment(store, run, evaluations),
+        reference.metric: reference
+        for reference in REFERENCES
+        if reference.metric in metrics and reference.source in sources
     }
 
 
-def read_evaluations(store: Store, run: str) -> list[Facts]:
-    """The evaluations of a run that are there, by step and name."""
-    listed = sorted(one.key for one in store.list(RunKeys(run).evaluations) if one.key.endswith(".json"))
-    found = (read_json(store, key) for key in listed)  # one that is being made again may have gone meanwhile
-    return [one for one in found if one is not None and "job" in one]
+def leak_line(report: dict[str, Any] | None) -> str:
+    """The result of a leak report in one line."""
+    if report is None:
+        return "not checked yet: gpt2 dataset audit"
+    documents, duplicates, items = report["documents"], report["duplicates"], report["items"]
+    line = (
+        f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are in train too, "
+        f"{duplicates['train']:,} of {documents['train']:,} train documents repeat another"
+    )
+    if items is None:
+        return line
+    return (
+        f"{line}; of {items['count']:,} HellaSwag items {items['contexts']:,} share {items['words']} words of their "
+        f"context with train, {items['endings']:,} of an ending ({items['shorter']:,} contexts are shorter than that)"
+    )
 
 
-def newest(evaluations: list[Facts]) -> list[Facts]:
-    """Those of the last step that each kind was asked about."""
-    return list({one["name"]: one for one in evaluations}.values())
-
-
-def references(evaluations: list[Facts], dataset: Facts | None) -> dict[str, Reference]:
-    """The published numbers that are of the same metrics as the run's own."""
-    own = {metric for one in evaluations for metric in one["metrics"]}
-    source = dataset["source"] if dataset else ""
-    return {one.metric: one for one in REFERENCES if one.metric in own and one.source in ("", source)}
-
-
-def _dataset(store: Store, run: Run | None, evaluations: list[Facts]) -> Facts | None:
-    """The version that the run is pinned to; of an imported model the last one that it was asked about."""
-    asked = [(one["dataset"], one["data"]) for one in evaluations if "dataset" in one]
-    if run is None and not asked:
-        return None
-    name, digest = (run.dataset, run.manifest) if run else asked[-1]
+def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:
+    """The version that the run is pinned to, or the last one that an imported model was evaluated on."""
+    if run:
+        name, digest = run.dataset, run.manifest
+    else:
+        evaluated_on = [(one.dataset, one.data) for one in evaluations if one.dataset and one.data]
+        if not evaluated_on:
+            return None
+        name, digest = evaluated_on[-1]
     manifest = read_manifest(store, name, digest)
-    return {
-        "name": name,
-        "manifest": digest,
-        "parent": manifest.parent,
-        "source": run.config["data"]["source"] if run else manifest.source.get("dataset", ""),
-        "origin": {name: value for name, value in manifest.source.items() if name != "files"},
-        "totals": manifest.totals,
-        "shards": len(manifest.shard_ids),
-        "tokens": sum(sums["tokens"] for sums in manifest.totals.values()),
-        "tokenizer": manifest.tokenizer,
-        "leaks": leak_line(read_json(store, DatasetKeys(name).leaks(digest))),
-    }
+    return DatasetFacts(
+        name=name,
+        manifest=digest,
+        parent=manifest.parent,
+        source=run.config["data"]["source"] if run else manifest.source.get("dataset", ""),
+        origin={field: value for field, value in manifest.source.items() if field != "files"},
+        totals=manifest.totals,
+        shards=len(manifest.shard_ids),
+        tokens=sum(sums["tokens"] for sums in manifest.totals.values()),
+        tokenizer=manifest.tokenizer,
+        leaks=leak_line(read_json(store, DatasetKeys(name).leaks(digest))),
+    )
+
+
+def _samples(evaluations: list[Evaluation]) -> Iterator[SampleFacts]:
+    for evaluation in reversed(evaluations):
+        if evaluation.samples is not None:
+            yield SampleFacts(evaluation.step, evaluation.drawn or "", evaluation.samples)
 
 
 def _lineage(
-    run: Run | None, kept: list[CheckpointRecord], dataset: Facts | None, evaluations: list[Facts]
-) -> list[tuple[str, str]]:
-    """What each thing was made of, from the source to the numbers, each by its digest."""
-    lines = []
+    run: Run | None, records: list[CheckpointRecord], dataset: DatasetFacts | None, evaluations: list[Evaluation]
+) -> Iterator[tuple[str, str]]:
+    """What everything was made from, source to metrics, each by its digest."""
     if dataset:
-        lines += [(f"source {name}", str(value)) for name, value in dataset["origin"].items()]
-        lines += [(f"manifest of {dataset['name']}", dataset["manifest"])]
-        lines += [("follows manifest", dataset["parent"])] if dataset["parent"] else []
+        for field, value in dataset.origin.items():
+            yield f"source {field}", str(value)
+        yield f"manifest of {dataset.name}", dataset.manifest
+        if dataset.parent:
+            yield "follows manifest", dataset.parent
     if run and run.start:
-        lines.append(("began with", f"step {run.start['step']:,} of run {run.start['run']}"))
+        yield "began with", f"step {run.start['step']:,} of run {run.start['run']}"
     if run:
-        lines.append(("training job", training_job(run).job_id))
-    lines += [(f"weights of step {one.step:,}", one.files["model.safetensors"]["sha256"]) for one in kept]
-    lines += [
-        (f"{one['name']} of step {one['step']:,}", f"{one['job']}, data {one.get('data', 'none')}")
-        for one in evaluations
-    ]
-    return lines
+        yield "training job", training_job(run).job_id
+    for record in records:
+        yield f"weights of step {record.step:,}", record.files["model.safetensors"].sha256
+    for one in evaluations:
+        yield f"{one.name} of step {one.step:,}", f"{one.job}, data {one.data or 'none'}"
 
 
-def _environment(store: Store, run: Run | None, evaluations: list[Facts]) -> list[tuple[str, str]]:
-    """Where it was trained, once the training is done, and where it was evaluated."""
-    found: dict[str, list[str]] = {}
+def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    """What ran on which machine: the training, once it is done, and the newest evaluations."""
+    names_by_machine: dict[str, list[str]] = {}
     trained = read_result(store, training_job(run)) if run else None
     if trained and "environment" in trained:
-        found.setdefault(_words(trained["environment"]), []).append("training")
+        names_by_machine.setdefault(_machine(trained["environment"]), []).append("training")
     for one in newest(evaluations):
-        found.setdefault(f"{_words(one['environment'])}, {one['precision']}", []).append(one["name"])
-    return [(", ".join(names), words) for words, names in found.items()]
+        machine = f"{_machine(one.environment)}, {one.precision}"
+        names_by_machine.setdefault(machine, []).append(one.name)
+    return [(", ".join(names), machine) for machine, names in names_by_machine.items()]
 
 
-def _words(environment: dict[str, Any]) -> str:
+def _machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in environment.items())

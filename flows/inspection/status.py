@@ -1,5 +1,6 @@
-"""What is done, what is missing and what failed and why: read from the store alone, with no Prefect at all."""
+"""What is done, what is missing and what failed, read from the store alone: works without Prefect."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,99 +14,128 @@ from storage.errors import ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
+Evaluation = tuple[str, int]  # kind, step
+
 
 @dataclass(frozen=True)
 class Line:
-    """One thing in the store: what it is, how far it is, and why it failed last, if it did."""
+    """One part of a run or dataset, its state, and the error of its last attempt if that failed."""
 
     what: str
     state: str
-    why: str = ""
+    error: str = ""
+
+
+def store_status(store: Store) -> list[Line]:
+    """The status of every run, then of every dataset."""
+    lines = [line for name in run_names(store) for line in run_status(store, name)]
+    return lines + [line for name in dataset_names(store) for line in dataset_status(store, name)]
 
 
 def run_names(store: Store) -> list[str]:
     """The runs that were started in this store, and the models that were imported into it."""
-    there = {listed.key for listed in store.list(keys.RUNS)}
-    names = {key.removeprefix(keys.RUNS).split("/")[0] for key in there}
-    return sorted(name for name in names if {RunKeys(name).config, RunKeys(name).checkpoint_record(0)} & there)
+    run_keys = {listed.key for listed in store.list(keys.RUNS)}
+    names = {key.removeprefix(keys.RUNS).split("/")[0] for key in run_keys}
+    return sorted(name for name in names if {RunKeys(name).config, RunKeys(name).checkpoint_record(0)} & run_keys)
 
 
 def dataset_names(store: Store) -> list[str]:
-    """The datasets of which anything is there."""
+    """The datasets with at least one object in the store."""
     return sorted({listed.key.removeprefix(keys.DATASETS).split("/")[0] for listed in store.list(keys.DATASETS)})
 
 
 def dataset_status(store: Store, dataset: str) -> list[Line]:
-    """The dataset's newest version, and the shard jobs that failed last."""
+    """The dataset's newest version, and its failed shard jobs."""
     manifest = latest_manifest(store, dataset)
     failures = records.failures(store, dataset)
     if manifest is None:
-        lines = [Line(f"dataset {dataset}", "not sealed yet: gpt2 dataset build goes on")]
+        lines = [Line(f"dataset {dataset}", "not sealed yet; continue with gpt2 dataset build")]
     else:
         finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.summaries)
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
-        failures = {name: why for name, why in failures.items() if name not in finished}  # made since
-    return lines + [Line(f"  shard {name}", "failed", why) for name, why in failures.items()]
+        failures = {shard_id: error for shard_id, error in failures.items() if shard_id not in finished}
+    return lines + [Line(f"  shard {shard_id}", "failed", error) for shard_id, error in failures.items()]
 
 
 def run_status(store: Store, name: str) -> list[Line]:
-    """Every part of a run: its dataset, training, evaluations and report. Raises ObjectMissing for no such run."""
-    if name not in (known := run_names(store)):
-        raise ObjectMissing(
-            f"run {name!r} is not in store {store.url!r}, found: {', '.join(known) or 'none'}. Give one of these."
-        )
+    """Every part of a run: its dataset, training, evaluations and report. Raises ObjectMissing for an unknown run."""
+    known_names = run_names(store)
+    if name not in known_names:
+        raise ObjectMissing(f"run {name!r} is not in store {store.url!r}. Its runs: {', '.join(known_names) or 'none'}")
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
     run = find_run(store, name)
     if run is None:
-        lines, wanted = [Line(f"run {name}", "a model that was imported, not trained here")], ["samples"]
+        lines = [Line(f"run {name}", "a model that was imported, not trained here")]
+        kinds = ["samples"]
     else:
-        lines = _trained(store, run, step)
-        asked: Any = read_json(store, RunKeys(name).request) or run.config
-        wanted = ["val_loss", "hellaswag" if asked["evaluation"]["hellaswag"] else "completion", "samples"]
-    lines += _evaluated(store, name, step, wanted)
-    reported = any(True for _ in store.list(RunKeys(name).report("html")))
-    return [*lines, Line("  report", "written" if reported else "missing")]
+        lines = _training_status(store, run, step)
+        request: Any = read_json(store, RunKeys(name).request) or run.config
+        kinds = ["val_loss", "hellaswag" if request["evaluation"]["hellaswag"] else "completion", "samples"]
+    lines += _evaluation_status(store, name, step, kinds)
+    report_written = any(store.list(RunKeys(name).report("html")))
+    return [*lines, Line("  report", "written" if report_written else "missing")]
 
 
-def _trained(store: Store, run: Run, step: int) -> list[Line]:
+def _training_status(store: Store, run: Run, step: int) -> list[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
     finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.summaries)
     job = training_job(run)
-    failure = read_json(store, keys.failure(RunKeys(run.name).result(job.job_id)))
-    saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
+    if read_result(store, job) is not None:
+        training = Line("  train", "done")
+    else:
+        saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
+        failure = read_json(store, keys.failure(RunKeys(run.name).result(job.job_id)))
+        training = Line("  train", saved, str(failure["why"]) if failure else "")
     return [
         Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
         Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
-        Line("  train", "done")
-        if read_result(store, job) is not None
-        else Line("  train", saved, str(failure["why"]) if failure else ""),
+        training,
     ]
 
 
-def _evaluated(store: Store, run: str, step: int, wanted: list[str]) -> list[Line]:
-    """A line a kind of evaluation: whether the newest checkpoint has it, and how many of the earlier ones.
+def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> list[Line]:
+    """One line for each kind: whether the newest checkpoint has it, how many earlier ones do, and its failures."""
+    written = _written_evaluations(store, run)
+    errors = _failed_evaluations(store, run, written)
+    every_kind = [*kinds, *(kind for kind, _ in written), *(kind for kind, _ in errors)]
+    return [_evaluation_line(kind, newest_step, written, errors) for kind in dict.fromkeys(every_kind)]
 
-    A failure counts until the same is answered after it, be it asked otherwise.
-    """
+
+def _evaluation_line(kind: str, newest_step: int, written: Iterable[Evaluation], errors: dict[Evaluation, str]) -> Line:
+    steps = {step for written_kind, step in written if written_kind == kind}
+    state = "done" if newest_step in steps else "missing"
+    earlier = len(steps - {newest_step})
+    if earlier:
+        state += f", of {earlier} earlier checkpoints too"
+    return Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
+
+
+def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
+    """When each evaluation was written."""
     prefix = RunKeys(run).evaluations
-    written: dict[tuple[str, int], float] = {}
-    for one in store.list(prefix):
-        if one.key.endswith(".json"):
-            at, _, kind = one.key.removeprefix(prefix).removesuffix(".json").partition("/")
-            written[kind, int(at)] = one.modified
-    failed: dict[tuple[str, int], str] = {}
-    for one in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
-        if (key := keys.failed_job(one.key)) and (failure := read_json(store, one.key)):
-            job = read_job(store, key)
-            if job.kind != "train" and one.modified >= written.get(about := (job.kind, job.recipe["step"]), 0):
-                failed[about] = str(failure["why"])
-    lines = []
-    for kind in dict.fromkeys([*wanted, *(name for name, _ in written), *(name for name, _ in failed)]):
-        steps = {at for name, at in written if name == kind}
-        more = f", of {len(steps - {step})} earlier checkpoints too" if steps - {step} else ""
-        whys = "; ".join(why for (name, _), why in failed.items() if name == kind)
-        lines.append(Line(f"  {kind}", ("done" if step in steps else "missing") + more, whys))
-    return lines
+    written = {}
+    for listed in store.list(prefix):
+        if listed.key.endswith(".json"):
+            step, _, kind = listed.key.removeprefix(prefix).removesuffix(".json").partition("/")
+            written[kind, int(step)] = listed.modified
+    return written
+
+
+def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]) -> dict[Evaluation, str]:
+    """The last error of each evaluation that was not written after it failed, by whichever job."""
+    errors = {}
+    for listed in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
+        job_key = keys.failed_job(listed.key)
+        failure = read_json(store, listed.key) if job_key else None
+        if not job_key or not failure:
+            continue
+        job = read_job(store, job_key)
+        if job.kind == "train":
+            continue
+        evaluation = (job.kind, job.recipe["step"])
+        if listed.modified >= written.get(evaluation, 0):
+            errors[evaluation] = str(failure["why"])
+    return errors

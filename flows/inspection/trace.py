@@ -1,37 +1,31 @@
-"""Lineage for people: the documents behind a window or a step, and what a checkpoint or an evaluation was made of.
+"""Lineage for people: the source documents behind a training window or step.
 
-Reads the store, and the source files where they are at hand; changes nothing, imports no Prefect.
+Reads the store, and the source files that still exist. Changes nothing and imports no Prefect.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from model.checkpoints.records import checkpoints
 from model.config import RunConfig, TrainingConfig
 from model.data.order import WindowOrder
 from model.runs.run import Run, find_run
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, read_manifest
-from storage.datasets.records import read_record
 from storage.datasets.versions import newest_version
-from storage.errors import ObjectMissing, StorageError
+from storage.errors import StorageError
 from storage.inspection import lineage
 from storage.inspection.lineage import Traced
-from storage.keys import RunKeys
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
-from storage.stores.store import Store, read_json
-
-OF_VAL = ("val_loss", "completion")  # evaluations that read the val split; the others read only what was learnt
+from storage.stores.store import Store
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Whose windows are looked at: a run that was started, or what a configuration would train on now."""
+class TraceTarget:
+    """The dataset version and training settings whose windows are traced; `run` is None for a run never started."""
 
     run: Run | None
     dataset: str
@@ -44,103 +38,72 @@ class Asked:
         return WindowOrder(tokens, self.train.sequence_tokens, self.train.seed)
 
 
-def asked(store: Store, config: RunConfig) -> Asked:
-    """The run of the configuration's name as it is pinned, else the configuration on the dataset's newest version."""
+def trace_target(store: Store, config: RunConfig) -> TraceTarget:
+    """The started run of the configuration's name, or else its settings on the dataset's newest version.
+
+    Raises ObjectMissing when neither the run nor the dataset exists.
+    """
     run = find_run(store, config.name)
     if run is None:
-        return Asked(None, config.data.dataset, newest_version(store, config.data.dataset), config.train)
+        return TraceTarget(None, config.data.dataset, newest_version(store, config.data.dataset), config.train)
     manifest = read_manifest(store, run.dataset, run.manifest)
-    return Asked(run, run.dataset, manifest, TrainingConfig.model_validate(run.config["train"]))
+    return TraceTarget(run, run.dataset, manifest, TrainingConfig.model_validate(run.config["train"]))
+
+
+def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
+    """First window and number of windows of one window or one training step. Raises ValueError unless one is given."""
+    if (window is None) == (step is None):
+        raise ValueError("give either --window K or --step N, as in: gpt2 dataset trace --split train --window 0")
+    if window is not None:
+        return window, 1
+    if split != "train":
+        raise ValueError(f"--step with --split {split}: training steps read only train. Leave --split out.")
+    assert step is not None
+    count = target.train.batch_windows
+    return step * count, count
 
 
 def windows(
-    store: Store, config: RunConfig, one: Asked, split: str, first: int, count: int
+    store: Store, config: RunConfig, target: TraceTarget, split: str, first: int, count: int
 ) -> Iterator[tuple[int, Traced]]:
-    """Each window with the documents in it: of train as training sees them, of val as validation does.
+    """Yields each window's number with each of its documents: train in training order, val in validation order.
 
-    Raises ValueError when there are no such windows.
+    Raises ValueError when val has no such windows.
     """
-    order = one.order(split)
+    order = target.order(split)
     if split == "val" and first + count > order.epoch_windows:
         raise ValueError(
-            f"--window {first}: split val has {order.epoch_windows:,} windows of {one.train.sequence_tokens:,} tokens, "
-            f"counted from 0. Give a smaller number."
+            f"--window {first}: split val has {order.epoch_windows:,} windows of {target.train.sequence_tokens:,} "
+            f"tokens, counted from 0. Give a smaller number."
         )
-    located = order.locate(first, count) if split == "train" else order.in_file_order(np.arange(first, first + count))
-    rows, files = list(one.manifest.rows(split)), _files(store, config, one)
-    shard_of, window_of = located
-    cache = ShardCache(store, one.dataset)
-    length = one.train.sequence_tokens
-    found: list[list[Traced]] = [[] for _ in range(count)]
-    for shard in np.unique(shard_of):  # each shard is opened, and its source read, once
-        here = np.flatnonzero(shard_of == shard).tolist()
-        spans = [(window * length, window * length + length + 1) for window in window_of[here].tolist()]
-        documents = lineage.trace(store, one.dataset, rows[shard], cache.open(rows[shard]), spans, files)
-        for number, document in documents:
-            found[here[number]].append(document)
-    for number, documents_of in enumerate(found):
-        yield from ((first + number, document) for document in documents_of)
-
-
-def _files(store: Store, config: RunConfig, one: Asked) -> dict[str, SourceFile]:
-    """The source files at hand, by digest."""
-    files = lineage.hub_files(one.manifest)
-    if not files:
-        data = config.data if one.run is None else RunConfig.model_validate({"data": one.run.config["data"]}).data
-        with suppress(ValueError, StorageError):  # moved or gone: what the store holds is shown all the same
-            found, _ = list_source(store, data.source, data.config, data.revision, "train")
-            files = {file.digest: file for file in found.files}
-    return files
-
-
-def ancestry(store: Store, one: Asked, checkpoint: int | None, evaluation: str | None) -> dict[str, Any]:
-    """What a checkpoint (the newest: 0), and an evaluation of it, goes back to: manifest, shards, source files.
-
-    Raises ObjectMissing when the run, its checkpoint or that evaluation is not there.
-    """
-    if one.run is None:
-        raise ObjectMissing(
-            "a checkpoint or an evaluation was asked for, no run of that name was started. Give --set name=…"
-        )
-    run, found = one.run, {record.step: record for record in checkpoints(store, one.run.name)}
-    step = checkpoint or max(found, default=0)
-    if step not in found:
-        raise ObjectMissing(
-            f"run {run.name!r} keeps no checkpoint of step {step:,}, found {', '.join(map(str, found)) or 'none'}."
-            f" Give one of these."
-        )
-    facts: dict[str, Any] = {"run": run.name, "checkpoint": step, "job": found[step].job}
-    split, windows_used = "train", int(found[step].cursor["next_window"])
-    if evaluation:
-        facts |= _evaluation(store, run, step, evaluation)
-        split = "val" if evaluation in OF_VAL else split
-    order, rows = one.order(split), list(one.manifest.rows(split))
     if split == "train":
-        facts |= {"windows": windows_used, "epochs": round(windows_used / order.epoch_windows, 4)}
-        used = order.shards_before(windows_used)
+        shard_of, window_of = order.locate(first, count)
     else:
-        used = list(range(len(rows)))
-    source = one.manifest.source
-    records = [read_record(store, one.dataset, rows[shard].shard_id) for shard in used]
-    digests = {record.recipe.source: record.source for record in records}
-    return facts | {
-        "dataset": one.dataset,
-        "manifest": one.manifest.digest,
-        "split": split,
-        "shards": [record.shard_id for record in records],
-        "source": {name: value for name, value in source.items() if name != "files"},
-        "files": [{"name": name, "digest": digest} for digest, name in digests.items()],
-    }
+        shard_of, window_of = order.in_file_order(np.arange(first, first + count))
+    rows, files = list(target.manifest.rows(split)), _source_files(store, config, target)
+    cache = ShardCache(store, target.dataset)
+    length = target.train.sequence_tokens
+    documents_of: list[list[Traced]] = [[] for _ in range(count)]
+    for shard in np.unique(shard_of):  # open each shard and read its source once
+        places = np.flatnonzero(shard_of == shard).tolist()
+        spans = [(start * length, start * length + length + 1) for start in window_of[places].tolist()]
+        traced = lineage.trace(store, target.dataset, rows[shard], cache.open(rows[shard]), spans, files)
+        for span, document in traced:
+            documents_of[places[span]].append(document)
+    for place, documents in enumerate(documents_of):
+        for document in documents:
+            yield first + place, document
 
 
-def _evaluation(store: Store, run: Run, step: int, name: str) -> dict[str, Any]:
-    found = read_json(store, RunKeys(run.name).evaluation(step, name))
-    if found is None:
-        prefix = f"{RunKeys(run.name).evaluations}{step:06d}/"
-        names = (one.key.removeprefix(prefix) for one in store.list(prefix))
-        there = sorted(one.removesuffix(".json") for one in names if one.endswith(".json"))
-        raise ObjectMissing(
-            f"run {run.name!r} has no evaluation {name!r} of step {step:,}, found {', '.join(there) or 'none'}. "
-            f"Give one of these."
-        )
-    return {"evaluation": name, "metrics": found["metrics"], "items": found.get("file")}
+def _source_files(store: Store, config: RunConfig, target: TraceTarget) -> dict[str, SourceFile]:
+    """The source files that still exist, by digest."""
+    files = lineage.hub_files(target.manifest)
+    if files:
+        return files
+    data = config.data
+    if target.run is not None:
+        data = RunConfig.model_validate({"data": target.run.config["data"]}).data
+    with suppress(ValueError, StorageError):  # the source moved or is gone: show what the store holds
+        listed, _ = list_source(store, data.source, data.config, data.revision, "train")
+        return {file.digest: file for file in listed.files}
+    return {}

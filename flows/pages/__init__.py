@@ -1,1 +1,1 @@
-"""Pages for people: templates, plots as inline SVG, the dataset card."""
+"""Pages for people: the report, the dataset card, their templates and plots."""

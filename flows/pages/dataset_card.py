@@ -1,4 +1,4 @@
-"""A dataset's card for people: lines for a terminal, a page with plots. Counts nothing: `storage/card.py` does."""
+"""The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` counts."""
 
 from typing import Any
 
@@ -6,21 +6,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.inspection.facts import leak_line
 from flows.pages.drawing import bars, render
 
-MOST_LINES = 20  # of a table on a terminal; the page and --json have all of them
-MOST_BARS = 60
+MAXIMUM_LINES = 20  # of a table on a terminal; the page and --json have all lines
+MAXIMUM_BARS = 60
 BAR_CELLS = 40
 
 
 def print_card(console: Console, card: dict[str, Any]) -> None:
-    """Show the card on a terminal."""
+    """Print the card on a terminal."""
     origin, recipe = card["origin"], card["recipe"]
-    where = f"{origin['dataset']} ({origin['config']})" if "dataset" in origin else "files of this host or a bucket"
+    source = "files of this host or a bucket"
+    if "dataset" in origin:
+        source = f"{origin['dataset']} ({origin['config']})"
+    if origin:
+        source += f" at commit {origin['commit']}, licence {origin['licence']}"
     lines = [
         ("dataset", card["dataset"]),
         ("manifest", card["manifest"] + (f", follows {card['parent'][:12]}" if card["parent"] else ", the first")),
-        ("source", where + (f" at commit {origin['commit']}, licence {origin['licence']}" if origin else "")),
+        ("source", source),
         ("tokenizer", f"{card['tokenizer']['name']}, sha256 {card['tokenizer']['sha256'][:12]}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in recipe.items() if name != "tokenizer")),
         ("left out", f"{card['filtered']:,} of {card['rows']:,} rows ({card['filtered_share']:.1%})"),
@@ -38,40 +43,22 @@ def print_card(console: Console, card: dict[str, Any]) -> None:
 
 def page(card: dict[str, Any]) -> bytes:
     """The card as an HTML page."""
-    files = {one["name"]: one["tokens"] for one in card["files"]}
-    counted = {
+    files = {file["name"]: file["tokens"] for file in card["files"]}
+    counts_by_title = {
         "Documents by length, in tokens": (_lengths(card), "documents"),
         "Documents by dump": (card["dumps"], "documents"),
         "Tokens by source file": (files, "tokens"),
     }
     plots = {
         title: bars(title, list(counts), list(counts.values()), unit)
-        for title, (counts, unit) in counted.items()
-        if counts and len(counts) <= MOST_BARS
+        for title, (counts, unit) in counts_by_title.items()
+        if counts and len(counts) <= MAXIMUM_BARS
     }
-    return render("card.html", card | {"plots": plots, "leaks": leak_line(card["audit"])})
-
-
-def leak_line(report: dict[str, Any] | None) -> str:
-    """What the leak report found, in a line."""
-    if report is None:
-        return "not looked for yet: gpt2 dataset audit"
-    found = report["duplicates"]
-    line = (
-        f"{found['val_in_train']:,} of {report['documents']['val']:,} val documents are in train too, "
-        f"{found['train']:,} of {report['documents']['train']:,} train documents repeat another"
-    )
-    items = report["items"]
-    if items is None:
-        return line
-    return (
-        f"{line}; of {items['count']:,} HellaSwag items {items['contexts']:,} share {items['words']} words of their "
-        f"context with train, {items['endings']:,} of an ending ({items['shorter']:,} contexts are shorter than that)"
-    )
+    return render("card.html", **card, plots=plots, leaks=leak_line(card["audit"])).encode()
 
 
 def _lengths(card: dict[str, Any]) -> dict[str, int]:
-    """Documents by the range of their tokens, from the shortest to the longest there are."""
+    """Documents by length in powers of two, from the shortest document on."""
     shortest = next((power for power, count in enumerate(card["lengths"]) if count), 0)
     return {f"{1 << power:,}+": count for power, count in enumerate(card["lengths"]) if power >= shortest}
 
@@ -81,10 +68,10 @@ def _table(first: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> 
     table.add_column(first, overflow="fold")  # names of a crawl's files differ at their ends
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows[:MOST_LINES]:
+    for row in rows[:MAXIMUM_LINES]:
         table.add_row(Text(row[first]), *(f"{row[name]:,}" for name in numbers))
-    if len(rows) > MOST_LINES:
-        table.add_row(f"and {len(rows) - MOST_LINES:,} more: --json or --html has them all")
+    if len(rows) > MAXIMUM_LINES:
+        table.add_row(f"and {len(rows) - MAXIMUM_LINES:,} more: --json and --html have them all")
     return table
 
 
@@ -94,6 +81,6 @@ def _histogram(title: str, counts: dict[str, int]) -> Table:
     table.add_column("documents", justify="right")
     table.add_column("")
     highest = max([*counts.values(), 1])
-    for name, count in list(counts.items())[:MOST_BARS]:
+    for name, count in list(counts.items())[:MAXIMUM_BARS]:
         table.add_row(Text(name), f"{count:,}", "█" * round(BAR_CELLS * count / highest))
     return table

@@ -1,4 +1,4 @@
-"""Pages for people: HTML of a template, plots as inline SVG. No request leaves a page; legible light and dark."""
+"""Renders templates and draws plots as inline SVG. A page requests nothing and is legible in light and dark."""
 
 import io
 import re
@@ -8,55 +8,63 @@ from typing import Any
 
 import jinja2
 
-INK = "#010203"  # drawn with this colour, then replaced by the page's own
+TEXT_COLOUR = "#010203"  # stands for the page's own text colour, which replaces it in the finished SVG
 LINE, MARK = "#3b82c4", "#d9822b"
 
 
-def render(template: str, facts: dict[str, Any]) -> bytes:
-    """The page of a template beside this module."""
-    templates = jinja2.Environment(
+def render(template: str, **values: Any) -> str:
+    """A template of this folder, filled in; values in an .html template are escaped."""
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("flows", "pages"),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return templates.get_template(template).render(facts).encode()
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(values)
 
 
 def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
-    """What `plot` puts on matplotlib axes, as an inline SVG; the same bytes for the same plot."""
+    """What `plot` draws on matplotlib axes, as an inline SVG; the same bytes for the same plot."""
     import matplotlib as mpl  # 1 s to import, so only when a page is drawn
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.color": INK, "axes.labelcolor": INK,
-                         "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK, "font.size": 10,
-                         "text.parse_math": False}):  # fmt: skip  # a file may be called $x$.parquet
+    coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    style: dict[Any, Any] = dict.fromkeys(coloured, TEXT_COLOUR) | {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "text.parse_math": False,  # a file may be called $x$.parquet
+    }
+    with mpl.rc_context(style):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         axes = figure.add_subplot()
         plot(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, color=INK)
+        axes.grid(alpha=0.2, color=TEXT_COLOUR)
         axes.set_axisbelow(True)
-        drawn = io.StringIO()
+        buffer = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has it
-            figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", drawn.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    return svg[svg.index("<svg") :].replace(TEXT_COLOUR, "currentColor")
 
 
 def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
-    """Counts side by side; lying, when there are many or their names are long."""
+    """A bar chart of counts: horizontal for more than 16 bars or labels longer than 8 characters."""
     if len(labels) > 16 or max(map(len, labels), default=0) > 8:
-        return draw(name, lambda axes: _lying(axes, labels, heights, unit), 1.2 + 0.24 * len(labels))
-
-    def standing(axes: Any) -> None:
-        axes.bar(labels, heights, color=LINE)
-        axes.set_ylabel(unit)
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-
-    return draw(name, standing)
+        return draw(name, lambda axes: _horizontal(axes, labels, heights, unit), 1.2 + 0.24 * len(labels))
+    return draw(name, lambda axes: _vertical(axes, labels, heights, unit))
 
 
-def _lying(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
+def _vertical(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
+    axes.bar(labels, heights, color=LINE)
+    axes.set_ylabel(unit)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _horizontal(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
     axes.barh(labels, heights, color=LINE)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -70,8 +70,7 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
         taken = f"run {run!r} already exists in {store.url!r}"
         raise ValueError(f"cannot import {folder}: {taken}. Choose another name: --set name=…")
     body = _checkpoint_body(folder, model)
-    origin = {"step": 0, "job": "import", "model": model.model_dump(mode="json")}
-    return put_checkpoint(store, run, {WEIGHTS: body}, origin | {"train": {}, "cursor": {}, "metrics": []})
+    return put_checkpoint(store, run, {WEIGHTS: body}, CheckpointRecord(0, "import", model.model_dump(mode="json"), {}))
 
 
 def ensure_imported(store: Store, run: str, folder: Path) -> None:
@@ -81,16 +80,16 @@ def ensure_imported(store: Store, run: str, folder: Path) -> None:
         import_folder(store, run, folder)
         return
     body = _checkpoint_body(folder, read_model_config(folder))
-    if records[0].job != "import" or records[0].files[WEIGHTS]["sha256"] != sha256(body):
+    if records[0].job != "import" or records[0].files[WEIGHTS].sha256 != sha256(body):
         raise ValueError(f"cannot import {folder}: run {run!r} holds another model. Choose another name: --set name=…")
 
 
 def _checkpoint_weights(store: Store, run: str, record: CheckpointRecord) -> dict[str, np.ndarray]:
     key, stated = RunKeys(run).checkpoint_file(record.step, record.attempt, WEIGHTS), record.files[WEIGHTS]
-    content = store.read(key, stated["size_bytes"])
-    if content.sha256 != stated["sha256"]:
+    content = store.read(key, stated.size_bytes)
+    if content.sha256 != stated.sha256:
         raise CheckpointInvalid(
-            f"run {run!r}: {key!r} should have sha256 {stated['sha256']}, found {content.sha256}. "
+            f"run {run!r}: {key!r} should have sha256 {stated.sha256}, found {content.sha256}. "
             f"Delete {RunKeys(run).checkpoint_record(record.step)!r} to export the checkpoint before it."
         )
     weights: dict[str, np.ndarray] = load(bytes(content.body))

@@ -1,13 +1,13 @@
-"""What a run has left in the store: checkpoints, their records, and metrics. Loads no weights, imports no torch.
+"""What a run left in the store: checkpoint records and metrics. Loads no weights, imports no torch.
 
-A checkpoint counts from the moment its record is there; files that no record names are those of killed attempts.
+A checkpoint counts from the moment its record exists. Files that no record names come from killed attempts.
 """
 
 import json
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from storage.digests import canonical_json, sha256
@@ -21,78 +21,109 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
+class CheckpointFile:
+    """Size and digest of one file of a checkpoint."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a training stands in the global window order: the next window, and what decides the order."""
+
+    dataset: str
+    manifest: str
+    seed: int
+    sequence_tokens: int
+    next_window: int
+
+
+@dataclass(frozen=True)
 class CheckpointRecord:
-    """The record that makes a checkpoint count: its files, what it belongs to, and the metrics up to it."""
+    """The record that makes a checkpoint count. Metrics, attempt and files are filled in when it is stored."""
 
     step: int
-    attempt: str
-    files: dict[str, dict[str, Any]]  # name: {size_bytes, sha256}
     job: str
     model: dict[str, Any]
     train: dict[str, Any]
-    cursor: dict[str, Any]  # {dataset, manifest, seed, sequence_tokens, next_window}
-    metrics: list[str]  # keys of all segments from the first step on, in order
+    cursor: Cursor | None = None  # None: an imported model
+    metrics: list[str] = field(default_factory=list)  # keys of all segments from the first step on, in order
+    attempt: str = ""
+    files: dict[str, CheckpointFile] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "CheckpointRecord":
+        """The record as the store holds it."""
+        files = {name: CheckpointFile(**file) for name, file in value["files"].items()}
+        cursor = Cursor(**value["cursor"]) if value["cursor"] else None
+        return cls(**value | {"files": files, "cursor": cursor})
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of `from_json`."""
+        return asdict(self) | {"cursor": asdict(self.cursor) if self.cursor else {}}
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
-    """The complete checkpoints of a run, oldest first: record there, and every file of the size it states."""
+    """The complete checkpoints of a run, oldest first: the record exists, and every file has the recorded size."""
     prefix = RunKeys(run).checkpoints
     sizes = {listed.key: listed.size for listed in store.list(prefix)}
-    found = []
+    complete = []
     for key in sizes:
-        if STEP_RECORD.fullmatch(key.removeprefix(prefix)) and (value := read_json(store, key)) is not None:
-            record = CheckpointRecord(**value)  # type: ignore[arg-type]  # JSON of our own
-            files = {
-                RunKeys(run).checkpoint_file(record.step, record.attempt, name): found
-                for name, found in record.files.items()
-            }
-            if all(sizes.get(file) == stated["size_bytes"] for file, stated in files.items()):
-                found.append(record)
-    return sorted(found, key=lambda record: record.step)
+        if not STEP_RECORD.fullmatch(key.removeprefix(prefix)):
+            continue
+        value: dict[str, Any] | None = read_json(store, key)
+        if value is None:  # deleted since it was listed
+            continue
+        record = CheckpointRecord.from_json(value)
+        if all(
+            sizes.get(RunKeys(run).checkpoint_file(record.step, record.attempt, name)) == file.size_bytes
+            for name, file in record.files.items()
+        ):
+            complete.append(record)
+    return sorted(complete, key=lambda record: record.step)
 
 
-def put_checkpoint(
-    store: Store, run: str, files: dict[str, Body], about: dict[str, Any], attempt: str = ""
-) -> CheckpointRecord:
-    """Put the files, then the record, then point `latest` at it; killed anywhere, the previous one stays the newest.
+def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: CheckpointRecord) -> CheckpointRecord:
+    """Put the files, then the record, then point `latest` at it. Returns the stored record.
 
-    `about` is all of the record but its attempt and its files. Asked again with the `attempt` of one that failed, it
-    goes on where that one stood. Raises CheckpointInvalid when another process has written this step of the run.
+    If it is killed anywhere, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
+    where the failed try stopped. Raises CheckpointInvalid if another process has saved this step of the run.
     """
-    attempt = attempt or secrets.token_hex(6)
-    for name, body in files.items():
-        with suppress(AlreadyExists):  # nobody else has this attempt: an earlier try has put it
-            store.put_new(RunKeys(run).checkpoint_file(about["step"], attempt, name), body)
-    stated = {name: {"size_bytes": len(body), "sha256": sha256(body)} for name, body in files.items()}
-    record = _put_record(store, run, CheckpointRecord(attempt=attempt, files=stated, **about))
+    attempt = record.attempt or secrets.token_hex(6)
+    files = {name: CheckpointFile(len(body), sha256(body)) for name, body in bodies.items()}
+    for name, body in bodies.items():
+        with suppress(AlreadyExists):  # attempts are unique, so an earlier try has put it
+            store.put_new(RunKeys(run).checkpoint_file(record.step, attempt, name), body)
+    record = _put_record(store, run, replace(record, attempt=attempt, files=files))
     pointer = {"step": record.step, "record": RunKeys(run).checkpoint_record(record.step), "commit_id": attempt}
     overwrite(store, RunKeys(run).latest, canonical_json(pointer))
     return record
 
 
 def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
-    """The record that is in the store then: this one, or that of an earlier try which was not told so."""
-    key, body = RunKeys(run).checkpoint_record(record.step), canonical_json(asdict(record))
+    """Create the record. Returns the stored one, which an earlier try has put if its reply was lost."""
+    key, body = RunKeys(run).checkpoint_record(record.step), canonical_json(record.to_json())
     try:
         store.put_new(key, body)
+        return record
     except AlreadyExists as error:
-        there = next((found for found in checkpoints(store, run) if found.step == record.step), None)
-        if there is not None and there.attempt == record.attempt:
-            return there
-        if there is not None:
+        stored = next((other for other in checkpoints(store, run) if other.step == record.step), None)
+        if stored is not None and stored.attempt != record.attempt:
             raise CheckpointInvalid(
-                f"run {run!r}: step {record.step:,} was saved by another process meanwhile. "
-                f"Train a run in one place at a time; running again goes on from the newest checkpoint."
+                f"run {run!r}: another process has saved step {record.step:,} meanwhile. Train a run in one place at a "
+                f"time. To continue from the newest checkpoint, run the command again."
             ) from error
-        store.delete(key)  # it names files that are gone or cut, so it never counted
+    if stored is None:  # its files are missing or truncated, so that record never counted
+        store.delete(key)
         store.put_new(key, body)
-    return record
+    return stored or record
 
 
 def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
     """The checkpoints to keep: the newest `keep_last`, and the first at or after each multiple of `keep_every_steps`.
 
-    After: one whose turn it was may have had to wait for the one before. 0: none more.
+    It can be after the multiple because a save waits for the one before. With 0, only the newest are kept.
     """
     kept, passed = [], 0
     for index, record in enumerate(records):
@@ -104,21 +135,22 @@ def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: 
 
 
 def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the checkpoints that are not to be kept, as `retained` says."""
-    there = checkpoints(store, run)
-    kept = retained(there, keep_last, keep_every_steps)
-    for record in [record for record in there if record not in kept]:
-        store.delete(RunKeys(run).checkpoint_record(record.step))  # first: without it the rest does not count
-        for name in record.files:
-            store.delete(RunKeys(run).checkpoint_file(record.step, record.attempt, name))
+    """Delete the checkpoints that `retained` does not keep."""
+    records = checkpoints(store, run)
+    kept = retained(records, keep_last, keep_every_steps)
+    for record in records:
+        if record not in kept:
+            store.delete(RunKeys(run).checkpoint_record(record.step))  # first, so that the checkpoint stops counting
+            for name in record.files:
+                store.delete(RunKeys(run).checkpoint_file(record.step, record.attempt, name))
 
 
 def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
-    """One entry a step up to the newest checkpoint, in order."""
-    kept = checkpoints(store, run)
-    return read_segments(store, kept[-1].metrics) if kept else []
+    """The metrics of each step up to the newest checkpoint, in order."""
+    records = checkpoints(store, run)
+    return read_segments(store, records[-1].metrics) if records else []
 
 
 def read_segments(store: Store, segments: list[str]) -> list[dict[str, Any]]:
-    """The entries of these segments of metrics, in order."""
+    """The metrics of each step in these segments, in order."""
     return [json.loads(line) for key in segments for line in store.read(key).body.splitlines()]

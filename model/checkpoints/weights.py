@@ -1,7 +1,6 @@
-"""A checkpoint's files: weights and optimizer state as safetensors, copied into memory at once and read back checked.
+"""A checkpoint's files: weights and optimizer state as safetensors bytes, and back, verified. Never loads a pickle.
 
-No pickle is ever loaded. What is drawn at random in step k is a function of (seed, k, rank), so there is no generator
-state to keep. Puts nothing into a store.
+Dropout in step k is a function of (seed, k, rank), so a checkpoint needs no generator state. Writes to no store.
 """
 
 import json
@@ -18,19 +17,20 @@ from storage.errors import CheckpointInvalid
 from storage.keys import RunKeys
 from storage.stores.store import Body, Store
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class Snapshot:
-    """The bytes of a checkpoint's files. Its memory is used again: at 124M a fresh copy took twice as long as a copy
-    over an old one, and the training stands still that long.
+    """A checkpoint's files in memory. Buffers are reused: at 124M a copy into new memory took twice as long.
+
+    The training stands still for the time of a copy.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, bytearray] = {}
 
     def take(self, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Body]:
-        """The files as they are now. They hold until the next call."""
+        """The current weights and optimizer state as files. The next call overwrites them."""
         weights = {name: unpadded(name, weight.detach()) for name, weight in model.named_parameters()}
         state = {
             f"{name}.{field}": unpadded(name, value)
@@ -40,7 +40,7 @@ class Snapshot:
         return {WEIGHTS: self._copy(WEIGHTS, weights), OPTIMIZER: self._copy(OPTIMIZER, state)}
 
     def _copy(self, file: str, tensors: dict[str, Tensor]) -> bytearray:
-        """The tensors as one safetensors file: length of the header, header, then each tensor where it says."""
+        """The tensors as a safetensors file: length of the header, header, then the data."""
         header: dict[str, Any] = {}
         end = 0
         for name, tensor in tensors.items():
@@ -48,7 +48,7 @@ class Snapshot:
             start, end = end, end + 4 * tensor.numel()
             header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
         head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)  # the format wants the data at a multiple of 8
+        head += b" " * (-len(head) % 8)  # the format aligns the data to 8 bytes
         first = 8 + len(head)
         if len(self._files.get(file, b"")) != first + end:
             self._files[file] = bytearray(first + end)
@@ -63,27 +63,31 @@ class Snapshot:
 
 
 def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -> None:
-    """Put the checkpoint's weights into the model. Raises CheckpointInvalid when they are damaged or do not fit."""
+    """Load the checkpoint's weights into the model. Raises CheckpointInvalid if they are damaged or do not fit."""
     tensors = _read(store, run, record, WEIGHTS)
-    wanted = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: part.shape for name, part in wanted.items()}:
+    weights = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
+    if _shapes(tensors) != _shapes(weights):
         raise CheckpointInvalid(
             f"run {run!r}: the checkpoint of step {record.step:,} holds the weights of another model. "
             f"Choose another name with --set name=…, or delete that checkpoint."
         )
     with torch.no_grad():
-        for name, part in wanted.items():
-            part.copy_(tensors[name])
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def load_optimizer(
     store: Store, run: str, record: CheckpointRecord, model: GPT, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the checkpoint's optimizer state back. Raises CheckpointInvalid when it is damaged or not there."""
+    """Load the checkpoint's optimizer state. Raises CheckpointInvalid if it is damaged or missing."""
     if OPTIMIZER not in record.files:
         raise CheckpointInvalid(
-            f"run {run!r}: the checkpoint of step {record.step:,} holds weights alone, as an imported model does. "
-            f"Start another run with them: --set name=… --set train.start_from={run}"
+            f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state, as it was imported. "
+            f"Start another run from its weights: --set name=… --set train.start_from={run}"
         )
     tensors = _read(store, run, record, OPTIMIZER)
     for name, weight in model.named_parameters():
@@ -98,14 +102,16 @@ def load_optimizer(
 
 def _read(store: Store, run: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:
     key = RunKeys(run).checkpoint_file(record.step, record.attempt, name)
-    stated = record.files[name]
-    found = store.read(key, stated["size_bytes"])
-    if found.sha256 != stated["sha256"]:
+    recorded = record.files[name]
+    stored = store.read(key, recorded.size_bytes)
+    if stored.sha256 != recorded.sha256:
         raise CheckpointInvalid(
-            f"run {run!r}: {key!r} should have sha256 {stated['sha256']}, found {found.sha256}. "
-            f"Delete {RunKeys(run).checkpoint_record(record.step)!r} and run again: it resumes from the one before."
+            f"run {run!r}: {key!r} should have sha256 {recorded.sha256}, found {stored.sha256}. Delete "
+            f"{RunKeys(run).checkpoint_record(record.step)!r} and run again: it resumes from the one before."
         )
     try:
-        return load(bytes(found.body))
+        return load(bytes(stored.body))
     except SafetensorError as error:
-        raise CheckpointInvalid(f"run {run!r}: {key!r} is no safetensors file: {error}. Delete its record.") from error
+        raise CheckpointInvalid(
+            f"run {run!r}: {key!r} is not a safetensors file: {error}. Delete its record."
+        ) from error

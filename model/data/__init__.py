@@ -1,1 +1,1 @@
-"""Training data: one global order of windows, and the batches that each rank takes from it."""
+"""Training data: the global window order, and each rank's batches."""

@@ -1,4 +1,4 @@
-"""From a manifest to batches: windows of the global order, of which each rank takes its slice. Tokenises nothing."""
+"""Batches of training data: each rank takes its slice of the global window order. Tokenises nothing."""
 
 import queue
 import threading
@@ -14,13 +14,9 @@ from storage.cache.shards import LIMIT_BYTES, ShardCache
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.stores.store import Store
 
-# Made, handed from thread to thread, moved and cut at once: 4 MB as int64, a step of the default recipe. One by one,
-# micro-batches of 8 x 1,024 tokens cost 30 us each for that, as long as reading them takes.
-BLOCK_TOKENS = 524_288
-
 
 class DataLoader:
-    """The windows of one split, as this host's cache gives them."""
+    """The windows of one split, read through this host's shard cache."""
 
     def __init__(
         self, store: Store, dataset: str, manifest: Manifest, split: str, *, sequence_tokens: int, seed: int,
@@ -28,42 +24,41 @@ class DataLoader:
     ) -> None:  # fmt: skip
         self._rows: list[ShardRow] = list(manifest.rows(split))
         self._cache = ShardCache(store, dataset, cache_bytes)
+        self._prefetched: list[int] = []
         self.sequence_tokens = sequence_tokens
-        self._soon: list[int] = []
         self.tokens = sum(row.tokens for row in self._rows)
         self.order = WindowOrder([row.tokens for row in self._rows], sequence_tokens, seed)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """Windows `first` to `first + count` of the stream, uint16, count x (T + 1)."""
-        soon = self.order.soon(first)
-        if soon != self._soon and self._cache.prefetch([self._rows[shard] for shard in soon]):
-            self._soon = soon
+        upcoming = self.order.upcoming_shards(first)
+        if upcoming != self._prefetched and self._cache.prefetch([self._rows[shard] for shard in upcoming]):
+            self._prefetched = upcoming
         return self._gather(*self.order.locate(first, count))
 
     def windows_in_file_order(self, chosen: np.ndarray) -> np.ndarray:
-        """The chosen windows of the split counted shard by shard, uint16, len(chosen) x (T + 1)."""
+        """The chosen windows of the split, counted shard by shard, uint16, len(chosen) x (T + 1)."""
         return self._gather(*self.order.in_file_order(chosen))
 
     def shards_of(self, first: int, count: int) -> list[str]:
-        """The shards that windows `first` to `first + count` of the stream lie in."""
+        """The ids of the shards that hold windows `first` to `first + count` of the stream."""
         shard_of, _ = self.order.locate(first, count)
         return [self._rows[shard].shard_id for shard in np.unique(shard_of)]
 
     def _gather(self, shard_of: np.ndarray, window_of: np.ndarray) -> np.ndarray:
         tokens = np.empty((len(shard_of), self.sequence_tokens + 1), np.uint16)
         for shard in np.unique(shard_of):
-            here = shard_of == shard
+            of_shard = shard_of == shard
             ids = self._cache.open(self._rows[shard])
             views = np.lib.stride_tricks.sliding_window_view(ids, self.sequence_tokens + 1)
-            tokens[here] = views[window_of[here] * self.sequence_tokens]
+            tokens[of_shard] = views[window_of[of_shard] * self.sequence_tokens]
         return tokens
 
 
 class MicroBatches:
-    """The endless micro-batches of one rank from a step on, made ready ahead by a thread, on their way to the device.
+    """One rank's endless stream of micro-batches from a step on. A background thread prefetches `ahead` of them.
 
-    They are the rank's slices of the steps' batches, so what was made ready but not used is made again after a resume.
-    A thread has at least `ahead` of them ready, in blocks of up to BLOCK_TOKENS.
+    A rank takes the same slice of every step's batch. A resume reads again what was prefetched but not used.
     """
 
     def __init__(
@@ -71,58 +66,47 @@ class MicroBatches:
         ranks: int, ahead: int,
     ) -> None:  # fmt: skip
         self._loader, self._device = loader, device
-        self._batch_windows, self._size = batch_windows, size
-        self._share = batch_windows // ranks
-        batches = max(BLOCK_TOKENS // (size * loader.sequence_tokens), 1)  # of a block
-        self._made = self._make(step, rank * self._share, batches * size)
-        self._cut: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._ready: queue.Queue[Tensor | BaseException] = queue.Queue(max(-(-ahead // batches), 1))
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._make_ahead, daemon=True) if ahead else None
+        self._batch_windows, self._share, self._size = batch_windows, batch_windows // ranks, size
+        self._stream = self._read(step, rank * self._share)
+        self._ready: queue.Queue[Tensor | BaseException] = queue.Queue(max(ahead, 1))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._prefetch, daemon=True) if ahead else None
         if self._thread:
             self._thread.start()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Tokens and the tokens that follow them, int64, B x T each. Raises what opening a shard raises."""
-        found = next(self._cut, None)
-        if found is None:
-            tokens, targets = inputs_and_targets(self._block(), self._device)
-            self._cut = zip(torch.split(tokens, self._size), torch.split(targets, self._size), strict=True)
-            found = next(self._cut)
-        return found
+        """Tokens and the tokens that follow them, int64, B x T each. Raises the errors of opening a shard."""
+        tokens = self._ready.get() if self._thread else next(self._stream)
+        if isinstance(tokens, BaseException):
+            raise tokens
+        return inputs_and_targets(tokens, self._device)
 
     def close(self) -> None:
-        """Make no more."""
-        self._ended.set()
+        """Stop the thread."""
+        self._closed.set()
         with suppress(queue.Empty):
             while True:
-                self._ready.get_nowait()  # the thread may wait for room
+                self._ready.get_nowait()  # the thread may be waiting for room
 
-    def _block(self) -> Tensor:
-        ready = self._ready.get() if self._thread else next(self._made)
-        if isinstance(ready, BaseException):
-            raise ready
-        return ready
-
-    def _make(self, step: int, first: int, block: int) -> Iterator[Tensor]:
+    def _read(self, step: int, first: int) -> Iterator[Tensor]:
         while True:
             windows = self._loader.windows(step * self._batch_windows + first, self._share)
-            for start in range(0, self._share, block):
-                yield widened(windows[start : start + block], self._device)
+            for start in range(0, self._share, self._size):
+                yield widened(windows[start : start + self._size], self._device)
             step += 1
 
-    def _make_ahead(self) -> None:
+    def _prefetch(self) -> None:
         try:
-            for tokens in self._made:
+            for tokens in self._stream:
                 self._ready.put(tokens)
-                if self._ended.is_set():
+                if self._closed.is_set():
                     return
-        except BaseException as error:  # the training's thread raises it
+        except BaseException as error:  # `next` raises it in the training thread
             self._ready.put(error)
 
 
 def widened(windows: np.ndarray, device: torch.device) -> Tensor:
-    """The windows as int64, which an embedding wants, in memory that the device, if a GPU, can fetch by itself."""
+    """The windows as int64, which an embedding needs. For a GPU in pinned memory, so that copies run in background."""
     tokens = torch.from_numpy(windows.astype(np.int64))
     return tokens.pin_memory() if device.type == "cuda" else tokens
 

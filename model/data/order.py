@@ -1,13 +1,13 @@
-"""One global order of windows: which T + 1 tokens the training sees when. Opens no shard, imports no torch.
+"""The global window order: which T + 1 tokens the training sees when. Opens no shard, imports no torch.
 
-The epoch is a seeded order of all windows of T + 1 tokens of all train shards, T apart. Step k takes the next G
-windows whatever the number of ranks, so the batch of step k is the same for 1 rank or 8, and the whole state is
-(manifest, seed, next window):
+A shard is cut into windows of T + 1 tokens that start T apart. An epoch is a seeded order of all windows of the split.
+Step k takes the next G windows whatever the number of ranks, so its batch is the same for 1 rank or 8. The whole state
+is (manifest, seed, next window):
 
     window index ─▶ epoch, place ─▶ group of shards ─▶ shard, start ─▶ T + 1 tokens
 
-Shards are shuffled, then cut into groups of GROUP_SHARDS; windows are shuffled within a group. So reads stay within a
-few shards at a time, and no array is longer than a group has windows.
+Shards are shuffled, then cut into groups of GROUP_SHARDS, and windows are shuffled within a group. Reads therefore stay
+within a few shards at a time, and no array is longer than the windows of a group.
 """
 
 from functools import lru_cache
@@ -26,13 +26,13 @@ class WindowOrder:
         self._seed = seed
         if not self.epoch_windows:
             raise ValueError(
-                f"train.sequence_tokens = {sequence_tokens:,}: no shard holds a window of {sequence_tokens + 1:,} "
-                f"tokens, the longest has {max(shard_tokens, default=0):,}. Use a smaller train.sequence_tokens, "
-                f"or larger data.shard_tokens."
+                f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, the "
+                f"longest shard has {max(shard_tokens, default=0):,}. Use a smaller train.sequence_tokens or a larger "
+                f"data.shard_tokens."
             )
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard index and window-in-shard of the windows `first` to `first + count` of the stream."""
+        """Shard and window in that shard for windows `first` to `first + count` of the stream."""
         shard_of, window_of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count:
             epoch, place = divmod(first, self.epoch_windows)
@@ -47,33 +47,24 @@ class WindowOrder:
             count -= taken
         return np.concatenate(shard_of), np.concatenate(window_of)
 
-    def soon(self, first: int) -> list[int]:
-        """The shards of the group that window `first` is in, then those of the group after it."""
-        found: list[int] = []
+    def upcoming_shards(self, first: int) -> list[int]:
+        """The shards of the group that holds window `first`, then those of the next group."""
+        upcoming: list[int] = []
         for _ in range(2):
             epoch, place = divmod(first, self.epoch_windows)
             ends = self._group_ends(epoch)
             group = int(np.searchsorted(ends, place, side="right"))
-            found += self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
+            upcoming += self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
             first += int(ends[group]) - place
-        return found
-
-    def shards_before(self, first: int) -> list[int]:
-        """The shards of which a window comes before window `first` of the stream, whole groups of them."""
-        epoch, place = divmod(first, self.epoch_windows)
-        if epoch:
-            return [shard for shard, count in enumerate(self.windows_of_shard) if count]
-        groups = int(np.searchsorted(self._group_ends(0), place, side="left")) + 1 if place else 0
-        chosen = sorted(self._shards(0)[: groups * GROUP_SHARDS])
-        return [int(shard) for shard in chosen if self.windows_of_shard[shard]]
+        return upcoming
 
     def in_file_order(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard index and window-in-shard of the chosen windows, counted shard by shard."""
+        """Shard and window in that shard for the chosen windows, counted shard by shard."""
         ends = np.cumsum(self.windows_of_shard)
         shard_of = np.searchsorted(ends, chosen, side="right")
         return shard_of, chosen - (ends - self.windows_of_shard)[shard_of]
 
-    @lru_cache(maxsize=2)  # noqa: B019  # an order lives as long as its process
+    @lru_cache(maxsize=2)  # noqa: B019  # an order lives as long as the process
     def _shards(self, epoch: int) -> np.ndarray:
         return _shuffled(len(self.windows_of_shard), self._seed, epoch)
 
@@ -92,5 +83,5 @@ class WindowOrder:
 
 
 def _shuffled(count: int, *seed: int) -> np.ndarray:
-    """A permutation of `count` that is the same in every version of numpy: raw bits of PCG64, sorted."""
+    """A permutation that is the same in every version of numpy: the argsort of PCG64's raw bits."""
     return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")

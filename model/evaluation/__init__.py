@@ -1,4 +1,4 @@
 """Evaluation: each kind is a job in a process of its own.
 
-A new evaluation is one function in `jobs.py`, listed in `KINDS`, and its recipe in `model/runs/run.py`.
+To add a kind: write its function in `jobs.py`, list it in `KINDS` there, and give it a recipe in `model/runs/run.py`.
 """

@@ -1,10 +1,10 @@
-"""HellaSwag (Zellers et al., 2019): a file of its items, and the two conventions in which their endings are scored.
+"""HellaSwag (Zellers et al., 2019): reads a file of its items and lays them out in the two common conventions.
 
     file ─▶ Question ─┬▶ completion style: raw text, ending tokenised apart, acc_norm by the mean loss a token
                       └▶ harness style: activity and cleaned text, tokenised together, acc_norm by the loss a character
 
-The first is nanoGPT's and llm.c's, the second that of EleutherAI's lm-evaluation-harness (its task version 1.0). Their
-numbers differ, so each has its name in its metrics' keys. Knows no model.
+nanoGPT and llm.c use the first, EleutherAI's lm-evaluation-harness (task version 1.0) the second. Their numbers differ,
+so the metrics' names say which one it is. Imports no model.
 """
 
 import json
@@ -21,7 +21,7 @@ from model.evaluation.items import ENDINGS, Item
 from storage.errors import SourceInvalid
 
 TEXTS = ("ctx", "activity_label", "ctx_a", "ctx_b")
-MAY_BE_EMPTY = "ctx_b"  # of an item of WikiHow
+MAY_BE_EMPTY = "ctx_b"  # in items from WikiHow
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,20 @@ class Question:
 
 
 def questions(body: bytes | bytearray, name: str) -> list[Question]:
-    """The questions of a file, JSON lines or parquet as on the Hub. Raises SourceInvalid, naming the line."""
-    found = []
+    """The questions of a file: JSON lines, or parquet as on the Hub. Raises SourceInvalid, which names the line."""
+    parsed = []
     for number, line in _lines(body, name):
         try:
-            found.append(_question(line if isinstance(line, dict) else json.loads(line)))
+            parsed.append(_question(line if isinstance(line, dict) else json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceInvalid(
                 f"{name}: line {number:,} should be a HellaSwag item ({', '.join(TEXTS)}, four endings, label 0 to 3), "
-                f"found {type(error).__name__}: {error}. Mend evaluation.hellaswag, or leave it empty."
+                f"found {type(error).__name__}: {error}. Repair the file of evaluation.hellaswag, or leave the setting "
+                f"empty."
             ) from error
-    if not found:
-        raise SourceInvalid(f"{name}: HellaSwag items were asked for, found none. Mend evaluation.hellaswag.")
-    return found
+    if not parsed:
+        raise SourceInvalid(f"{name}: the file has no HellaSwag items. Set evaluation.hellaswag to another file.")
+    return parsed
 
 
 def completion_style(question: Question) -> Item:
@@ -61,12 +62,12 @@ def completion_style(question: Question) -> Item:
 
 def harness_style(question: Question) -> Item:
     """The activity before the cleaned context, each cleaned ending tokenised together with it."""
-    asked = f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}"
-    context = cleaned(asked).rstrip()  # a space at its end belongs to the endings, as GPT-2's tokens have it
-    spaces = cleaned(asked)[len(context) :]
+    text = cleaned(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
+    context = text.rstrip()  # GPT-2's tokens begin with a space, so a trailing space belongs to the endings
+    spaces = text[len(context) :]
     ids, endings = tokenizer.encode(context).tolist(), [cleaned(ending) for ending in question.endings]
     together = [tokenizer.encode(f"{context}{spaces} {ending}").tolist()[len(ids) :] for ending in endings]
-    # Where nothing is left of the context, a document begins
+    # An empty context becomes the start of a document
     return Item(ids or [tokenizer.EOT], together, question.label, [len(ending) for ending in endings])
 
 
@@ -83,19 +84,21 @@ CONVENTIONS: dict[str, tuple[Callable[[Question], Item], str]] = {
 
 
 def cleaned(text: str) -> str:
-    """The text without WikiHow's marks. Two spaces become one where the marks were, in one pass, as in the harness."""
+    """The text without WikiHow's marks, as the harness cleans it: double spaces become single ones, in one pass."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _question(found: dict[str, Any]) -> Question:
-    texts = {name: found[name] for name in TEXTS}
-    endings, label = found["endings"], str(found["label"])
+def _question(fields: dict[str, Any]) -> Question:
+    texts = {name: fields[name] for name in TEXTS}
+    endings, label = fields["endings"], str(fields["label"])
     for name, text in texts.items():
         if not isinstance(text, str) or not (text or name == MAY_BE_EMPTY):
             raise ValueError(f"{name} {text!r:.80}")
-    if not isinstance(endings, list) or len(endings) != ENDINGS:
-        raise ValueError(f"endings {endings!r:.80}")
-    if not all(isinstance(text, str) and text for text in endings):
+    if (
+        not isinstance(endings, list)
+        or len(endings) != ENDINGS
+        or not all(isinstance(text, str) and text for text in endings)
+    ):
         raise ValueError(f"endings {endings!r:.80}")
     if label not in {"0", "1", "2", "3"}:
         raise ValueError(f"label {label!r:.20}")
@@ -103,7 +106,7 @@ def _question(found: dict[str, Any]) -> Question:
 
 
 def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
-    """Numbered from 1: lines that are not blank, or a parquet file's rows."""
+    """Lines that are not blank, or rows of a parquet file, each with its number from 1."""
     if not name.endswith(".parquet"):
         yield from ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())
         return
@@ -111,6 +114,6 @@ def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
         rows = pq.read_table(pa.BufferReader(body)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceInvalid(
-            f"{name}: a parquet file was asked for, found {error}. Mend evaluation.hellaswag."
+            f"{name}: not a readable parquet file: {error}. Set evaluation.hellaswag to another file."
         ) from error
     yield from enumerate(rows, 1)

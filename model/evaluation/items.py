@@ -1,8 +1,9 @@
-"""Items with one true and three false endings: what they are, and a set of them made of a dataset's val documents.
+"""Items with one true and three false endings, and a set of them made from a dataset's val documents.
 
-Knows no model.
+Imports no model.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,14 @@ from storage.datasets.manifest import Manifest
 from storage.stores.store import Store
 
 ENDINGS = 4
-CONTEXT_TOKENS = 48  # of an item made of a document; its endings have half as many
+CONTEXT_TOKENS = 48  # of an item made from a document
 ENDING_TOKENS = 24
+ITEM_TOKENS = CONTEXT_TOKENS + ENDING_TOKENS
 
 
 @dataclass(frozen=True)
 class Item:
-    """A context, four endings (token ids each), which of them is true, and what each one's loss is divided by."""
+    """A context and four endings as token ids, the index of the true ending, and the divisors of their losses."""
 
     context: list[int]
     endings: list[list[int]]
@@ -30,32 +32,34 @@ class Item:
 def document_items(
     store: Store, dataset: str, manifest: Manifest, count: int, seed: int, cache_bytes: int = LIMIT_BYTES
 ) -> list[Item]:
-    """Up to `count` items made of val documents: the true ending against those of three others, seeded.
+    """Up to `count` items from val documents: the true ending among those of three other documents, seeded.
 
-    Raises ValueError when the val split has not enough documents of their length.
+    Raises ValueError when the val split has fewer than four documents that are long enough.
     """
-    cache = ShardCache(store, dataset, cache_bytes)
-    whole = CONTEXT_TOKENS + ENDING_TOKENS
-    pairs: list[tuple[list[int], list[int]]] = []
-    for row in manifest.rows("val"):
-        ids = cache.open(row)
-        starts = np.flatnonzero(ids == tokenizer.EOT) + 1
-        for start, end in zip(starts, [*(starts[1:] - 1), len(ids)], strict=True):
-            if end - start >= whole:
-                document = ids[start : start + whole].tolist()
-                pairs.append((document[:CONTEXT_TOKENS], document[CONTEXT_TOKENS:]))
-    if len(pairs) < ENDINGS:
+    openings = list(_openings(ShardCache(store, dataset, cache_bytes), manifest))
+    if len(openings) < ENDINGS:
         raise ValueError(
-            f"dataset {dataset!r}: a completion set needs {ENDINGS} val documents of {whole} tokens or more, found "
-            f"{len(pairs)}. Use more data.val_shards in a new dataset, or give evaluation.hellaswag a file."
+            f"dataset {dataset!r}: a completion set needs {ENDINGS} val documents of at least {ITEM_TOKENS} tokens, "
+            f"found {len(openings)}. Set a larger data.val_shards in a new dataset, or evaluation.hellaswag to a file."
         )
     generator = np.random.Generator(np.random.PCG64(seed))
     items = []
-    for index in generator.permutation(len(pairs))[:count]:
-        context, ending = pairs[index]
-        others = [int(other) for other in generator.permutation(len(pairs))[:ENDINGS] if other != index][: ENDINGS - 1]
+    for index in generator.permutation(len(openings))[:count]:
+        candidates = generator.permutation(len(openings))[:ENDINGS]
+        others = [other for other in candidates if other != index][: ENDINGS - 1]
         label = int(generator.integers(ENDINGS))
-        endings = [pairs[other][1] for other in others]
-        endings.insert(label, ending)
-        items.append(Item(context, endings, label, [ENDING_TOKENS] * ENDINGS))
+        endings = [openings[other][CONTEXT_TOKENS:] for other in others]
+        endings.insert(label, openings[index][CONTEXT_TOKENS:])
+        items.append(Item(openings[index][:CONTEXT_TOKENS], endings, label, [ENDING_TOKENS] * ENDINGS))
     return items
+
+
+def _openings(cache: ShardCache, manifest: Manifest) -> Iterator[list[int]]:
+    """The first ITEM_TOKENS tokens of each val document that has as many."""
+    for row in manifest.rows("val"):
+        ids = cache.open(row)
+        starts = np.flatnonzero(ids == tokenizer.EOT) + 1
+        ends = [*(starts[1:] - 1), len(ids)]
+        for start, end in zip(starts, ends, strict=True):
+            if end - start >= ITEM_TOKENS:
+                yield ids[start : start + ITEM_TOKENS].tolist()

@@ -1,9 +1,9 @@
-"""Items with four endings, laid out for one forward pass: the context once, then its endings, blind to each other.
+"""Lays out items with four endings for one forward pass: the context once, then its endings, masked from each other.
 
     tokens      c c c c a a b b b        positions   0 1 2 3 4 5 4 5 6
-    a looks at the context and at a, b at the context and at b
+    ending a attends to the context and to a, ending b to the context and to b
 
-Knows no model. Shapes: B rows, T time, N scored tokens, U places that a scored token is foretold at.
+Imports no model. Shapes: B rows, T time, N scored tokens, U positions that predict them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,64 +14,64 @@ from torch import Tensor
 
 from model.evaluation.items import ENDINGS, Item
 
-ROWS = 256  # of one forward pass, at most
+MAXIMUM_ROWS = 256  # of one forward pass
 
 
 @dataclass(frozen=True)
 class Row:
-    """Endings after one context: of the item `number` those from `first` on."""
+    """A context and one or all endings of item number `item`: those from `first_ending` on."""
 
-    number: int
-    first: int
+    item: int
+    first_ending: int
     context: list[int]
     endings: list[list[int]]
 
     @property
     def tokens(self) -> int:
-        """What the row feeds to the model: of each ending the last token is foretold alone."""
+        """Tokens that are fed to the model: the last one of each ending is only predicted."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors. Scored token n is `targets_N[n]`, of ending `slots_N[n]` (four an item), foretold at a place."""
+    """Rows as tensors. Scored token n is `targets_N[n]`; its loss belongs to ending `slots_N[n]`, four an item."""
 
     tokens_BT: Tensor
     positions_BT: Tensor
     mask_B1TT: Tensor
-    places_U: Tensor  # in B*T
-    place_of_N: Tensor  # in U
+    predictors_U: Tensor  # indices into B*T of the positions whose output predicts scored tokens
+    predictor_of_N: Tensor  # indices into U
     targets_N: Tensor
     slots_N: Tensor
 
 
 def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
-    """A row an item, the longest first; one an ending where they do not fit together.
+    """One row for each item, the longest first; one for each ending where an item does not fit into one row.
 
-    What is too long for the model is cut on the left of the context, as lm-evaluation-harness does it: to the last
-    `context_tokens` + 1 tokens of context and ending. Raises ValueError for an ending that leaves no room at all.
+    A context that is too long is cut on the left, as lm-evaluation-harness does: the last `context_tokens` + 1 tokens
+    of context and ending stay. Raises ValueError for an ending that leaves no room for its context.
     """
-    found = []
+    rows = []
     for number, item in enumerate(items):
         longest = max(map(len, item.endings))
         if longest > context_tokens:
             raise ValueError(
-                f"item {number + 1}: an ending of {longest} tokens was to be scored, the model's context "
-                f"(model.context_tokens) is {context_tokens}. Leave that item out, or evaluate another model."
+                f"item {number + 1}: its longest ending has {longest} tokens, more than the model's context "
+                f"(model.context_tokens = {context_tokens}). Remove the item, or evaluate another model."
             )
         if len(item.context) + longest - 1 <= context_tokens:
-            found.append(Row(number, 0, item.context, item.endings))
+            rows.append(Row(number, 0, item.context, item.endings))
             continue
         for first, ending in enumerate(item.endings):
-            found.append(Row(number, first, item.context[-(context_tokens + 1 - len(ending)) :], [ending]))
-    return sorted(found, key=lambda row: -row.tokens)
+            rows.append(Row(number, first, item.context[-(context_tokens + 1 - len(ending)) :], [ending]))
+    return sorted(rows, key=lambda row: -row.tokens)
 
 
-def batch_rows(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Neighbours together, of about the same length: with their padding `most_tokens` at once, or a single one."""
+def batch_rows(sorted_rows: Sequence[Row], maximum_tokens: int) -> Iterator[list[Row]]:
+    """Batches of neighbours of about equal length: up to `maximum_tokens` with their padding, or a single row."""
     batch: list[Row] = []
     for row in sorted_rows:
-        if batch and (len(batch) == ROWS or (len(batch) + 1) * batch[0].tokens > most_tokens):
+        if batch and (len(batch) == MAXIMUM_ROWS or (len(batch) + 1) * batch[0].tokens > maximum_tokens):
             yield batch
             batch = []
         batch.append(row)
@@ -79,33 +79,33 @@ def batch_rows(sorted_rows: Sequence[Row], most_tokens: int) -> Iterator[list[Ro
         yield batch
 
 
-def to_tensors(batch: Sequence[Row], device: torch.device) -> Batch:
-    """The rows as tensors on the device, padded on the right; nothing scored looks at padding, none of it is scored."""
-    width = max(row.tokens for row in batch)
-    tokens, positions, parts = ([[0] * width for _ in batch] for _ in range(3))
-    places: list[int] = []
-    place_of, targets, slots = [], [], []
-    for index, row in enumerate(batch):
-        fed = len(row.context)
-        tokens[index][:fed], positions[index][:fed] = row.context, range(fed)
-        places.append(index * width + fed - 1)  # every ending's first token is foretold at the context's last
-        first = len(places) - 1
+def to_tensors(rows: Sequence[Row], device: torch.device) -> Batch:
+    """The rows on the device, padded on the right. Padding is not scored, and no scored position attends to it."""
+    width = max(row.tokens for row in rows)
+    tokens, positions, parts = ([[0] * width for _ in rows] for _ in range(3))  # part 0: context, 1 to 4: endings
+    predictors: list[int] = []
+    predictor_of, targets, slots = [], [], []
+    for index, row in enumerate(rows):
+        end = len(row.context)
+        tokens[index][:end], positions[index][:end] = row.context, range(end)
+        context_predictor = len(predictors)  # the context's last token predicts the first token of every ending
+        predictors.append(index * width + end - 1)
         for part, ending in enumerate(row.endings, 1):
-            more = len(ending) - 1
-            tokens[index][fed : fed + more] = ending[:-1]
-            positions[index][fed : fed + more] = range(len(row.context), len(row.context) + more)
-            parts[index][fed : fed + more] = [part] * more
-            place_of += [first, *range(len(places), len(places) + more)]
-            places += range(index * width + fed, index * width + fed + more)
+            fed = len(ending) - 1
+            tokens[index][end : end + fed] = ending[:-1]
+            positions[index][end : end + fed] = range(len(row.context), len(row.context) + fed)
+            parts[index][end : end + fed] = [part] * fed
+            predictor_of += [context_predictor, *range(len(predictors), len(predictors) + fed)]
+            predictors += range(index * width + end, index * width + end + fed)
             targets += ending
-            slots += [row.number * ENDINGS + row.first + part - 1] * len(ending)
-            fed += more
+            slots += [row.item * ENDINGS + row.first_ending + part - 1] * len(ending)
+            end += fed
     parts_BT = torch.tensor(parts, device=device)
     earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    seen_BTT = (parts_BT[:, None, :] == 0) | (parts_BT[:, None, :] == parts_BT[:, :, None])
+    visible_BTT = (parts_BT[:, None, :] == 0) | (parts_BT[:, None, :] == parts_BT[:, :, None])
     return Batch(
         torch.tensor(tokens, device=device),
         torch.tensor(positions, device=device),
-        (seen_BTT & earlier_TT)[:, None],
-        *(torch.tensor(values, device=device) for values in (places, place_of, targets, slots)),
+        (visible_BTT & earlier_TT)[:, None],
+        *(torch.tensor(values, device=device) for values in (predictors, predictor_of, targets, slots)),
     )

@@ -1,10 +1,8 @@
-"""Samples: text that a model writes after a prompt, seeded. Scores nothing.
+"""Samples: seeded text that a model writes after a prompt. Scores nothing.
 
-python -m model.evaluation.sampling <store url> <run> --prompt "…"      streams samples of the run's newest checkpoint
+Shapes: B texts that are written together, T time, C channels, V vocabulary.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,19 +10,12 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.checkpoints.records import checkpoints
-from model.checkpoints.weights import load_weights
-from model.config import EvaluationConfig, ModelConfig
 from model.gpt import GPT
-from model.processes.distributed import DDPConfig
-from storage.errors import ObjectMissing, StorageError
-from storage.stores.opening import open_store
-from storage.stores.store import Store
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is drawn: see `EvaluationConfig` for what the numbers mean."""
+    """How the next token is chosen, as `EvaluationConfig` describes it."""
 
     temperature: float
     top_k: int
@@ -32,26 +23,26 @@ class SamplingSettings:
 
 
 def sample_texts(
-    model: GPT, prompt: str, sample_tokens: int, drawing: SamplingSettings, seeds: Sequence[int]
+    model: GPT, prompt: str, sample_tokens: int, settings: SamplingSettings, seeds: Sequence[int]
 ) -> list[list[int]]:
-    """What follows the prompt, one text a seed, all at once: the ids that `grow` gives, up to `<|endoftext|>`."""
-    if not seeds:  # of more ranks than samples one has nothing to do
+    """The token ids that follow the prompt, one text for each seed, each up to its `<|endoftext|>`."""
+    if not seeds:  # a rank without a sample
         return []
-    columns = list(generate(model, prompt, sample_tokens, drawing, seeds))
+    columns = list(generate(model, prompt, sample_tokens, settings, seeds))
     texts = (list(ids) for ids in zip(*columns, strict=True)) if columns else ([] for _ in seeds)
     return [ids[: ids.index(tokenizer.EOT)] if tokenizer.EOT in ids else ids for ids in texts]
 
 
 @torch.inference_mode()
 def generate(
-    model: GPT, prompt: str, sample_tokens: int, drawing: SamplingSettings, seeds: Sequence[int]
+    model: GPT, prompt: str, sample_tokens: int, settings: SamplingSettings, seeds: Sequence[int]
 ) -> Iterator[tuple[int, ...]]:
-    """The next id of each text, `sample_tokens` times or until all have ended; of one that has it is `<|endoftext|>`.
+    """Yields the next token id of every text, `sample_tokens` times or until all texts have ended.
 
-    A text is its seed's alone, whatever is written beside it (but for the rounding of matrix products). An empty prompt
-    starts a new document. A text that fills the model's context goes on from the last half of it, since positions are
-    learnt: keys and values are made anew once in so many tokens, not for each. Raises ValueError for a prompt that is
-    longer than the context.
+    A text that has ended goes on as `<|endoftext|>`. A text depends on its seed only, not on its neighbours (but for
+    the rounding of matrix products). An empty prompt starts a new document. When a text fills the model's context, the
+    last half of it becomes the new context: positions are learnt, so keys and values have to be computed again, but
+    only once in half a context. Raises ValueError for a prompt that is longer than the context.
     """
     model.eval()
     context_tokens, device = model.config.context_tokens, model.head_VC.device
@@ -59,16 +50,16 @@ def generate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(ids) for _ in seeds]
     past = model.no_past(len(seeds), min(len(ids) + sample_tokens, context_tokens))
-    fed_BT = torch.tensor([ids], device=device)  # all begin alike: one row will do
+    fed_BT = torch.tensor([ids], device=device)  # all texts begin alike, so one row will do
     ended = [False] * len(seeds)
     for _ in range(sample_tokens):
         x_BC = model.hidden(fed_BT, past=past)[:, -1]
-        chances = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in generators])
-        drawn = next_tokens(model.logits(x_BC).float().expand(len(seeds), -1), drawing, chances).tolist()
-        ended = [one or token == tokenizer.EOT for one, token in zip(ended, drawn, strict=True)]
+        uniform_B = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+        drawn = next_tokens(model.logits(x_BC).float().expand(len(seeds), -1), settings, uniform_B).tolist()
+        ended = [before or token == tokenizer.EOT for before, token in zip(ended, drawn, strict=True)]
         if all(ended):
             return
-        yield tuple(tokenizer.EOT if one else token for one, token in zip(ended, drawn, strict=True))
+        yield tuple(tokenizer.EOT if over else token for over, token in zip(ended, drawn, strict=True))
         for text, token in zip(texts, drawn, strict=True):
             text.append(token)
         if past[0].length == context_tokens:
@@ -79,92 +70,29 @@ def generate(
 
 
 def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
-    """What the model is fed first: a document's beginning. Raises ValueError when that is longer than its context."""
+    """The prompt as the beginning of a document. Raises ValueError when it is longer than the model's context."""
     ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
     if len(ids) > context_tokens:
         raise ValueError(
-            f"the prompt {prompt!r:.40}: at most {context_tokens - 1:,} tokens fit before the first new one "
-            f"(model.context_tokens less one for <|endoftext|>), found {len(ids) - 1:,}. Shorten it."
+            f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, the model takes at most {context_tokens - 1:,} "
+            f"tokens (model.context_tokens less one for <|endoftext|>). Shorten it."
         )
     return ids
 
 
-def next_tokens(logits_BV: Tensor, drawing: SamplingSettings, chances_B: Tensor) -> Tensor:
-    """One token id a row: the likeliest at temperature 0, else drawn from the top k and top p by a chance in [0, 1)."""
-    if drawing.temperature == 0:
+def next_tokens(logits_BV: Tensor, settings: SamplingSettings, uniform_B: Tensor) -> Tensor:
+    """One token id a row: the likeliest at temperature 0, else sampled with a number in [0, 1) from top k and top p."""
+    if settings.temperature == 0:
         return logits_BV.argmax(-1).cpu()
-    if drawing.top_k and drawing.top_k < logits_BV.shape[-1]:
-        logits_BV, ids_BV = logits_BV.topk(drawing.top_k)
-    elif drawing.top_p < 1:
+    ids_BV: Tensor | None = None
+    if settings.top_k and settings.top_k < logits_BV.shape[-1]:
+        logits_BV, ids_BV = logits_BV.topk(settings.top_k)
+    elif settings.top_p < 1:
         logits_BV, ids_BV = logits_BV.sort(descending=True)
-    else:
-        ids_BV = None
-    odds_BV = (logits_BV.cpu().double() / drawing.temperature).softmax(-1)
-    if drawing.top_p < 1:
-        odds_BV[odds_BV.cumsum(-1) - odds_BV >= drawing.top_p] = 0  # the first one always stays
-    below_BV = odds_BV.cumsum(-1)
-    places_B1 = torch.searchsorted(below_BV, chances_B[:, None] * below_BV[:, -1:], right=True)
-    return places_B1[:, 0] if ids_BV is None else ids_BV.cpu().gather(-1, places_B1)[:, 0]
-
-
-def newest_model(store: Store, run: str) -> tuple[GPT, int]:
-    """The model of the run's newest checkpoint, and its step. Raises ObjectMissing when there is none."""
-    kept = checkpoints(store, run)
-    if not kept:
-        raise ObjectMissing(f"run {run!r} has no checkpoint in {store.url!r}. Train it first: gpt2 pretrain")
-    model = GPT(ModelConfig.model_validate(kept[-1].model))
-    load_weights(store, run, kept[-1], model)
-    return model, kept[-1].step
-
-
-def main() -> int:
-    """Stream samples to the terminal. Returns the exit code."""
-    defaults = EvaluationConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m model.evaluation.sampling", description="Write text with a run's newest model."
-    )
-    parser.add_argument("store_url")
-    parser.add_argument("run")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=defaults.sample_tokens)
-    parser.add_argument("--temperature", type=float, default=defaults.temperature)
-    parser.add_argument("--top-k", type=int, default=defaults.top_k)
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    asked = parser.parse_args()
-    try:
-        EvaluationConfig(
-            temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, sample_tokens=asked.tokens
-        )
-        model, _ = newest_model(open_store(asked.store_url), asked.run)
-        prompt_ids(asked.prompt, model.config.context_tokens)  # is refused before anything is shown
-        model.to(DDPConfig.detect({}, asked.device).device)
-    except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    drawing = SamplingSettings(asked.temperature, asked.top_k, asked.top_p)
-    for index in range(asked.samples):
-        _show(asked.prompt, generate(model, asked.prompt, asked.tokens, drawing, [asked.seed + index]))
-        sys.stdout.write("\n\n" if index + 1 < asked.samples else "\n")
-    return 0
-
-
-def _show(prompt: str, drawn: Iterator[tuple[int, ...]]) -> None:
-    """The prompt and each token as it comes, once it completes a character."""
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    waiting: list[int] = []
-    for ids in drawn:
-        waiting += ids
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd"):  # half a character: wait for its other tokens
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            waiting = []
-    sys.stdout.write(tokenizer.decode(waiting))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    probabilities_BV = (logits_BV.cpu().double() / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        probabilities_BV[before_BV >= settings.top_p] = 0  # the first token always stays
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    return drawn_B1[:, 0] if ids_BV is None else ids_BV.cpu().gather(-1, drawn_B1)[:, 0]

@@ -1,6 +1,6 @@
-"""A job: what one process is asked, and what it answered, as objects in the store. Imports no torch.
+"""A job: the request to a process and its result, as objects in the store. Imports no torch.
 
-A job is named by the digest of its recipe, so "is it done?" is one look at its result. The result is written last.
+The digest of its recipe names a job, so "is it done?" is one lookup of its result, which is written last.
 """
 
 import json
@@ -18,16 +18,16 @@ USER_ERROR = 2  # exit code of a process that failed because of something a user
 
 
 class JobFailed(Exception):
-    """A process ended without a result; the message holds its last lines."""
+    """A process ended without a result. The message holds its last lines."""
 
 
 class JobRefused(ValueError):
-    """A process found something that a user can mend; the message is its own."""
+    """A process ended with an error that the user can fix. The message is its own."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A kind of work, the recipe that decides its answer, the run it belongs to, and how it was asked to run."""
+    """One unit of work: its run and kind, the recipe that decides the result, and how to run it this time."""
 
     run: str
     kind: str
@@ -36,17 +36,17 @@ class Job:
 
     @property
     def job_id(self) -> str:
-        """Readable, and one for each recipe."""
+        """The kind and a digest of the recipe."""
         return f"{self.kind}-{digest(self.recipe)[:8]}"
 
     @property
     def key(self) -> str:
-        """Where the job is asked."""
+        """The key of the job in the store."""
         return RunKeys(self.run).job(self.job_id)
 
 
 def put_job(store: Store, job: Job) -> str:
-    """Put the job where its processes find it, as it is to run this time. Returns its key."""
+    """Put the job into the store for its processes to read. Replaces an earlier `how`. Returns the key."""
     overwrite(store, job.key, canonical_json(asdict(job)))
     return job.key
 
@@ -57,17 +57,18 @@ def read_job(store: Store, key: str) -> Job:
 
 
 def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:
-    """Put the job's result: from now on it is done."""
-    with suppress(AlreadyExists):  # another process of the same job was faster; same recipe, same answer
-        store.put_new(RunKeys(job.run).result(job.job_id), canonical_json(result))
-    store.delete(keys.failure(RunKeys(job.run).result(job.job_id)))
+    """Put the result, which marks the job as done, and delete the note of an earlier failure."""
+    result_key = RunKeys(job.run).result(job.job_id)
+    with suppress(AlreadyExists):  # another process finished first: same recipe, same result
+        store.put_new(result_key, canonical_json(result))
+    store.delete(keys.failure(result_key))
 
 
 def read_result(store: Store, job: Job) -> dict[str, Any] | None:
-    """What the job's process answered, or None when it is not done."""
+    """The result of the job, or None if it is not done."""
     return read_json(store, RunKeys(job.run).result(job.job_id))
 
 
-def note_failure(store: Store, record_key: str, why: str) -> None:
-    """Keep why a job failed last, beside where its record would be; a later success removes it."""
-    overwrite(store, keys.failure(record_key), canonical_json({"why": why}))
+def note_failure(store: Store, record_key: str, reason: str) -> None:
+    """Store why a job failed, beside the key of its record. `put_result` deletes the note."""
+    overwrite(store, keys.failure(record_key), canonical_json({"why": reason}))

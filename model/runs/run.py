@@ -1,4 +1,4 @@
-"""A run is pinned to its inputs at its first start: the configuration and the dataset's version. Imports no torch."""
+"""Runs: each is pinned at its first start to its configuration and dataset version. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -15,9 +15,10 @@ from storage.stores.store import Store, overwrite, read_json
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is pinned to: its configuration, its source's Hub commit, the manifest, the key of HellaSwag items.
+    """A run and what it is pinned to.
 
-    `start` names the checkpoint of another run that it begins with. `how` is not pinned: how it is asked to run now.
+    `commit` is the source's commit on the Hub, `manifest` the digest of the dataset version, and `items` the key of the
+    HellaSwag file. `start` names the checkpoint of another run that it starts from. Only `how` is not pinned.
     """
 
     name: str
@@ -36,24 +37,25 @@ class Run:
 
 
 def pinned_run(store: Store, config: RunConfig) -> Run | None:
-    """The run of that name, or None when it was never started. Raises DatasetMismatch when other settings are asked."""
-    if (run := find_run(store, config.name)) is None:
+    """The run of that name, or None if it was never started. Raises DatasetMismatch if its pinned settings differ."""
+    run = find_run(store, config.name)
+    if run is None:
         return None
     run = replace(run, how=config.how())
-    pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # fields added since: their defaults
+    pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # newer fields get their defaults
     pinned["train"] |= run.how["train"]
-    pinned["evaluation"] = config.computed()["evaluation"]  # a run may be asked anything at any time
+    pinned["evaluation"] = config.computed()["evaluation"]  # evaluations are not pinned
     if differing := differences(config.computed(), pinned):
         raise DatasetMismatch(
             f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "
-            f"Choose another name with --set name=…, or ask for the same settings. To go on from what it has learnt "
-            f"with these: --set name=… --set train.start_from={config.name} --set train.start_with=everything"
+            f"Choose another name with --set name=…, or use the same settings. To continue its training with these: "
+            f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
         )
     return run
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run of that name, pinned now if it was not before. Raises ObjectMissing when it has nothing to start from."""
+    """The run of that name, pinned now unless it was before. Raises ObjectMissing if `train.start_from` has nothing."""
     start = _start(store, config.train.start_from) if config.train.start_from else None
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
@@ -68,27 +70,28 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
 
 def _start(store: Store, parent: str) -> dict[str, Any]:
     """The newest checkpoint of the run to start from."""
-    if not (kept := checkpoints(store, parent)):
+    records = checkpoints(store, parent)
+    if not records:
         raise ObjectMissing(
-            f"train.start_from = {parent!r}: a checkpoint of that run was asked for, store {store.url!r} has none. "
-            f"gpt2 status lists the runs; gpt2 import makes one of a Hugging Face model."
+            f"train.start_from = {parent!r}: that run has no checkpoint in store {store.url!r}. "
+            f"gpt2 status lists the runs; gpt2 import makes a run from a Hugging Face model."
         )
-    return {"run": parent, "step": kept[-1].step, "attempt": kept[-1].attempt}
+    return {"run": parent, "step": records[-1].step, "attempt": records[-1].attempt}
 
 
 def keep_request(store: Store, key: str, config: RunConfig) -> None:
-    """Keep what was asked for last, so that `gpt2 retry` can ask for it again."""
+    """Store the requested configuration, for `gpt2 retry`."""
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
 
 
 def find_run(store: Store, name: str) -> Run | None:
-    """The run of that name; None when it was never started, as a model that was imported."""
-    found: dict[str, Any] | None = read_json(store, RunKeys(name).config)
-    return None if found is None else Run(**found)
+    """The run of that name, or None if it was never started. An imported model was not."""
+    value: dict[str, Any] | None = read_json(store, RunKeys(name).config)
+    return None if value is None else Run(**value)
 
 
 def training_job(run: Run) -> Job:
-    """The run's one training: all that decides the final weights."""
+    """The training of a run. Its recipe holds everything that decides the final weights."""
     train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
     recipe: dict[str, Any] = {"model": run.config["model"], "train": train}
     if run.start is not None:
@@ -97,24 +100,25 @@ def training_job(run: Run) -> Job:
 
 
 def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
-    """The evaluations of one checkpoint: each recipe holds what decides its answer, the weights' digest above all.
+    """The evaluations of one checkpoint. Each recipe holds everything that decides its result.
 
-    Without a version of the dataset there is no val split to ask about. HellaSwag where a file of items is at hand, the
-    completion set where none is wanted.
+    Without a manifest there is no val split, so only HellaSwag and samples remain. HellaSwag needs its items.
+    The completion set replaces it if `evaluation.hellaswag` is empty.
     """
-    wanted = config.evaluation.model_dump(mode="json")
-    common = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS]["sha256"]}
-    precision = {"precision": wanted["precision"]}
-    val = {"dataset": config.data.dataset, "manifest": manifest}
+    settings = config.evaluation.model_dump(mode="json")
+    checkpoint = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS].sha256}
+    precision = {"precision": settings["precision"]}
     seed = {"seed": config.train.seed}
-    drawn = {name: wanted[name] for name in ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")}
-    validation = {"validation_tokens": wanted["validation_tokens"], "sequence_tokens": config.train.sequence_tokens}
+    val_split = {"dataset": config.data.dataset, "manifest": manifest}
     recipes: dict[str, dict[str, Any]] = {}
     if manifest is not None:
-        recipes["val_loss"] = val | validation | precision
+        sizes = {"validation_tokens": settings["validation_tokens"], "sequence_tokens": config.train.sequence_tokens}
+        recipes["val_loss"] = val_split | sizes | precision
     if items is not None:
         recipes["hellaswag"] = {"items": items} | precision
     elif manifest is not None and not config.evaluation.hellaswag:
-        recipes["completion"] = val | seed | {"completion_items": wanted["completion_items"]} | precision
-    recipes["samples"] = seed | drawn
-    return [Job(config.name, kind, common | recipe, config.how()) for kind, recipe in recipes.items()]
+        count = {"completion_items": settings["completion_items"]}
+        recipes["completion"] = val_split | seed | count | precision
+    sampling = ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")
+    recipes["samples"] = seed | {name: settings[name] for name in sampling}
+    return [Job(config.name, kind, checkpoint | recipe, config.how()) for kind, recipe in recipes.items()]

@@ -1,1 +1,1 @@
-"""Training: the loop, and the parts it is assembled from. `trainer.py` is the loop."""
+"""Training: `trainer.py` is the loop, `setup.py` assembles it from the other parts."""

@@ -1,8 +1,8 @@
-"""How much of a GPU's arithmetic a training uses: model FLOPs utilisation (MFU), as PaLM defines it (appendix B)."""
+"""Model FLOPs utilisation (MFU): the share of a GPU's peak that a training uses, as in PaLM, appendix B."""
 
 from model.config import ModelConfig
 
-# Dense bf16 FLOP/s without sparsity, from NVIDIA's and AMD's data sheets; the longest name that is found counts.
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's and AMD's data sheets; the longest matching name counts.
 PEAK_FLOPS = {
     "A10": 125e12, "A10G": 70e12, "A30": 165e12, "A40": 149.7e12, "A100": 312e12, "A6000": 154.8e12,
     "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 3090": 71.2e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
@@ -12,16 +12,16 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> int:
-    """Of one training step: 6 a weight that multiplies, and 12 L C T of attention.
+    """FLOPs of one training step per token: 6 per weight in a matrix product, and 12 L C T for attention.
 
-    The positions' embedding multiplies nothing; 855,166,464 for the 124M model at T = 1,024.
+    The position embedding is not in a product. 855,166,464 for the 124M model at T = 1,024.
     """
     multiplying = parameters - config.context_tokens * config.width
     return 6 * multiplying + 12 * config.layers * config.width * sequence_tokens
 
 
 def peak_flops(device_name: str) -> float | None:
-    """What the GPU of that name can do in bf16, or None when it is not known; a laptop's have other limits."""
-    words = f" {device_name.replace('-', ' ')} "
-    known = [name for name in PEAK_FLOPS if f" {name} " in words and "Laptop" not in words]
+    """The peak bf16 FLOP/s of a GPU by its name, or None if unknown. Laptop GPUs have other limits."""
+    padded_name = f" {device_name.replace('-', ' ')} "
+    known = [name for name in PEAK_FLOPS if f" {name} " in padded_name and "Laptop" not in padded_name]
     return PEAK_FLOPS[max(known, key=len)] if known else None

@@ -1,25 +1,9 @@
-"""AdamW with GPT-2's parameter groups, and the learning-rate schedule. Takes no step itself."""
-
-import math
+"""AdamW with GPT-2's parameter groups."""
 
 import torch
 from torch import nn
 
 from model.config import TrainingConfig
-
-
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then a cosine down to the minimum.
-
-    The first step has `learning_rate / warmup_steps`, as in build-nanogpt (nanoGPT divides by warm-up + 1).
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if step >= config.max_steps:
-        return config.min_learning_rate
-    done = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-    height = 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_learning_rate + height * (config.learning_rate - config.min_learning_rate)
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:

@@ -1,13 +1,13 @@
-"""Where a training begins: at its run's newest checkpoint, at another run's that it starts from, or at nothing.
+"""Where a training starts: at its run's newest checkpoint, at a checkpoint of another run, or from scratch.
 
-Refuses a checkpoint of another model, schedule or dataset, and says what differs. Trains nothing, saves nothing.
+Refuses a checkpoint of another model, schedule or dataset, and names the differences. Trains nothing, saves nothing.
 """
 
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
-from model.checkpoints.records import CheckpointRecord, checkpoints
+from model.checkpoints.records import CheckpointRecord, Cursor, checkpoints
 from model.checkpoints.weights import load_optimizer, load_weights
 from model.config import differences
 from model.gpt import GPT
@@ -17,50 +17,56 @@ from storage.stores.store import Store
 
 
 def resume(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, CheckpointRecord | None]:
-    """Load what the training goes on from. Returns its step, and the record when it is the run's own.
+    """Load the checkpoint to start from. Returns the step, and the record if it is one of this run.
 
-    Raises CheckpointInvalid when that checkpoint is damaged or of something else, ObjectMissing when it is gone.
+    Raises CheckpointInvalid if the checkpoint is damaged or belongs to something else, ObjectMissing if it was deleted.
     """
-    if kept := checkpoints(store, job.run):
-        record = kept[-1]
-        _check(job, record)
-        load_weights(store, job.run, record, model)
-        load_optimizer(store, job.run, record, model, optimizer)
-        return record.step, record
-    start = job.recipe.get("start")
-    if start is None:
+    if records := checkpoints(store, job.run):
+        newest = records[-1]
+        _check(job, newest)
+        load_weights(store, job.run, newest, model)
+        load_optimizer(store, job.run, newest, model, optimizer)
+        return newest.step, newest
+    if "start" not in job.recipe:
         return 0, None
-    found = [one for one in checkpoints(store, start["run"]) if one.attempt == start["attempt"]]
-    if not found:
+    return _start(store, job, model, optimizer), None
+
+
+def cursor_of(job: Job, next_window: int) -> Cursor:
+    """The cursor of a training at this window."""
+    recipe, train = job.recipe, job.recipe["train"]
+    return Cursor(recipe["dataset"], recipe["manifest"], train["seed"], train["sequence_tokens"], next_window)
+
+
+def _start(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+    """Load the checkpoint of another run to start from. Returns the step to start at."""
+    start, train = job.recipe["start"], job.recipe["train"]
+    record = next((saved for saved in checkpoints(store, start["run"]) if saved.attempt == start["attempt"]), None)
+    if record is None:
         raise ObjectMissing(
-            f"run {job.run!r} starts from step {start['step']:,} of run {start['run']!r}, which is no longer there. "
-            f"Start another run from its newest checkpoint: --set name=…"
+            f"run {job.run!r} starts from step {start['step']:,} of run {start['run']!r}, which was deleted. "
+            f"Start a new run from its newest checkpoint: --set name=…"
         )
-    load_weights(store, start["run"], found[0], model)
-    if job.recipe["train"]["start_with"] == "weights":
-        return 0, None
-    if found[0].step >= job.recipe["train"]["max_steps"]:
+    load_weights(store, start["run"], record, model)
+    if train["start_with"] == "weights":
+        return 0
+    if record.step >= train["max_steps"]:
         raise ValueError(
-            f"train.max_steps = {job.recipe['train']['max_steps']:,}: run {job.run!r} starts with everything of step "
-            f"{found[0].step:,} of run {start['run']!r}, so no step is left. Choose another name and more steps."
+            f"train.max_steps = {train['max_steps']:,}: run {job.run!r} starts with everything of step "
+            f"{record.step:,} of run {start['run']!r}, so no step is left. Choose another name and more steps."
         )
-    load_optimizer(store, start["run"], found[0], model, optimizer)
-    return found[0].step, None
-
-
-def cursor_of(job: Job) -> dict[str, Any]:
-    """What decides the order of the data: of it, the next window is all that moves."""
-    train = job.recipe["train"]
-    data = {name: job.recipe[name] for name in ("dataset", "manifest")}
-    return data | {name: train[name] for name in ("seed", "sequence_tokens")}
+    load_optimizer(store, start["run"], record, model, optimizer)
+    return record.step
 
 
 def _check(job: Job, record: CheckpointRecord) -> None:
-    asked = {"model": job.recipe["model"], "train": job.recipe["train"]} | cursor_of(job)
-    found = asked | record.cursor | {"model": record.model, "train": asked["train"] | record.train}
-    if differing := differences(asked, found):
+    """Raise CheckpointInvalid unless the record has the job's model, settings and order of data."""
+    cursor = record.cursor or cursor_of(job, 0)
+    expected = {"model": job.recipe["model"], "train": job.recipe["train"]} | asdict(cursor_of(job, cursor.next_window))
+    saved = {"model": record.model, "train": expected["train"] | record.train} | asdict(cursor)
+    if differing := differences(expected, saved):
         raise CheckpointInvalid(
-            f"run {job.run!r}: the checkpoint of step {record.step:,} belongs to something else: "
+            f"run {job.run!r}: the checkpoint of step {record.step:,} does not belong to this run: "
             f"{'; '.join(differing)}. Choose another name with --set name=…, or delete the run's checkpoints. To go "
             f"on from it with other settings: --set name=… --set train.start_from={job.run} "
             f"--set train.start_with=everything"

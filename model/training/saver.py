@@ -1,125 +1,136 @@
-"""Saves checkpoints while the training goes on: one at a time, tried again until it is stored or patience ends.
+"""Saves checkpoints in the background while the training goes on: one at a time, retried until it is stored.
 
-    main thread:        snapshot ─▶ next step ─▶ …            stands still for the copy alone
+    main thread:        snapshot ─▶ next step ─▶ …            stands still only for the copy in memory
     saving thread:      metrics ─▶ files ─▶ record ─▶ latest ─▶ retention      ─┐
-                        └──────── the store does not take it: wait, again ◀─────┘
+                        └──────────── the store fails: wait, retry ◀────────────┘
 
-A checkpoint that could not be stored yet gives way to a newer one. Knows no step's contents.
+A checkpoint that cannot be stored gives way to a newer one. The training ends when none was stored for too long.
 """
 
 import secrets
 import threading
 import time
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from model.checkpoints.records import put_checkpoint, retain
+from model.checkpoints.records import CheckpointRecord, put_checkpoint, retain
 from model.checkpoints.weights import Snapshot
 from model.gpt import GPT
 from model.training.metrics import MetricsLog
 from storage.errors import CheckpointInvalid, StorageError, StoreUnavailable
 from storage.stores.store import Body, Store
 
-RETRY_SECONDS = 10.0  # after a store has refused a checkpoint, beyond the minute that each request is repeated anyway
+RETRY_SECONDS = 10.0  # between two tries, each of which repeats its requests for a minute
 
 
 class Saver:
-    """The checkpoints of one run on their way into the store."""
+    """The checkpoints of one run on their way into the store.
 
-    def __init__(self, store: Store, run: str, log: MetricsLog, unsaved_seconds: float) -> None:
+    `save`, `finish` and `check` raise StoreUnavailable if no checkpoint could be stored for too long, and
+    CheckpointInvalid if another process trains the same run.
+    """
+
+    def __init__(
+        self, store: Store, run: str, log: MetricsLog, *, unsaved_seconds: float, keep_last: int, keep_every_steps: int
+    ) -> None:
         self._store, self._run, self._log = store, run, log
         self._unsaved_seconds = unsaved_seconds
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._snapshot = Snapshot()
         self._thread = threading.Thread()
         self._give_way = threading.Event()
         self._failing_since: float | None = None
         self._error: Exception | None = None
 
-    def free(self, seconds: float) -> bool:
-        """Whether another save can begin, after waiting at most so long for the one before.
+    def save(
+        self, model: GPT, optimizer: torch.optim.Optimizer, record: CheckpointRecord, *, wait_seconds: float
+    ) -> bool:
+        """Take a snapshot and store it in the background. The log's metrics, files and attempt complete the record.
 
-        Raises StoreUnavailable when none could be stored for too long, CheckpointInvalid when another process trains
-        the same run.
+        Waits at most `wait_seconds` for the save before. Returns False, and saves nothing, if that is still running.
         """
-        if self._failing_since is not None:
-            self._give_way.set()
-        if self._thread.is_alive():
-            self._thread.join(seconds)
-        self.check()
-        return not self._thread.is_alive()
-
-    def begin(self, model: GPT, optimizer: torch.optim.Optimizer, about: dict[str, Any], kept: tuple[int, int]) -> None:
-        """Take a snapshot, and store it in the background; `kept` is what retention is told.
-
-        `about` is the record's but for files and metrics. `free` must have said that it can begin.
-        """
-        assert not self._thread.is_alive()
-        files = self._snapshot.take(model, optimizer)
+        if not self._is_free(wait_seconds):
+            return False
+        bodies = self._snapshot.take(model, optimizer)
+        record = replace(record, attempt=secrets.token_hex(6))  # the same for all tries: no file is stored twice
         self._give_way.clear()
-        self._thread = threading.Thread(target=self._save, args=(files, about, self._log.unsaved(), kept), daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(bodies, record, self._log.unsaved()), daemon=True)
         self._thread.start()
+        return True
 
-    def finish(self, *, giving_way: bool = False) -> None:
-        """Wait until the last one is stored, or can give way to a newer. Raises what `free` raises."""
-        while self._thread.is_alive():
-            if giving_way and self._failing_since is not None:
-                self._give_way.set()
-            self._thread.join(1.0)
+    def finish(self) -> None:
+        """Wait until the last checkpoint is stored."""
+        if self._thread.is_alive():
+            self._thread.join()
         self.check()
 
     def close(self) -> None:
-        """Let the one in progress end, unless the store does not take it."""
+        """Wait for the save in progress, unless the store fails."""
         self._give_way.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def check(self) -> None:
-        """Raises what `free` raises, without waiting for anything."""
+        """Raise the error of the saving thread, if any. Waits for nothing."""
         if self._error is not None:
             raise self._error
 
-    def _save(self, files: dict[str, Body], about: dict[str, Any], lines: list[str], kept: tuple[int, int]) -> None:
-        attempt = secrets.token_hex(6)  # one for all tries: what has been stored is not stored again
+    def _is_free(self, seconds: float) -> bool:
+        """Whether the save before has ended within `seconds`. If it fails, it gives way."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if self._failing_since is not None:
+                self._give_way.set()
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0 or not self._thread.is_alive():
+                break
+            self._thread.join(min(seconds_left, 1.0))
+        self.check()
+        return not self._thread.is_alive()
+
+    def _save(self, bodies: dict[str, Body], record: CheckpointRecord, lines: list[str]) -> None:
         try:
-            while not self._stored(files, about, lines, attempt):
+            while not self._try(bodies, record, lines):
                 if self._give_way.wait(RETRY_SECONDS):
-                    return  # for a newer one
-            self._retain(kept)
-        except Exception as error:  # or a bug of ours: the training must not go on without checkpoints
+                    return
+            self._retain()
+        except Exception as error:  # a bug of ours, too: the training must not go on without checkpoints
             self._error = error
 
-    def _retain(self, kept: tuple[int, int]) -> None:
-        """Give up old checkpoints; those that the store keeps for now go with a later one's."""
-        try:
-            retain(self._store, self._run, *kept)
-        except StorageError as error:
-            print(f"old checkpoints of {self._run} could not be given up: {error}", flush=True)
-
-    def _stored(self, files: dict[str, Body], about: dict[str, Any], lines: list[str], attempt: str) -> bool:
-        """Try once. Raises CheckpointInvalid, and StoreUnavailable when patience has ended."""
+    def _try(self, bodies: dict[str, Body], record: CheckpointRecord, lines: list[str]) -> bool:
+        """Try to store it once. Raises CheckpointInvalid, and StoreUnavailable after too long."""
         try:
             segments = self._log.put_segment(lines)
-            record = put_checkpoint(self._store, self._run, files, about | {"metrics": segments}, attempt)
+            stored = put_checkpoint(self._store, self._run, bodies, replace(record, metrics=segments))
         except CheckpointInvalid:
             raise
         except StorageError as error:
-            now = time.monotonic()
-            self._failing_since = self._failing_since or now
-            unsaved = now - self._failing_since
-            if unsaved > self._unsaved_seconds:
-                raise StoreUnavailable(
-                    f"run {self._run!r}: no checkpoint could be stored for {unsaved / 60:.0f} minutes "
-                    f"(resources.unsaved_minutes = {self._unsaved_seconds / 60:g}), the last try was that of step "
-                    f"{about['step']:,}: {error} When the store is well again, run the same command: it goes on from "
-                    f"the newest checkpoint."
-                ) from error
-            print(
-                f"checkpoint of step {about['step']:,} is not stored yet, the training goes on "
-                f"(for {(self._unsaved_seconds - unsaved) / 60:.0f} minutes at most): {error}",
-                flush=True,
-            )
+            self._note_failure(record.step, error)
             return False
         self._failing_since = None
-        self._log.saved(len(lines), record.metrics)
+        self._log.saved(len(lines), stored.metrics)
         return True
+
+    def _note_failure(self, step: int, error: StorageError) -> None:
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        unsaved = now - self._failing_since
+        if unsaved > self._unsaved_seconds:
+            raise StoreUnavailable(
+                f"run {self._run!r}: no checkpoint could be stored for {unsaved / 60:.0f} minutes "
+                f"(resources.unsaved_minutes = {self._unsaved_seconds / 60:g}). Last try, step {step:,}: {error} "
+                f"When the store works again, run the same command: it continues from the newest checkpoint."
+            ) from error
+        print(
+            f"checkpoint of step {step:,} is not stored yet, the training goes on for at most "
+            f"{(self._unsaved_seconds - unsaved) / 60:.0f} minutes: {error}",
+            flush=True,
+        )
+
+    def _retain(self) -> None:
+        """Delete old checkpoints. A later save deletes those that the store cannot delete now."""
+        try:
+            retain(self._store, self._run, self._keep_last, self._keep_every_steps)
+        except StorageError as error:
+            print(f"old checkpoints of run {self._run!r} could not be deleted: {error}", flush=True)

@@ -1,97 +1,88 @@
-"""The training loop: steps, validation, checkpoints, and going on exactly where a killed one stood.
+"""The training loop: steps, validation and checkpoints. `setup.py` assembles it.
 
     batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint now and then
 
-Knows no Prefect, no command line and no environment.
+Knows no Prefect, command line or environment.
 """
 
 import signal
 import time
-from contextlib import nullcontext
-from math import isfinite
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from model.checkpoints.records import CheckpointRecord, read_segments
-from model.config import ModelConfig, ResourcesConfig, TrainingConfig
+from model.checkpoints.records import CheckpointRecord
+from model.config import TrainingConfig
 from model.data.loader import DataLoader, MicroBatches
 from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job
-from model.training.flops import flops_per_token, peak_flops
-from model.training.metrics import MetricsLog
-from model.training.optimizer import learning_rate, make_optimizer
-from model.training.outliers import MEMORY_STEPS, Outliers
-from model.training.resume import cursor_of, resume
+from model.training.metrics import MetricsLog, StepMetrics
+from model.training.outliers import Outliers, divergence
+from model.training.resume import cursor_of
 from model.training.saver import Saver
-from storage.datasets.manifest import Manifest, read_manifest
-from storage.stores.store import Store
+from model.training.schedule import learning_rate
 
-SAVE_WAIT_SECONDS = 1.0  # the least that a save may wait for the one before; else it waits as long as a step took
+SAVE_WAIT_SECONDS = 1.0  # shortest wait for the save before; usually a save waits as long as a step takes
 
 
+@dataclass
+class Seconds:
+    """Time spent beside computing since the last metrics were logged."""
+
+    data: float = 0.0
+    metrics: float = 0.0
+    checkpoint: float = 0.0
+
+
+@dataclass(eq=False)
 class Trainer:
-    """One rank of one training. `fit` brings the run to its last step, from wherever it is."""
+    """One rank of one training. `fit` brings the run from `step` to its last step."""
 
-    def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
-        self.store, self.job, self.ddp = store, job, ddp
-        self.config = TrainingConfig.model_validate(job.recipe["train"] | job.how.get("train", {}))
-        self.resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
-        self.micro_batches = self.config.micro_batches(ddp.ranks)
-        manifest = read_manifest(store, job.recipe["dataset"], job.recipe["manifest"])
-        self.loader = self._loader(manifest, "train")
-        self._check_length()
-        torch.manual_seed(self.config.seed)  # every rank draws the same initial weights
-        self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), self.config.dropout).to(ddp.device)
-        self.optimizer = make_optimizer(self.model, self.config)
-        self.step, resumed = resume(store, job, self.model, self.optimizer)
-        self._check_agreed(resumed)
-        self.evaluator = Evaluator(self.model, ddp, self.config.precision)
-        self.val_loader = self._loader(manifest, "val") if self.config.validate_every_steps else None
-        wanted = self.config.compile
-        self._compiled = wanted == "on" or (wanted == "auto" and ddp.device.type == "cuda")
-        self.parallel = self._parallel()
-        self.outliers = self._outliers(resumed)
-        self.log = MetricsLog(
-            store, job.run, self.config.max_steps, resumed.metrics if resumed else [],
-            tensorboard=self.resources.tensorboard if ddp.is_main else "", step=self.step,
-        )  # fmt: skip
-        self.saver = Saver(store, job.run, self.log, self.resources.unsaved_minutes * 60)
-        self._stop_asked = False
-        self._save_due = False
-        self._seconds = {"data_seconds": 0.0, "metrics_seconds": 0.0, "checkpoint_seconds": 0.0}  # since the last line
-        flops = flops_per_token(self.model.config, self.model.parameter_count, self.config.sequence_tokens)
-        peak = peak_flops(ddp.device_name) if self.evaluator.precision == "bf16" else None
-        self._mfu_of_speed = flops / (peak * ddp.ranks) if peak else None
+    job: Job
+    config: TrainingConfig
+    ddp: DDPConfig
+    model: GPT
+    parallel: torch.nn.Module  # the model, compiled and synchronised over the ranks
+    optimizer: torch.optim.Optimizer
+    micro_batches: int  # of one step on this rank
+    loader: DataLoader
+    val_loader: DataLoader | None
+    prefetch_batches: int
+    evaluator: Evaluator
+    outliers: Outliers
+    log: MetricsLog
+    saver: Saver
+    step: int
+    mfu_per_speed: float | None
+    _stop_requested: bool = field(default=False, init=False)
+    _save_due: bool = field(default=False, init=False)
+    _seconds: Seconds = field(default_factory=Seconds, init=False)
 
     def fit(self) -> dict[str, Any] | None:
-        """Train up to the last step. Returns the result, or None when a SIGTERM stopped it at a checkpoint."""
-        before = signal.signal(signal.SIGTERM, self._on_sigterm)
-        if self.ddp.is_main:
-            compiled = "compiled" if self._compiled else "eager"
-            print(f"{self.job.job_id}: {self.evaluator.precision}, {compiled}, from step {self.step:,}", flush=True)
-        share = {"size": self.config.micro_batch_sequences, "rank": self.ddp.rank, "ranks": self.ddp.ranks}
+        """Train to the last step. Returns the result, or None if a SIGTERM stopped it at a checkpoint."""
+        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self.batches = MicroBatches(
-            self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows, **share,
-            ahead=self.resources.prefetch_batches,
+            self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
+            size=self.config.micro_batch_sequences, rank=self.ddp.rank, ranks=self.ddp.ranks,
+            ahead=self.prefetch_batches,
         )  # fmt: skip
         try:
             while self.step < self.config.max_steps:
                 started = time.perf_counter()
-                line, stopping = self._train_step()
-                line["step_seconds"] = time.perf_counter() - started
-                line["tokens_per_second"] = self.config.batch_tokens / line["step_seconds"]
-                if self._mfu_of_speed:
-                    line["mfu"] = line["tokens_per_second"] * self._mfu_of_speed
-                if self.val_loader and self._due(self.config.validate_every_steps):
-                    line["val_loss"] = self.evaluator.val_loss(self.val_loader, self.config.validation_tokens)["loss"]
+                metrics, stopping = self._train_step()
+                metrics = self._timed(metrics, time.perf_counter() - started)
+                if self.val_loader and self._is_due(self.config.validate_every_steps):
+                    val_loss = self.evaluator.val_loss(self.val_loader, self.config.validation_tokens).loss
+                    metrics = replace(metrics, val_loss=val_loss)
                 if self.ddp.is_main:
-                    self._log_and_save(line, stopping=stopping)
+                    self._log_and_save(metrics, stopping=stopping)
                 if stopping and self.step < self.config.max_steps:
                     return None
             tokens = self.step * self.config.batch_tokens
@@ -100,152 +91,114 @@ class Trainer:
             self.batches.close()
             self.saver.close()
             self.log.close()
-            if self.ddp.ranks == 1:  # else the others wait for the main rank's last save: it is no time to be killed
-                signal.signal(signal.SIGTERM, before)
+            if self.ddp.ranks == 1:  # with several ranks, rank 0 may still be saving, and a SIGTERM would kill it
+                signal.signal(signal.SIGTERM, handler)
 
-    def _train_step(self) -> tuple[dict[str, Any], bool]:
-        """One optimizer update. Returns its numbers and whether any rank was asked to stop."""
+    def _train_step(self) -> tuple[StepMetrics, bool]:
+        """One optimizer step. Returns its metrics, and whether any rank was told to stop."""
         torch.manual_seed(self._step_seed())
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        loss, norm, stopping = self._gradients()
+        skipped = self.outliers.skip(loss, norm)
+        if not skipped:
+            self._check_finite(loss, norm)
+            self.optimizer.step()
+        metrics = StepMetrics(
+            step=self.step,
+            loss=loss / self.config.batch_tokens if isfinite(loss) else None,
+            learning_rate=rate,
+            gradient_norm=norm if isfinite(norm) else None,
+            skipped=skipped,
+        )
+        self.step += 1
+        return metrics, stopping
+
+    def _gradients(self) -> tuple[float, float, bool]:
+        """Forward and backward of the step's batch. Returns the summed loss, the gradient norm, whether to stop."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         exact = torch.float32 if self.ddp.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(3, dtype=exact, device=self.ddp.device)
         for index in range(self.micro_batches):
-            waited = time.perf_counter()
+            waiting = time.perf_counter()
             tokens_BT, targets_BT = self.batches.next()
-            self._seconds["data_seconds"] += time.perf_counter() - waited
-            last = index == self.micro_batches - 1
-            with self._no_sync() if not last else nullcontext(), self.evaluator.autocast():
+            self._seconds.data += time.perf_counter() - waiting
+            is_last = index == self.micro_batches - 1
+            with self._synchronised(is_last), self.evaluator.autocast():
                 loss = self.parallel(tokens_BT, targets_BT)
                 # DDP averages over ranks: with this scale the gradient is that of the mean over the whole batch
                 (loss * (self.ddp.ranks / self.config.batch_tokens)).backward()
             sums[0] += loss.detach()
         sums[1] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip) / self.ddp.ranks
-        sums[2] = float(self._stop_asked)
-        total, norm, stop = self.ddp.sum(sums).tolist()  # the one moment of a step at which a GPU is waited for
-        line = {
-            "step": self.step,
-            "loss": total / self.config.batch_tokens if isfinite(total) else None,
-            "learning_rate": rate,
-            "gradient_norm": norm if isfinite(norm) else None,
-        }
-        if self._is_outlier(total, norm):
-            line["skipped"] = True
-        else:
-            self.optimizer.step()
-        self.step += 1
-        return line, stop > 0
+        sums[2] = float(self._stop_requested)
+        total, norm, stop = self.ddp.sum(sums).tolist()  # the only time in a step that the CPU waits for the GPU
+        return total, norm, stop > 0
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Let DDP sum gradients over the ranks only after the last micro-batch of a step."""
+        if is_last or self.ddp.ranks == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.parallel.no_sync()  # type: ignore[operator]
+        return context
 
     def _step_seed(self) -> int:
-        """What this rank draws in this step (dropout) depends on nothing else, so a resume needs no generator state."""
-        words = np.random.SeedSequence([self.config.seed, self.step, self.ddp.rank]).generate_state(2)
-        return int(words[0]) << 31 | int(words[1]) >> 1
+        """The seed of dropout: it depends on seed, step and rank alone, so a resume needs no generator state."""
+        bits = np.random.SeedSequence([self.config.seed, self.step, self.ddp.rank]).generate_state(2)
+        return int(bits[0]) << 31 | int(bits[1]) >> 1
 
-    def _is_outlier(self, loss: float, norm: float) -> bool:
-        """Whether this step is to be left out. Raises ValueError for one that is no number when none may be."""
-        allowed = self.config.skip_outlier_steps
-        if allowed and not self.outliers.judge(loss, norm):
-            return False
-        finite = isfinite(loss) and isfinite(norm)
-        if self.outliers.skipped < allowed:
-            self.outliers.skipped += 1
-            return True
-        if finite:
-            return False
-        windows = self.config.batch_windows
-        first = self.step * windows
-        shards = self.loader.shards_of(first, windows)
-        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-        raise ValueError(
-            f"step {self.step:,} of run {self.job.run!r}: a finite loss and gradient were expected, found a summed "
-            f"loss of {loss} and a gradient norm of {norm}{f' after {allowed} skipped steps' * bool(allowed)}. Its "
-            f"batch is windows {first:,} to {first + windows - 1:,} of manifest {self.job.recipe['manifest'][:12]}, "
-            f"in {', '.join(shards[:3])}{more}: gpt2 dataset trace --step {self.step} shows their documents. Try a "
-            f"smaller train.learning_rate, a longer warm-up or train.skip_outlier_steps in a new run."
-        )
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if isfinite(loss) and isfinite(norm):
+            return
+        first, count = self.step * self.config.batch_windows, self.config.batch_windows
+        raise divergence(
+            self.job.run, self.step, loss, norm, skipped=self.outliers.skipped, windows=range(first, first + count),
+            manifest=self.job.recipe["manifest"], shards=self.loader.shards_of(first, count),
+        )  # fmt: skip
 
-    def _log_and_save(self, line: dict[str, Any], *, stopping: bool) -> None:
-        """On the main rank: the line with the seconds that it cost, and a checkpoint when one is due.
+    def _timed(self, metrics: StepMetrics, seconds: float) -> StepMetrics:
+        """The metrics with the time and speed of the step."""
+        speed = self.config.batch_tokens / seconds
+        mfu = speed * self.mfu_per_speed if self.mfu_per_speed else None
+        return replace(metrics, step_seconds=seconds, tokens_per_second=speed, mfu=mfu)
 
-        A save waits for the one before as long as a step takes, then a later step tries again.
+    def _log_and_save(self, metrics: StepMetrics, *, stopping: bool) -> None:
+        """On the main rank: log the metrics, and save a checkpoint if one is due.
+
+        A save waits for the one before as long as a step takes. If that is still running, the next step tries again.
         """
-        line |= self._seconds | {"memory_bytes": self.ddp.memory_bytes()}
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        metrics = replace(
+            metrics,
+            data_seconds=self._seconds.data,
+            metrics_seconds=self._seconds.metrics,
+            checkpoint_seconds=self._seconds.checkpoint,
+            memory_bytes=self.ddp.memory_bytes(),
+        )
+        self._seconds = Seconds()
         started = time.perf_counter()
-        self.log.add(line)
+        self.log.add(metrics)
         logged = time.perf_counter()
-        self._seconds["metrics_seconds"] = logged - started
+        self._seconds.metrics = logged - started
+        self.saver.check()  # ends a training whose saves fail for good at once, not when the next is due
         ending = stopping or self.step == self.config.max_steps
-        self._save_due |= ending or self._due(self.config.checkpoint_every_steps)
-        patience = max(line["step_seconds"], SAVE_WAIT_SECONDS)
-        self.saver.check()  # a training whose checkpoints are refused for good ends now, not when the next is due
+        self._save_due |= ending or self._is_due(self.config.checkpoint_every_steps)
         if self._save_due:
-            if ending:
-                self.saver.finish(giving_way=True)
-            if ending or self.saver.free(patience):
-                self._save_due = False
-                self.saver.begin(self.model, self.optimizer, self._about(), self._kept())
+            wait_seconds = inf if ending else max(metrics.step_seconds, SAVE_WAIT_SECONDS)
+            saving = self.saver.save(self.model, self.optimizer, self._record(), wait_seconds=wait_seconds)
+            self._save_due = not saving
         if ending:
             self.saver.finish()
-        self._seconds["checkpoint_seconds"] = time.perf_counter() - logged
+        self._seconds.checkpoint = time.perf_counter() - logged
 
-    def _about(self) -> dict[str, Any]:
-        recipe = self.job.recipe
-        return {
-            "step": self.step,
-            "job": self.job.job_id,
-            "model": recipe["model"],
-            "train": recipe["train"],
-            "cursor": cursor_of(self.job) | {"next_window": self.step * self.config.batch_windows},
-        }
+    def _record(self) -> CheckpointRecord:
+        recipe, next_window = self.job.recipe, self.step * self.config.batch_windows
+        return CheckpointRecord(
+            self.step, self.job.job_id, recipe["model"], recipe["train"], cursor_of(self.job, next_window)
+        )
 
-    def _kept(self) -> tuple[int, int]:
-        return self.config.keep_last, self.config.keep_every_steps
-
-    def _check_agreed(self, resumed: CheckpointRecord | None) -> None:
-        """Each rank has looked by itself, and a process that was thought dead may have saved meanwhile."""
-        if not self.ddp.agree(int(resumed.attempt, 16) if resumed else 0):
-            found = f"step {resumed.step:,}" if resumed else "none"
-            raise ValueError(
-                f"run {self.job.run!r}: one newest checkpoint was expected by all ranks, rank {self.ddp.rank} found "
-                f"{found}: another process is still saving. When it has ended, run the same command again."
-            )
-
-    def _check_length(self) -> None:
-        order = self.loader.order
-        if order.epoch_windows < self.config.batch_windows:
-            fitting = order.epoch_windows * self.config.sequence_tokens
-            raise ValueError(
-                f"train.batch_tokens = {self.config.batch_tokens:,}: the train split of dataset "
-                f"{self.job.recipe['dataset']!r} has {order.epoch_windows:,} windows of "
-                f"{self.config.sequence_tokens:,} tokens, less than one batch. Use at most train.batch_tokens = "
-                f"{fitting:,}, fewer data.val_shards, or more text."
-            )
-
-    def _outliers(self, resumed: CheckpointRecord | None) -> Outliers:
-        """As the steps before have left it; they are read only where outliers may be skipped."""
-        lines = read_segments(self.store, resumed.metrics) if resumed and self.config.skip_outlier_steps else []
-        taken = [line["gradient_norm"] for line in lines if not line.get("skipped")]
-        return Outliers(taken[-MEMORY_STEPS:], sum(bool(line.get("skipped")) for line in lines))
-
-    def _loader(self, manifest: Manifest, split: str) -> DataLoader:
-        shape = {"sequence_tokens": self.config.sequence_tokens, "seed": self.config.seed}
-        shape["cache_bytes"] = self.resources.cache_bytes
-        return DataLoader(self.store, self.job.recipe["dataset"], manifest, split, **shape)
-
-    def _parallel(self) -> torch.nn.Module:
-        """The model, compiled where that is asked for, and synchronised where there are several ranks."""
-        model: Any = torch.compile(self.model) if self._compiled else self.model
-        return DistributedDataParallel(model, forward_sync_buffers=False) if self.ddp.ranks > 1 else model
-
-    def _no_sync(self) -> Any:
-        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
-
-    def _due(self, every_steps: int) -> bool:
+    def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.max_steps
 
-    def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self._stop_asked = True
+    def _on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
+        self._stop_requested = True

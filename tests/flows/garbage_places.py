@@ -1,4 +1,4 @@
-"""What the tests of garbage collection share: a store whose objects can be old, and a dataset with orphans in it."""
+"""Shared by the tests of garbage collection: a store whose objects can be aged, with orphan shards in it."""
 
 import os
 import time
@@ -18,9 +18,9 @@ HOUR = 3600.0
 
 
 class Place:
-    """A store with `small` sealed and orphan shards of a second source file, and the grace that makes `age` old.
+    """A store with the sealed dataset `small` and orphan shards, and a grace period that aged objects exceed.
 
-    A folder's objects are made old by their times. An S3 store's cannot be: there all are older than a time to come.
+    Objects of a folder are aged by their file times. Those of S3 cannot be, so there the grace period is negative.
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
@@ -37,28 +37,28 @@ class Place:
         if self.in_folder:
             make_old(self.store, prefix)
 
-    def there(self) -> set[str]:
-        return {found.key for found in self.store.list("") if found.key != lease_key()}
+    def stored_keys(self) -> set[str]:
+        return {listed.key for listed in self.store.list("") if listed.key != lease_key()}
 
     def orphan_keys(self) -> set[str]:
         return {key(name) for name in self.orphans for key in (shard_key, record_key)}
 
     def whole(self, manifest: Manifest | None = None) -> bool:
-        """Whether every byte of the version is there, and no record lacks its shard."""
+        """Whether every byte of the version is intact, and no record lacks its shard."""
         manifest = manifest or self.manifest
-        there = self.there()
-        for key in there:
+        listed_keys = self.stored_keys()
+        for key in listed_keys:
             if key.startswith(DatasetKeys("small").shards) and key.endswith(".json") and "failure" not in key:
-                assert key.removesuffix(".json") + ".bin" in there, key
+                assert key.removesuffix(".json") + ".bin" in listed_keys, key
         damaged = [check_fully(self.store, "small", row, tokenizer.EOT) for row in manifest.rows()]
         return not any(damaged) and not list(check_versions(self.store, "small", manifest))
 
 
 def make_old(store: Store, prefix: str) -> None:
-    for found in list(store.list(prefix)):
-        path = store.local_path(found.key)
-        assert path
-        os.utime(path, (time.time() - 2 * HOUR,) * 2)
+    """Set the file times of a folder store's objects below a prefix to two hours ago."""
+    for listed in list(store.list(prefix)):
+        if path := store.local_path(listed.key):
+            os.utime(path, (time.time() - 2 * HOUR,) * 2)
 
 
 def lease_key() -> str:
@@ -70,7 +70,7 @@ def holder(store: Store) -> object:
 
 
 def build(store: Store, *paths: Path, before_seal: Callable[[], object] = lambda: None) -> Manifest:
-    """What `gpt2 dataset build` does, without Prefect: claim, count what is done, make the rest, seal."""
+    """What `gpt2 dataset build` does, without Prefect: claim, build what is missing, seal."""
     lease.claim(store, "small", "build")
     jobs = jobs_of(*paths)
     finished = records.finished_shards(store, "small", [job.shard_id for job in jobs], {})

@@ -1,10 +1,11 @@
-"""Evaluations under Prefect: of every checkpoint, asked again otherwise, killed, of models from outside; reports."""
+"""Evaluations under Prefect: every checkpoint, changed settings, a killed process, imported models; reports."""
 
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from flows.console import cli
 from flows.inspection.facts import REFERENCES, references, run_facts
 from flows.inspection.status import run_status
 from flows.pages.curves import curves
+from flows.pages.run_report import markdown, page
 from flows.pretrain import evaluate_and_report
-from flows.report import markdown, page
 from flows.runtime import processes
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.config import RunConfig
+from model.evaluation.results import Evaluation
 from model.runs.job import JobFailed, put_job
 from model.runs.run import pin_run, training_job
 from storage.datasets.manifest import Manifest
@@ -30,8 +32,7 @@ from storage.errors import ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import ask as asked_of
-from tests.flows.client import poll
+from tests.flows.client import ask, poll
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,14 +66,14 @@ def trained(folder: Path, *overrides: str) -> tuple[RunConfig, Manifest]:
 
 
 def newest_task(api: str, task: str, state: str) -> dict[str, Any]:
-    """The newest run of a task of that name, once it has come to the state."""
-    asked = {"task_runs": {"name": {"any_": [task]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    """The newest run of the task, once it is in that state."""
+    query = {"task_runs": {"name": {"any_": [task]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
 
-    def found() -> dict[str, Any] | None:
-        [newest] = asked_of(api, "/task_runs/filter", asked)
+    def task_run() -> dict[str, Any] | None:
+        [newest] = ask(api, "/task_runs/filter", query)
         return newest if newest["state_name"] == state else None
 
-    newest: dict[str, Any] = poll(found)
+    newest: dict[str, Any] = poll(task_run)
     return newest
 
 
@@ -95,39 +96,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.mark.full
 def test_every_kept_checkpoint_is_evaluated_and_makes_a_curve(api: str, run: RunConfig, tmp_path: Path) -> None:
-    """The run was trained alone, so it is pinned to no items: they are mirrored when they are asked for."""
+    """The run is not pinned to HellaSwag items, since only training has run: the evaluation mirrors them."""
     config = changed(run, checkpoint="every", hellaswag=items(tmp_path / "items.jsonl"))
-    facts = evaluate_and_report(config)
+    reported = evaluate_and_report(config)
     store = open_store(run.store_url)
-    there = {listed.key.rpartition("evaluations/")[2] for listed in store.list(RunKeys("tiny").evaluations)}
+    listed_names = {listed.key.rpartition("evaluations/")[2] for listed in store.list(RunKeys("tiny").evaluations)}
     names = ("val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json")
-    assert there == {f"{step:06d}/{name}" for step in (4, 8, 12) for name in names}
-    assert [one["step"] for one in facts["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
-    shown = run_facts(store, "tiny")
-    assert [one["step"] for one in shown["evaluations"] if one["name"] == "hellaswag"] == [4, 8, 12]
-    assert [one["step"] for one in shown["samples"]] == [12, 8, 4]
+    assert listed_names == {f"{step:06d}/{name}" for step in (4, 8, 12) for name in names}
+    assert [one.step for one in reported.evaluations if one.name == "hellaswag"] == [4, 8, 12]
+    facts = run_facts(store, "tiny")
+    assert [one.step for one in facts.evaluations if one.name == "hellaswag"] == [4, 8, 12]
+    assert [one.step for one in facts.samples] == [12, 8, 4]
     text = store.read(RunKeys("tiny").report("html")).body.decode()
-    for said in ("hellaswag_harness", "step 4,", "step 8,", "6 items, 5 of them repeated", "0.3114", "harness style"):
-        assert said in text
-    assert "3.2924" not in text  # of windows of another length
+    for part in ("hellaswag_harness", "step 4,", "step 8,", "6 items, 5 of them repeated", "0.3114", "harness style"):
+        assert part in text
+    assert "3.2924" not in text  # the value of another window length
     lines = {line.what.strip(): line.state for line in run_status(store, "tiny")}
     assert lines["hellaswag"] == lines["val_loss"] == "done, of 2 earlier checkpoints too"
 
 
-def test_one_checkpoint_that_is_named_is_evaluated_alone_and_one_that_is_not_there_is_refused(
-    api: str, run: RunConfig
-) -> None:
-    facts = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
-    assert [one["step"] for one in facts["evaluations"] if "val_loss_t32_of_320" in one["metrics"]] == [8]
+def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api: str, run: RunConfig) -> None:
+    reported = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
+    assert [one.step for one in reported.evaluations if "val_loss_t32_of_320" in one.metrics] == [8]
     with pytest.raises(ObjectMissing, match=r"checkpoint '5'.*steps 4, 8, 12"):
         evaluate_and_report(changed(run, checkpoint="5"))
 
 
-def test_a_finished_run_may_be_asked_something_else_and_then_the_first_again(api: str, run: RunConfig) -> None:
+def test_changed_settings_are_evaluated_again_and_so_are_the_first_ones_after_them(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
         evaluate_and_report(config)
-        kept = read_json(open_store(run.store_url), RunKeys("tiny").evaluation(12, "samples")) or {}
-        return {one["prompt"] for one in kept["samples"]}  # type: ignore[union-attr,index,call-overload]
+        stored = read_json(open_store(run.store_url), RunKeys("tiny").evaluation(12, "samples")) or {}
+        return {one["prompt"] for one in stored["samples"]}  # type: ignore[union-attr,index,call-overload]
 
     first, other = changed(run, prompts=("One",)), changed(run, prompts=("Two", ""))
     assert [prompts(config) for config in (first, other, first)] == [{"One"}, {"Two", ""}, {"One"}]
@@ -148,32 +147,32 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
 
     monkeypatch.setattr(processes, "_start", start_killed)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
-    before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # of a test that asked otherwise, or none
+    before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # of another test with other settings, or None
     with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu") as failed:
         evaluate_and_report(config)
     killed_at = re.search(r"killed at (\S+)", str(failed.value))
     assert killed_at is not None
     assert read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) == before
     assert read_json(store, RunKeys("tiny").evaluation(4, "samples")) is not None
-    assert "SIGKILL" in {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"]
+    assert "SIGKILL" in {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
     assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=10)
     body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
-    [newest, *_] = asked_of(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
+    [newest, *_] = ask(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
     assert newest["state_type"] == "FAILED"
-    words = ["flow-run", "retry", newest["id"], "--entrypoint", "flows/pretrain.py:evaluate_and_report"]
-    done = subprocess.run([PREFECT, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert asked_of(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
-    assert {line.what.strip(): line.why for line in run_status(store, "tiny")}["val_loss"] == ""
+    arguments = ["flow-run", "retry", newest["id"], "--entrypoint", "flows/pretrain.py:evaluate_and_report"]
+    retried = subprocess.run([PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert retried.returncode == 0, retried.stdout + retried.stderr
+    assert ask(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
+    assert {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"] == ""
     assert newest_task(api, "val_loss-4", "Completed")["end_time"] > ended.isoformat()
-    made = read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) or {}
-    assert "val_loss_t32_of_64" in made["metrics"], made  # type: ignore[operator]
+    stored = read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) or {}
+    assert "val_loss_t32_of_64" in stored["metrics"], stored  # type: ignore[operator]
     newest_task(api, "samples-4", "Skipped")
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b'{"ctx": "x", "endings": ["a", "b"', "line 1 should be a HellaSwag item"),
         (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "KeyError: 'activity_label'"),
@@ -182,21 +181,21 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     ids=["cut", "fields missing", "no file"],
 )
 def test_items_that_cannot_be_read_fail_hellaswag_alone(
-    api: str, run: RunConfig, tmp_path: Path, body: bytes | None, said: str
+    api: str, run: RunConfig, tmp_path: Path, body: bytes | None, message: str
 ) -> None:
     path = tmp_path / "items.jsonl"
     if body is not None:
         path.write_bytes(body)
-    with pytest.raises((ValueError, JobFailed), match="hellaswag") as refused:
+    with pytest.raises((ValueError, JobFailed), match="hellaswag") as error:
         evaluate_and_report(changed(run, hellaswag=str(path), sample_tokens=5))
-    assert said in str(refused.value)
+    assert message in str(error.value)
     store = open_store(run.store_url)
-    kept = read_json(store, RunKeys("tiny").evaluation(12, "samples")) or {}
-    assert len(kept["samples"]) == 1  # type: ignore[arg-type]
+    stored = read_json(store, RunKeys("tiny").evaluation(12, "samples")) or {}
+    assert len(stored["samples"]) == 1  # type: ignore[arg-type]
     assert "samples" in store.read(RunKeys("tiny").report("md")).body.decode().lower()
 
 
-# Models from outside
+# Imported models
 
 
 Gpt2 = Callable[..., tuple[object, str, str]]
@@ -204,16 +203,16 @@ Gpt2 = Callable[..., tuple[object, str, str]]
 
 @pytest.fixture
 def gpt2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gpt2:
-    """A function that runs the console in this process."""
+    """A function that runs the console in this process and returns its exit code and output."""
 
-    def said(*words: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpt2", *words])
+    def run_console(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpt2", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        found = capsys.readouterr()
-        return ended.value.code, found.out, found.err
+        output = capsys.readouterr()
+        return ended.value.code, output.out, output.err
 
-    return said
+    return run_console
 
 
 def published(folder: Path, seed: int) -> Path:
@@ -226,8 +225,8 @@ def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp
     folder = published(tmp_path / "my model", 1)
     settings = [f"store_url={tmp_path / 'store'}", f"evaluation.hellaswag={items(tmp_path / 'items.jsonl')}",
                 "evaluation.samples=1", "evaluation.sample_tokens=3"]  # fmt: skip
-    words = ["evaluate", "--model", str(folder), *(word for one in settings for word in ("--set", one))]
-    code, out, err = gpt2(*words)
+    overrides = [argument for setting in settings for argument in ("--set", setting)]
+    code, out, err = gpt2("evaluate", "--model", str(folder), *overrides)
     assert code == 0, (out, err)
     assert "has no version here, so there is no val loss" in out
     assert "hellaswag_harness_acc_norm" in out
@@ -235,11 +234,11 @@ def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp
     assert checkpoints(store, "my_model")[0].model["context_tokens"] == 64
     assert "A model that was imported" in store.read(RunKeys("my_model").report("md")).body.decode()
     assert run_status(store, "my_model")[0].state == "a model that was imported, not trained here"
-    code, out, _ = gpt2(*words)
+    code, out, _ = gpt2("evaluate", "--model", str(folder), *overrides)
     assert code == 0
-    assert "2 of 2 evaluations done, 0 made now" in out
+    assert "2 of 2 evaluations done, 0 computed now" in out
     other = published(tmp_path / "other" / "my model", 2)
-    code, _, err = gpt2("evaluate", "--model", str(other), *words[3:])
+    code, _, err = gpt2("evaluate", "--model", str(other), *overrides)
     assert code == 2
     assert "holds another model" in err
 
@@ -254,33 +253,30 @@ def test_two_runs_stand_side_by_side_on_one_page_and_ask_for_nothing(
     other = run.model_copy(update={"name": "second", "train": run.train.model_copy(update={"seed": 7})})
     manifest = pin_run(store, run, "", None).manifest
     assert run_job(store.url, put_job(store, training_job(pin_run(store, other, manifest, None)))) == 0
-    words = ["report", "tiny", "second", "--set", f"store_url={run.store_url}"]
+    in_store = ["--set", f"store_url={run.store_url}"]
     for name in ("both.html", "both.md"):
-        assert gpt2(*words, "--to", str(tmp_path / name))[0] == 0
+        assert gpt2("report", "tiny", "second", *in_store, "--to", str(tmp_path / name))[0] == 0
     html, text = ((tmp_path / name).read_text() for name in ("both.html", "both.md"))
-    for said in ("Runs tiny, second", "second: train.seed is 7, asked for 1337", "tiny training", "second training"):
-        assert said in html
+    for part in ("Runs tiny, second", "second: train.seed is 7", "tiny training", "second training"):
+        assert part in html
     assert "# Run tiny" in text
     assert "# Run second" in text
     addresses = [part for part in html.split('"') if part.startswith(("http://", "https://"))]
-    assert [one for one in addresses if "w3.org" not in one] == []
-    code, _, err = gpt2(*words, "--to", str(tmp_path / "both.pdf"))
+    assert [address for address in addresses if "w3.org" not in address] == []
+    code, _, err = gpt2("report", "tiny", "second", *in_store, "--to", str(tmp_path / "both.pdf"))
     assert code == 2
     assert ".html or .md" in err
     monkeypatch.chdir(tmp_path)
-    assert gpt2(*words)[0] == 0
+    assert gpt2("report", "tiny", "second", *in_store)[0] == 0
     assert (tmp_path / "tiny-second.html").read_bytes() == (tmp_path / "both.html").read_bytes()
-    code, _, err = gpt2("report", "none-such", *words[3:])
+    code, _, err = gpt2("report", "none-such", *in_store)
     assert code == 2
     assert "none-such" in err
 
 
-def test_a_published_number_is_shown_beside_the_same_metric_alone(run: RunConfig) -> None:
+def test_a_published_value_is_shown_beside_the_same_metric_only(run: RunConfig) -> None:
     facts = run_facts(open_store(run.store_url), "tiny")
-    one = {
-        "name": "val_loss", "step": 12, "metrics": {"val_loss_t1024": 3.5}, "conventions": {"val_loss_t1024": "c"},
-        "data": "d", "tokens": 9, "precision": "fp32",
-    }  # fmt: skip
+    assert facts.dataset is not None
     for metric, source, shown in (
         ("val_loss_t1024", "HuggingFaceFW/fineweb-edu", True),
         ("val_loss_t1024", "files/*.parquet", False),
@@ -288,11 +284,13 @@ def test_a_published_number_is_shown_beside_the_same_metric_alone(run: RunConfig
         ("val_loss_t1024_of_8192", "HuggingFaceFW/fineweb-edu", False),
         ("hellaswag_completion_acc_norm", "anything", True),
     ):
-        named = one | {"metrics": {metric: 0.5}, "conventions": {metric: "c"}}
-        found = references([named], facts["dataset"] | {"source": source})
-        assert (metric in found) == shown
-        asked = facts | {"evaluations": [named], "references": found}
-        html = page([asked], curves([asked])).decode()
-        published_there = [f"{reference.value:.4f}" in html for reference in REFERENCES]
-        assert any(published_there) == shown
-        assert markdown([asked]).count("GPT-2 124M") == shown
+        evaluation = Evaluation(
+            name="val_loss", step=12, job="job", environment={}, precision="fp32", data="d", tokens=9,
+            metrics={metric: 0.5}, conventions={metric: "c"},
+        )  # fmt: skip
+        published = references([evaluation], replace(facts.dataset, source=source))
+        assert (metric in published) == shown
+        changed_facts = replace(facts, evaluations=[evaluation], references=published)
+        html = page([changed_facts], curves([changed_facts])).decode()
+        assert any(f"{reference.value:.4f}" in html for reference in REFERENCES) == shown
+        assert markdown([changed_facts]).count("GPT-2 124M") == shown

@@ -50,7 +50,7 @@ def outcome(folder: Path) -> Outcome:
         for listed in store.list(RunKeys("tiny").evaluations + f"{60:06d}/")
     }
     losses = [line["loss"] for line in read_metrics(store, "tiny")]
-    return Outcome(manifest.digest, losses, last.files["model.safetensors"]["sha256"], evaluations)
+    return Outcome(manifest.digest, losses, last.files["model.safetensors"].sha256, evaluations)
 
 
 @pytest.fixture(scope="module")

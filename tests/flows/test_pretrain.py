@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows.handoffs import Reported
 from flows.inspection.status import run_status
 from flows.pretrain import evaluate_and_report, pretrain
 from model.config import RunConfig
@@ -45,7 +46,7 @@ def task_states(api: str, flow_run: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
+def finished(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, Reported]]:
     """A run that was brought to its end once, and what the flow answered."""
     folder = tmp_path_factory.mktemp("finished")
     for index in range(2):
@@ -82,13 +83,14 @@ def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[Run
     assert {found[key]["type"] for key in ("shard-status", "evaluations", "train-metrics")} == {"table"}
 
 
-def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Any]) -> None:
-    config, facts = finished
+def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Reported]) -> None:
+    config, reported = finished
     page = open_store(config.store_url).read(RunKeys("tiny").report("html")).body.decode()
     for title in ("Loss", "Learning rate", "Gradient norm", "Speed", "completion", "bits_per_byte"):
         assert f"<figcaption>{title}</figcaption><svg" in page
     assert "val_loss_t32" in page
-    assert facts["dataset"]["manifest"] in page
+    assert reported.dataset is not None
+    assert reported.dataset.manifest in page
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
     assert [address for address in loaded if "w3.org" not in address] == []  # names of namespaces
     assert "<script" not in page
@@ -96,8 +98,8 @@ def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig,
 
 
 def test_the_same_run_again_does_nothing_and_says_the_same(api: str, finished: tuple[RunConfig, Any]) -> None:
-    config, facts = finished
-    assert pretrain(config) == facts
+    config, reported = finished
+    assert pretrain(config) == reported
     stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
     assert set(task_states(api, stages["train"]).values()) == {"Skipped"}
     assert set(task_states(api, stages["evaluate"]).values()) == {"Skipped"}
@@ -116,7 +118,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
     assert states == {"val_loss-12": "Completed", "completion-12": "Failed", "samples-12": "Completed"}
     store = open_store(config.store_url)
     assert "val_loss_t32" in store.read(RunKeys("short").report("html")).body.decode()
-    assert [line.what.strip() for line in run_status(store, "short") if line.why] == ["completion"]
+    assert [line.what.strip() for line in run_status(store, "short") if line.error] == ["completion"]
     with pytest.raises(JobRefused):  # again: only the failed one is tried
         evaluate_and_report(config)
     again = task_states(api, newest_run(api, "evaluate-short"))
@@ -131,8 +133,8 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     item = json.dumps(parts | {"endings": ["on the mat.", "in a tree.", "by day.", "at sea."]}) + "\n"
     (tmp_path / "items.jsonl").write_text(item * 3)
     config = tiny_config(str(tmp_path / "store"), source, f"evaluation.hellaswag={tmp_path / 'items.jsonl'}")
-    facts = pretrain(config)
-    assert [evaluation["name"] for evaluation in facts["evaluations"]] == ["val_loss", "hellaswag", "samples"]
+    reported = pretrain(config)
+    assert [evaluation.name for evaluation in reported.evaluations] == ["val_loss", "hellaswag", "samples"]
     store = open_store(config.store_url)
     run = find_run(store, "tiny")
     assert run.items is not None
@@ -145,7 +147,7 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     kept = read_json(store, RunKeys("tiny").evaluation(12, "hellaswag")) or {}
     assert kept["items"] == 2
     (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
-    assert pretrain(config) == facts
+    assert pretrain(config) == reported
     (tmp_path / "items.jsonl").write_text(item[:-9])
     with pytest.raises(SourceInvalid, match="line 1 should be a HellaSwag item"):  # before anything is trained
         pretrain(config.model_copy(update={"name": "other"}))

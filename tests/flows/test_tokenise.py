@@ -105,7 +105,7 @@ def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, ap
     with pytest.raises(SourceInvalid, match="row 31"):
         build_dataset(config)
     store = opened(config)
-    assert [line.why for line in dataset_status(store, "small") if "row 31" in line.why]
+    assert [line.error for line in dataset_status(store, "small") if "row 31" in line.error]
     kept = {listed.key for listed in store.list(DatasetKeys("small").shards) if listed.key.endswith(".bin")}
     assert len(kept) > 3
     assert list(store.list(DatasetKeys("small").prefix + "manifests/")) == []

@@ -67,7 +67,7 @@ def test_a_training_can_be_asked_for_without_being_run(
 ) -> None:
     config = tiny_config(str(tmp_path / "store"), source)
     store, version = open_store(config.store_url, create=True), build_dataset(config)
-    monkeypatch.setattr(cli, "load_config", lambda *_: config)
+    monkeypatch.setattr(cli, "load_with_store", lambda *_: (config, store))
     for _ in range(2):  # a run that is pinned already is asked for as it is
         cli.train(ask=True)
         words = capsys.readouterr().out.split()

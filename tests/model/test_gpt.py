@@ -194,21 +194,3 @@ def test_a_fresh_model_is_as_unsure_as_gpt2_was() -> None:
     with torch.no_grad():
         loss = model(tokens_BT, targets_BT).item() / targets_BT.numel()
     assert 10.85 <= loss <= 11.1  # ln 50,257 = 10.825, plus half the variance of the logits
-
-
-@pytest.mark.parametrize("shape", [(48,), (1, 1, 48), (2, 1, 48), (64, 48), (3, 7, 48)])
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_product_of_few_rows_is_that_of_many(
-    shape: tuple[int, ...], biased: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever this processor is: the other way round, without gradients alone."""
-    torch.manual_seed(3)
-    x, weight_OC, bias_O = torch.randn(shape), torch.randn(80, 48), torch.randn(80) if biased else None
-    wanted = F.linear(x, weight_OC, bias_O)
-    monkeypatch.setattr(gpt, "FEW_ROWS", range(1, 65))
-    assert torch.equal(gpt.linear(x, weight_OC, bias_O), wanted)
-    monkeypatch.setattr(F, "linear", None)
-    with torch.no_grad():
-        found = gpt.linear(x, weight_OC, bias_O)
-    torch.testing.assert_close(found, wanted)
-    assert found.is_contiguous()

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 
 from model.checkpoints.huggingface import export_run, import_folder
-from model.checkpoints.records import put_checkpoint
+from model.checkpoints.records import CheckpointRecord, put_checkpoint
 from model.config import ModelConfig
 from model.evaluation.evaluator import Evaluator
+from model.evaluation.generate import newest_model
 from model.evaluation.hellaswag import CONVENTIONS, questions
-from model.evaluation.sampling import newest_model
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from storage.stores.opening import open_store
@@ -73,8 +73,8 @@ def made(folder: Path) -> Path:
         name: weight[:50_257].contiguous() if ".wte." in name else weight for name, weight in model.state_dict().items()
     }
     store = open_store(str(folder / "made"), create=True)
-    about = {"step": 0, "job": "import", "model": config.model_dump(), "train": {}, "cursor": {}, "metrics": []}
-    put_checkpoint(store, "made", {"model.safetensors": save(weights)}, about)
+    record = CheckpointRecord(0, "import", config.model_dump(), {})
+    put_checkpoint(store, "made", {"model.safetensors": save(weights)}, record)
     export_run(store, "made", folder / "gpt2")
     return folder / "gpt2"
 

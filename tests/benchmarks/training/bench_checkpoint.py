@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
-from model.checkpoints.records import checkpoints
+from model.checkpoints.records import CheckpointRecord, checkpoints
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT
 from model.training.metrics import MetricsLog
@@ -56,16 +56,17 @@ def made() -> tuple[GPT, torch.optim.Optimizer]:
 def ours(url: str, model: GPT, optimizer: torch.optim.Optimizer) -> Callable[[], Found]:
     """A saver, and what one save of it takes."""
     store = open_store(url, create=True)
-    saver = Saver(store, "bench", MetricsLog(store, "bench", 1, []), 60.0)
+    saver = Saver(
+        store, "bench", MetricsLog(store, "bench", 1, []), unsaved_seconds=60.0, keep_last=1, keep_every_steps=0
+    )
     step = 0
 
     def save() -> Found:
         nonlocal step
         step += 1
-        about = {"step": step, "job": "bench", "model": {}, "train": {}, "cursor": {}}
+        record = CheckpointRecord(step, "bench", {}, {})
         started = time.perf_counter()
-        assert saver.free(0)
-        saver.begin(model, optimizer, about, (1, 0))
+        assert saver.save(model, optimizer, record, wait_seconds=0)
         still = time.perf_counter() - started
         saver.finish()
         found = Found(still, time.perf_counter() - started)

@@ -1,10 +1,9 @@
-"""`gpt2 dataset verify` and `gpt2 dataset copy` as processes: exit codes, words that can be run as printed, kills."""
+"""`gpt2 dataset verify` and `gpt2 dataset copy`: exit codes, the printed repair command, kills."""
 
 import json
-import os
 import shlex
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
@@ -21,37 +20,44 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests import servers
 from tests.conftest import S3Url
-from tests.flows.client import gpt2, poll, run_gpt2
+from tests.flows import client
+from tests.flows.in_process import Gpt2, Outcome
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training_runs import STEPS, final_weights, history
 from tests.storage.store_kinds import SERVERS
 
 
 class Built:
-    """A working folder with a source, a store and a dataset; `words` ask for it."""
+    """A folder with a source, a store and a dataset, and the arguments that name them."""
 
-    def __init__(self, folder: Path, url: str) -> None:
-        self.folder = folder
+    def __init__(self, gpt2: Gpt2, folder: Path, url: str = "data") -> None:
+        self._gpt2, self.folder = gpt2, folder
         for index in range(2):
             texts = [document(index * 40 + number) for number in range(40)]
             write_parquet(folder / "source" / f"file_{index}.parquet", texts)
         self.config = tiny_config(url, "source/*.parquet")
-        with _inside(folder):
-            self.manifest = build_dataset(self.config)
+        self.manifest = self.build()
         self.store = open_store(url if url.startswith("s3") else str(folder / url))
         self.rows = list(self.manifest.rows())
 
-    def words(self, url: str | None = None) -> list[str]:
+    def build(self) -> Manifest:
+        with chdir(self.folder):
+            return build_dataset(self.config)
+
+    def settings(self, url: str | None = None) -> list[str]:
         data = self.config.data
         values = {"store_url": url or self.config.store_url, "data.dataset": data.dataset, "data.source": data.source}
         values |= {"data.shard_tokens": data.shard_tokens, "data.val_shards": data.val_shards}
-        return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+        return [argument for name, value in values.items() for argument in ("--set", f"{name}={value}")]
 
-    def verify(self, *words: str, url: str | None = None, api: str | None = None) -> tuple[int, str]:
-        return run_gpt2("dataset", "verify", *words, *self.words(url), cwd=self.folder, api=api)
+    def verify(self, *options: str, url: str | None = None) -> Outcome:
+        return self._gpt2("dataset", "verify", *options, *self.settings(url), cwd=self.folder)
+
+    def copy(self, url: str, to: str) -> Outcome:
+        return self._gpt2("dataset", "copy", to, *self.settings(url), cwd=self.folder)
 
     def flip(self, place: int) -> str:
-        """Rewrite a shard with another byte in it. Returns its name."""
+        """Change a byte of a shard. Returns the shard's id."""
         key = DatasetKeys("small").shard(self.rows[place].shard_id)
         body = bytearray(self.store.read(key).body)
         body[10] ^= 1
@@ -59,26 +65,15 @@ class Built:
         return self.rows[place].shard_id
 
     def records(self) -> set[str]:
-        return {found.key for found in self.store.list(DatasetKeys("small").shards) if found.key.endswith(".json")}
+        return {key for key in self.times() if key.endswith(".json")}
 
     def times(self) -> dict[str, float]:
-        return {found.key: found.modified for found in self.store.list(DatasetKeys("small").shards)}
-
-
-class _inside:  # noqa: N801  # contextlib.chdir under the name of what it is for
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._before = folder, Path.cwd()
-
-    def __enter__(self) -> None:
-        os.chdir(self._folder)
-
-    def __exit__(self, *_: object) -> None:
-        os.chdir(self._before)
+        return {listed.key: listed.modified for listed in self.store.list(DatasetKeys("small").shards)}
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> Built:
-    return Built(tmp_path, "data")
+def built(gpt2: Gpt2, tmp_path: Path) -> Built:
+    return Built(gpt2, tmp_path)
 
 
 # Verify
@@ -86,60 +81,58 @@ def built(tmp_path: Path) -> Built:
 
 def test_a_whole_dataset_is_exit_code_0_at_every_depth(built: Built) -> None:
     total = len(built.rows)
-    for words in ([], ["--quick"]):
-        code, said = built.verify(*words)
-        assert (code, f"{total} of {total} shards are whole" in said) == (0, True), said
-    code, said = built.verify("--deep", "5", "--json")
-    assert code == 0, said
-    assert json.loads(said) == {
+    for options in ([], ["--quick"]):
+        outcome = built.verify(*options)
+        assert (outcome.code, f"{total} of {total} shards are whole" in outcome.out) == (0, True), outcome
+    [facts] = built.verify("--deep", "5", "--json").json_lines
+    assert facts == {
         "dataset": "small", "manifest": built.manifest.digest, "whole": total, "documents": 5, "damaged": [],
         "mend": None,
     }  # fmt: skip
 
 
-def test_damage_is_exit_code_1_and_the_printed_command_mends_just_that(api: str, built: Built) -> None:
-    name = built.flip(3)
+def test_damage_is_exit_code_1_and_the_printed_command_repairs_only_that(api: str, built: Built) -> None:
+    """Printed by a real process, and typed as printed into another one."""
+    shard_id = built.flip(3)
     before = built.times()
-    assert built.verify("--quick")[0] == 0  # a folder keeps no sums
-    code, said = built.verify()
-    assert (code, name in said, built.rows[2].shard_id in said) == (1, True, False)
-    printed = said.partition("to mend")[2].strip()
-    code, said = built.verify("--json")
-    found = json.loads(said)
-    assert code == 1
-    assert [damage["name"] for damage in found["damaged"]] == [name]
-    assert (found["whole"], found["mend"]) == (len(built.rows) - 1, printed)
-    program, *words = shlex.split(printed)
+    assert built.verify("--quick").code == 0  # a folder keeps no checksums
+    code, text = client.run_gpt2("dataset", "verify", *built.settings(), cwd=built.folder)
+    assert (code, shard_id in text, built.rows[2].shard_id in text) == (1, True, False), text
+    printed = text[text.rindex("gpt2 dataset verify --repair") :].strip()
+    outcome = built.verify("--json")
+    facts = json.loads(outcome.out)
+    assert outcome.code == 1
+    assert [damage["name"] for damage in facts["damaged"]] == [shard_id]
+    assert (facts["whole"], facts["mend"]) == (len(built.rows) - 1, printed)
+    program, *argv = shlex.split(printed)
     assert program == "gpt2"
-    code, said = run_gpt2(*words, cwd=built.folder, api=api)
-    assert code == 0, said
+    code, text = client.run_gpt2(*argv, cwd=built.folder, api=api)
+    assert code == 0, text
     assert latest_manifest(built.store, "small") == built.manifest
     after = built.times()
     assert after.keys() == before.keys()
     assert {key for key in after if after[key] != before[key]} == {
-        DatasetKeys("small").shard(name),
-        DatasetKeys("small").record(name),
+        DatasetKeys("small").shard(shard_id),
+        DatasetKeys("small").record(shard_id),
     }
-    assert built.verify()[0] == 0
+    assert built.verify().code == 0
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("place", [0, 3])
-def test_a_lost_record_is_damage_that_can_be_mended(api: str, built: Built, place: int) -> None:
-    name = built.rows[place].shard_id
-    built.store.delete(DatasetKeys("small").record(name))
-    code, said = built.verify()
-    assert (code, name in said) == (1, True), said
-    assert built.verify("--repair", api=api)[0] == 0
+def test_a_lost_record_is_damage_that_can_be_repaired(api: str, built: Built, place: int) -> None:
+    shard_id = built.rows[place].shard_id
+    built.store.delete(DatasetKeys("small").record(shard_id))
+    outcome = built.verify()
+    assert (outcome.code, shard_id in outcome.out) == (1, True), outcome
+    assert built.verify("--repair").code == 0
     assert latest_manifest(built.store, "small") == built.manifest
-    assert built.verify()[0] == 0
+    assert built.verify().code == 0
 
 
-@pytest.mark.parametrize(
-    "gone", ["all", "the file of the damaged shard", pytest.param("its rows", marks=pytest.mark.full)]
-)
-def test_a_repair_whose_source_is_gone_gives_nothing_up(api: str, built: Built, gone: str) -> None:
-    name = built.flip(len(built.rows) - 1)
+@pytest.mark.parametrize("gone", ["all", "the file of the damaged shard", "its rows"])
+def test_a_repair_whose_source_is_gone_deletes_nothing(built: Built, gone: str) -> None:
+    shard_id = built.flip(len(built.rows) - 1)
     before = built.records()
     path = built.folder / "source" / "file_1.parquet"
     if gone == "its rows":
@@ -148,49 +141,51 @@ def test_a_repair_whose_source_is_gone_gives_nothing_up(api: str, built: Built, 
         path.unlink()
     if gone == "all":
         (built.folder / "source" / "file_0.parquet").unlink()
-    code, said = built.verify("--repair", api=api)
-    assert (code, "Traceback" in said) == (2, False), said
+    assert built.verify("--repair").code == 2
     assert built.records() == before
     assert latest_manifest(built.store, "small") == built.manifest
-    assert built.verify()[0] == 1
-    assert name in built.verify()[1]
+    outcome = built.verify()
+    assert (outcome.code, shard_id in outcome.out) == (1, True)
 
 
-def test_what_cannot_be_checked_is_exit_code_2(built: Built) -> None:
-    code, said = built.verify(url="nowhere")
-    assert (code, "does not exist" in said) == (2, True)
-    code, said = run_gpt2("dataset", "verify", "--set", "store_url=data", cwd=built.folder)
-    assert (code, "never sealed" in said) == (2, True)
+def test_json_and_repair_together_are_exit_code_2(built: Built) -> None:
+    outcome = built.verify("--json", "--repair")
+    assert (outcome.code, outcome.out, "--json" in outcome.error) == (2, "", True)
+
+
+def test_what_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, built: Built) -> None:
+    outcome = built.verify(url="nowhere")
+    assert (outcome.code, "'nowhere'" in outcome.error) == (2, True)
+    outcome = gpt2("dataset", "verify", "--set", "store_url=data", cwd=built.folder)
+    assert (outcome.code, "no sealed version" in outcome.error) == (2, True)
     for path in (built.folder / "source").iterdir():
         path.unlink()
-    code, said = built.verify("--deep", "5")
-    assert (code, "no such file" in said) == (2, True)
-    assert built.verify()[0] == 0  # the source is not needed for the rest
+    outcome = built.verify("--deep", "5")
+    assert (outcome.code, "no such file" in outcome.error) == (2, True)
+    assert built.verify().code == 0  # the source is not needed for the rest
 
 
-def test_a_store_that_keeps_sums_shows_a_rewritten_shard_quickly(tmp_path: Path, s3_url: S3Url) -> None:
-    built = Built(tmp_path, s3_url("seaweedfs"))
-    name = built.flip(3)
-    code, said = built.verify("--quick")
-    assert (code, name in said) == (1, True)
-    assert built.store.stat(DatasetKeys("small").shard(name)).sha256 in said
+def test_a_store_that_keeps_checksums_shows_a_rewritten_shard_quickly(
+    gpt2: Gpt2, tmp_path: Path, s3_url: S3Url
+) -> None:
+    built = Built(gpt2, tmp_path, s3_url("seaweedfs"))
+    shard_id = built.flip(3)
+    outcome = built.verify("--quick")
+    assert (outcome.code, shard_id in outcome.out) == (1, True)
+    assert built.store.stat(DatasetKeys("small").shard(shard_id)).sha256 in outcome.out
 
 
 # Copy
 
 
-def copy(built: Built, url: str, to: str) -> tuple[int, str]:
-    return run_gpt2("dataset", "copy", to, *built.words(url), cwd=built.folder)
-
-
 @pytest.fixture
 def stops(s3_url: S3Url, tmp_path: Path) -> Iterator[list[str]]:
-    """Two stores after the first one: of SeaweedFS, then a folder."""
+    """Two stores after the first one: SeaweedFS, then a folder."""
     yield [s3_url("seaweedfs"), str(tmp_path / "back")]
 
 
-def outcome(url: str, built: Built) -> tuple[object, bytes | bytearray | memoryview]:
-    """What a training on this copy logs, and its weights."""
+def training_outcome(url: str, built: Built) -> tuple[object, bytes | bytearray | memoryview]:
+    """The log and the final weights of a training on this copy."""
     store = open_store(url)
     config = tiny_config(url, built.config.data.source, f"train.max_steps={STEPS}")
     assert run_job(url, put_job(store, training_job(pin_run(store, config, built.manifest.digest, None)))) == 0
@@ -198,85 +193,87 @@ def outcome(url: str, built: Built) -> tuple[object, bytes | bytearray | memoryv
 
 
 def test_a_copy_of_a_copy_is_the_same_version_and_trains_to_the_same_losses(built: Built, stops: list[str]) -> None:
-    with _inside(built.folder):
-        write_parquet(built.folder / "source" / "file_2.parquet", [document(number) for number in range(80, 100)])
-        built.manifest = build_dataset(built.config)  # a second version, whose parent is copied, too
+    texts = [document(number) for number in range(80, 100)]
+    write_parquet(built.folder / "source" / "file_2.parquet", texts)
+    built.manifest = built.build()  # a second version, whose parent is copied too
     url = str(built.folder / "data")
     total = len(built.manifest.shard_ids)
-    expected = outcome(url, built)
+    expected = training_outcome(url, built)
     for to in stops:
-        code, said = copy(built, url, to)
-        assert (code, f"{total} of {total} shards copied now" in said) == (0, True), said
+        outcome = built.copy(url, to)
+        assert (outcome.code, f"{total} of {total} shards copied now" in outcome.out) == (0, True), outcome
         assert latest_manifest(open_store(to), "small") == built.manifest
-        assert built.verify("--deep", "3", url=to)[0] == 0
+        assert built.verify("--deep", "3", url=to).code == 0
         url = to
-    assert outcome(stops[0], built) == expected
-    code, said = copy(built, stops[0], stops[1])
-    assert (code, f"0 of {total} shards copied now" in said) == (0, True), said
+    assert training_outcome(stops[0], built) == expected
+    outcome = built.copy(stops[0], stops[1])
+    assert (outcome.code, f"0 of {total} shards copied now" in outcome.out) == (0, True), outcome
 
 
 @pytest.mark.full
 def test_a_copy_from_one_server_to_another_is_the_same_version(built: Built, s3_url: S3Url, tmp_path: Path) -> None:
-    """Through a folder: a process talks to one server, AWS_ENDPOINT_URL_S3 names it."""
+    """Through a folder: a process talks to one server, which AWS_ENDPOINT_URL_S3 names."""
     assert "minio" in SERVERS, "make minio"
     url = str(built.folder / "data")
     for number, kind in enumerate(["seaweedfs", "minio"]):
         to, back = s3_url(kind), str(tmp_path / f"back-{number}")
-        assert copy(built, url, to)[0] == 0
-        assert built.verify(url=to)[0] == 0
-        assert copy(built, to, back)[0] == 0
+        assert built.copy(url, to).code == 0
+        assert built.verify(url=to).code == 0
+        assert built.copy(to, back).code == 0
         assert latest_manifest(open_store(back), "small") == built.manifest
         url = back
-    assert built.verify(url=url)[0] == 0
+    assert built.verify(url=url).code == 0
 
 
 def sealed_in(url: str) -> Manifest | None:
     return latest_manifest(open_store(url), "small")
 
 
-def test_a_killed_copy_is_just_unfinished_and_goes_on(tmp_path: Path, s3_url: S3Url) -> None:
-    built = Built(tmp_path, "data")
+def test_a_killed_copy_is_only_unfinished_and_continues(built: Built, s3_url: S3Url) -> None:
     to = s3_url("seaweedfs")
     target = open_store(to, create=True)
-    there = lambda: [found for found in target.list(DatasetKeys("small").shards) if found.key.endswith(".json")]  # noqa: E731
-    process = gpt2("dataset", "copy", to, *built.words(), cwd=built.folder)
-    poll(there)
+
+    def copied_records() -> list[str]:
+        listed_keys = (listed.key for listed in target.list(DatasetKeys("small").shards))
+        return [key for key in listed_keys if key.endswith(".json")]
+
+    process = client.gpt2("dataset", "copy", to, *built.settings(), cwd=built.folder)
+    client.poll(copied_records)
     process.kill()
     process.communicate()
     assert sealed_in(to) in (None, built.manifest)
     _no_record_lacks_its_shard(target)
-    done = len(there())
-    code, said = copy(built, "data", to)
-    assert code == 0, said
-    copied = int(said.split()[1])
-    assert len(built.rows) - copied in range(done, done + 5)  # a shard in flight may lack just its record
+    done = len(copied_records())
+    outcome = built.copy("data", to)
+    assert outcome.code == 0, outcome
+    copied = int(outcome.out.split()[1])
+    assert len(built.rows) - copied in range(done, done + 5)  # a shard in flight may lack only its record
     assert sealed_in(to) == built.manifest
     for row in built.rows:
         assert check_fully(target, "small", row, tokenizer.EOT) is None
 
 
 def _no_record_lacks_its_shard(store: Store) -> None:
-    names = {found.key for found in store.list(DatasetKeys("small").shards)}
-    assert {key.removesuffix(".json") + ".bin" for key in names if key.endswith(".json")} <= names
+    shard_keys = {listed.key for listed in store.list(DatasetKeys("small").shards)}
+    assert {key.removesuffix(".json") + ".bin" for key in shard_keys if key.endswith(".json")} <= shard_keys
 
 
-def test_another_dataset_of_that_name_is_left_alone(built: Built, tmp_path: Path) -> None:
+def test_another_dataset_of_that_name_is_left_alone(gpt2: Gpt2, built: Built, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = Built(tmp_path / "other", "data")
+    other = Built(gpt2, tmp_path / "other")
     with suppress(FileNotFoundError):
         (tmp_path / "other" / "source" / "file_0.parquet").unlink()
-    with _inside(other.folder):
-        changed = build_dataset(other.config)
+    changed = other.build()
     assert changed.digest != built.manifest.digest
-    before = {found.key: found.modified for found in other.store.list(keys.DATASETS)}
-    code, said = copy(built, "data", str(other.folder / "data"))
-    assert (code, "another dataset of this name" in said, changed.digest in said) == (2, True, True), said
-    assert {found.key: found.modified for found in other.store.list(keys.DATASETS)} == before
+    before = {listed.key: listed.modified for listed in other.store.list(keys.DATASETS)}
+    outcome = built.copy("data", str(other.folder / "data"))
+    assert (outcome.code, "another dataset" in outcome.error, changed.digest in outcome.error) == (2, True, True)
+    assert {listed.key: listed.modified for listed in other.store.list(keys.DATASETS)} == before
 
 
 def test_a_damaged_shard_is_not_copied(built: Built, tmp_path: Path) -> None:
-    name = built.flip(3)
-    code, said = copy(built, "data", str(tmp_path / "to"))
-    assert (code, name in said, "--repair" in said) == (2, True, True), said
+    shard_id = built.flip(3)
+    outcome = built.copy("data", str(tmp_path / "to"))
+    assert (outcome.code, shard_id in outcome.error, "--repair" in outcome.error) == (2, True, True), outcome
     assert sealed_in(str(tmp_path / "to")) is None
-    assert servers.SECRET not in said
+    assert servers.SECRET not in outcome.text

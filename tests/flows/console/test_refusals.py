@@ -1,6 +1,9 @@
-"""The console as people use it: what each verb says, and what it says when the input is bad."""
+"""The verbs in sequence, and what the console says about bad input. One real process for each exit code but 1."""
 
 import json
+import os
+import re
+import signal
 import socket
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import pytest
 from storage.datasets.manifest import latest_manifest
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
+from tests.flows.client import gpt2 as start_gpt2
 from tests.flows.client import run_gpt2
+from tests.flows.in_process import Gpt2
 from tests.making import document, write_parquet
 
 TINY = {
@@ -25,9 +30,9 @@ TINY = {
 
 
 def settings(**changes: str) -> list[str]:
-    """The --set words of a tiny run, with `data__source` for data.source."""
+    """The --set arguments of a tiny run; `data__source` stands for data.source."""
     values = TINY | {name.replace("__", "."): value for name, value in changes.items()}
-    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    return [argument for name, value in values.items() for argument in ("--set", f"{name}={value}")]
 
 
 @pytest.fixture
@@ -39,14 +44,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def half(path: Path) -> None:
-    whole = write_parquet(path, [document(number) for number in range(20)]).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+def write_half(path: Path) -> None:
+    body = write_parquet(path, [document(number) for number in range(20)]).read_bytes()
+    path.write_bytes(body[: len(body) // 2])
 
 
 BAD_SOURCES = {
-    "no such file": (lambda folder: folder, ["bad.parquet", "no such file", "Give"]),
-    "cut in half": (lambda folder: half(folder / "bad.parquet"), ["bad.parquet", "fetch it again"]),
+    "no such file": (lambda folder: folder, ["bad.parquet", "no such file"]),
+    "cut in half": (lambda folder: write_half(folder / "bad.parquet"), ["bad.parquet"]),
     "no text column": (
         lambda folder: pq.write_table(pa.table({"body": ["a"], "id": ["b"]}), folder / "bad.parquet"),
         ["'text'", "body, id", "data.text_column"],
@@ -61,7 +66,7 @@ BAD_SOURCES = {
     ),
     "empty corpus": (
         lambda folder: pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "bad.parquet"),
-        ["without a single row"],
+        ["no row"],
     ),
     "too few documents": (
         lambda folder: write_parquet(folder / "bad.parquet", ["one document", "another"]),
@@ -70,29 +75,23 @@ BAD_SOURCES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind == "no text column" else pytest.param(kind, marks=pytest.mark.full)  # 8 s each
-        for kind in BAD_SOURCES
-    ],
-)
-def test_a_bad_source_is_refused_in_words(api: str, tmp_path: Path, kind: str) -> None:
-    make, words = BAD_SOURCES[kind]
-    make(tmp_path)
-    code, said = run_gpt2("pretrain", *settings(data__source="bad.parquet"), cwd=tmp_path, api=api)
-    assert code == 2, said
-    for word in words:
-        assert word in said.partition("error:")[2]
-    assert "Traceback" not in said
-    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in {"bad.parquet", "FORMAT"}]
-    assert [path for path in left if not {".gpt2", "plans"}.intersection(path.parts)] == []
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_a_bad_source_is_refused_with_its_facts(api: str, gpt2: Gpt2, tmp_path: Path, kind: str) -> None:
+    write, facts = BAD_SOURCES[kind]
+    write(tmp_path)
+    outcome = gpt2("pretrain", *settings(data__source="bad.parquet"), cwd=tmp_path)
+    assert outcome.code == 2, outcome
+    for fact in facts:
+        assert fact in outcome.error
+    assert "Traceback" not in outcome.error
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in {"bad.parquet", "FORMAT"}]
+    assert [path for path in files if not {".gpt2", "plans"}.intersection(path.parts)] == []
 
 
 @pytest.mark.parametrize(
-    ("words", "facts"),
+    ("arguments", "facts"),
     [
-        (["--set", "store_url=taken"], ["'taken'", "found a file"]),
+        (["--set", "store_url=taken"], ["'taken'"]),
         (["--set", "store_url=future"], ["layout is 9", "Update"]),
         (["--set", "store_url=gs://bucket"], ["'gs'"]),
         (["--set", "train.max_step=5"], ["train.max_step", "Did you mean train.max_steps?"]),
@@ -106,107 +105,120 @@ def test_a_bad_source_is_refused_in_words(api: str, tmp_path: Path, kind: str) -
         (["--config", "none.toml"], ["none.toml", "deploy/configs"]),
     ],
 )
-def test_a_bad_setting_is_refused_before_anything_starts(folder: Path, words: list[str], facts: list[str]) -> None:
+def test_a_bad_setting_is_refused_before_anything_starts(
+    gpt2: Gpt2, folder: Path, arguments: list[str], facts: list[str]
+) -> None:
     (folder / "taken").write_text("a file")
     (folder / "future").mkdir()
     (folder / "future" / "FORMAT").write_text('{"layout": 9}')
-    code, said = run_gpt2("pretrain", *settings(), *words, cwd=folder)
-    assert code == 2, said
+    outcome = gpt2("pretrain", *settings(), *arguments, cwd=folder)
+    assert outcome.code == 2, outcome
     for fact in facts:
-        assert fact in said
-    assert "Prefect    http" not in said
+        assert fact in outcome.error
+    assert "Prefect    http" not in outcome.text
     assert not (folder / "data").exists()
 
 
-def test_the_verbs_one_after_the_other(api: str, folder: Path) -> None:
-    code, said = run_gpt2("train", *settings(), cwd=folder, api=api)
-    assert (code, "does not exist" in said) == (2, True)
-    code, said = run_gpt2("dataset", "build", *settings(), cwd=folder, api=api)
-    assert code == 0, said
+def test_the_verbs_in_sequence(api: str, gpt2: Gpt2, folder: Path) -> None:
+    outcome = gpt2("train", *settings(), cwd=folder)
+    assert (outcome.code, "'./data'" in outcome.error) == (2, True)
+    outcome = gpt2("dataset", "build", *settings(), cwd=folder)
+    assert outcome.code == 0, outcome
     store = open_store(str(folder / "data"))
+    assert json.loads(bytes(store.read("FORMAT").body)) == {"layout": 1}
     manifest = latest_manifest(store, "small")
     assert manifest is not None
-    total = len(manifest.shard_ids)
-    assert f"{total} of {total} shards done" in said
-    code, said = run_gpt2("evaluate", *settings(), cwd=folder, api=api)
-    assert (code, "Train it first: gpt2 train" in said) == (2, True)
-    code, said = run_gpt2("train", *settings(), cwd=folder, api=api)
-    assert code == 0, said
-    assert "8 of 8 steps done" in said
-    code, said = run_gpt2("status", "tiny", cwd=folder)
-    assert code == 0
-    assert [line.split()[1] for line in said.splitlines() if line.split()[0] in {"train", "val_loss"}] == [
-        "done",
-        "missing",
-    ]
-    code, said = run_gpt2("evaluate", *settings(), cwd=folder, api=api)
-    assert code == 0, said
-    assert "val_loss_t32" in said
-    code, said = run_gpt2("generate", "--prompt", "The model", *settings(), cwd=folder)
-    assert code == 0, said
-    assert said.startswith("The model")
-    code, again = run_gpt2("generate", "--prompt", "The model", *settings(), cwd=folder)
-    assert again == said
-    code, said = run_gpt2("status", "other", cwd=folder)
-    assert (code, "tiny" in said) == (2, True)
-    code, said = run_gpt2("pretrain", *settings(train__learning_rate="1e-3"), cwd=folder, api=api)
-    assert code == 2
-    assert "train.learning_rate is 0.0006, asked for 0.001" in said
+    shards = len(manifest.shard_ids)
+    assert f"{shards} of {shards} shards done" in outcome.out
+    outcome = gpt2("evaluate", *settings(), cwd=folder)
+    assert (outcome.code, "gpt2 train" in outcome.error) == (2, True)
+    outcome = gpt2("train", *settings(), cwd=folder)
+    assert outcome.code == 0, outcome
+    assert "8 of 8 steps" in outcome.out
+    outcome = gpt2("status", "tiny", cwd=folder)
+    assert outcome.code == 0
+    states = dict(line.split()[:2] for line in outcome.out.splitlines())
+    assert (states["train"], states["val_loss"]) == ("done", "missing")
+    outcome = gpt2("evaluate", *settings(), cwd=folder)
+    assert outcome.code == 0, outcome
+    assert "val_loss_t32" in outcome.out
+    outcome = gpt2("generate", "--prompt", "The model", *settings(), cwd=folder)
+    assert outcome.code == 0, outcome
+    assert outcome.out.startswith("The model")
+    assert gpt2("generate", "--prompt", "The model", *settings(), cwd=folder).out == outcome.out
+    outcome = gpt2("status", "other", cwd=folder)
+    assert (outcome.code, "tiny" in outcome.error) == (2, True)
+    outcome = gpt2("pretrain", *settings(train__learning_rate="1e-3"), cwd=folder)
+    assert outcome.code == 2
+    for fact in ("train.learning_rate", "0.0006", "0.001"):
+        assert fact in outcome.error
 
 
-def test_a_flipped_byte_is_found_named_and_repaired(api: str, folder: Path) -> None:
-    assert run_gpt2("dataset", "build", *settings(), cwd=folder, api=api)[0] == 0
+def test_a_flipped_byte_is_named_and_repaired(api: str, gpt2: Gpt2, folder: Path) -> None:
+    assert gpt2("dataset", "build", *settings(), cwd=folder).code == 0
     store = open_store(str(folder / "data"))
     manifest = latest_manifest(store, "small")
     assert manifest is not None
     row = list(manifest.rows("train"))[-1]
     path = store.local_path(DatasetKeys("small").shard(row.shard_id))
     assert path is not None
-    whole = path.read_bytes()
-    path.write_bytes(whole[:10] + bytes([whole[10] ^ 1]) + whole[11:])
-    code, said = run_gpt2("pretrain", *settings(), cwd=folder, api=api)
-    assert code == 2, said
-    assert row.shard_id in said
-    assert row.sha256 in said
-    assert "gpt2 dataset verify --repair" in said
-    code, said = run_gpt2("dataset", "verify", *settings(), cwd=folder)
-    assert (code, row.shard_id in said) == (1, True)
-    code, said = run_gpt2("dataset", "verify", "--repair", *settings(), cwd=folder, api=api)
-    assert code == 0, said
-    assert path.read_bytes() == whole
+    intact = path.read_bytes()
+    path.write_bytes(intact[:10] + bytes([intact[10] ^ 1]) + intact[11:])
+    code, text = run_gpt2("pretrain", *settings(), cwd=folder, api=api)  # a real process, which ends with a message
+    assert (code, "Traceback" in text) == (2, False), text
+    for fact in (row.shard_id, row.sha256, "gpt2 dataset verify --repair"):
+        assert fact in text
+    outcome = gpt2("dataset", "verify", *settings(), cwd=folder)
+    assert (outcome.code, row.shard_id in outcome.out) == (1, True)
+    outcome = gpt2("dataset", "verify", "--repair", *settings(), cwd=folder)
+    assert outcome.code == 0, outcome
+    assert path.read_bytes() == intact
     assert latest_manifest(store, "small") == manifest
-    assert run_gpt2("dataset", "verify", *settings(), cwd=folder)[0] == 0
+    assert gpt2("dataset", "verify", *settings(), cwd=folder).code == 0
 
 
-def test_doctor_gives_verdicts_with_remedies(folder: Path) -> None:
-    code, said = run_gpt2("doctor", cwd=folder)
-    assert code == 0, said
-    assert "conditions" in said
+def test_doctor_gives_verdicts_with_remedies(gpt2: Gpt2, folder: Path) -> None:
+    outcome = gpt2("doctor", cwd=folder)
+    assert outcome.code == 0, outcome
+    assert "conditions" in outcome.out
     (folder / "taken").write_text("")
-    code, said = run_gpt2("doctor", "--set", "store_url=taken", cwd=folder)
-    assert (code, "bad" in said, "found a file" in said) == (1, True, True)
+    outcome = gpt2("doctor", "--set", "store_url=taken", cwd=folder)
+    assert (outcome.code, "bad" in outcome.out, "'taken'" in outcome.out) == (1, True, True)
 
 
-def test_serve_refuses_a_port_in_use(folder: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        code, said = run_gpt2("serve", "--port", str(port), cwd=folder)
-    assert code == 2
-    assert str(port) in said
-    assert f"--port {port + 1}" in said
+def test_serve_refuses_a_port_in_use(gpt2: Gpt2, folder: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        outcome = gpt2("serve", "--port", str(port), cwd=folder)
+    assert outcome.code == 2
+    assert str(port) in outcome.error
+    assert f"--port {port + 1}" in outcome.error
 
 
-@pytest.mark.parametrize(
-    "verb", [[], ["demo"], ["pretrain"], ["dataset", "build"], ["status"], ["generate"], ["serve"]]
-)
-def test_help_teaches(folder: Path, verb: list[str]) -> None:
-    code, said = run_gpt2(*verb, "--help", cwd=folder)
-    assert code == 0
-    assert len(said.splitlines()) > 5
+def test_every_verb_has_help_and_fits_its_list(gpt2: Gpt2) -> None:
+    for group in ([], ["dataset"]):
+        listed = gpt2(*group, "--help").out
+        verbs = re.findall(r"^│ ([a-z]+) ", listed, re.MULTILINE)
+        assert len(verbs) > 8
+        for verb in verbs:
+            outcome = gpt2(*group, verb, "--help")
+            assert (outcome.code, len(outcome.out.splitlines()) > 8) == (0, True), verb
 
 
-def test_the_layout_of_a_store_is_written_down(api: str, folder: Path) -> None:
-    assert run_gpt2("dataset", "build", *settings(), cwd=folder, api=api)[0] == 0
-    assert json.loads((folder / "data" / "FORMAT").read_text()) == {"layout": 1}
+def test_without_arguments_the_help_names_the_first_command(tmp_path: Path) -> None:
+    """A real process: the console script itself."""
+    code, text = run_gpt2("--help", cwd=tmp_path)
+    assert (code, "gpt2 demo" in text) == (0, True)
+
+
+def test_ctrl_c_ends_a_verb_with_130_and_a_message(tmp_path: Path) -> None:
+    """The configuration is a named pipe: opening it waits for the process to read, which then waits for its end."""
+    os.mkfifo(tmp_path / "config.toml")
+    process = start_gpt2("status", "--config", "config.toml", cwd=tmp_path)
+    with (tmp_path / "config.toml").open("w"):
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in text) == (130, False), text
+    assert "run the same command again" in text

@@ -1,7 +1,6 @@
-"""gpt2 retry: what failed is run again, and nothing else; the settings are those that were asked for last."""
+"""gpt2 retry runs what failed and nothing else, with the settings of the last request."""
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from model.runs.job import JobFailed
 from model.runs.run import find_run, keep_request
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
+from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import Record
 from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
@@ -25,7 +25,8 @@ from storage.sources import identity, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import making
-from tests.flows.client import poll, run_gpt2, shard_runs
+from tests.flows.client import poll, shard_runs
+from tests.flows.in_process import Gpt2
 from tests.flows.jobs import counted
 from tests.making import document, tiny_config, write_parquet
 
@@ -33,7 +34,7 @@ DATASET = "failing"
 
 
 class Failed(NamedTuple):
-    """A build of which one job in ten failed for good, what made them fail now gone; and an undisturbed version."""
+    """A build in which one job in ten failed, with the cause removed since, and the version it should seal."""
 
     config: RunConfig
     failed: list[str]
@@ -51,13 +52,13 @@ class Failed(NamedTuple):
 
 
 def spoil(store: Store, shard_id: str) -> None:
-    """Let a record promise bytes that no job of its recipe makes: from now on the job fails."""
-    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", {}, {})
-    store.put_new(DatasetKeys(DATASET).record(shard_id), canonical_json(asdict(record)))
+    """Write a record with a wrong checksum: from now on the job of its recipe fails."""
+    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", ShardRecipe("x", 0, 1, "x"), {})
+    store.put_new(DatasetKeys(DATASET).record(shard_id), canonical_json(record.to_json()))
 
 
 @pytest.fixture(scope="module")
-def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
+def failed_once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
     folder = tmp_path_factory.mktemp("failing")
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((identity, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
@@ -72,9 +73,9 @@ def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
             "train.max_steps=2",
             "train.checkpoint_every_steps=2",
         ]
-        calm = tiny_config(str(folder / "calm"), str(folder / "source"), *settings)
-        expected = making.build_dataset(calm)
-        config = calm.model_copy(update={"store_url": str(folder / "store")})
+        undisturbed = tiny_config(str(folder / "undisturbed"), str(folder / "source"), *settings)
+        expected = making.build_dataset(undisturbed)
+        config = undisturbed.model_copy(update={"store_url": str(folder / "store")})
         store, failing = open_store(config.store_url, create=True), expected.shard_ids[4::12]
         assert (len(failing), len(expected.shard_ids) > 25) == (3, True)
         for shard_id in failing:
@@ -85,23 +86,23 @@ def once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
 
 
 @pytest.fixture
-def failed(once: Failed, tmp_path: Path) -> Failed:
-    """A copy of it, in which what was wrong is mended."""
-    url = str(shutil.copytree(once.config.store_url, tmp_path / "store"))
-    found = once._replace(config=once.config.model_copy(update={"store_url": url}))
-    for shard_id in once.failed:
-        found.store.delete(DatasetKeys(DATASET).record(shard_id))
-    return found
+def failed(failed_once: Failed, tmp_path: Path) -> Failed:
+    """A copy of it, with the cause of the failures removed."""
+    url = str(shutil.copytree(failed_once.config.store_url, tmp_path / "store"))
+    failed = failed_once._replace(config=failed_once.config.model_copy(update={"store_url": url}))
+    for shard_id in failed_once.failed:
+        failed.store.delete(DatasetKeys(DATASET).record(shard_id))
+    return failed
 
 
 def completed(api: str) -> dict[str, str]:
-    """The names of this dataset's shard tasks that ended well, by id."""
+    """The names of this dataset's completed shard tasks, by id."""
     runs = shard_runs(api, {"name": {"any_": [f"tokenise-{DATASET}"]}})
     return {run["id"]: run["name"] for run in runs if run["state_type"] == "COMPLETED"}
 
 
 @pytest.mark.parametrize("how", ["retry", "the same build again"])
-def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> None:
+def test_only_what_failed_is_run_again(api: str, failed: Failed, how: str) -> None:
     assert failed.sealed() is None
     poll(lambda: len(completed(api)) >= len(failed.expected.shard_ids) - len(failed.failed))
     before = completed(api)
@@ -113,9 +114,9 @@ def test_what_failed_is_run_again_alone(api: str, failed: Failed, how: str) -> N
     assert sorted(jobs.asked) == failed.failed
     assert failed.sealed() == failed.expected
     names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
-    poll(lambda: sorted(name for one, name in completed(api).items() if one not in before) == names)
+    poll(lambda: sorted(name for task_run, name in completed(api).items() if task_run not in before) == names)
     audit = read_json(failed.store, DatasetKeys(DATASET).leaks(failed.expected.digest))
-    assert (audit is not None) == (how == "retry")  # what was set at the retry is taken
+    assert (audit is not None) == (how == "retry")  # the retry's own setting is used
 
 
 def stopped(_: RunConfig, version: DatasetVersion) -> None:
@@ -148,37 +149,38 @@ def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
         assert list(failed.store.list(RunKeys("tiny").report("html")))
 
 
-def test_a_name_nobody_asked_for_is_exit_code_2(tmp_path: Path) -> None:
+def test_an_unknown_name_is_exit_code_2(gpt2: Gpt2, tmp_path: Path) -> None:
     open_store(str(tmp_path / "data"), create=True)
-    code, said = run_gpt2("retry", "nobody", cwd=tmp_path)
-    assert (code, "'nobody'" in said, "Traceback" in said) == (2, True, False), said
+    outcome = gpt2("retry", "nobody", cwd=tmp_path)
+    assert (outcome.code, "'nobody'" in outcome.error) == (2, True), outcome
 
 
-def test_a_refused_build_is_not_what_a_retry_asks_for(once: Failed) -> None:
-    """As a run's settings: those that the name is not bound to are refused before they are kept."""
-    calm = once.config.model_copy(update={"store_url": str(Path(once.config.store_url).with_name("calm"))})
-    key, store = DatasetKeys(DATASET).request, open_store(calm.store_url)
-    keep_request(store, key, calm)  # as the build that sealed it does
+def test_a_refused_build_does_not_replace_the_request(failed_once: Failed) -> None:
+    """As for a run: settings that the name is not bound to are refused before they are stored."""
+    url = str(Path(failed_once.config.store_url).with_name("undisturbed"))
+    config = failed_once.config.model_copy(update={"store_url": url})
+    key, store = DatasetKeys(DATASET).request, open_store(config.store_url)
+    keep_request(store, key, config)  # like the build that sealed it
     before = read_json(store, key)
-    data = calm.data.model_copy(update={"text_column": "body"})
+    data = config.data.model_copy(update={"text_column": "body"})
     with pytest.raises(DatasetMismatch, match="text_column"):
-        build_dataset(calm.model_copy(update={"data": data}))
+        build_dataset(config.model_copy(update={"data": data}))
     assert read_json(store, key) == before
 
 
-# What is asked, without a flow
+# Requests, without a flow
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
-    """What the verb hands to the flows, instead of minutes of training."""
-    found: list[tuple[str, RunConfig]] = []
-    monkeypatch.setattr(cli, "_pretrain", lambda config, _: found.append(("run", config)))
-    monkeypatch.setattr(cli, "build_dataset", lambda config, _: found.append(("dataset", config)))
-    return found
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
+    """The configurations that the verb passes to the flows, which are not run."""
+    started: list[tuple[str, RunConfig]] = []
+    monkeypatch.setattr(cli, "_pretrain", lambda config, _: started.append(("run", config)))
+    monkeypatch.setattr(cli, "build_dataset", lambda config, _: started.append(("dataset", config)))
+    return started
 
 
-def asked_for(store: Store, *overrides: str) -> RunConfig:
+def requested(store: Store, *overrides: str) -> RunConfig:
     return load_config(None, [f"store_url={store.url}", "name=mine", "data.dataset=mine", *overrides])
 
 
@@ -190,19 +192,19 @@ UNUSUAL = [
 
 
 @pytest.mark.parametrize("kind", ["run", "dataset"])
-def test_what_was_asked_last_comes_back_whole(store: Store, taken: list[Any], kind: str) -> None:
+def test_the_last_request_is_repeated_with_every_setting(store: Store, started: list[Any], kind: str) -> None:
     key = (RunKeys if kind == "run" else DatasetKeys)("mine").request
-    keep_request(store, key, asked_for(store))
-    keep_request(store, key, asked_for(store, *UNUSUAL))
+    keep_request(store, key, requested(store))
+    keep_request(store, key, requested(store, *UNUSUAL))
     cli.retry("mine", overrides=[f"store_url={store.url}"])
-    assert taken == [(kind, asked_for(store, *UNUSUAL))]
+    assert started == [(kind, requested(store, *UNUSUAL))]
     assert store.url not in bytes(store.read(key).body).decode()
 
 
-def test_a_setting_is_held_against_what_was_asked(store: Store, taken: list[Any]) -> None:
-    """3 ranks can share its batch, and could not share that of the defaults."""
-    keep_request(store, RunKeys("mine").request, asked_for(store, *UNUSUAL))
+def test_a_setting_is_checked_against_the_request(store: Store, started: list[Any]) -> None:
+    """3 ranks can share the batch of the request, and could not share the default batch."""
+    keep_request(store, RunKeys("mine").request, requested(store, *UNUSUAL))
     cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=3"])
-    assert taken == [("run", asked_for(store, *UNUSUAL, "resources.processes=3"))]
+    assert started == [("run", requested(store, *UNUSUAL, "resources.processes=3"))]
     with pytest.raises(ValueError, match="5 ranks"):
         cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=5"])

@@ -1,4 +1,4 @@
-"""Garbage collection removes what nothing refers to any more, and nothing else: a dry run says just what would go."""
+"""Garbage collection deletes what nothing refers to, and nothing else; a dry run lists exactly that."""
 
 import os
 import time
@@ -22,8 +22,8 @@ from storage.stores.opening import open_store
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
 from tests.conftest import S3Url
-from tests.flows.client import run_gpt2
-from tests.flows.garbage_places import HOUR, Place, holder
+from tests.flows.garbage_places import HOUR, Place, holder, make_old
+from tests.flows.in_process import Gpt2
 from tests.making import build_dataset, tiny_config
 from tests.model.training_runs import assert_equal_runs
 from tests.storage.sealing import built, record_key, seal, shard_key, source_file
@@ -44,54 +44,53 @@ def place(store: Store, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def in_folder(tmp_path: Path) -> Place:
-    """A place in which each object has an age of its own."""
+    """A place where each object has its own age."""
     return Place(open_store(str(tmp_path / "store"), create=True), tmp_path)
 
 
 def deleted(store: Store, grace_seconds: float) -> set[str]:
-    return {found.name for found in collect(store, grace_seconds)}
+    return {item.name for item in collect(store, grace_seconds)}
 
 
 # Shards
 
 
-def test_a_dry_run_names_what_would_go_and_deletes_nothing(place: Place) -> None:
-    before = place.there()
-    found = find(place.store, place.grace)
-    assert {one.name for one in found} == place.orphan_keys()
-    assert sum(one.size_bytes for one in found) == sum(
-        one.size for one in place.store.list("") if one.key in place.orphan_keys()
+def test_a_dry_run_lists_what_would_be_deleted_and_deletes_nothing(place: Place) -> None:
+    before = place.stored_keys()
+    garbage = find(place.store, place.grace)
+    assert {item.name for item in garbage} == place.orphan_keys()
+    assert sum(item.size_bytes for item in garbage) == sum(
+        listed.size for listed in place.store.list("") if listed.key in place.orphan_keys()
     )
-    assert place.there() == before
+    assert place.stored_keys() == before
     assert holder(place.store) is None
     assert deleted(place.store, place.grace) == place.orphan_keys()
 
 
-def test_orphans_go_and_the_shards_of_every_version_stay(place: Place) -> None:
+def test_orphans_are_deleted_and_the_shards_of_every_version_stay(place: Place) -> None:
     newest = seal(place.store, "small", built(place.store, place.folder / "source" / "file_1.parquet"))
     assert newest.parent == place.manifest.digest
-    given_up = set(place.manifest.shard_ids) - set(newest.shard_ids)
-    assert given_up  # shards that only the older version lists
+    assert set(place.manifest.shard_ids) - set(newest.shard_ids)  # shards that only the older version lists
     orphans = built(place.store, source_file(place.folder / "source", 2))
     place.store.put_new(keys.failure(record_key(orphans[0])), b'{"why": "it was killed"}')
     place.age("")
-    before = place.there()
-    gone = deleted(place.store, place.grace)
+    before = place.stored_keys()
+    deleted_keys = deleted(place.store, place.grace)
     expected = {key(name) for name in orphans for key in (shard_key, record_key)}
-    assert gone == expected | {keys.failure(record_key(orphans[0]))}
-    assert place.there() == before - gone
+    assert deleted_keys == expected | {keys.failure(record_key(orphans[0]))}
+    assert place.stored_keys() == before - deleted_keys
     assert place.whole(newest)
     assert place.whole(place.manifest)
     assert deleted(place.store, place.grace) == set()
 
 
-def test_what_is_younger_than_the_grace_stays(store: Store, tmp_path: Path) -> None:
+def test_objects_younger_than_the_grace_period_stay(store: Store, tmp_path: Path) -> None:
     place = Place(store, tmp_path)
     built(store, source_file(tmp_path / "source", 2))  # young
-    before = place.there()
+    before = place.stored_keys()
     assert find(store, HOUR) == []
     assert deleted(store, HOUR) == set()
-    assert place.there() == before
+    assert place.stored_keys() == before
 
 
 @pytest.mark.parametrize("young", ["shard", "record", "failure"])
@@ -115,7 +114,7 @@ def test_all_orphans_stay_while_a_build_began_within_the_grace(in_folder: Place)
     assert deleted(in_folder.store, HOUR) == in_folder.orphan_keys()
 
 
-def test_a_build_after_the_collection_makes_again_what_it_wants(place: Place) -> None:
+def test_a_build_after_the_collection_rebuilds_what_it_needs(place: Place) -> None:
     assert deleted(place.store, place.grace)
     assert holder(place.store) is None
     newest = seal(place.store, "small", built(place.store, place.source, place.other))
@@ -127,7 +126,7 @@ def test_a_build_after_the_collection_makes_again_what_it_wants(place: Place) ->
 
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next training end at this step, without a word."""
+    """Let the next training end at this step without saving."""
     train_step = trainer.Trainer._train_step
 
     def step_or_end(self: trainer.Trainer) -> object:
@@ -142,141 +141,135 @@ def steps(records: list[CheckpointRecord]) -> list[int]:
     return [record.step for record in records]
 
 
-def test_a_run_goes_on_and_is_evaluated_after_its_garbage_has_gone(
+def test_a_run_continues_and_is_evaluated_after_its_garbage_was_deleted(
     store: Store, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("train.checkpoint_every_steps=2", "train.keep_last=2", "train.keep_every_steps=4")
+    settings = ("train.checkpoint_every_steps=2", "train.keep_last=2", "train.keep_every_steps=4")
     manifest = build_dataset(tiny_config(store.url, config.data.source))
     jobs = {
         name: training_job(
-            pin_run(store, tiny_config(store.url, config.data.source, f"name={name}", *words), manifest.digest, None)
+            pin_run(store, tiny_config(store.url, config.data.source, f"name={name}", *settings), manifest.digest, None)
         )
-        for name in ("calm", "killed")
+        for name in ("undisturbed", "killed")
     }
-    assert run_job(store.url, put_job(store, jobs["calm"])) == 0
+    assert run_job(store.url, put_job(store, jobs["undisturbed"])) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(saver, "retain", lambda *_: None)  # killed before it gave anything up
+        patch.setattr(saver, "retain", lambda *_: None)  # killed before retention deleted anything
         killed_at(9, patch)
         with pytest.raises(SystemExit):
             run_job(store.url, put_job(store, jobs["killed"]))
     assert steps(checkpoints(store, "killed")) == [2, 4, 6, 8]
     attempt = RunKeys("killed").checkpoint_file(10, "deadbeef", "model.safetensors")
     segment = RunKeys("killed").metrics_segment(8, "deadbeef")
-    store.put_new(attempt, b"as far as it came")
+    store.put_new(attempt, b"partial")
     store.put_new(segment, b'{"step": 8}\n')
-    place_age(store)
-    there = {found.key for found in store.list("")}
+    make_old(store, "")
+    before = {listed.key for listed in store.list("")}
     grace = HOUR if store.local_path("FORMAT") else -HOUR
     records = checkpoints(store, "killed")
     kept = retained(records, 2, 4)
     assert steps(kept) == [4, 6, 8]
     expected = {attempt, segment, RunKeys("killed").checkpoint_record(2)}
     expected |= {RunKeys("killed").checkpoint_file(2, records[0].attempt, name) for name in records[0].files}
-    assert {found.name for found in find(store, grace)} == expected
+    assert {item.name for item in find(store, grace)} == expected
     assert deleted(store, grace) == expected
-    assert {found.key for found in store.list("")} == there - expected
+    assert {listed.key for listed in store.list("")} == before - expected
     assert checkpoints(store, "killed") == kept
     assert run_job(store.url, put_job(store, jobs["killed"])) == 0
-    assert_equal_runs(store, "killed", "calm")
-    place_age(store)
+    assert_equal_runs(store, "killed", "undisturbed")
+    make_old(store, "")
     deleted(store, grace)
     manifest = find_run(store, "killed").manifest
-    asked = evaluation_jobs(
+    jobs_of_checkpoint = evaluation_jobs(
         config.model_copy(update={"name": "killed"}), checkpoints(store, "killed")[-1], manifest, None
     )
-    evaluations = [job for job in asked if job.kind in ("val_loss", "samples")]
+    evaluations = [job for job in jobs_of_checkpoint if job.kind in ("val_loss", "samples")]
     assert len(evaluations) == 2
     for job in evaluations:
         assert run_job(store.url, put_job(store, job)) == 0
         assert read_result(store, job) is not None
 
 
-def place_age(store: Store) -> None:
-    for found in list(store.list("")):
-        if path := store.local_path(found.key):
-            os.utime(path, (time.time() - 2 * HOUR,) * 2)
-
-
-def test_a_checkpoint_that_lost_a_file_goes_and_the_one_before_it_stays(config: RunConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_a_file_is_deleted_and_its_predecessor_stays(config: RunConfig, tmp_path: Path) -> None:
     store = open_store(config.store_url, create=True)
     job = training_job(pin_run(store, config, build_dataset(config).digest, None))
     assert run_job(store.url, put_job(store, job)) == 0
     *before, newest = checkpoints(store, config.name)
     lost = RunKeys(config.name).checkpoint_file(newest.step, newest.attempt, "optimizer.safetensors")
     store.delete(lost)
-    place_age(store)
-    gone = deleted(store, HOUR)
-    assert RunKeys(config.name).checkpoint_record(newest.step) in gone
+    make_old(store, "")
+    deleted_keys = deleted(store, HOUR)
+    assert RunKeys(config.name).checkpoint_record(newest.step) in deleted_keys
     assert checkpoints(store, config.name) == before
 
 
-# What is no object, and what is no object of the store
+# Unfinished writes, probes and the host's cache
 
 
-def test_unfinished_writes_go(place: Place) -> None:
+def test_unfinished_writes_are_deleted(place: Place) -> None:
     if place.in_folder:
-        left = Path(place.store.url) / ".store" / "tmp" / "0123456789abcdef"
-        left.write_bytes(b"as far as it came")
-        assert find(place.store, HOUR) == [one for one in find(place.store, HOUR) if one.kind == "shard"]
-        os.utime(left, (0, 0))
+        partial_write = Path(place.store.url) / ".store" / "tmp" / "0123456789abcdef"
+        partial_write.write_bytes(b"partial")
+        assert {item.kind for item in find(place.store, HOUR)} <= {"shard"}
+        os.utime(partial_write, (0, 0))
     else:
         bucket, prefix = place.store.url.removeprefix("s3://").split("/")
         key = f"{prefix}/{shard_key('half')}"
         own_client().create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="SHA256")
         assert find(place.store, HOUR) == []
-    named = [one.name for one in find(place.store, place.grace) if one.kind == "unfinished"]
+    named = [item.name for item in find(place.store, place.grace) if item.kind == "unfinished"]
     assert len(named) == 1
     assert place.store.unfinished(time.time() + HOUR) == tuple(named)
-    assert [one.name for one in collect(place.store, place.grace) if one.kind == "unfinished"] == named
+    assert [item.name for item in collect(place.store, place.grace) if item.kind == "unfinished"] == named
     assert place.store.unfinished(time.time() + HOUR) == ()
 
 
-def test_probes_of_killed_processes_go(place: Place) -> None:
+def test_probes_of_killed_processes_are_deleted(place: Place) -> None:
     key = keys.probe("0123456789abcdef")
     place.store.put_new(key, b"1")
     assert key not in deleted(place.store, HOUR)
     place.age(keys.TEMPORARY)
     assert key in deleted(place.store, place.grace)
-    assert key not in place.there()
+    assert key not in place.stored_keys()
 
 
-def test_files_that_were_set_aside_go(in_folder: Place) -> None:
+def test_quarantined_files_are_deleted(in_folder: Place) -> None:
     host = HostCache(host_cache.FOLDER, 1 << 30)
     host.open("0" * 64, lambda: b"damaged").close()
     host.open("1" * 64, lambda: b"in use").close()
     host.quarantine("0" * 64)
-    assert "quarantine" not in {found.kind for found in collect(in_folder.store, HOUR)}
-    named = [found for found in find(in_folder.store, -HOUR) if found.kind == "quarantine"]
-    assert [found.size_bytes for found in named] == [len(b"damaged")]
-    assert [found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine"] == named
+    assert "quarantine" not in {item.kind for item in collect(in_folder.store, HOUR)}
+    listed = [item for item in find(in_folder.store, -HOUR) if item.kind == "quarantine"]
+    assert [item.size_bytes for item in listed] == [len(b"damaged")]
+    assert [item for item in collect(in_folder.store, -HOUR) if item.kind == "quarantine"] == listed
     assert host.quarantined() == []
     assert host.has("1" * 64)
 
 
-def test_a_file_that_another_collector_removed_first_is_no_failure(in_folder: Place) -> None:
+def test_a_file_that_another_collector_removed_first_is_skipped(in_folder: Place) -> None:
     host = HostCache(host_cache.FOLDER, 1 << 30)
     for sha256 in ("0" * 64, "1" * 64):
         host.open(sha256, lambda: b"damaged").close()
         host.quarantine(sha256)
-    here = (found for found in collect(in_folder.store, -HOUR) if found.kind == "quarantine")
-    assert next(here).name.startswith("0")
+    collected = (item for item in collect(in_folder.store, -HOUR) if item.kind == "quarantine")
+    assert next(collected).name.startswith("0")
     for path in host.quarantined():
         path.unlink()
-    assert list(here) == []
+    assert list(collected) == []
 
 
 # The verb
 
 
-def test_the_verb_says_what_would_go_and_deletes_it_when_asked(in_folder: Place) -> None:
-    words = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.05"]
-    before = in_folder.there()
-    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
-    assert (code, "nothing was deleted" in said, "gpt2 gc --delete" in said) == (0, True, True)
-    assert all(key in said for key in in_folder.orphan_keys())
-    assert in_folder.there() == before
-    code, said = run_gpt2("gc", "--delete", *words, cwd=in_folder.folder)
-    assert (code, "nothing was deleted" in said) == (0, False)
-    assert in_folder.there() == before - in_folder.orphan_keys()
-    code, said = run_gpt2("gc", *words, cwd=in_folder.folder)
-    assert (code, "0 objects" in said, "--delete" in said) == (0, True, False)
+def test_the_verb_lists_garbage_and_deletes_it_on_request(gpt2: Gpt2, in_folder: Place) -> None:
+    arguments = ["--set", f"store_url={in_folder.store.url}", "--grace-days", "0.05"]
+    before = in_folder.stored_keys()
+    outcome = gpt2("gc", *arguments)
+    assert (outcome.code, "nothing was deleted" in outcome.out, "gpt2 gc --delete" in outcome.out) == (0, True, True)
+    assert all(key in outcome.out for key in in_folder.orphan_keys())
+    assert in_folder.stored_keys() == before
+    outcome = gpt2("gc", "--delete", *arguments)
+    assert (outcome.code, "nothing was deleted" in outcome.out) == (0, False)
+    assert in_folder.stored_keys() == before - in_folder.orphan_keys()
+    outcome = gpt2("gc", *arguments)
+    assert (outcome.code, "0 objects" in outcome.out, "--delete" in outcome.out) == (0, True, False)

@@ -1,4 +1,4 @@
-"""Builds and garbage collection in the same moment, or one of them killed: a sealed version is whole all the same."""
+"""Builds and garbage collection run at the same time, or one is killed: a sealed version stays whole."""
 
 import subprocess
 import sys
@@ -28,13 +28,13 @@ ROOT = Path(__file__).parents[3]
 KINDS = ["folder", "seaweedfs"]
 ROUNDS = 8
 
-# Collects, says each deletion, and waits after it.
+# Prints each deletion, then waits for a line on stdin.
 COLLECTOR = """
 import sys
 from flows.inspection.garbage import collect
 from storage.stores.opening import open_store
-for found in collect(open_store(sys.argv[1]), float(sys.argv[2])):
-    print(found.name, flush=True)
+for item in collect(open_store(sys.argv[1]), float(sys.argv[2])):
+    print(item.name, flush=True)
     sys.stdin.readline()
 """
 
@@ -53,13 +53,13 @@ def in_folder(tmp_path: Path) -> Place:
 # The lease
 
 
-def test_a_build_that_starts_while_garbage_is_deleted_is_refused_until_that_is_done(place: Place) -> None:
+def test_a_build_that_starts_while_garbage_is_deleted_is_refused_until_the_end(place: Place) -> None:
     deleting = collect(place.store, place.grace)
-    gone = next(deleting).name
+    first_key = next(deleting).name
     assert holder(place.store) == "collector"
     with pytest.raises(Conflict, match=r"gc is deleting.*same command again"):
         build(place.store, place.source, place.other)
-    assert {gone} | {found.name for found in deleting} == place.orphan_keys()
+    assert {first_key} | {item.name for item in deleting} == place.orphan_keys()
     assert holder(place.store) is None
     assert place.whole(build(place.store, place.source, place.other))
 
@@ -73,7 +73,7 @@ def test_many_builds_may_hold_the_lease(place: Place) -> None:
 
 
 def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that was killed left shards that no manifest lists; the next one counts them, and gc runs beside it."""
+    """A killed copy left shards that no manifest lists; the next copy counts them while gc runs."""
     store = open_store(str(tmp_path / "to"), create=True)
     copy_versions = copy._copy_versions
     monkeypatch.setattr(copy, "_copy_versions", lambda *_: sys.exit("killed"))
@@ -91,7 +91,7 @@ def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path, monk
     assert not any(damaged)
 
 
-def test_the_lease_of_a_killed_collector_ends_by_itself(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lease_of_a_killed_collector_expires(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     claim(place.store, "small", "collector")
     for other in ("build", "collector"):
         with pytest.raises(Conflict):
@@ -101,7 +101,7 @@ def test_the_lease_of_a_killed_collector_ends_by_itself(place: Place, monkeypatc
     assert holder(place.store) == "build"
 
 
-def test_a_build_that_begins_between_the_look_and_the_claim_keeps_its_shards(
+def test_a_build_that_begins_between_the_listing_and_the_claim_keeps_its_shards(
     in_folder: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_first(store: Store, dataset: str, who: lease.Holder, idle_since: float) -> None:
@@ -109,24 +109,24 @@ def test_a_build_that_begins_between_the_look_and_the_claim_keeps_its_shards(
         claim(store, dataset, who, idle_since)
 
     monkeypatch.setattr(garbage, "claim", build_first)
-    before = in_folder.there()
-    with pytest.raises(Conflict, match="a build has just begun"):
+    before = in_folder.stored_keys()
+    with pytest.raises(Conflict, match="a build has just started"):
         list(collect(in_folder.store, HOUR))
-    assert in_folder.there() == before
+    assert in_folder.stored_keys() == before
     assert holder(in_folder.store) == "build"
 
 
 def test_of_a_build_and_a_collector_that_claim_at_once_the_build_wins(place: Place) -> None:
-    before = place.there()
+    before = place.stored_keys()
     watched = Spy(place.store, lambda: claim(place.store, "small", "build"))
     with pytest.raises(Conflict):
         list(collect(watched, place.grace))  # type: ignore[arg-type]
-    assert place.there() == before
+    assert place.stored_keys() == before
     assert holder(place.store) == "build"
 
 
-def test_a_build_that_began_in_the_same_second_as_the_look_is_seen(place: Place) -> None:
-    """An S3 store says times in whole seconds, so `not later` may well be later."""
+def test_a_build_that_began_in_the_same_second_as_the_listing_is_seen(place: Place) -> None:
+    """S3 has times in whole seconds, so an equal time may be a later one."""
     claim(place.store, "small", "build")
     with pytest.raises(Conflict):
         claim(place.store, "small", "collector", last_build(place.store, "small"))
@@ -136,7 +136,7 @@ def test_a_build_that_began_in_the_same_second_as_the_look_is_seen(place: Place)
 def test_a_collector_whose_lease_was_taken_over_deletes_nothing_more(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a host that slept for hours in between: its own clock does not say so."""
+    """As on a host that was suspended for hours and whose clock does not show it."""
     deleting = collect(place.store, place.grace)
     next(deleting)
     with monkeypatch.context() as patch:
@@ -163,9 +163,9 @@ def test_a_collector_that_ends_leaves_the_lease_of_a_build_alone(place: Place, m
 
 @pytest.fixture
 def collector(place: Place) -> Iterator[subprocess.Popen[str]]:
-    """A process that deletes one thing after the other, as it is told."""
-    words = [sys.executable, "-c", COLLECTOR, place.store.url, str(place.grace)]
-    process = subprocess.Popen(words, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """A process that deletes one object for each line it is sent."""
+    argv = [sys.executable, "-c", COLLECTOR, place.store.url, str(place.grace)]
+    process = subprocess.Popen(argv, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     yield process
     process.kill()
     process.communicate()
@@ -177,49 +177,49 @@ def test_a_killed_collector_leaves_a_whole_store_and_the_next_one_goes_on(
 ) -> None:
     assert collector.stdin
     assert collector.stdout
-    gone = set()
+    deleted = set()
     for number in range(deletions):
         if number:
             collector.stdin.write("\n")
             collector.stdin.flush()
-        gone.add(collector.stdout.readline().strip())
+        deleted.add(collector.stdout.readline().strip())
     collector.kill()
     collector.wait()
-    assert gone < place.orphan_keys()
-    assert place.orphan_keys() - place.there() == gone
+    assert deleted < place.orphan_keys()
+    assert place.orphan_keys() - place.stored_keys() == deleted
     assert place.whole()  # no record without its shard, either
     assert holder(place.store) == "collector"
     with pytest.raises(Conflict):
         build(place.store, place.source, place.other)
     monkeypatch.setattr(lease, "COLLECTING_SECONDS", -HOUR)
     place.age("")
-    assert {found.name for found in collect(place.store, place.grace)} == place.orphan_keys() - gone
+    assert {item.name for item in collect(place.store, place.grace)} == place.orphan_keys() - deleted
     assert place.whole(build(place.store, place.source, place.other))
 
 
-# At once
+# Concurrent
 
 
-def keep_collecting(store: Store, together: threading.Barrier, built_now: threading.Event, deleted: list[str]) -> None:
-    together.wait()
-    while not built_now.is_set():
+def keep_collecting(store: Store, start: threading.Barrier, sealed: threading.Event, deleted: list[str]) -> None:
+    start.wait()
+    while not sealed.is_set():
         with suppress(Conflict):
-            deleted += [found.name for found in collect(store, HOUR)]
+            deleted += [item.name for item in collect(store, HOUR)]
 
 
 def patient_build(store: Store, *paths: Path) -> Manifest:
-    """Builds as people do: the command is run again when it says so."""
+    """Build as users do: run the command again after a conflict."""
     while True:
         with suppress(Conflict):
             return build(store, *paths)
 
 
-def test_a_build_beside_a_collector_that_never_rests_seals_a_whole_version(in_folder: Place) -> None:
-    """The build counts shards that are old and that nobody lists, which is just what the collector deletes."""
+def test_a_build_beside_an_endless_collector_seals_a_whole_version(in_folder: Place) -> None:
+    """The build reuses shards that are old and unlisted, which is what the collector deletes."""
     store, paths, deleted = in_folder.store, [in_folder.source, in_folder.other], []
     for number in range(ROUNDS):
         path = source_file(in_folder.folder / "source", 2 + number, 8)
-        left = built(store, path)  # as a build that was killed long ago left it
+        reused = built(store, path)  # like the shards of a build killed long ago
         in_folder.age("")
         together, built_now = threading.Barrier(2), threading.Event()
         collecting = threading.Thread(target=keep_collecting, args=(store, together, built_now, deleted))
@@ -234,7 +234,7 @@ def test_a_build_beside_a_collector_that_never_rests_seals_a_whole_version(in_fo
             built_now.set()
             collecting.join()
         assert in_folder.whole(sealed), number
-        assert set(left) < set(sealed.shard_ids)
+        assert set(reused) < set(sealed.shard_ids)
     assert in_folder.whole()
 
 

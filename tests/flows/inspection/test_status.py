@@ -1,4 +1,4 @@
-"""What `gpt2 status` says of an evaluation that failed and of one that answered, whichever came last."""
+"""`gpt2 status` shows the failure of an evaluation until the same evaluation succeeds."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.inspection.status import run_status
-from model.checkpoints.records import put_checkpoint
+from model.checkpoints.records import CheckpointRecord, put_checkpoint
 from model.runs.job import Job, note_failure, put_job
 from storage import keys
 from storage.keys import RunKeys
@@ -15,22 +15,21 @@ from storage.stores.store import overwrite
 
 
 @pytest.mark.parametrize(
-    ("answered", "failed", "said"),
+    ("written", "failed", "error"),
     [(None, 200, "killed"), (100, 200, "killed"), (200, 200, "killed"), (300, 200, ""), (300, None, "")],
 )
-def test_a_failure_counts_until_the_same_is_answered_after_it(
-    tmp_path: Path, answered: int | None, failed: int | None, said: str
+def test_a_failure_is_shown_until_the_same_evaluation_is_written_after_it(
+    tmp_path: Path, written: int | None, failed: int | None, error: str
 ) -> None:
-    """The answer is that of a job with other settings: the one that failed would have taken its note away."""
+    """A job with other settings wrote it: the failed job itself would have deleted its failure."""
     store = open_store(str(tmp_path / "store"), create=True)
-    about = {"step": 0, "job": "", "model": {}, "train": {}, "cursor": {}, "metrics": []}
-    put_checkpoint(store, "one", {}, about)  # as of a model that was imported
+    put_checkpoint(store, "one", {}, CheckpointRecord(0, "", {}, {}))  # like an imported model
     job = Job("one", "val_loss", {"step": 0})
     put_job(store, job)
     result, answer = RunKeys("one").result(job.job_id), RunKeys("one").evaluation(0, "val_loss")
     note_failure(store, result, "killed")
     overwrite(store, answer, b"{}")
-    for key, seconds in ((keys.failure(result), failed), (answer, answered)):
+    for key, seconds in ((keys.failure(result), failed), (answer, written)):
         path = store.local_path(key)
         assert path is not None
         if seconds is None:
@@ -38,4 +37,4 @@ def test_a_failure_counts_until_the_same_is_answered_after_it(
         else:
             os.utime(path, (seconds, seconds))
     [line] = [line for line in run_status(store, "one") if line.what.strip() == "val_loss"]
-    assert (line.why, line.state) == (said, "missing" if answered is None else "done")
+    assert (line.error, line.state) == (error, "missing" if written is None else "done")

@@ -1,6 +1,5 @@
-"""Every window is traced to the very rows it was made of, and its text is shown even when they are gone."""
+"""Every window is traced to the source rows it was made of; its text is shown even when they are gone."""
 
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from flows.inspection.trace import Asked, asked, windows
+from flows.inspection.trace import TraceTarget, trace_target, windows
 from model.data.loader import DataLoader
 from model.data.order import WindowOrder
 from storage.datasets.records import read_record
@@ -22,48 +21,46 @@ from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
 
 T = 32
-WINDOWS_MORE = 7  # of the second epoch
-
-Leaks = Callable[[int, int], list[int]]
+EXTRA_WINDOWS = 7  # of the second epoch
 
 
-def two_of_each(first: int, stop: int) -> list[int]:
-    return [first + 2, stop - 1]
-
-
-def loader(crawl: Crawl, one: Asked, split: str) -> DataLoader:
+def loader(crawl: Crawl, target: TraceTarget, split: str) -> DataLoader:
     seed = crawl.config.train.seed
-    return DataLoader(crawl.store, "small", one.manifest, split, sequence_tokens=T, seed=seed)
+    return DataLoader(crawl.store, "small", target.manifest, split, sequence_tokens=T, seed=seed)
 
 
-def traced(crawl: Crawl, one: Asked, split: str, first: int, count: int) -> list[list[Traced]]:
+def traced(crawl: Crawl, target: TraceTarget, split: str, first: int, count: int) -> list[list[Traced]]:
     """The documents of each window."""
-    found = list(windows(crawl.store, crawl.config, one, split, first, count))
-    grouped = [(number, [document for _, document in parts]) for number, parts in groupby(found, lambda part: part[0])]
+    pairs = list(windows(crawl.store, crawl.config, target, split, first, count))
+    grouped = [(number, [document for _, document in parts]) for number, parts in groupby(pairs, lambda part: part[0])]
     assert [number for number, _ in grouped] == list(range(first, first + count))
     return [documents for _, documents in grouped]
 
 
-def whole_split(crawl: Crawl, one: Asked, split: str) -> tuple[np.ndarray, WindowOrder, list[list[Traced]]]:
+def whole_split(crawl: Crawl, target: TraceTarget, split: str) -> tuple[np.ndarray, WindowOrder, list[list[Traced]]]:
     """All windows of a split (and some of the next epoch) as the loader gives them, and as they are traced."""
-    order = one.order(split)
+    order = target.order(split)
     if split == "train":
-        count = order.epoch_windows + WINDOWS_MORE
-        read = loader(crawl, one, split).windows(0, count)
+        count = order.epoch_windows + EXTRA_WINDOWS
+        read = loader(crawl, target, split).windows(0, count)
     else:
         count = order.epoch_windows
-        read = loader(crawl, one, split).windows_in_file_order(np.arange(count))
-    return read, order, traced(crawl, one, split, 0, count)
+        read = loader(crawl, target, split).windows_in_file_order(np.arange(count))
+    return read, order, traced(crawl, target, split, 0, count)
 
 
-def check_split(crawl: Crawl, one: Asked, split: str) -> None:
+def check_split(crawl: Crawl, target: TraceTarget, split: str) -> None:
     """The tokens are the loader's, and each document is the row of the source table that lies there in the shard."""
-    read, order, found = whole_split(crawl, one, split)
-    rows = list(one.manifest.rows(split))
-    expected = crawl.shard_documents(one.manifest)
-    located = order.locate(0, len(found)) if split == "train" else order.in_file_order(np.arange(len(found)))
+    read, order, traced_windows = whole_split(crawl, target, split)
+    rows = list(target.manifest.rows(split))
+    expected = crawl.shard_documents(target.manifest)
+    located = (
+        order.locate(0, len(traced_windows))
+        if split == "train"
+        else order.in_file_order(np.arange(len(traced_windows)))
+    )
     starts = {name: np.cumsum([0, *(len(kept.ids) for kept in documents)]) for name, documents in expected.items()}
-    for tokens, documents, shard, window in zip(read, found, *located, strict=True):
+    for tokens, documents, shard, window in zip(read, traced_windows, *located, strict=True):
         assert np.array_equal(np.concatenate([document.ids for document in documents]), tokens)
         name, at = rows[shard].shard_id, int(window) * T
         for document in documents:
@@ -80,18 +77,16 @@ def check_split(crawl: Crawl, one: Asked, split: str) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize(
-    ("settings", "leaks"),
-    [((), None), ((BARE,), two_of_each), ((SKIPPING,), None), ((GOOD, SKIPPING), two_of_each), ((LONG,), None)],
-    ids=["all", "left out, no id", "some bad", "good, some bad, left out", "long"],
+    "settings",
+    [(), (BARE,), (SKIPPING,), (GOOD, SKIPPING), (LONG,)],
+    ids=["all", "no id", "some bad", "good, some bad", "long"],
 )
-def test_every_window_is_made_of_the_rows_it_is_traced_to(
-    tmp_path: Path, kind: str, settings: tuple[str, ...], leaks: Leaks | None
-) -> None:
+def test_every_window_is_made_of_the_rows_it_is_traced_to(tmp_path: Path, kind: str, settings: tuple[str, ...]) -> None:
     crawl = Crawl(tmp_path, *settings, kind=kind, bad=SKIPPING in settings)
-    crawl.build(leaks)
-    one = asked(crawl.store, crawl.config)
+    crawl.build()
+    target = trace_target(crawl.store, crawl.config)
     for split in ("train", "val"):
-        check_split(crawl, one, split)
+        check_split(crawl, target, split)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +96,13 @@ def test_rows_of_a_shards_documents_are_those_of_the_source(
     tmp_path: Path, kind: str, settings: tuple[str, ...]
 ) -> None:
     crawl = Crawl(tmp_path, *settings, kind=kind, bad=bool(settings))
-    manifest = crawl.build(two_of_each if settings else None)
+    manifest = crawl.build()
     for shard_id, kept in crawl.shard_documents(manifest).items():
         record = read_record(crawl.store, "small", shard_id)
         file = identity.identify(crawl.source / record.source)
         everything = list(source_rows(file, record, range(len(kept))))
         assert [(number, row.number, row.text) for number, row in everything] == [
-            (number, one.row, one.text) for number, one in enumerate(kept)
+            (number, document.row, document.text) for number, document in enumerate(kept)
         ]
         assert list(source_rows(file, record, [])) == []
         some = range(0, len(kept), 3)
@@ -117,11 +112,11 @@ def test_rows_of_a_shards_documents_are_those_of_the_source(
 def test_any_windows_are_those_of_the_whole_enumeration(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
-    one = asked(crawl.store, crawl.config)
-    _, order, whole = whole_split(crawl, one, "train")
+    target = trace_target(crawl.store, crawl.config)
+    _, order, whole = whole_split(crawl, target, "train")
     for first, count in [(0, 1), (5, 9), (order.epoch_windows - 2, 4), (order.epoch_windows, 1)]:
-        found = traced(crawl, one, "train", first, count)
-        assert [list(map(str, documents)) for documents in found] == [
+        some_windows = traced(crawl, target, "train", first, count)
+        assert [list(map(str, documents)) for documents in some_windows] == [
             list(map(str, documents)) for documents in whole[first : first + count]
         ]
 
@@ -129,27 +124,27 @@ def test_any_windows_are_those_of_the_whole_enumeration(tmp_path: Path) -> None:
 def test_windows_that_val_does_not_have_are_refused(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
-    one = asked(crawl.store, crawl.config)
-    count = one.order("val").epoch_windows
-    assert len(traced(crawl, one, "val", count - 1, 1)) == 1
+    target = trace_target(crawl.store, crawl.config)
+    count = target.order("val").epoch_windows
+    assert len(traced(crawl, target, "val", count - 1, 1)) == 1
     with pytest.raises(ValueError, match=f"{count}"):
-        traced(crawl, one, "val", count, 1)
+        traced(crawl, target, "val", count, 1)
 
 
 def test_a_dataset_that_was_never_sealed_is_refused(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     with pytest.raises(ObjectMissing, match="'small'"):
-        asked(crawl.store, crawl.config)
+        trace_target(crawl.store, crawl.config)
 
 
 # Sources that are gone, changed, or elsewhere
 
 
-def without_source(crawl: Crawl, one: Asked, gone: set[str]) -> list[Traced]:
-    """All documents of train; what is of a source that is gone says so, what is not has its row."""
-    read, _, found = whole_split(crawl, one, "train")
-    assert np.array_equal([np.concatenate([part.ids for part in documents]) for documents in found], read)
-    documents = [document for window in found for document in window]
+def without_source(crawl: Crawl, target: TraceTarget, gone: set[str]) -> list[Traced]:
+    """All documents of train: those of a source that is gone say so, the others have their row."""
+    read, _, traced_windows = whole_split(crawl, target, "train")
+    assert np.array_equal([np.concatenate([part.ids for part in documents]) for documents in traced_windows], read)
+    documents = [document for window in traced_windows for document in window]
     for document in documents:
         if document.source in gone:
             assert (document.row, document.id, document.url) == (None, None, None)
@@ -168,7 +163,7 @@ def without_source(crawl: Crawl, one: Asked, gone: set[str]) -> list[Traced]:
 def test_the_text_is_shown_when_its_source_is_gone_and_why_is_said(tmp_path: Path, kind: str, fate: str) -> None:
     crawl = Crawl(tmp_path, kind=kind)
     crawl.build()
-    one = asked(crawl.store, crawl.config)
+    target = trace_target(crawl.store, crawl.config)
     names = sorted(crawl.rows)
     if fate == "changed":
         crawl.write(names[1], crawl.rows[names[1]][::-1])
@@ -179,22 +174,22 @@ def test_the_text_is_shown_when_its_source_is_gone_and_why_is_said(tmp_path: Pat
         for name in names if fate == "all gone" else names[1:]:
             crawl.write(name, None)
     gone = set(names) if fate == "all gone" else {names[1]}
-    for document in without_source(crawl, one, gone):
+    for document in without_source(crawl, target, gone):
         if document.source in gone:
             assert document.source in document.why
 
 
 class Published(NamedTuple):
-    """A dataset of the Hub, of which a later commit holds something else, and what its shards were made of."""
+    """A Hub dataset, changed by a later commit, and the documents that its shards were made of."""
 
     crawl: Crawl
-    one: Asked
+    target: TraceTarget
     commit: str
     expected: dict[str, list[Kept]]
 
     def check(self) -> None:
         """Some windows are traced to their rows."""
-        for documents in traced(self.crawl, self.one, "train", 0, 3):
+        for documents in traced(self.crawl, self.target, "train", 0, 3):
             for document in documents:
                 kept = self.expected[document.shard_id][document.document]
                 assert (document.source, document.row) == (f"data/{kept.source}", kept.row)
@@ -212,13 +207,13 @@ def published(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Publ
     manifest = build_dataset(crawl.config)
     repository.commit({"data/other.parquet": files["data/file_0.parquet"]})
     hub.requests.clear()
-    return Published(crawl, asked(crawl.store, crawl.config), commit, crawl.shard_documents(manifest))
+    return Published(crawl, trace_target(crawl.store, crawl.config), commit, crawl.shard_documents(manifest))
 
 
 def test_rows_of_a_hub_dataset_are_found_at_its_commit(published: Published, hub: Hub) -> None:
-    source = published.one.manifest.source
-    found = hub_files(published.one.manifest)
-    assert (list(found), [file.name for file in found.values()]) == (source["files"]["digest"], source["files"]["name"])
+    source = published.target.manifest.source
+    files = hub_files(published.target.manifest)
+    assert (list(files), [file.name for file in files.values()]) == (source["files"]["digest"], source["files"]["name"])
     published.check()
     resolved = hub.received("/datasets/org/edu/resolve/*")
     assert resolved
@@ -226,7 +221,7 @@ def test_rows_of_a_hub_dataset_are_found_at_its_commit(published: Published, hub
 
 
 def test_rows_of_a_mirrored_dataset_are_found_without_the_hub(published: Published, hub: Hub) -> None:
-    for file in hub_files(published.one.manifest).values():
+    for file in hub_files(published.target.manifest).values():
         mirror(published.crawl.store, file)
     del hub.repositories["org/edu"]
     hub.requests.clear()
@@ -242,7 +237,7 @@ def test_the_text_is_shown_when_the_hub_does_not_give_its_source(published: Publ
         del hub.repositories["org/edu"]
     else:
         hub.repositories["org/edu"].gated = True
-    (documents,) = traced(published.crawl, published.one, "train", 0, 1)
-    read = loader(published.crawl, published.one, "train").windows(0, 1)[0]
+    (documents,) = traced(published.crawl, published.target, "train", 0, 1)
+    read = loader(published.crawl, published.target, "train").windows(0, 1)[0]
     assert np.array_equal(np.concatenate([document.ids for document in documents]), read)
     assert all(document.row is None and document.why for document in documents)

@@ -1,4 +1,4 @@
-"""A card for people holds all that it counts, asks nobody for anything, and is safe from the names it shows."""
+"""The dataset card shows everything that was counted, requests nothing, and escapes the names it shows."""
 
 import io
 import re
@@ -10,8 +10,9 @@ from xml.parsers import expat
 import pytest
 from rich.console import Console
 
+from flows.inspection.facts import leak_line
 from flows.pages import dataset_card as module
-from flows.pages.dataset_card import leak_line, page, print_card
+from flows.pages.dataset_card import page, print_card
 from storage.inspection.summary import summarise
 from storage.sources import identity
 from tests.crawl import GOOD, SKIPPING, Crawl
@@ -25,7 +26,7 @@ HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'--><b>"
 
 
 class Page(HTMLParser):
-    """What is on a page: its text, and what a browser would load or run; tags must be closed in order."""
+    """The text of a page, and what a browser would load or run. Asserts that tags are closed in order."""
 
     def __init__(self, body: bytes) -> None:
         super().__init__()
@@ -60,20 +61,21 @@ class Page(HTMLParser):
         if "td" in self.open[-2:]:
             self.cells.append(data.strip())
 
-    def shows(self, word: str) -> int:
-        return sum(word in part for part in self.text)
+    def count(self, name: str) -> int:
+        """How many texts of the page contain the name."""
+        return sum(name in part for part in self.text)
 
 
-def shown(found: dict[str, Any]) -> str:
-    """The card on a terminal of 80 columns, which a file is taken for, too."""
-    said = io.StringIO()
-    print_card(Console(file=said, soft_wrap=True, width=80), found)
-    return said.getvalue()
+def printed(card: dict[str, Any]) -> str:
+    """The card on a terminal of 80 columns."""
+    output = io.StringIO()
+    print_card(Console(file=output, soft_wrap=True, width=80), card)
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The card of a dataset of which some rows are left out and some could not be tokenised."""
+    """The card of a dataset with rows that were left out and rows that could not be tokenised."""
     folder = tmp_path_factory.mktemp("counted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
@@ -81,78 +83,77 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return summarise(crawl.store, "small", crawl.build()).to_json()
 
 
-def named(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """The card with a file and a dump that are called so."""
-    first, *others = found["files"]
-    return found | {"files": [first | {"name": name}, *others], "dumps": {name: 3}}
+def named(card: dict[str, Any], name: str) -> dict[str, Any]:
+    """The card with this name for a file and a dump."""
+    first, *others = card["files"]
+    return card | {"files": [first | {"name": name}, *others], "dumps": {name: 3}}
 
 
 def test_the_page_shows_the_card_and_asks_for_nothing(counted: dict[str, Any]) -> None:
-    found = counted
-    body = page(found)
-    assert body == page(found)
-    looked = Page(body)
-    assert looked.tags & LOADING == set()
-    assert [address for address in looked.addresses + looked.styles if not address.startswith("#")] == []
-    assert looked.addresses  # marks of axes: so the line above looks at something
+    body = page(counted)
+    assert body == page(counted)
+    parsed = Page(body)
+    assert parsed.tags & LOADING == set()
+    assert [address for address in parsed.addresses + parsed.styles if not address.startswith("#")] == []
+    assert parsed.addresses  # marks of axes: the line above is not vacuous
     assert body.count(b"<svg") == 3
-    assert looked.shows(found["manifest"])
+    assert parsed.count(counted["manifest"])
     counts = ("shards", "documents", "tokens", "skipped", "filtered")
-    for file in found["files"]:
-        start = looked.cells.index(file["name"])
-        assert looked.cells[start + 1 : start + 6] == [f"{file[name]:,}" for name in counts]
-    for split in found["totals"].values():
-        assert looked.shows(f"{split['tokens']:,}")
-    for dump in found["dumps"]:
-        assert looked.shows(dump)
-    said = shown(found)
-    for name, count in [*found["dumps"].items(), *((file["name"], file["tokens"]) for file in found["files"])]:
-        assert re.search(rf"{re.escape(name)}.* {count:,} ", said)
+    for file in counted["files"]:
+        start = parsed.cells.index(file["name"])
+        assert parsed.cells[start + 1 : start + 6] == [f"{file[name]:,}" for name in counts]
+    for split in counted["totals"].values():
+        assert parsed.count(f"{split['tokens']:,}")
+    for dump in counted["dumps"]:
+        assert parsed.count(dump)
+    text = printed(counted)
+    for name, count in [*counted["dumps"].items(), *((file["name"], file["tokens"]) for file in counted["files"])]:
+        assert re.search(rf"{re.escape(name)}.* {count:,} ", text)
 
 
-def test_a_hostile_name_is_text_on_the_page(tmp_path: Path) -> None:
+def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path, names=(HOSTILE,))
     rows = crawl.rows[f"{HOSTILE}.parquet"]
     crawl.write(f"{HOSTILE}.parquet", [row | {"dump": HOSTILE} for row in rows])
-    found = summarise(crawl.store, "small", crawl.build()).to_json()
-    assert found["dumps"] == {HOSTILE: len(rows)}
-    looked = Page(page(found))
-    assert looked.tags & LOADING == set()
-    assert looked.scripted == []
-    assert looked.shows(HOSTILE) == 3  # in the table of files, and as a label of the plots of dumps and files
+    card = summarise(crawl.store, "small", crawl.build()).to_json()
+    assert card["dumps"] == {HOSTILE: len(rows)}
+    parsed = Page(page(card))
+    assert parsed.tags & LOADING == set()
+    assert parsed.scripted == []
+    assert parsed.count(HOSTILE) == 3  # in the table of files, and as a label of the plots of dumps and files
 
 
 @pytest.mark.parametrize("name", ["$100$", "C$$D"])
-def test_a_name_is_no_formula(counted: dict[str, Any], name: str) -> None:
-    assert Page(page(named(counted, name))).shows(name) == 3
+def test_a_name_is_not_a_formula(counted: dict[str, Any], name: str) -> None:
+    assert Page(page(named(counted, name))).count(name) == 3
 
 
 @pytest.mark.parametrize("name", ["[bold]loud", "data [/x]"])
-def test_a_name_is_no_markup_of_the_terminal(counted: dict[str, Any], name: str) -> None:
-    assert shown(named(counted, name)).count(name) == 2
+def test_a_name_is_not_terminal_markup(counted: dict[str, Any], name: str) -> None:
+    assert printed(named(counted, name)).count(name) == 2
 
 
 def test_a_name_in_another_script_gives_no_warning(counted: dict[str, Any]) -> None:
-    assert Page(page(named(counted, "網頁"))).shows("網頁") == 3  # a warning is an error here
+    assert Page(page(named(counted, "網頁"))).count("網頁") == 3  # a warning is an error here
 
 
 def test_long_names_that_differ_at_the_end_can_be_told_apart(counted: dict[str, Any]) -> None:
     names = [f"data/CC-MAIN-2024-10/train-{number:05d}-of-00099.parquet" for number in range(3)]
-    assert len({shown(named(counted, name)) for name in names}) == 3
+    assert len({printed(named(counted, name)) for name in names}) == 3
 
 
-def plotted(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> list[int]:
+def plotted(monkeypatch: pytest.MonkeyPatch, card: dict[str, Any]) -> list[int]:
     """The sums of the bars of each plot of the page."""
     sums: list[int] = []
-    own = module.bars
+    real_bars = module.bars
 
     def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
         assert len(set(labels)) == len(labels)
         sums.append(sum(heights))
-        return own(name, labels, heights, unit)
+        return real_bars(name, labels, heights, unit)
 
     monkeypatch.setattr(module, "bars", bars)
-    page(found)
+    page(card)
     return sums
 
 
@@ -165,25 +166,25 @@ def test_plots_add_up_with_the_totals(
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
     hub.dataset("org/edu", files, configs={"default": {"train": "data/**"}})
     config = tiny_config(crawl.config.store_url, "org/edu", "data.config=default")
-    found = summarise(crawl.store, "small", build_dataset(config)).to_json()
-    tokens, documents = (sum(split[name] for split in found["totals"].values()) for name in ("tokens", "documents"))
+    card = summarise(crawl.store, "small", build_dataset(config)).to_json()
+    tokens, documents = (sum(split[name] for split in card["totals"].values()) for name in ("tokens", "documents"))
     with_dump = sum(row["dump"] is not None for rows in crawl.rows.values() for row in rows)
-    assert plotted(monkeypatch, found) == [documents, with_dump, tokens]
-    looked = Page(page(found))
-    for value in (*found["origin"].values(), *(file["name"] for file in found["files"])):
-        assert looked.shows(value)
-    assert len(found["origin"]) == 4
-    assert found["origin"]["commit"] in shown(found)
+    assert plotted(monkeypatch, card) == [documents, with_dump, tokens]
+    parsed = Page(page(card))
+    for value in (*card["origin"].values(), *(file["name"] for file in card["files"])):
+        assert parsed.count(value)
+    assert len(card["origin"]) == 4
+    assert card["origin"]["commit"] in printed(card)
 
 
-def test_a_card_of_many_files_has_them_all_on_the_page_and_says_what_the_terminal_leaves_out(
+def test_a_page_lists_all_files_and_the_terminal_counts_those_it_leaves_out(
     counted: dict[str, Any],
 ) -> None:
-    found = counted | {"files": [counted["files"][0] | {"name": f"file-{number:03d}"} for number in range(90)]}
-    looked = Page(page(found))
-    assert [cell for cell in looked.cells if cell.startswith("file-")] == [file["name"] for file in found["files"]]
-    said = shown(found)
-    assert (said.count("file-0"), "70 more" in said) == (20, True)
+    card = counted | {"files": [counted["files"][0] | {"name": f"file-{number:03d}"} for number in range(90)]}
+    parsed = Page(page(card))
+    assert [cell for cell in parsed.cells if cell.startswith("file-")] == [file["name"] for file in card["files"]]
+    text = printed(card)
+    assert (text.count("file-0"), "70 more" in text) == (20, True)
 
 
 def test_leaks_are_on_the_card(counted: dict[str, Any]) -> None:
@@ -191,8 +192,8 @@ def test_leaks_are_on_the_card(counted: dict[str, Any]) -> None:
         "documents": {"train": 1_061, "val": 19}, "duplicates": {"train": 1_033, "val_in_train": 7},
         "items": {"count": 10_042, "contexts": 31, "endings": 29, "shorter": 23, "words": 13},
     }  # fmt: skip
-    found = counted | {"audit": report}
+    card = counted | {"audit": report}
     numbers = ["1,061", "19", "1,033", "7", "10,042", "31", "29", "23", "13"]
-    for said in (shown(found), leak_line(report), " ".join(Page(page(found)).text)):
-        assert set(numbers) <= set(re.findall(r"[\d,]*\d", said))
+    for text in (printed(card), leak_line(report), " ".join(Page(page(card)).text)):
+        assert set(numbers) <= set(re.findall(r"[\d,]*\d", text))
     assert "10,042" not in leak_line(report | {"items": None})

@@ -27,7 +27,7 @@ from model.checkpoints.huggingface_folder import tensor_shapes
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.config import ModelConfig
 from model.data.loader import DataLoader
-from model.evaluation.sampling import newest_model
+from model.evaluation.generate import newest_model
 from model.gpt import GPT
 from model.runs.run import find_run
 from storage.errors import CheckpointInvalid, ObjectMissing

@@ -10,7 +10,7 @@ from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, chec
 from model.processes.distributed import DDPConfig
 from model.runs.job import put_job, read_job
 from model.runs.run import pin_run, training_job
-from model.training.trainer import Trainer
+from model.training.setup import build_trainer
 from storage.errors import CheckpointInvalid
 from storage.keys import RunKeys
 from storage.stores.store import Store
@@ -93,7 +93,7 @@ def test_two_trainings_of_one_run_do_not_mix(
 ) -> None:
     """The slower one is told so at its next save, and the faster one's checkpoints stay."""
     key = house.ask("twice", *SHORT)
-    slow = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+    slow = build_trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
     assert run_job(house.store.url, key) == 0
     before = everything(house.store)
     with pytest.raises(CheckpointInvalid, match="twice"):
@@ -145,7 +145,7 @@ def test_there_is_a_checkpoint_at_every_moment_of_a_retention(house: House, monk
     ],
 )
 def test_the_first_at_or_after_each_multiple_is_kept_for_good(there: list[int], kept: list[int]) -> None:
-    records = [CheckpointRecord(step, "", {}, "", {}, {}, {}, []) for step in there]
+    records = [CheckpointRecord(step, "", {}, {}) for step in there]
     assert [record.step for record in retained(records, 2, 5_000)] == kept
     assert retained(retained(records, 2, 5_000), 2, 5_000) == retained(records, 2, 5_000)
     assert [record.step for record in retained(records, 2, 0)] == there[-2:]

@@ -41,7 +41,7 @@ def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[
 @given(
     st.lists(st.integers(0, 120), min_size=1, max_size=40), st.integers(1, 40), st.integers(0, 9), st.integers(0, 300)
 )
-def test_soon_are_the_shards_of_this_group_and_of_the_next_over_the_epochs_end(
+def test_upcoming_shards_are_those_of_this_group_and_the_next_across_epochs(
     sizes: list[int], sequence_tokens: int, seed: int, first: int
 ) -> None:
     if max(sizes) <= sequence_tokens:
@@ -55,11 +55,13 @@ def test_soon_are_the_shards_of_this_group_and_of_the_next_over_the_epochs_end(
     while place >= counts[at]:
         place -= counts[at]
         at += 1
-    assert order.soon(first) == coming[at] + coming[at + 1]
+    assert order.upcoming_shards(first) == coming[at] + coming[at + 1]
     shards, _ = order.locate(first, counts[at] - place + counts[at + 1])
-    assert set(shards.tolist()) <= set(order.soon(first))
+    assert set(shards.tolist()) <= set(order.upcoming_shards(first))
     from_the_start, _ = order.locate(first - place, counts[at] + counts[at + 1])
-    assert set(from_the_start.tolist()) == {shard for shard in order.soon(first) if order.windows_of_shard[shard]}
+    assert set(from_the_start.tolist()) == {
+        shard for shard in order.upcoming_shards(first) if order.windows_of_shard[shard]
+    }
 
 
 def test_a_loader_over_s3_gives_the_windows_of_one_over_a_folder(
@@ -103,12 +105,12 @@ def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
 
     for group in range(6):  # two epochs
         first = group * GROUP_SHARDS * 3
-        soon = [rows[shard].shard_id for shard in reading.order.soon(first)]
-        assert len(soon) == 2 * GROUP_SHARDS
-        poll(lambda first=first, soon=soon: reading.windows(first, 1) is not None and here() >= set(soon))
-        assert asked[-1] == soon
+        upcoming = [rows[shard].shard_id for shard in reading.order.upcoming_shards(first)]
+        assert len(upcoming) == 2 * GROUP_SHARDS
+        poll(lambda first=first, upcoming=upcoming: reading.windows(first, 1) is not None and here() >= set(upcoming))
+        assert asked[-1] == upcoming
         calls = len(asked)
         reading.windows(first + 1, GROUP_SHARDS)
         assert len(asked) == calls  # asked once a group
         if group == 0:
-            assert here() == set(soon)
+            assert here() == set(upcoming)

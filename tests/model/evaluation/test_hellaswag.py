@@ -1,4 +1,4 @@
-"""A HellaSwag file is read or its bad line named; its items are made as each convention has them."""
+"""A HellaSwag file is read, or its bad line named; each convention lays out its items as published."""
 
 import io
 import json
@@ -32,8 +32,8 @@ def without(name: str) -> dict[str, Any]:
 
 
 def question(**changed: Any) -> Question:
-    [found] = questions(lines(GOOD | changed), "val.jsonl")
-    return found
+    [parsed] = questions(lines(GOOD | changed), "val.jsonl")
+    return parsed
 
 
 # The file
@@ -43,12 +43,12 @@ def test_a_line_is_read_as_it_is() -> None:
     texts = {name: GOOD[name] for name in ("ctx", "activity_label", "ctx_a", "ctx_b")}
     expected = Question(**texts, endings=tuple(GOOD["endings"]), label=3)
     assert questions(lines(GOOD), "val.jsonl") == [expected]
-    assert [one.label for one in questions(lines(GOOD, GOOD_TOO), "val.jsonl")] == [3, 0]
+    assert [parsed.label for parsed in questions(lines(GOOD, GOOD_TOO), "val.jsonl")] == [3, 0]
 
 
 def test_a_parquet_file_as_the_hub_has_it_is_read_likewise() -> None:
     body = io.BytesIO()
-    rows = [one | {"label": str(one["label"]), "split": "val", "ind": 1} for one in (GOOD, GOOD_TOO)]
+    rows = [line | {"label": str(line["label"]), "split": "val", "ind": 1} for line in (GOOD, GOOD_TOO)]
     pq.write_table(pa.Table.from_pylist(rows), body)
     assert questions(body.getvalue(), "x.parquet") == questions(lines(GOOD, GOOD_TOO), "x.jsonl")
     with pytest.raises(SourceInvalid, match=r"x\.parquet"):
@@ -103,7 +103,7 @@ def test_a_file_without_items_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("name", sorted(GOOD))
 def test_a_missing_field_is_named(name: str) -> None:
-    with pytest.raises(SourceInvalid, match=f"'{name}'.*Mend evaluation.hellaswag"):
+    with pytest.raises(SourceInvalid, match=f"'{name}'.*evaluation.hellaswag"):
         questions(lines(without(name)), "val.jsonl")
 
 
@@ -123,7 +123,7 @@ def test_completion_style_takes_the_text_as_it_is_and_each_ending_apart() -> Non
 
 
 @pytest.mark.parametrize(
-    ("changed", "asked"),
+    ("changed", "context"),
     [
         ({}, "Roof work: A man sits on a roof. He"),
         ({"ctx_b": ""}, "Roof work: A man sits on a roof."),
@@ -135,9 +135,9 @@ def test_completion_style_takes_the_text_as_it_is_and_each_ending_apart() -> Non
         ({"ctx_b": "[ unclosed"}, "Roof work: A man sits on a roof. [ unclosed"),
     ],
 )
-def test_harness_style_has_the_activity_and_no_marks(changed: dict[str, str], asked: str) -> None:
+def test_harness_style_has_the_activity_and_no_marks(changed: dict[str, str], context: str) -> None:
     item = harness_style(question(**changed))
-    assert tokenizer.decode(item.context) == asked
+    assert tokenizer.decode(item.context) == context
     assert [tokenizer.decode(ending) for ending in item.endings] == [f" {ending}" for ending in GOOD["endings"]]
 
 

@@ -1,4 +1,4 @@
-"""A set of items made of documents is honest."""
+"""The completion set: its true endings follow their contexts, and its false ones are from other documents."""
 
 from collections import Counter
 from typing import Any
@@ -7,22 +7,20 @@ import numpy as np
 import pytest
 
 from model import tokenizer
-from model.evaluation.items import CONTEXT_TOKENS, ENDING_TOKENS, document_items
+from model.evaluation.items import ENDING_TOKENS, ITEM_TOKENS, document_items
 from storage.datasets.manifest import COLUMNS, Manifest
 from storage.digests import sha256
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
-WHOLE = CONTEXT_TOKENS + ENDING_TOKENS
-
 
 def made_document(number: int, tokens: int = 100) -> list[int]:
-    """Token ids that say which document they are of, and where in it they stand."""
+    """Token ids that encode the document and the position in it."""
     return list(range(number * 1_000, number * 1_000 + tokens))
 
 
 def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]] | None = None) -> Manifest:
-    """A dataset of shards of documents, `<|endoftext|>` before each."""
+    """A manifest of shards of documents, each after an `<|endoftext|>`."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     splits = [("val", shard) for shard in val] + [("train", shard) for shard in train or []]
     for index, (split, documents) in enumerate(splits):
@@ -37,7 +35,7 @@ def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]
 
 @pytest.fixture
 def forty(store: Store) -> Manifest:
-    """Forty documents in two val shards, and train documents that must never be seen."""
+    """Forty documents in two val shards, and train documents that must not be used."""
     documents = [made_document(number) for number in range(40)]
     return sealed(store, [documents[:25], documents[25:]], [[made_document(number) for number in range(40, 50)]])
 
@@ -54,17 +52,17 @@ def test_the_true_ending_follows_its_context_and_the_others_come_from_other_docu
     assert sorted(document_of(item.context) for item in items) == list(range(40))
     for item in items:
         number = document_of(item.context)
-        assert item.context + item.endings[item.label] == made_document(number, WHOLE)
+        assert item.context + item.endings[item.label] == made_document(number, ITEM_TOKENS)
         sources = [document_of(ending) for ending in item.endings]
         assert len(set(sources)) == 4
         assert all(len(ending) == ENDING_TOKENS for ending in item.endings)
         assert all(source < 40 for source in sources)
 
 
-def test_labels_are_spread_over_all_four_places(store: Store, forty: Manifest) -> None:
-    found = Counter(item.label for seed in range(10) for item in document_items(store, "made", forty, 40, seed))
-    assert set(found) == {0, 1, 2, 3}
-    assert min(found.values()) > 60  # of 400
+def test_labels_are_spread_over_all_four_positions(store: Store, forty: Manifest) -> None:
+    labels = Counter(item.label for seed in range(10) for item in document_items(store, "made", forty, 40, seed))
+    assert set(labels) == {0, 1, 2, 3}
+    assert min(labels.values()) > 60  # of 400
 
 
 def test_a_seed_gives_the_same_items_every_time(store: Store, forty: Manifest) -> None:
@@ -72,19 +70,19 @@ def test_a_seed_gives_the_same_items_every_time(store: Store, forty: Manifest) -
     assert document_items(store, "made", forty, 20, seed=1) != document_items(store, "made", forty, 20, seed=2)
 
 
-@pytest.mark.parametrize(("count", "found"), [(1, 1), (7, 7), (40, 40), (41, 40)])
-def test_no_more_items_are_made_than_asked_for(store: Store, forty: Manifest, count: int, found: int) -> None:
-    assert len(document_items(store, "made", forty, count, seed=0)) == found
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (7, 7), (40, 40), (41, 40)])
+def test_no_more_items_are_made_than_requested(store: Store, forty: Manifest, count: int, expected: int) -> None:
+    assert len(document_items(store, "made", forty, count, seed=0)) == expected
 
 
 def test_documents_that_are_too_short_are_left_out(store: Store) -> None:
-    lengths = [WHOLE, WHOLE - 1, WHOLE + 1, 0, 500, WHOLE, 3]
+    lengths = [ITEM_TOKENS, ITEM_TOKENS - 1, ITEM_TOKENS + 1, 0, 500, ITEM_TOKENS, 3]
     manifest = sealed(store, [[made_document(number, length) for number, length in enumerate(lengths)]])
     items = document_items(store, "made", manifest, 10, seed=0)
     assert sorted(document_of(item.context) for item in items) == [0, 2, 4, 5]
 
 
 def test_too_few_documents_are_refused_with_a_remedy(store: Store) -> None:
-    manifest = sealed(store, [[made_document(number) for number in range(3)] + [made_document(3, WHOLE - 1)]])
+    manifest = sealed(store, [[made_document(number) for number in range(3)] + [made_document(3, ITEM_TOKENS - 1)]])
     with pytest.raises(ValueError, match=r"\b3\b.*val_shards"):
         document_items(store, "made", manifest, 1, seed=0)

@@ -1,4 +1,4 @@
-"""The evaluation jobs: which endings are chosen, what is kept of it, and that it is the same again."""
+"""The evaluation jobs: which endings they choose, what they store, and that a second run gives the same."""
 
 import io
 import json
@@ -18,6 +18,7 @@ from model.checkpoints.records import checkpoints
 from model.config import RunConfig
 from model.evaluation import jobs
 from model.evaluation.evaluator import Evaluator
+from model.evaluation.results import Evaluation, Measurement
 from model.gpt import GPT
 from model.runs.job import Job, put_job, read_result
 from model.runs.run import evaluation_jobs, pin_run, training_job
@@ -26,7 +27,7 @@ from storage.datasets.manifest import Manifest
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.making import document, tiny_config, write_parquet
-from tests.model.asked import ALONE, SHAPE, T, small_model, unigram_model
+from tests.model.evaluation.small_models import ALONE, SHAPE, T, small_model, unigram_model
 
 
 @pytest.fixture
@@ -40,17 +41,17 @@ def model() -> GPT:
 QUESTION = {"ctx": "Any context", "activity_label": "Any", "ctx_a": "Any context", "ctx_b": ""}
 
 
-def chosen_in(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a HellaSwag job over these lines found, and its rows."""
+def scored(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[Measurement, list[dict[str, Any]]]:
+    """The measurement of a HellaSwag job over these lines, and its answers as rows."""
     key = keys.source("0" * 64, "items.jsonl")
     store.put_new(key, "\n".join(json.dumps(QUESTION | line) for line in lines).encode())
     job = Job("scored", "hellaswag", {"items": key, "step": 1})
-    found = jobs.hellaswag(store, job, Evaluator(model, ALONE))
-    body = found.pop("answers")
-    return found, pq.read_table(io.BytesIO(body)).to_pylist()
+    measurement, answers = jobs.hellaswag(store, job, Evaluator(model, ALONE))
+    assert answers is not None
+    return measurement, pq.read_table(io.BytesIO(answers)).to_pylist()
 
 
-def test_a_model_without_an_opinion_chooses_the_first_of_equals(store: Store) -> None:
+def test_a_model_that_finds_all_endings_alike_chooses_the_first(store: Store) -> None:
     model = GPT(SHAPE)
     with torch.no_grad():
         model.transformer.wte.weight.zero_()
@@ -60,64 +61,73 @@ def test_a_model_without_an_opinion_chooses_the_first_of_equals(store: Store) ->
         {"endings": [words[(number + place) % 7] for place in range(4)], "label": label}
         for number, label in enumerate(labels)
     ]
-    found, rows = chosen_in(store, model, lines)
-    assert found["metrics"]["hellaswag_completion_acc_norm"] == labels.count(0) / 50
+    measurement, rows = scored(store, model, lines)
+    assert measurement.metrics["hellaswag_completion_acc_norm"] == labels.count(0) / 50
     assert {row["hellaswag_completion_acc_norm_choice"] for row in rows} == {0}
     assert {len(set(row["hellaswag_completion_lengths"])) for row in rows} > {1}
 
 
-def test_normalised_by_tokens_by_characters_and_by_bytes_other_endings_win_in_three_items(store: Store) -> None:
+def test_normalising_by_tokens_by_characters_and_by_bytes_chooses_three_different_endings(store: Store) -> None:
     """Losses a token, a character, a byte: digits and letters 2.4, 2.4, 2.4; one long word 3, 0.2, 0.2; an ideogram,
-    which has 3 bytes, 2.7 a token. Made by hand so that the three ways of dividing choose three endings."""
+    which has 3 bytes, 2.7 a token. Chosen by hand so that the three divisors choose three endings."""
     by_token, by_character, by_byte, never = "7x7x7x", "responsibility", "語語語語語語語語", "zq jv"
     ids = {text: tokenizer.encode(f" {text}").tolist() for text in (by_token, by_character, by_byte, never)}
-    assert [len(found) for found in ids.values()][:2] == [6, 1]
+    assert [len(tokens) for tokens in ids.values()][:2] == [6, 1]
     costs = dict.fromkeys(ids[by_byte], 0.22) | dict.fromkeys(ids[by_token], 0.2) | {ids[by_character][0]: 2.4}
-    scale = 20  # so that the chances of all of these stay below 1 together
-    chances = {token: math.exp(-scale * cost / 2) for token, cost in costs.items()}
-    chances[tokenizer.EOT] = 1 - sum(chances.values())
-    model = unigram_model(chances)
+    scale = 20  # keeps the sum of these probabilities below 1
+    probabilities = {token: math.exp(-scale * cost / 2) for token, cost in costs.items()}
+    probabilities[tokenizer.EOT] = 1 - sum(probabilities.values())
+    model = unigram_model(probabilities)
     orders = ([0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0])
     texts = [by_token, by_character, by_byte, never]
     lines = [{"endings": [texts[place] for place in order], "label": order.index(1)} for order in orders]
-    found, rows = chosen_in(store, model, lines)
+    measurement, rows = scored(store, model, lines)
     for row, line in zip(rows, lines, strict=True):
         ended = line["endings"]
         losses = np.array(row["hellaswag_harness_losses"])
         assert losses.tolist() == pytest.approx(row["hellaswag_completion_losses"], rel=1e-5)
         likely = [text for text in ended if text != never]
-        expected = [sum(-math.log(chances[token]) for token in ids[text]) for text in likely]
+        expected = [sum(-math.log(probabilities[token]) for token in ids[text]) for text in likely]
         assert [losses[ended.index(text)] for text in likely] == pytest.approx(expected, rel=1e-4)
         size = np.array([len(text.encode()) for text in ended])
         choices = [ended[row["hellaswag_completion_acc_norm_choice"]], ended[row["hellaswag_harness_acc_norm_choice"]]]
         assert [*choices, ended[int((losses / size).argmin())]] == [by_token, by_character, by_byte]
         assert ended[row["hellaswag_harness_acc_choice"]] == ended[int(losses.argmin())]
-    assert found["metrics"]["hellaswag_harness_acc_norm"] == 1.0
-    assert found["metrics"]["hellaswag_completion_acc_norm"] == 0.0
+    assert measurement.metrics["hellaswag_harness_acc_norm"] == 1.0
+    assert measurement.metrics["hellaswag_completion_acc_norm"] == 0.0
 
 
 def test_accuracies_have_a_standard_error_and_a_planted_duplicate_is_counted(store: Store, model: GPT) -> None:
     lines = [{"endings": ["is red", "was a", "to the", f"in {number}"], "label": number % 4} for number in range(9)]
-    found, rows = chosen_in(store, model, [*lines, lines[3]])
-    assert (found["items"], found["repeated_items"]) == (10, 1)
+    measurement, rows = scored(store, model, [*lines, lines[3]])
+    assert (measurement.items, measurement.repeated_items) == (10, 1)
     assert rows[9]["hellaswag_harness_losses"] == pytest.approx(rows[3]["hellaswag_harness_losses"], rel=1e-6)
-    names = {f"hellaswag_{how}_{metric}" for how in ("completion", "harness") for metric in ("acc", "acc_norm")}
-    assert set(found["metrics"]) == set(found["standard_errors"]) == set(found["conventions"]) == names
-    for name, share in found["metrics"].items():
+    names = {f"hellaswag_{style}_{metric}" for style in ("completion", "harness") for metric in ("acc", "acc_norm")}
+    errors = measurement.standard_errors or {}
+    assert set(measurement.metrics) == set(errors) == set(measurement.conventions) == names
+    for name, share in measurement.metrics.items():
         right = [row["label"] == row[f"{name}_choice"] for row in rows]
         assert share == sum(right) / 10
-        assert found["standard_errors"][name] == pytest.approx(np.std(right, ddof=1) / math.sqrt(10))
+        assert errors[name] == pytest.approx(np.std(right, ddof=1) / math.sqrt(10))
 
 
-def test_weights_that_have_diverged_choose_nothing(store: Store, model: GPT) -> None:
+def test_diverged_weights_are_refused(store: Store, model: GPT) -> None:
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = math.nan
     with pytest.raises(ValueError, match=r"hellaswag of step 1: .*found nan: the training has diverged"):
-        chosen_in(store, model, [{"endings": ["a", "b", "c", "d"], "label": 0}])
+        scored(store, model, [{"endings": ["a", "b", "c", "d"], "label": 0}])
     assert not list(store.list(RunKeys("scored").evaluations))
 
 
 # Jobs
+
+
+COMMON = {"name", "step", "job", "environment", "precision", "metrics", "conventions"}
+FIELDS = {  # what the JSON of each kind has beside these
+    "val_loss": {"data", "dataset", "tokens", "unused_tokens"},
+    "completion": {"data", "dataset", "items", "standard_errors", "answers_sha256"},
+    "samples": {"drawn", "samples"},
+}
 
 
 def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
@@ -128,19 +138,22 @@ def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
     manifest = build(config)
     run = pin_run(store, config, manifest.digest, None)
     assert run_job(store.url, put_job(store, training_job(run))) == 0
-    found = {}
+    evaluations: dict[str, Evaluation] = {}
     for job in evaluation_jobs(config, checkpoints(store, run.name)[-1], manifest.digest, None):
         assert run_job(store.url, put_job(store, job)) == 0
         result = read_result(store, job)
         assert result is not None
-        kept = found[job.kind] = read_json(store, result["key"]) or {}
-        assert (kept["metrics"], kept["job"], kept["step"]) == (result["metrics"], job.job_id, 1)
-        assert set(kept["conventions"]) == set(kept["metrics"])
+        stored: dict[str, Any] = read_json(store, result["key"]) or {}
+        evaluation = evaluations[job.kind] = Evaluation.from_json(stored)
+        assert evaluation.to_json() == stored
+        assert FIELDS[job.kind] | COMMON == set(stored)
+        assert (evaluation.metrics, evaluation.job, evaluation.step) == (result["metrics"], job.job_id, 1)
+        assert set(evaluation.conventions) == set(evaluation.metrics)
         store.delete(RunKeys(run.name).result(job.job_id))
         assert run_job(store.url, job.key) == 0
-        assert (read_result(store, job), read_json(store, result["key"])) == (result, kept)
-    assert set(found) == {"val_loss", "completion", "samples"}
-    metrics = found["val_loss"]["metrics"]
+        assert (read_result(store, job), read_json(store, result["key"])) == (result, stored)
+    assert set(evaluations) == set(FIELDS)
+    metrics = evaluations["val_loss"].metrics
     assert set(metrics) == {"val_loss_t32", "perplexity_t32", "bits_per_byte_t32"}
     whole = manifest.totals["val"]
     bits = metrics["val_loss_t32"] / math.log(2) * whole["tokens"] / whole["text_bytes"]
@@ -153,11 +166,11 @@ def test_a_loss_on_a_part_of_val_has_another_name(
 ) -> None:
     manifest = build(config)
     recipe = {"dataset": "small", "manifest": manifest.digest, "sequence_tokens": T, "validation_tokens": 5 * T + 3}
-    found = jobs.val_loss(store, Job("x", "val_loss", recipe), Evaluator(GPT(SHAPE), ALONE))
-    assert set(found["metrics"]) == {f"{name}_t32_of_160" for name in ("val_loss", "perplexity", "bits_per_byte")}
+    measurement, _ = jobs.val_loss(store, Job("x", "val_loss", recipe), Evaluator(GPT(SHAPE), ALONE))
+    assert set(measurement.metrics) == {f"{name}_t32_of_160" for name in ("val_loss", "perplexity", "bits_per_byte")}
 
 
-def test_an_evaluation_of_a_checkpoint_that_is_not_there_says_so(
+def test_an_evaluation_of_a_missing_checkpoint_names_its_step(
     store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = build(config)

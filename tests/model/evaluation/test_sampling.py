@@ -1,4 +1,4 @@
-"""Samples are seeded, drawn from what the settings leave, end at `<|endoftext|>` and go on past the context."""
+"""Samples are seeded, follow the settings, end at `<|endoftext|>` and go on past the context."""
 
 import subprocess
 import sys
@@ -14,8 +14,9 @@ from torch import Tensor
 from model import tokenizer
 from model.__main__ import run_job
 from model.config import ModelConfig, RunConfig
-from model.evaluation import sampling
-from model.evaluation.sampling import SamplingSettings, newest_model, next_tokens, sample_texts
+from model.evaluation import generate, sampling
+from model.evaluation.generate import newest_model
+from model.evaluation.sampling import SamplingSettings, next_tokens, sample_texts
 from model.gpt import GPT
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
@@ -27,7 +28,7 @@ from tests.making import tiny_config
 
 ANY = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
 LIKELIEST = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
-CHANCES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +42,19 @@ def model() -> GPT:
     return model
 
 
-def drawn(drawing: SamplingSettings, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
-    chances = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    logits_V = CHANCES.log() if logits_V is None else logits_V
-    return Counter(next_tokens(logits_V.expand(times, -1), drawing, chances).tolist())
+def drawn(settings: SamplingSettings, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
+    uniform_B = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits_V = PROBABILITIES.log() if logits_V is None else logits_V
+    return Counter(next_tokens(logits_V.expand(times, -1), settings, uniform_B).tolist())
 
 
-def ids_of(model: GPT, prompt: str, count: int, drawing: SamplingSettings = ANY, seed: int = 0) -> list[int]:
-    return sample_texts(model, prompt, count, drawing, [seed])[0]
+def ids_of(model: GPT, prompt: str, count: int, settings: SamplingSettings = ANY, seed: int = 0) -> list[int]:
+    return sample_texts(model, prompt, count, settings, [seed])[0]
 
 
 @torch.no_grad()
 def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
-    """Greedy decoding the slow way: everything anew for each token; a full context of 8 goes on from its last half."""
+    """Greedy decoding without a cache; a full context of 8 goes on from its last half."""
     ids = [EOT, *tokenizer.encode(prompt).tolist()]
     written: list[int] = []
     for _ in range(count):
@@ -67,26 +68,26 @@ def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
 
 
 def test_draws_are_as_frequent_as_they_are_likely() -> None:
-    found = drawn(ANY, times=8_000)
-    for token, chance in enumerate(CHANCES.tolist()):
-        assert found[token] / 8_000 == pytest.approx(chance, abs=0.02)
+    counts = drawn(ANY, times=8_000)
+    for token, probability in enumerate(PROBABILITIES.tolist()):
+        assert counts[token] / 8_000 == pytest.approx(probability, abs=0.02)
 
 
 def test_temperature_flattens_and_sharpens() -> None:
     for temperature in (0.5, 2.0):
-        expected = (CHANCES.log() / temperature).softmax(0).tolist()
-        found = drawn(SamplingSettings(temperature, 0, 1.0), times=8_000)
-        assert [found[token] / 8_000 for token in range(4)] == pytest.approx(expected, abs=0.02)
+        expected = (PROBABILITIES.log() / temperature).softmax(0).tolist()
+        counts = drawn(SamplingSettings(temperature, 0, 1.0), times=8_000)
+        assert [counts[token] / 8_000 for token in range(4)] == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize(
-    "drawing", [LIKELIEST, SamplingSettings(0.0, 3, 0.9), SamplingSettings(1.0, 1, 1.0), SamplingSettings(9.0, 1, 0.1)]
+    "settings", [LIKELIEST, SamplingSettings(0.0, 3, 0.9), SamplingSettings(1.0, 1, 1.0), SamplingSettings(9.0, 1, 0.1)]
 )
-def test_temperature_0_and_top_k_1_take_the_likeliest(drawing: SamplingSettings) -> None:
+def test_temperature_0_and_top_k_1_take_the_likeliest(settings: SamplingSettings) -> None:
     for seed in range(50):
         logits_V = torch.randn(1_000, generator=torch.Generator().manual_seed(seed))
-        chances = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        assert next_tokens(logits_V[None], drawing, chances).tolist() == [int(logits_V.argmax())]
+        uniform_B = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert next_tokens(logits_V[None], settings, uniform_B).tolist() == [int(logits_V.argmax())]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_top_p_keeps_the_smallest_set_that_suffices(top_p: float, kept: set[int]
     assert set(drawn(SamplingSettings(1.0, 0, top_p))) == kept
 
 
-def test_top_p_counts_among_what_top_k_leaves() -> None:
+def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
     assert set(drawn(SamplingSettings(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
     assert set(drawn(SamplingSettings(1.0, 2, 0.63))) == {1, 3}
 
@@ -122,7 +123,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(model: GPT) -
     assert ids_of(model, "Hello", 20, seed=3) != ids_of(model, "Hello", 20, seed=4)
 
 
-def test_a_seed_decides_alone_whatever_was_drawn_before(model: GPT) -> None:
+def test_a_text_depends_on_its_seed_and_not_on_the_global_generator(model: GPT) -> None:
     expected = ids_of(model, "Hello", 10)
     torch.manual_seed(99)
     torch.rand(7)
@@ -131,9 +132,9 @@ def test_a_seed_decides_alone_whatever_was_drawn_before(model: GPT) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "Hello", "one two three four five", "one two three four five six seven"])
 def test_a_text_goes_on_past_the_context_from_its_last_half(model: GPT, prompt: str) -> None:
-    found = ids_of(model, prompt, 30, LIKELIEST)
-    assert len(found) == 30
-    assert found == likeliest_ids(model, prompt, 30)
+    ids = ids_of(model, prompt, 30, LIKELIEST)
+    assert len(ids) == 30
+    assert ids == likeliest_ids(model, prompt, 30)
 
 
 def test_a_model_of_one_position_writes_too() -> None:
@@ -143,37 +144,37 @@ def test_a_model_of_one_position_writes_too() -> None:
 
 def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None:
     assert len(ids_of(model, "one two three four five six seven", 1)) == 1
-    with pytest.raises(ValueError, match=r"at most 7 tokens.*found 8.*Shorten it"):
+    with pytest.raises(ValueError, match=r"has 8 tokens.*at most 7 tokens.*Shorten it"):
         ids_of(model, "one two three four five six seven eight", 1)
 
 
 @pytest.mark.parametrize("texts", [2, 3, 16])
-@pytest.mark.parametrize("drawing", [ANY, SamplingSettings(0.8, 20, 1.0), SamplingSettings(1.2, 0, 0.7), LIKELIEST])
-def test_a_text_is_the_same_whatever_is_written_beside_it(model: GPT, texts: int, drawing: SamplingSettings) -> None:
-    """Across the context's end, where all of it is made anew."""
+@pytest.mark.parametrize("settings", [ANY, SamplingSettings(0.8, 20, 1.0), SamplingSettings(1.2, 0, 0.7), LIKELIEST])
+def test_a_text_does_not_depend_on_those_beside_it(model: GPT, texts: int, settings: SamplingSettings) -> None:
+    """Past the end of the context too, where keys and values are computed again."""
     seeds = range(40, 40 + texts)
-    together = sample_texts(model, "Hello", 20, drawing, seeds)
-    assert together == [ids_of(model, "Hello", 20, drawing, seed) for seed in seeds]
-    assert len({tuple(ids) for ids in together}) == (1 if drawing is LIKELIEST else texts)
+    together = sample_texts(model, "Hello", 20, settings, seeds)
+    assert together == [ids_of(model, "Hello", 20, settings, seed) for seed in seeds]
+    assert len({tuple(ids) for ids in together}) == (1 if settings is LIKELIEST else texts)
 
 
 def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
-    coming = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
-    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor(next(coming)))
+    tokens = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
+    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor(next(tokens)))
     assert sample_texts(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
-    assert next(coming) == [1, 1]  # nothing was drawn once both had ended
+    assert next(tokens) == [1, 1]  # nothing was drawn once both had ended
 
 
 @pytest.mark.parametrize("before", [0, 3])
-def test_a_text_ends_at_endoftext_which_is_no_part_of_it(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_ends_before_endoftext(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
-    coming = iter([7] * before + [EOT, 8])
-    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor([next(coming)]))
+    tokens = iter([7] * before + [EOT, 8])
+    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor([next(tokens)]))
     assert ids_of(model, "Hello", 50) == [7] * before
 
 
-def test_a_model_that_wants_to_end_ends() -> None:
+def test_a_model_that_predicts_endoftext_writes_nothing() -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     with torch.no_grad():
         for weight in model.parameters():
@@ -188,33 +189,33 @@ def test_a_model_that_wants_to_end_ends() -> None:
 
 @pytest.fixture
 def trained(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]) -> Store:
-    """A store with a run of one step, by the name of tiny."""
+    """A store with the run `tiny` of one step."""
     quick = tiny_config(store.url, config.data.source, "train.max_steps=1", "train.warmup_steps=0")
     assert run_job(store.url, put_job(store, training_job(pin_run(store, quick, build(quick).digest, None)))) == 0
     return store
 
 
-def command(store: Store, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    asked = [sys.executable, "-m", "model.evaluation.sampling", store.url, *words]
-    return subprocess.run(asked, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+def command(store: Store, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "model.evaluation.generate", store.url, *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
 
 
 def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp_path: Path) -> None:
     prompt = "Once upon a time"
-    found = command(trained, "tiny", "--prompt", prompt, "--tokens", "6", "--samples", "2", "--seed", "8", cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
+    ended = command(trained, "tiny", "--prompt", prompt, "--tokens", "6", "--samples", "2", "--seed", "8", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
     model, step = newest_model(trained, "tiny")
     assert step == 1
-    drawing = SamplingSettings(0.9, 50, 1.0)
-    texts = [prompt + tokenizer.decode(ids) for ids in sample_texts(model, prompt, 6, drawing, [8, 9])]
-    assert all(text.rstrip("\ufffd") in found.stdout for text in texts)
+    defaults = SamplingSettings(0.9, 50, 1.0)
+    texts = [prompt + tokenizer.decode(ids) for ids in sample_texts(model, prompt, 6, defaults, [8, 9])]
+    assert all(text.rstrip("\ufffd") in ended.stdout for text in texts)
 
 
 def test_the_command_refuses_an_unknown_run_by_name(trained: Store, tmp_path: Path) -> None:
-    found = command(trained, "nowhere", "--prompt", "x", cwd=tmp_path)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert "nowhere" in found.stderr
-    assert "Traceback" not in found.stderr
+    ended = command(trained, "nowhere", "--prompt", "x", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "nowhere" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
@@ -222,7 +223,7 @@ def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
         newest_model(store, "tiny")
 
 
-def test_text_is_shown_as_it_is_drawn_and_characters_never_in_halves(
+def test_text_is_printed_token_by_token_and_in_whole_characters(
     trained: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = " smiles 🙂 naïvely, 日本語."
@@ -230,29 +231,29 @@ def test_text_is_shown_as_it_is_drawn_and_characters_never_in_halves(
     assert len(ids) > len(text) // 2  # some characters need several tokens
     shown = ""
 
-    def slowly(*_: Any) -> Iterator[tuple[int]]:
+    def token_by_token(*_: Any) -> Iterator[tuple[int]]:
         nonlocal shown
-        for place, token in enumerate(ids):
+        for count, token in enumerate(ids):
             shown += capsys.readouterr().out
-            complete = tokenizer.decode(ids[:place])
+            complete = tokenizer.decode(ids[:count])
             if not complete.endswith("\ufffd"):
                 assert shown == "She" + complete
             yield (token,)
 
-    monkeypatch.setattr(sampling, "generate", slowly)
-    monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She"])
-    assert sampling.main() == 0
+    monkeypatch.setattr(generate, "generate", token_by_token)
+    monkeypatch.setattr(sys, "argv", ["generate", trained.url, "tiny", "--prompt", "She"])
+    assert generate.main() == 0
     assert (shown + capsys.readouterr().out).rstrip("\n") == "She" + text
 
 
-@pytest.mark.parametrize("words", [("--top-p", "0"), ("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "-1")])
-def test_settings_that_mean_nothing_are_refused(
-    trained: Store, words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", [("--top-p", "0"), ("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "-1")])
+def test_invalid_settings_are_refused(
+    trained: Store, option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["sampling", trained.url, "tiny", "--prompt", "She", *words])
+    monkeypatch.setattr(sys, "argv", ["generate", trained.url, "tiny", "--prompt", "She", *option])
     try:
-        code: object = sampling.main()
-    except SystemExit as ended:  # argparse's own way
-        code = ended.code
+        code: object = generate.main()
+    except SystemExit as error:  # argparse refuses it
+        code = error.code
     assert code == 2
-    assert words[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+    assert option[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoints.records import CheckpointRecord
+from model.checkpoints.records import WEIGHTS, CheckpointFile, CheckpointRecord
 from model.config import RunConfig
 from model.runs.job import Job, note_failure, put_job, put_result, read_job, read_result
 from model.runs.run import evaluation_jobs, find_run, pin_run, pinned_run, training_job
@@ -29,8 +29,8 @@ def pin(store: Store, *overrides: str, manifest: str = MANIFEST, items: str | No
 
 
 def record(step: int = 12, weights: str = "b" * 64) -> CheckpointRecord:
-    files = {"model.safetensors": {"size_bytes": 1, "sha256": weights}}
-    return CheckpointRecord(step, "x", files, "train-x", config().model.model_dump(), {}, {}, [])
+    files = {WEIGHTS: CheckpointFile(1, weights)}
+    return CheckpointRecord(step, "train-x", config().model.model_dump(), {}, attempt="x", files=files)
 
 
 def ids(jobs: list[Job]) -> list[str]:

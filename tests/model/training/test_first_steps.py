@@ -8,6 +8,7 @@ import torch
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.run import pin_run, training_job
+from model.training.setup import build_trainer
 from model.training.trainer import Trainer
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
@@ -28,7 +29,7 @@ def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
         "train.validate_every_steps=0", "train.checkpoint_every_steps=3", "data.shard_tokens=4000", "data.val_shards=1",
     )  # fmt: skip
     store, manifest = open_store(str(tmp_path / "store"), create=True), build_dataset(config)
-    trainer = Trainer(
+    trainer = build_trainer(
         store, training_job(pin_run(store, config, manifest.digest, None)), DDPConfig(0, 1, torch.device("cpu"))
     )
     losses: list[float] = []
@@ -36,10 +37,10 @@ def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
     step = Trainer._train_step
 
     def noting(self: Trainer) -> object:
-        found = step(self)
-        losses.append(found[0]["loss"])
+        taken = step(self)
+        losses.append(taken[0].loss)
         finite.append(sum(bool(weight.grad.isfinite().all()) for weight in self.model.parameters()))
-        return found
+        return taken
 
     monkeypatch.setattr(Trainer, "_train_step", noting)
     assert trainer.fit() == {"step": 3, "tokens": 3 * TOKENS, "environment": trainer.ddp.environment}

@@ -11,13 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model.checkpoints.records import read_metrics
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
-from model.training.metrics import DRAWN, MetricsLog
-from model.training.trainer import Trainer
+from model.training.metrics import DRAWN, MetricsLog, StepMetrics
+from model.training.setup import build_trainer
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.model.training_runs import SHORT, STEPS, House
 
-LINE = {"loss": 5.0, "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens_per_second": 100.0}
+
+def metrics(step: int) -> StepMetrics:
+    return StepMetrics(step, 5.0, 1e-3, 1.0, tokens_per_second=100.0)
 
 
 def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
@@ -36,16 +38,16 @@ def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
 def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
     log = MetricsLog(store, "kept", 10, [])
     for step in range(3):
-        log.add(LINE | {"step": step})
+        log.add(metrics(step))
     first = log.unsaved()
-    log.add(LINE | {"step": 3})
+    log.add(metrics(3))
     segments = log.put_segment(first)
     assert [json.loads(line)["step"] for line in log.unsaved()] == [0, 1, 2, 3]  # its checkpoint may still fail
     again = log.put_segment(log.unsaved())
     assert len(again) == 1, "a segment of a checkpoint that failed is none of the chain"
     log.saved(4, again)
     assert log.unsaved() == []
-    log.add(LINE | {"step": 4})
+    log.add(metrics(4))
     assert log.put_segment(log.unsaved())[:-1] == again
     assert segments[0] != again[0]
     assert (read_json(store, RunKeys("kept").progress) or {})["step"] == 4
@@ -54,8 +56,8 @@ def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
 def test_tensorboard_shows_every_step_once_after_a_resume(house: House, tmp_path: Path) -> None:
     words = (*SHORT, f"resources.tensorboard={tmp_path}")
     key = house.ask("drawn", *words)
-    training = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
-    training._stop_asked = True
+    training = build_trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+    training._stop_requested = True
     assert training.fit() is None
     house.trained_here("drawn", *words)
     found = EventAccumulator(str(tmp_path / "drawn")).Reload()

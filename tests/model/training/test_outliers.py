@@ -10,34 +10,37 @@ from model.checkpoints.records import checkpoints, read_metrics
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training.outliers import FEWEST_STEPS, MEMORY_STEPS, Outliers
+from model.training.setup import build_trainer
 from model.training.trainer import Trainer
 from tests.model.training_runs import SHORT, STEPS, House, assert_equal_runs, final_weights
+
+CPU = DDPConfig(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
 def test_what_is_no_number_is_an_outlier_from_the_first_step_on(loss: float, norm: float) -> None:
-    assert Outliers([], 0).judge(loss, norm)
+    assert Outliers(1, [], 0).judge(loss, norm)
 
 
 def test_a_norm_is_far_off_at_ten_times_the_median_once_there_is_one() -> None:
-    found = Outliers([], 0)
-    assert not any(found.judge(3.0, 1.0) for _ in range(FEWEST_STEPS - 1))
-    assert not found.judge(3.0, 50.0)  # too early to tell
-    assert not found.judge(3.0, 10.0)
-    assert found.judge(3.0, 10.1)
-    assert found.judge(3.0, 10.1), "an outlier moves nothing"
+    outliers = Outliers(1, [], 0)
+    assert not any(outliers.judge(3.0, 1.0) for _ in range(FEWEST_STEPS - 1))
+    assert not outliers.judge(3.0, 50.0)  # too early to tell
+    assert not outliers.judge(3.0, 10.0)
+    assert outliers.judge(3.0, 10.1)
+    assert outliers.judge(3.0, 10.1), "an outlier moves nothing"
 
 
 def test_norms_that_fall_slowly_are_no_outliers_and_old_ones_are_forgotten() -> None:
-    found = Outliers([], 0)
-    assert not any(found.judge(3.0, 100 * 0.97**step) for step in range(300))
-    assert found.judge(3.0, 1.0)  # 100 was usual 300 steps ago; the last 128 have a median of 0.09
-    assert not Outliers([0.1] * 1_000 + [5.0] * MEMORY_STEPS, 0).judge(3.0, 40.0)
+    outliers = Outliers(1, [], 0)
+    assert not any(outliers.judge(3.0, 100 * 0.97**step) for step in range(300))
+    assert outliers.judge(3.0, 1.0)  # 100 was usual 300 steps ago; the last 128 have a median of 0.09
+    assert not Outliers(1, [0.1] * 1_000 + [5.0] * MEMORY_STEPS, 0).judge(3.0, 40.0)
 
 
 def spoilt(house: House, key: str, at: set[int], monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A training whose gradients are no numbers at these steps."""
-    training = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+    training = build_trainer(house.store, read_job(house.store, key), CPU)
     clip = torch.nn.utils.clip_grad_norm_
 
     def spoiling(parameters: object, most: float) -> torch.Tensor:
@@ -67,12 +70,12 @@ def test_as_many_as_allowed_are_skipped_and_counted_and_the_next_ends_the_run(
 
 
 def test_a_skipped_step_changes_no_weight(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = Trainer(house.store, read_job(house.store, house.ask("fresh", *SHORT)), DDPConfig(0, 1, torch.device("cpu")))
+    calm = build_trainer(house.store, read_job(house.store, house.ask("fresh", *SHORT)), CPU)
     fresh = torch.cat([weight.detach().flatten() for weight in calm.model.parameters()])
-    again = Trainer(house.store, read_job(house.store, house.ask("stopped", *SHORT, "train.skip_outlier_steps=1")),
-                    DDPConfig(0, 1, torch.device("cpu")))  # fmt: skip
+    key = house.ask("stopped", *SHORT, "train.skip_outlier_steps=1")
+    again = build_trainer(house.store, read_job(house.store, key), CPU)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    again._stop_asked = True
+    again._stop_requested = True
     assert again.fit() is None
     assert torch.equal(torch.cat([weight.detach().flatten() for weight in again.model.parameters()]), fresh)
 
@@ -85,7 +88,7 @@ def test_a_run_that_goes_on_counts_the_steps_that_were_skipped_before(
         key = house.ask(run, *words)
         with monkeypatch.context() as patch:
             training = spoilt(house, key, {2, 7}, patch)
-            training._stop_asked = run == "counting"
+            training._stop_requested = run == "counting"
             stopped = training.fit()
         assert (stopped is None) == (run == "counting")
     with monkeypatch.context() as patch:
@@ -95,9 +98,7 @@ def test_a_run_that_goes_on_counts_the_steps_that_were_skipped_before(
     assert_equal_runs(house.store, "counting", "calm-skips")
     assert len(read_metrics(house.store, "counting")) == STEPS
     assert final_weights(house.store, "counting")
-    again = Trainer(
-        house.store, read_job(house.store, house.ask("counting", *words)), DDPConfig(0, 1, torch.device("cpu"))
-    )
+    again = build_trainer(house.store, read_job(house.store, house.ask("counting", *words)), CPU)
     assert again.outliers.skipped == 2
 
 

@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.runs.job import read_job, read_result
-from model.training.metrics import MetricsLog
+from model.training.metrics import MetricsLog, StepMetrics
 from storage.keys import RunKeys
 from tests.model.training_runs import (
     SHORT,
@@ -118,10 +117,10 @@ def test_dropout_goes_on_bit_for_bit_after_a_crash(house: House, monkeypatch: py
     key = house.ask("dropped-crashed", *SHORT, "train.dropout=0.2")
     add = MetricsLog.add
 
-    def crash(log: MetricsLog, line: dict[str, Any]) -> None:
-        if line["step"] == 6:
+    def crash(log: MetricsLog, metrics: StepMetrics) -> None:
+        if metrics.step == 6:
             raise RuntimeError("pulled the plug")
-        add(log, line)
+        add(log, metrics)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "add", crash)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import torch
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints
 from model.training import metrics, saver, trainer
-from model.training.metrics import MetricsLog
+from model.training.metrics import MetricsLog, StepMetrics
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores import retries, s3_client
 from storage.stores.opening import open_store
@@ -93,10 +92,10 @@ class Far:
         """Train with short patience. Returns the exit code."""
         add = MetricsLog.add
 
-        def watched(log: MetricsLog, line: dict[str, Any]) -> None:
-            add(log, line)
-            self.steps.append(line["step"])
-            self.at.pop(line["step"], bool)()
+        def watched(log: MetricsLog, step_metrics: StepMetrics) -> None:
+            add(log, step_metrics)
+            self.steps.append(step_metrics.step)
+            self.at.pop(step_metrics.step, bool)()
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MetricsLog, "add", watched)
@@ -210,7 +209,7 @@ def test_a_checkpoint_that_is_never_stored_gives_way_to_the_next(far: Far, calm:
 def test_old_checkpoints_that_cannot_be_deleted_do_not_stop_the_training(far: Far, calm: House) -> None:
     far.proxy.plan = spoils("500", lambda request: request.method == "DELETE" and of(RunKeys(RUN).checkpoints)(request))
     assert far.train(far.ask(RUN, "train.keep_last=1", "train.keep_every_steps=0")) == 0
-    assert "could not be given up" in far.said
+    assert "could not be deleted" in far.said
     assert len(far.saved()) > 1
     far.prove(calm)
 

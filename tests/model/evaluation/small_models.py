@@ -1,4 +1,4 @@
-"""What is asked in the tests of evaluations: small models, and a rank among many that are not there."""
+"""Small models for the tests of evaluations, and a rank whose other ranks are simulated."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ T = 32
 
 
 @dataclass(frozen=True)
-class OneOfMany(DDPConfig):
-    """A rank that keeps what it would add, and is told the sum of all by the test."""
+class SimulatedRank(DDPConfig):
+    """A rank that records what it adds to a sum; the test supplies the sum over all ranks."""
 
-    mine: list[Tensor] = field(default_factory=list)
-    told: list[Tensor] = field(default_factory=list)
+    added: list[Tensor] = field(default_factory=list)
+    total: list[Tensor] = field(default_factory=list)
 
     def sum(self, values: Tensor) -> Tensor:
-        self.mine.append(values.clone())
-        return self.told[0] if self.told else torch.ones_like(values)
+        self.added.append(values.clone())
+        return self.total[0] if self.total else torch.ones_like(values)
 
 
 def small_model() -> GPT:
@@ -37,14 +37,14 @@ def small_model() -> GPT:
     return model
 
 
-def unigram_model(chances: dict[int, float]) -> GPT:
-    """A model that gives every token the same probability after any context."""
+def unigram_model(probabilities: dict[int, float]) -> GPT:
+    """A model whose token probabilities do not depend on the context."""
     model = GPT(SHAPE)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
         model.transformer.ln_f.bias[0] = 1
         model.transformer.wte.weight[:, 0] = -50
-        for token, chance in chances.items():
-            model.transformer.wte.weight[token, 0] = math.log(chance)
+        for token, probability in probabilities.items():
+            model.transformer.wte.weight[token, 0] = math.log(probability)
     return model

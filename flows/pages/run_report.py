@@ -1,0 +1,99 @@
+"""The report of one run, or of several side by side, as HTML and as Markdown. Computes no metric."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.inspection.facts import RunFacts, newest, run_facts
+from flows.pages.curves import curves
+from flows.pages.drawing import render
+from model.config import differences
+from model.evaluation.results import Evaluation
+from storage.keys import RunKeys
+from storage.stores.store import Store, overwrite
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric in the table of evaluations."""
+
+    metric: str
+    values: list[str]  # of each run, with the standard error
+    published: str
+    convention: str
+
+
+def write_report(store: Store, run: str) -> tuple[RunFacts, dict[str, str]]:
+    """Put report.html and report.md of a run into the store. Returns the facts and the plots that they show."""
+    facts = run_facts(store, run)
+    plots = curves([facts])
+    overwrite(store, RunKeys(run).report("html"), page([facts], plots))
+    overwrite(store, RunKeys(run).report("md"), markdown([facts]).encode())
+    return facts, plots
+
+
+def page(runs: list[RunFacts], plots: dict[str, str]) -> bytes:
+    """One HTML page about these runs, with their plots."""
+    html = render("report.html", runs=runs, curves=plots, rows=metric_rows(runs), differing=differing(runs))
+    return html.encode()
+
+
+def markdown(runs: list[RunFacts]) -> str:
+    """The same as Markdown, without the plots."""
+    return render("report.md.j2", runs=runs, rows=metric_rows(runs), differing=differing(runs))
+
+
+def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
+    """A row for each metric that one of the runs has."""
+    metrics = (metric for run in runs for evaluation in newest(run.evaluations) for metric in evaluation.metrics)
+    return [_metric_row(runs, metric) for metric in dict.fromkeys(metrics)]
+
+
+def differing(runs: list[RunFacts]) -> list[str]:
+    """The settings in which the other runs differ from the first one."""
+    first = runs[0].config
+    return [
+        f"{run.name}: {line}"
+        for run in runs[1:]
+        for section in sorted(run.config.keys() & first.keys() - {"evaluation"})  # an evaluation has its own settings
+        for line in differences(first[section], run.config[section], f"{section}.")
+    ]
+
+
+def _metric_row(runs: list[RunFacts], metric: str) -> MetricRow:
+    values, provenance = [], []
+    convention = published = ""
+    for run in runs:
+        evaluation = next((one for one in newest(run.evaluations) if metric in one.metrics), None)
+        if evaluation is None:
+            values.append("")
+            continue
+        error = (evaluation.standard_errors or {}).get(metric)
+        values.append(f"{evaluation.metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+        provenance.append((f"{run.name}: " if len(runs) > 1 else "") + _provenance(evaluation))
+        convention = evaluation.conventions[metric]
+        if reference := run.references.get(metric):
+            published = f"{reference.value:.4f} ({reference.label})"
+    return MetricRow(metric, values, published, "; ".join([convention, *provenance]))
+
+
+def _provenance(evaluation: Evaluation) -> str:
+    """What was scored, with which data, step and precision."""
+    if evaluation.items is None:
+        scored = f"{evaluation.tokens:,} tokens"
+    else:
+        repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
+        scored = f"{evaluation.items:,} items{repeated}"
+    data = (evaluation.data or "")[:12]
+    return f"{scored}, data {data}, step {evaluation.step:,}, {evaluation.precision}"
+
+
+def write_page(store: Store, names: list[str], path: Path) -> None:
+    """Write one .html or .md page about these runs. Raises ValueError for another suffix, or if unwritable."""
+    if path.suffix not in (".html", ".md"):
+        raise ValueError(f"--to {path}: expected a file name ending in .html or .md.")
+    runs = [run_facts(store, name) for name in dict.fromkeys(names)]
+    body = markdown(runs).encode() if path.suffix == ".md" else page(runs, curves(runs))
+    try:
+        path.write_bytes(body)
+    except OSError as error:
+        raise ValueError(f"--to {path}: {error.strerror}. Give a file in a writable folder.") from error
