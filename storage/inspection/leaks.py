@@ -54,7 +54,7 @@ class ItemOverlap:
     shorter: int
     contexts: list[int]
     endings: list[int]
-    words: int = NGRAM_WORDS
+    ngram_words: int = NGRAM_WORDS
 
     def to_json(self) -> dict[str, Any]:
         """The overlap as a report holds it."""
@@ -64,7 +64,7 @@ class ItemOverlap:
             "endings": len(self.endings),
             "numbers": {"contexts": self.contexts, "endings": self.endings},
             "shorter": self.shorter,
-            "words": self.words,
+            "words": self.ngram_words,
         }
 
     @classmethod
