@@ -18,7 +18,7 @@ from model import tokenizer
 from model.config import RunConfig
 from model.runs.job import JobFailed, JobRefused
 from model.runs.run import keep_request, pinned_run
-from storage.datasets.split import check_binding
+from storage.datasets.sealing import check_binding
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 from model.config import RunConfig
 from model.runs.run import pinned_run
 from storage.errors import ObjectMissing
-from storage.sources import finding as sources
+from storage.sources import files as sources
 from storage.stores.opening import open_store
 
 

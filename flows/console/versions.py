@@ -67,7 +67,7 @@ def _version_facts(version: "Manifest", sealed_at: float, parent: "Manifest | No
         "commit": version.origin.get("commit"),
         "shards": len(version.shard_ids),
         "tokens": version.tokens,
-        "changes": difference(parent, version).to_json() if parent else None,
+        "changes": difference(parent, version).model_dump() if parent else None,
     }
 
 
@@ -89,7 +89,7 @@ def diff(
 
     config, store = load_with_store(config_file, overrides)
     old_version, new_version = (find_version(store, config.data.dataset, digest) for digest in (old, new))
-    changes: dict[str, Any] = difference(old_version, new_version).to_json()
+    changes: dict[str, Any] = difference(old_version, new_version).model_dump()
     if as_json:
         print(json.dumps(changes))
         return
@@ -119,7 +119,7 @@ def show(
 
     config, store = load_with_store(config_file, overrides)
     with console.status("reading the records of its shards"):
-        card = summarise(store, config.data.dataset, find_version(store, config.data.dataset, version)).to_json()
+        card = summarise(store, config.data.dataset, find_version(store, config.data.dataset, version)).model_dump()
     if html is not None:
         _write_page(html, page(card))
     if as_json:

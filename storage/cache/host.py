@@ -61,7 +61,6 @@ class HostCache:
             self._path(sha256).rename(place)
 
     def quarantined(self) -> list[Path]:
-        """The files in quarantine."""
         return sorted((self._folder / QUARANTINE).glob("*"))
 
     def used_bytes(self) -> int:
@@ -107,15 +106,13 @@ class HostCache:
 
 def _open_locked(path: Path) -> BinaryIO | None:
     """The cached file with a shared lock, which keeps it from being evicted; None if it is missing."""
-    try:
+    with suppress(FileNotFoundError):
         file = path.open("rb")
         fcntl.flock(file, fcntl.LOCK_SH)
         if os.fstat(file.fileno()).st_nlink:
             os.utime(path)  # last used: now
             return file
         file.close()  # evicted between open and lock
-    except FileNotFoundError:
-        pass
     return None
 
 
@@ -138,7 +135,6 @@ def _write(path: Path, body: Body) -> BinaryIO:
 
 
 def _evict(path: Path) -> bool:
-    """Delete the file unless a process has it open. Returns whether it was deleted."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

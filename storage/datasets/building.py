@@ -11,9 +11,8 @@ from storage.datasets.manifest import Manifest, latest_manifest
 from storage.datasets.plan import FilePlan, ShardJob, plan_files
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import failures, finished_shards
-from storage.datasets.sealing import check_rebuilt, seal
+from storage.datasets.sealing import check_binding, check_rebuilt, seal
 from storage.datasets.shards import Encode, build_shard
-from storage.datasets.split import check_binding
 from storage.errors import DatasetMismatch
 from storage.keys import DatasetKeys, failure
 from storage.sources.files import Listing
@@ -31,12 +30,10 @@ class Build:
 
     @property
     def planned(self) -> list[str]:
-        """All shards in order."""
         return [shard_id for plan in self.plans for shard_id in plan.shard_ids]
 
     @property
     def missing_jobs(self) -> Iterator[ShardJob]:
-        """The jobs of the missing shards, in order."""
         return (job for plan in self.plans for job in plan.jobs() if job.shard_id in self.missing)
 
 

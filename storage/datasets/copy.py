@@ -52,7 +52,6 @@ def copy_dataset(
 
 
 def _copy_shard(source: Store, target: Store, dataset: str, row: ShardRow) -> None:
-    """Copy a shard, verified by its sha256, then its record."""
     body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
     put_shard(target, dataset, row.shard_id, body, row.sha256)
     _copy_object(source, target, DatasetKeys(dataset).record(row.shard_id))

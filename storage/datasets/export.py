@@ -35,7 +35,6 @@ class Part(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the whole file."""
         return self.header_bytes + (self.last - self.first) * DTYPE.itemsize
 
 

@@ -34,7 +34,6 @@ class ShardRow(NamedTuple):
 
     @property
     def summary(self) -> ShardSummary:
-        """The row without its name and split."""
         return ShardSummary(*self[1:-1])
 
 
@@ -57,27 +56,22 @@ class Manifest:
 
     @property
     def shard_ids(self) -> list[str]:
-        """The shards in order."""
         return self.columns["shard_id"]
 
     @property
     def files(self) -> dict[str, str]:
-        """Digests of the source files by name."""
         return dict(zip(self.source["files"]["name"], self.source["files"]["digest"], strict=True))
 
     @property
     def origin(self) -> dict[str, str]:
-        """The Hub dataset, its config, commit and licence; empty for local files."""
         return {name: value for name, value in self.source.items() if name != "files"}
 
     @property
     def tokens(self) -> int:
-        """Tokens of both splits."""
         return sum(counts["tokens"] for counts in self.totals.values())
 
     @property
     def summaries(self) -> dict[str, ShardSummary]:
-        """The summary of each shard, by shard_id."""
         return {row.shard_id: row.summary for row in self.rows()}
 
     def rows(self, split: str | None = None) -> Iterator[ShardRow]:

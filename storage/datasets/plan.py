@@ -1,8 +1,7 @@
 """The plan: which rows of which source file become which shard. Tokenises nothing.
 
-Each source file is cut greedily into consecutive ranges of whole documents of about `shard_tokens` tokens. No shard
-crosses a file border, so a new or changed file affects only its own shards. A file's plan is a pure function of the
-file and the settings, and is kept in the store: the next build does not read an unchanged file again.
+No shard crosses a file border, so a new or changed file affects only its own shards. A file's plan is a pure function
+of the file and the settings, and is kept in the store: the next build does not read an unchanged file again.
 """
 
 import json
@@ -51,11 +50,9 @@ class FilePlan:
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
-        """The shards in order."""
         return tuple(job.shard_id for job in self.jobs())
 
     def jobs(self) -> Iterator[ShardJob]:
-        """The shard jobs in order."""
         row_from = 0
         for index, row_to in enumerate(self.row_ends):
             recipe = ShardRecipe(
@@ -138,11 +135,9 @@ def read_plan(
         return None
     try:
         value = json.loads(body)
-        starts = value["start_bytes"]
+        row_ends, starts = tuple(value["row_ends"]), value["start_bytes"]
         start_bytes = None if starts is None else tuple(starts)
-        return FilePlan(
-            file, settings, tuple(value["row_ends"]), start_bytes, int(value["tokens"]), bool(value["limited"])
-        )
+        return FilePlan(file, settings, row_ends, start_bytes, int(value["tokens"]), bool(value["limited"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectCorrupt(
             f"object {key!r} of store {store.url!r} should be a plan, found {body[:40]!r}. Delete it and run again."
@@ -151,11 +146,10 @@ def read_plan(
 
 def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) -> None:
     """Keep the plan for the next build."""
+    key = _key(dataset, plan.file, plan.settings, limit_tokens)
     value = {name: getattr(plan, name) for name in ("row_ends", "start_bytes", "tokens", "limited")}
     with suppress(AlreadyExists):  # a pure function of what its key names
-        store.put_new(
-            _key(dataset, plan.file, plan.settings, limit_tokens), canonical_json(value | {"file": plan.file.name})
-        )
+        store.put_new(key, canonical_json(value | {"file": plan.file.name}))
 
 
 def _key(dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int) -> str:

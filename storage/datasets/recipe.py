@@ -4,8 +4,7 @@ A recipe holds inputs and settings, never paths, hosts or worker counts. A setti
 its default, so adding a setting renames no earlier work.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 FORMAT = 1  # raised by hand when the same recipe would give other bytes
@@ -58,20 +57,16 @@ class ShardRecipe:
     on_bad_document: str = "fail"
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as its digest and the shard's record spell it."""
         return FIXED | _without_defaults(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The recipe of a record. Raises TypeError for one that this version does not know."""
-        fields = {name: setting for name, setting in value.items() if name not in FIXED}
-        return cls(**(fields | {"filters": tuple(value.get("filters", ()))}))
+        settings = {name: setting for name, setting in value.items() if name not in FIXED}
+        return cls(**(settings | {"filters": tuple(value.get("filters", ()))}))
 
 
 def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, Any]:
-    changed = {
-        field.name: getattr(settings, field.name)
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != field.default
-    }
+    defaults = {field.name: field.default for field in fields(settings)}
+    changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

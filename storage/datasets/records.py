@@ -55,16 +55,13 @@ class Record:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the shard's object."""
         return self.tokens * DTYPE.itemsize
 
     @property
     def summary(self) -> ShardSummary:
-        """What a manifest holds of the shard."""
         return ShardSummary(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as it is stored."""
         return asdict(self) | {"recipe": self.recipe.to_json()}
 
 
@@ -156,7 +153,6 @@ def failures(store: Store, dataset: str) -> dict[str, str]:
 
 
 def _readable_summary(store: Store, dataset: str, shard_id: str) -> ShardSummary | None:
-    """The record's summary, or None if it is unreadable: then the job makes shard and record again."""
     try:
         return read_record(store, dataset, shard_id).summary
     except ShardCorrupt:

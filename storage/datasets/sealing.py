@@ -1,19 +1,30 @@
-"""Sealing: checks every record, writes the immutable manifest, and swaps the `latest` pointer to it."""
+"""Sealing: checks every record, writes the immutable manifest, and swaps the `latest` pointer to it.
+
+The first seal fixes the val shards and the settings of the dataset's name, create-only, for every later version.
+"""
 
 import json
 import secrets
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from storage.datasets.manifest import COLUMNS, SCHEMA, Manifest, ShardRow, ancestors, latest_manifest
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import ShardSummary, finished_shards, read_record
-from storage.datasets.split import Split, check_binding, pin_split, read_split
 from storage.digests import canonical_json, sha256
-from storage.errors import AlreadyExists, Conflict, ObjectMissing, ShardCorrupt
+from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
+
+
+@dataclass(frozen=True)
+class Split:
+    """The val shards in order, and the settings of the first seal."""
+
+    val: list[str]
+    bound: dict[str, Any]
 
 
 def seal(store: Store, spec: DatasetSpec, planned: list[str], source: dict[str, Any]) -> Manifest:
@@ -101,13 +112,50 @@ def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: set[s
             )
 
 
+def read_split(store: Store, dataset: str) -> Split | None:
+    """The dataset's split, or None before its first seal."""
+    value: dict[str, Any] | None = read_json(store, DatasetKeys(dataset).split)
+    return None if value is None else Split(**value)
+
+
+def pin_split(store: Store, dataset: str, split: Split) -> None:
+    """Fix the split. Raises Conflict or DatasetMismatch if another builder fixed a different one first."""
+    try:
+        store.put_new(DatasetKeys(dataset).split, canonical_json(asdict(split)))
+    except AlreadyExists as error:
+        check_binding(store, dataset, split.bound)
+        pinned = read_split(store, dataset)
+        if pinned is None or pinned.val != split.val:
+            val = pinned.val if pinned else []
+            raise Conflict(
+                f"dataset {dataset!r}: another builder sealed other val shards {val}. Run the command again."
+            ) from error
+
+
+def check_binding(store: Store, dataset: str, binding: dict[str, Any]) -> None:
+    """Raise DatasetMismatch if the dataset's name is bound to other settings."""
+    split = read_split(store, dataset)
+    bound = binding if split is None else split.bound
+    if bound == binding:
+        return
+    names = sorted(name for name in bound.keys() | binding.keys() if bound.get(name) != binding.get(name))
+
+    def shown(settings: dict[str, Any], name: str) -> str:
+        return repr(settings[name]) if name in settings else "its default"
+
+    differences = "; ".join(f"{name} is {shown(bound, name)}, requested {shown(binding, name)}" for name in names)
+    raise DatasetMismatch(
+        f"dataset {dataset!r} is bound to the settings of its first build: {differences}. "
+        f"Choose another name with --set data.dataset=…, or use the same settings."
+    )
+
+
 def _check_all_done(dataset: str, listed: list[str], finished: dict[str, ShardSummary], in_plan: set[str]) -> None:
     missing = [shard_id for shard_id in listed if shard_id not in finished]
     if not missing:
         return
-    if missing[0] in in_plan:
-        remedy = "Run gpt2 dataset build again: it makes only those."
-    else:
+    remedy = "Run gpt2 dataset build again: it makes only those."
+    if missing[0] not in in_plan:
         remedy = "It belongs to the pinned val split, but its source file is gone: put that file back."
     raise ObjectMissing(
         f"dataset {dataset!r}: {len(missing):,} of {len(listed):,} shards are not done, {missing[0]!r} first. {remedy}"
@@ -115,13 +163,12 @@ def _check_all_done(dataset: str, listed: list[str], finished: dict[str, ShardSu
 
 
 def _columns(summaries: dict[str, ShardSummary], val: set[str]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    for shard_id, summary in summaries.items():
-        if summary.tokens:
-            row = ShardRow(shard_id, *summary, "val" if shard_id in val else "train")
-            for name, value in zip(COLUMNS, row, strict=True):
-                columns[name].append(value)
-    return columns
+    rows = [
+        ShardRow(shard_id, *summary, "val" if shard_id in val else "train")
+        for shard_id, summary in summaries.items()
+        if summary.tokens
+    ]
+    return {name: [row[index] for row in rows] for index, name in enumerate(COLUMNS)}
 
 
 def _totals(summaries: dict[str, ShardSummary], val: set[str]) -> dict[str, dict[str, int]]:

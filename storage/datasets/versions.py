@@ -1,8 +1,8 @@
 """The versions of a dataset: their history, and how two of them differ. Opens no shard."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+
+from pydantic import BaseModel
 
 from storage.datasets.manifest import Manifest, ancestors, latest_manifest, read_manifest
 from storage.errors import ObjectMissing
@@ -10,30 +10,32 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 
-class Change(NamedTuple):
+class Change(BaseModel, frozen=True):
     """How many were added and removed."""
 
     added: int
     removed: int
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What a version adds to an older one and what it removes. Files and settings are names."""
+class FileChanges(BaseModel, frozen=True):
+    """Names of source files."""
 
-    files_added: list[str]
-    files_changed: list[str]
-    files_removed: list[str]
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+
+
+class Difference(BaseModel, frozen=True):
+    """What a version adds to an older one and what it removes, as `gpt2 dataset diff --json` prints it.
+
+    `settings` names those that differ.
+    """
+
+    files: FileChanges
     shards: Change
     documents: Change
     tokens: Change
     settings: list[str]
-
-    def to_json(self) -> dict[str, object]:
-        """The difference as `gpt2 dataset diff --json` prints it."""
-        files = {"added": self.files_added, "changed": self.files_changed, "removed": self.files_removed}
-        counts = {name: getattr(self, name)._asdict() for name in ("shards", "documents", "tokens")}
-        return {"files": files, **counts, "settings": self.settings}
 
 
 def newest_version(store: Store, dataset: str) -> Manifest:
@@ -83,21 +85,19 @@ def find_version(store: Store, dataset: str, name: str) -> Manifest:
 def difference(old: Manifest, new: Manifest) -> Difference:
     """What the new version adds to the old one and what it removes."""
     old_shards, new_shards = old.summaries, new.summaries
-    added = [summary for shard_id, summary in new_shards.items() if old_shards.get(shard_id) != summary]
-    removed = [summary for shard_id, summary in old_shards.items() if new_shards.get(shard_id) != summary]
+    sides = {
+        "added": [shard for shard_id, shard in new_shards.items() if old_shards.get(shard_id) != shard],
+        "removed": [shard for shard_id, shard in old_shards.items() if new_shards.get(shard_id) != shard],
+    }
     names = old.recipe.keys() | new.recipe.keys()
-
-    def changed(file: str) -> bool:
-        return old.files[file] != new.files[file]
-
     return Difference(
-        files_added=sorted(new.files.keys() - old.files.keys()),
-        files_changed=sorted(
-            name for name in new.files.keys() & old.files.keys() if new.files[name] != old.files[name]
+        files=FileChanges(
+            added=sorted(new.files.keys() - old.files.keys()),
+            changed=sorted(name for name, digest in new.files.items() if old.files.get(name, digest) != digest),
+            removed=sorted(old.files.keys() - new.files.keys()),
         ),
-        files_removed=sorted(old.files.keys() - new.files.keys()),
-        shards=Change(len(added), len(removed)),
-        documents=Change(*(sum(summary.documents for summary in side) for side in (added, removed))),
-        tokens=Change(*(sum(summary.tokens for summary in side) for side in (added, removed))),
+        shards=Change(**{side: len(shards) for side, shards in sides.items()}),
+        documents=Change(**{side: sum(shard.documents for shard in shards) for side, shards in sides.items()}),
+        tokens=Change(**{side: sum(shard.tokens for shard in shards) for side, shards in sides.items()}),
         settings=sorted(name for name in names if old.recipe.get(name) != new.recipe.get(name)),
     )

@@ -1,18 +1,17 @@
 """The leak report: val documents that are also in train, train documents that repeat, test items that train contains.
 
-Each shard is read once, by one of several processes. A document becomes 24 bytes in memory, and takes 76 while they are
-sorted: 1.2 and 3.8 GB for 50 million documents, five times FineWeb-Edu's sample-10BT. The tokenizer is not known here:
-the function that decodes a document is passed in.
+A document takes 24 bytes of memory, and 76 while they are sorted: 1.2 and 3.8 GB for 50 million documents, five times
+FineWeb-Edu's sample-10BT. The function that decodes a document is passed in.
 """
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage.datasets.manifest import ShardRow
 from storage.datasets.records import DTYPE
@@ -43,87 +42,47 @@ class Repeats(NamedTuple):
     pairs: dict[str, list[tuple[Document, Document]]]
 
 
-@dataclass(frozen=True)
-class ItemOverlap:
-    """Test items that share an n-gram with train, by number: through their context, or only through an ending.
+AS_STORED = ConfigDict(frozen=True, populate_by_name=True, serialize_by_alias=True)
 
-    Of the `count` items, `shorter` have a context of fewer words than an n-gram.
+
+class ItemOverlap(BaseModel):
+    """Test items that share an n-gram with train: through their context, or only through an ending.
+
+    Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists those of each kind.
     """
 
+    model_config = AS_STORED
+
+    contexts: int
     count: int
+    endings: int
+    numbers: dict[str, list[int]]
     shorter: int
-    contexts: list[int]
-    endings: list[int]
-    ngram_words: int = NGRAM_WORDS
-
-    def to_json(self) -> dict[str, Any]:
-        """The overlap as a report holds it."""
-        return {
-            "contexts": len(self.contexts),
-            "count": self.count,
-            "endings": len(self.endings),
-            "numbers": {"contexts": self.contexts, "endings": self.endings},
-            "shorter": self.shorter,
-            "words": self.ngram_words,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """The overlap of a report. Raises KeyError, TypeError."""
-        numbers = value["numbers"]
-        return cls(value["count"], value["shorter"], numbers["contexts"], numbers["endings"], value["words"])
+    ngram_words: int = Field(NGRAM_WORDS, alias="words")
 
 
-@dataclass(frozen=True)
-class LeakReport:
-    """The leak report of one version. `items_key` names the test items that train was searched for, if any."""
+class LeakReport(BaseModel):
+    """The leak report of one version. `items_key` is the key of the test items that train was searched for, if any."""
 
+    model_config = AS_STORED
+
+    items_key: str | None = Field(alias="asked")
     dataset: str
-    manifest: str
-    items_key: str | None
     documents: dict[str, int]
-    repeats: Repeats
+    duplicates: dict[str, int]
+    examples: dict[str, list[tuple[Document, Document]]]
     items: ItemOverlap | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as it is stored."""
-        examples = {
-            kind: [[list(document), list(other)] for document, other in pairs]
-            for kind, pairs in self.repeats.pairs.items()
-        }
-        return {
-            "asked": self.items_key,
-            "dataset": self.dataset,
-            "documents": self.documents,
-            "duplicates": {"train": self.repeats.train, "val_in_train": len(self.repeats.leaks)},
-            "examples": examples,
-            "items": None if self.items is None else self.items.to_json(),
-            "leaks": [list(document) for document in self.repeats.leaks],
-            "manifest": self.manifest,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """The report of its JSON. Raises KeyError, TypeError, ValueError."""
-        pairs = {
-            kind: [(_document(document), _document(other)) for document, other in examples]
-            for kind, examples in value["examples"].items()
-        }
-        leaks = [_document(document) for document in value["leaks"]]
-        items = None if value["items"] is None else ItemOverlap.from_json(value["items"])
-        repeats = Repeats(value["duplicates"]["train"], leaks, pairs)
-        return cls(value["dataset"], value["manifest"], value["asked"], value["documents"], repeats, items)
+    leaks: list[Document]
+    manifest: str
 
 
 def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakReport | None:
     """The leak report of a version, None if it was never made. Raises ObjectCorrupt."""
     key = DatasetKeys(dataset).leaks(manifest_digest)
-    value: dict[str, Any] | None = read_json(store, key)
-    if value is None:
-        return None
+    value = read_json(store, key)
     try:
-        return LeakReport.from_json(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return None if value is None else LeakReport.model_validate(value)
+    except ValueError as error:
         raise ObjectCorrupt(
             f"object {key!r} of store {store.url!r} should be a leak report, found {str(value)[:40]!r}. "
             f"Delete it, then run gpt2 dataset audit."
@@ -171,11 +130,9 @@ def scan_shard(store: Store, dataset: str, decode: Decode, hashes: HashSet, row:
 def _scan_all(
     store_url: str, dataset: str, rows: Sequence[ShardRow], decode: Decode, hashes: np.ndarray, workers: int
 ) -> Iterator[Scanned]:
-    """The scanned shards in order."""
     context = multiprocessing.get_context("spawn")  # a fork could copy a lock that a thread of this process holds
     arguments = (store_url, dataset, decode, hashes)
-    processes = max(min(workers, len(rows)), 1)
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(max(min(workers, len(rows)), 1), context, _start_worker, arguments) as pool:
         for start in range(0, len(rows), SHARDS_AT_ONCE):
             yield from pool.map(_scan_in_worker, rows[start : start + SHARDS_AT_ONCE])
 
@@ -211,8 +168,3 @@ def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
         for kind, mask in (("train", repeats), ("val_in_train", leaks))
     }
     return Repeats(int(repeats.sum()), sorted(named(index) for index in np.flatnonzero(leaks)), pairs)
-
-
-def _document(value: Any) -> Document:
-    shard_id, number = value
-    return str(shard_id), int(number)

@@ -1,7 +1,4 @@
-"""Traces token ids back to text: which row of which source file a document of a shard was made from.
-
-The tokenizer is not known here.
-"""
+"""Traces token ids back to text: which row of which source file a document of a shard was made from."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -69,23 +66,17 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     """The source files of a version made from a Hub dataset, by digest, at the commit that it was made from."""
-    origin = manifest.source
+    origin, files = manifest.origin, manifest.source["files"]
     if "commit" not in origin:
         return {}
-    columns = (origin["files"][name] for name in ("name", "size_bytes", "digest"))
     return {
         digest: SourceFile(name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name))
-        for name, size_bytes, digest in zip(*columns, strict=True)
+        for name, size_bytes, digest in zip(files["name"], files["size_bytes"], files["digest"], strict=True)
     }
 
 
 def trace(
-    store: Store,
-    dataset: str,
-    row: ShardRow,
-    ids: np.ndarray,
-    spans: list[Span],
-    files: Mapping[str, SourceFile],
+    store: Store, dataset: str, row: ShardRow, ids: np.ndarray, spans: list[Span], files: Mapping[str, SourceFile]
 ) -> Iterator[tuple[int, Traced]]:
     """The documents in some spans of a shard, each with the index of its span.
 
@@ -113,7 +104,6 @@ def _origin(row: Row | None) -> tuple[int | None, Any, Any]:
 def _rows(
     store: Store, record: Record, numbers: set[int], files: Mapping[str, SourceFile]
 ) -> tuple[dict[int, Row], str]:
-    """The source rows by document number, or none and the reason."""
     file = files.get(record.recipe.source)
     if file is None:
         return {}, f"{record.source} is not among the files of data.source"

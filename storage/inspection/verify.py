@@ -51,10 +51,7 @@ def verify_dataset(
 
     Calls `on_progress` after each shard. Raises what a store raises that cannot be read at all.
     """
-    if depth == "quick":
-        check = partial(check_quickly, store, dataset)
-    else:
-        check = partial(check_fully, store, dataset, eot=eot)
+    check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
     damages: list[Damage] = []
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for damage in pool.map(check, manifest.rows()):
@@ -142,12 +139,7 @@ def check_documents(
 
 
 def _compared(
-    store: Store,
-    dataset: str,
-    row: ShardRow,
-    numbers: list[int],
-    files_by_digest: dict[str, SourceFile],
-    encode: Encode,
+    store: Store, dataset: str, row: ShardRow, numbers: list[int], files: dict[str, SourceFile], encode: Encode
 ) -> Iterator[Damage | None]:
     """Some documents of one shard, each compared with its source. Raises StorageError."""
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
@@ -156,7 +148,7 @@ def _compared(
     if len(starts) != row.documents:
         yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
         return
-    file = files_by_digest.get(record.recipe.source)
+    file = files.get(record.recipe.source)
     if file is None:
         yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
         return

@@ -65,19 +65,15 @@ def documents(
     number = row_from - 1
     items = _reader(file).read_rows(file, Columns(text_column, filters, names), row_from, row_to, start_byte)
     for number, item in enumerate(items, row_from):
-        if number not in skip_rows and _passes(item, text_column, filters):
-            yield Row(number, item[text_column], item.get(DUMP), item.get(ID), item.get(URL))
+        text = item[text_column]
+        length = len(text) if isinstance(text, str) else None
+        if number not in skip_rows and keeps_row(filters, item | {LENGTH: length}):
+            yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
         raise SourceInvalid(
             f"{file.place}: planned with {row_to:,} rows or more, it now ends after {number + 1:,}. "
             f"Run the command again."
         )
-
-
-def _passes(item: dict[str, Any], text_column: str, filters: tuple[Filter, ...]) -> bool:
-    text = item[text_column]
-    length = len(text) if isinstance(text, str) else None
-    return keeps_row(filters, item | {LENGTH: length})
 
 
 def _reader(file: SourceFile) -> Reader:

@@ -7,12 +7,12 @@ an unchanged file is hashed once.
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from storage.digests import digest
 from storage.errors import ObjectMissing, SourceInvalid
-from storage.sources.files import SourceFile
-from storage.sources.finding import BUCKET, bucket_of
+from storage.sources.files import BUCKET, SourceFile, bucket_of
 
 REMEMBERED = Path.home() / ".cache" / "gpt2-pipeline" / "digests"
 FILE_PIECE_BYTES = 1 << 20
@@ -77,10 +77,8 @@ def _remembered(fingerprint: str) -> str | None:
 def _remember(fingerprint: str, sha256: str) -> None:
     """Write the note beside its place and rename it there. A home that is read-only costs time, not correctness."""
     note = _note(fingerprint)
-    try:
+    temporary = note.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
         temporary.write_text(f"{sha256} {digest([fingerprint, sha256])}")
         temporary.replace(note)
-    except OSError:
-        pass

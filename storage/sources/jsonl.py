@@ -36,11 +36,8 @@ def count_tokens(file: SourceFile, columns: Columns, *, strict: bool) -> RowToke
     Raises SourceInvalid for a line that is not an object or lacks the text, and if `strict` for text that is not a
     string.
     """
-    counted: list[int] = []
-    estimated: list[int] = []
-    starts: list[int] = []
-    kept: list[bool] = []
-    names: set[str] = set()
+    counted, estimated, starts = list[int](), list[int](), list[int]()
+    kept, names = list[bool](), set[str]()
     for number, (start, item) in enumerate(_lines(file, columns.text, 0, 0)):
         text, count = item[columns.text], item.get(COUNT_COLUMN)
         if strict and not isinstance(text, str):

@@ -17,8 +17,7 @@ from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
-from storage.sources.files import Listing, SourceFile, with_distinct_names
-from storage.sources.finding import find_files, is_on_hub
+from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names
 from storage.sources.identity import identify
 from storage.stores.store import Body, Store, overwrite, read_json
 

@@ -147,7 +147,6 @@ def _estimated(parquet: pq.ParquetFile, text_column: str) -> np.ndarray:
 
 
 def _kept(parquet: pq.ParquetFile, columns: Columns) -> np.ndarray:
-    """Whether each row passes the filters."""
     names = list(dict.fromkeys(condition.column for condition in columns.filters))
     rows = (row for batch in _batches(parquet, names) for row in _as_rows(batch))
     return np.array([keeps_row(columns.filters, row) for row in rows], bool)

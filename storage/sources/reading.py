@@ -6,8 +6,7 @@ from pathlib import Path
 
 from storage.errors import SourceInvalid
 from storage.sources import hub
-from storage.sources.files import SourceFile
-from storage.sources.finding import BUCKET, bucket_of
+from storage.sources.files import BUCKET, SourceFile, bucket_of
 from storage.sources.identity import identify
 
 

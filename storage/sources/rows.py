@@ -47,7 +47,6 @@ class Columns(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """All of them, once each."""
         return list(dict.fromkeys([self.text, *self.optional, *(condition.column for condition in self.filters)]))
 
 

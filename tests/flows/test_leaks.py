@@ -98,7 +98,7 @@ def test_a_build_leaves_the_report_that_all_pairs_give(built: Built) -> None:
     pairs = {kind: {tuple(one): tuple(other) for one, other in report["examples"][kind]} for kind in report["examples"]}
     assert pairs == {"train": repeats, "val_in_train": leaks}
     assert (report["dataset"], report["manifest"]) == ("small", manifest.digest)
-    assert summarise(store, "small", manifest).to_json()["audit"] == report
+    assert summarise(store, "small", manifest).model_dump(mode="json")["audit"] == report
 
 
 def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
@@ -111,8 +111,8 @@ def test_a_report_is_made_once_for_the_same_items(built: Built) -> None:
     assert find_leaks_of_newest(config) == report  # no shard was read
     with pytest.raises(ShardCorrupt, match=manifest.shard_ids[-1]):
         find_leaks_of_newest(without)
-    assert summarise(store, "small", manifest).to_json()["audit"] == report
+    assert summarise(store, "small", manifest).model_dump(mode="json")["audit"] == report
     overwrite(store, key, whole)
     other = find_leaks_of_newest(without)
     assert other == report | {"asked": None, "items": None}
-    assert summarise(store, "small", manifest).to_json()["audit"] == other
+    assert summarise(store, "small", manifest).model_dump(mode="json")["audit"] == other

@@ -79,7 +79,7 @@ def test_log_lists_each_version_and_its_changes(versions: Versions, ask: Ask) ->
         assert (line["shards"], line["commit"]) == (len(manifest.shard_ids), None)
         at = versions.crawl.store.stat(DatasetKeys("small").manifest(manifest.digest)).modified
         assert datetime.fromisoformat(line["sealed"]) == datetime.fromtimestamp(int(at), UTC)
-    assert newest["changes"] == difference(versions.first, versions.second).to_json()
+    assert newest["changes"] == difference(versions.first, versions.second).model_dump()
     assert oldest["changes"] is None
     outcome = ask(versions, "log")
     assert outcome.code == 0
@@ -90,8 +90,8 @@ def test_log_lists_each_version_and_its_changes(versions: Versions, ask: Ask) ->
 def test_diff_names_what_one_version_holds_and_the_other_does_not(versions: Versions, ask: Ask) -> None:
     old, new = versions.first.digest[:12], versions.second.digest[:12]
     forth, back = (
-        difference(versions.first, versions.second).to_json(),
-        difference(versions.second, versions.first).to_json(),
+        difference(versions.first, versions.second).model_dump(),
+        difference(versions.second, versions.first).model_dump(),
     )
     for arguments in ([old, new], [old]):
         assert ask(versions, "diff", *arguments, "--json").json_lines == [forth]
@@ -105,7 +105,8 @@ def test_diff_names_what_one_version_holds_and_the_other_does_not(versions: Vers
 
 def test_show_prints_the_card_or_writes_its_page(versions: Versions, ask: Ask, tmp_path: Path) -> None:
     newest, oldest = (
-        summarise(versions.crawl.store, "small", version).to_json() for version in (versions.second, versions.first)
+        summarise(versions.crawl.store, "small", version).model_dump(mode="json")
+        for version in (versions.second, versions.first)
     )
     assert ask(versions, "show", "--json").json_lines == [newest]
     assert ask(versions, "show", "--json", "--version", versions.first.digest[:12]).json_lines == [oldest]

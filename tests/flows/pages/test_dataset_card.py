@@ -80,7 +80,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
         crawl = Crawl(folder, GOOD, SKIPPING, bad=True)
-        return summarise(crawl.store, "small", crawl.build()).to_json()
+        return summarise(crawl.store, "small", crawl.build()).model_dump(mode="json")
 
 
 def named(card: dict[str, Any], name: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path, names=(HOSTILE,))
     rows = crawl.rows[f"{HOSTILE}.parquet"]
     crawl.write(f"{HOSTILE}.parquet", [row | {"dump": HOSTILE} for row in rows])
-    card = summarise(crawl.store, "small", crawl.build()).to_json()
+    card = summarise(crawl.store, "small", crawl.build()).model_dump(mode="json")
     assert card["dumps"] == {HOSTILE: len(rows)}
     parsed = Page(page(card))
     assert parsed.tags & LOADING == set()
@@ -166,7 +166,7 @@ def test_plots_add_up_with_the_totals(
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
     hub.dataset("org/edu", files, configs={"default": {"train": "data/**"}})
     config = tiny_config(crawl.config.store_url, "org/edu", "data.config=default")
-    card = summarise(crawl.store, "small", build_dataset(config)).to_json()
+    card = summarise(crawl.store, "small", build_dataset(config)).model_dump(mode="json")
     tokens, documents = (sum(split[name] for split in card["totals"].values()) for name in ("tokens", "documents"))
     with_dump = sum(row["dump"] is not None for rows in crawl.rows.values() for row in rows)
     assert plotted(monkeypatch, card) == [documents, with_dump, tokens]

@@ -11,8 +11,7 @@ import pytest
 from storage.datasets import records, sealing
 from storage.datasets.manifest import COLUMNS, Manifest, latest_manifest, read_manifest
 from storage.datasets.recipe import DatasetSpec
-from storage.datasets.sealing import check_rebuilt
-from storage.datasets.split import check_binding
+from storage.datasets.sealing import check_binding, check_rebuilt
 from storage.digests import canonical_json, sha256
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, ShardCorrupt, StoreUnusable
 from storage.keys import DatasetKeys

@@ -54,15 +54,15 @@ def refreshed(tmp_path: Path) -> tuple[Crawl, list[Manifest]]:
 def test_a_refresh_is_told_by_files_shards_documents_and_tokens(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     _, (first, second, third) = refreshed
     files = {"added": ["file_3.parquet"], "changed": ["file_1.parquet"], "removed": ["file_2.parquet"]}
-    found = difference(first, second).to_json()
+    found = difference(first, second).model_dump()
     assert found == counted(first, second) | {"files": files, "settings": []}
     assert all(found["shards"].values())
     assert tokens(first) + found["tokens"]["added"] - found["tokens"]["removed"] == tokens(second)
-    back = difference(second, third).to_json()
+    back = difference(second, third).model_dump()
     files = {"added": ["file_2.parquet"], "changed": ["file_1.parquet"], "removed": ["file_3.parquet"]}
     assert back == counted(second, third) | {"files": files, "settings": []}
     nothing = {"added": 0, "removed": 0}
-    for same in (difference(second, second).to_json(), difference(first, third).to_json()):
+    for same in (difference(second, second).model_dump(), difference(first, third).model_dump()):
         assert [same[name] for name in ("shards", "documents", "tokens")] == [nothing] * 3
         assert same["files"] == {"added": [], "changed": [], "removed": []}
 
@@ -91,7 +91,7 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
         second = crawl.build()
         assert first.source["files"]["digest"] != second.source["files"]["digest"]
         change = difference(first, second)
-        if not (change.files_added or change.files_changed or change.files_removed):
+        if not (change.files.added or change.files.changed or change.files.removed):
             unseen.append(year)
         first = second
     assert unseen == []

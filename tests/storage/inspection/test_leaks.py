@@ -1,7 +1,6 @@
 """The leak report equals a comparison of all pairs of documents, with any number of processes."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import canonical_json
 from storage.errors import ObjectCorrupt, ShardCorrupt
 from storage.inspection import leaks as leaks_module
-from storage.inspection.leaks import ItemOverlap, LeakReport, Repeats, find_repeats, read_leak_report
+from storage.inspection.leaks import LeakReport, Repeats, find_repeats, read_leak_report
 from storage.inspection.matching import ngrams
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
@@ -133,23 +132,23 @@ def test_a_version_without_shards_has_no_leaks(store: Store) -> None:
 
 # The stored report
 
-REPEATS = Repeats(3, [("v-1", 4)], {"train": [(("t-1", 0), ("t-0", 9))], "val_in_train": [(("v-1", 4), ("t-0", 2))]})
-OVERLAP = ItemOverlap(count=4, shorter=1, contexts=[0, 2], endings=[3])
-REPORT = LeakReport("small", "m1", "sources/1/items.jsonl", {"train": 9, "val": 5}, REPEATS, OVERLAP)
+REPORT: dict[str, Any] = {
+    "dataset": "small", "manifest": "m1", "asked": "sources/1/items.jsonl", "documents": {"train": 9, "val": 5},
+    "duplicates": {"train": 3, "val_in_train": 1}, "leaks": [["v-1", 4]],
+    "examples": {"train": [[["t-1", 0], ["t-0", 9]]], "val_in_train": [[["v-1", 4], ["t-0", 2]]]},
+    "items": {"count": 4, "words": 13, "shorter": 1, "contexts": 2, "endings": 1,
+              "numbers": {"contexts": [0, 2], "endings": [3]}},
+}  # fmt: skip
 
 
 def test_a_report_is_stored_under_the_names_of_its_readers(store: Store) -> None:
-    assert REPORT.to_json() == {
-        "dataset": "small", "manifest": "m1", "asked": "sources/1/items.jsonl", "documents": {"train": 9, "val": 5},
-        "duplicates": {"train": 3, "val_in_train": 1}, "leaks": [["v-1", 4]],
-        "examples": {"train": [[["t-1", 0], ["t-0", 9]]], "val_in_train": [[["v-1", 4], ["t-0", 2]]]},
-        "items": {"count": 4, "words": 13, "shorter": 1, "contexts": 2, "endings": 1,
-                  "numbers": {"contexts": [0, 2], "endings": [3]}},
-    }  # fmt: skip
     assert read_leak_report(store, "small", "m1") is None
-    for report in (REPORT, replace(REPORT, items_key=None, items=None)):
-        overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(report.to_json()))
-        assert read_leak_report(store, "small", "m1") == report
+    for value in (REPORT, REPORT | {"asked": None, "items": None}):
+        overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(value))
+        report = read_leak_report(store, "small", "m1")
+        assert report is not None
+        assert report.model_dump(mode="json") == value
+        assert LeakReport(**value) == report
 
 
 DAMAGES: list[dict[str, Any]] = [{"examples": None}, {"leaks": [1]}, {"leaks": [[1]]}, {"items": {}}, {"duplicates": 1}]
@@ -157,6 +156,6 @@ DAMAGES: list[dict[str, Any]] = [{"examples": None}, {"leaks": [1]}, {"leaks": [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_report_is_named(store: Store, damage: dict[str, Any]) -> None:
-    overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(REPORT.to_json() | damage))
+    overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(REPORT | damage))
     with pytest.raises(ObjectCorrupt, match=r"m1.*leak report.*gpt2 dataset audit"):
         read_leak_report(store, "small", "m1")

@@ -1,7 +1,6 @@
 """A dataset's summary equals a count of the rows of its source files."""
 
 from collections import Counter
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from storage.datasets.manifest import Manifest
 from storage.digests import canonical_json
 from storage.errors import ObjectMissing
-from storage.inspection.leaks import LeakReport, Repeats
+from storage.inspection.leaks import LeakReport
 from storage.inspection.summary import DatasetSummary, summarise
 from storage.keys import DatasetKeys
 from storage.stores.store import overwrite
@@ -65,10 +64,10 @@ def test_a_summary_counts_what_the_source_files_hold(tmp_path: Path, kind: str, 
         assert file.text_bytes == sum(len(document.text.encode()) for document in documents)
         assert file.skipped == sum(document.source == file.name for document in crawl.skipped())
         assert file.filtered == 40 - file.documents - file.skipped
-    assert summary.to_json() == {
+    assert summary.model_dump(mode="json") == {
         "dataset": "small", "manifest": manifest.digest, "parent": None, "recipe": manifest.recipe,
         "tokenizer": manifest.tokenizer, "totals": manifest.totals, "origin": {}, "audit": None,
-        "files": [asdict(file) for file in summary.files], "dumps": summary.dumps, "lengths": summary.lengths,
+        "files": [file.model_dump() for file in summary.files], "dumps": summary.dumps, "lengths": summary.lengths,
         "rows": summary.rows, "filtered": summary.filtered, "filtered_share": summary.filtered_share,
     }  # fmt: skip
 
@@ -100,12 +99,13 @@ def test_a_refreshed_version_has_its_own_summary(tmp_path: Path) -> None:
     second = crawl.build()
     summary = summarise(crawl.store, "small", second)
     check_totals(summary, crawl, second)
-    assert summary.to_json()["parent"] == first.digest
-    repeats = Repeats(30, [], {"train": [], "val_in_train": []})
-    report = LeakReport("small", second.digest, None, {"train": 100, "val": 10}, repeats, None)
-    overwrite(crawl.store, DatasetKeys("small").leaks(second.digest), canonical_json(report.to_json()))
-    assert summarise(crawl.store, "small", second) == replace(summary, leaks=report)
-    assert summarise(crawl.store, "small", second).to_json() == summary.to_json() | {"audit": report.to_json()}
+    assert summary.model_dump(mode="json")["parent"] == first.digest
+    report = LeakReport(
+        asked=None, dataset="small", documents={"train": 100, "val": 10}, duplicates={"train": 30, "val_in_train": 0},
+        examples={"train": [], "val_in_train": []}, items=None, leaks=[], manifest=second.digest,
+    )  # fmt: skip
+    overwrite(crawl.store, DatasetKeys("small").leaks(second.digest), canonical_json(report.model_dump()))
+    assert summarise(crawl.store, "small", second) == summary.model_copy(update={"audit": report})
     assert summarise(crawl.store, "small", first) == before
 
 

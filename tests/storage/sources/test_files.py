@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import SourceInvalid
-from storage.sources import documents, files, finding, identity
+from storage.sources import documents, files, identity
 from tests.making import write_parquet
 from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write_lines, write_table
 
@@ -19,7 +19,7 @@ from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write
 def test_a_source_that_names_no_file_is_refused(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"data\.source") as error:
-        finding.find_files(pattern)
+        files.find_files(pattern)
     assert repr(pattern) in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -27,7 +27,7 @@ def test_a_source_that_names_no_file_is_refused(tmp_path: Path, pattern: str, mo
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=str(tmp_path)):
-        finding.find_files(str(tmp_path))
+        files.find_files(str(tmp_path))
 
 
 def test_a_file_of_another_format_is_refused_and_named(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_file_of_another_format_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").touch()
     for source in (f"{tmp_path}/*", f"{tmp_path}/b.csv"):
         with pytest.raises(ValueError, match=r"b\.csv.*\.parquet.*\.jsonl"):
-            finding.find_files(source)
+            files.find_files(source)
 
 
 def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) -> None:
@@ -43,30 +43,30 @@ def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) ->
         (tmp_path / name).touch()
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "d.parquet").touch()
-    assert [Path(place).name for place in finding.find_files(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
+    assert [Path(place).name for place in files.find_files(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
 
 
 def test_a_folder_named_like_a_file_is_not_a_source_file(tmp_path: Path) -> None:
     (tmp_path / "spark.parquet").mkdir()
     (tmp_path / "a.parquet").touch()
     for source in (str(tmp_path), f"{tmp_path}/*.parquet"):
-        assert [Path(place).name for place in finding.find_files(source)] == ["a.parquet"]
+        assert [Path(place).name for place in files.find_files(source)] == ["a.parquet"]
     (tmp_path / "spark.parquet" / "part-0.parquet").touch()
-    assert [Path(place).name for place in finding.find_files(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
+    assert [Path(place).name for place in files.find_files(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
 
 
 def test_globs_are_sorted_and_may_be_recursive(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "a/1.jsonl", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [str(Path(place).relative_to(tmp_path)) for place in finding.find_files(f"{tmp_path}/**/*.jsonl")]
+    names = [str(Path(place).relative_to(tmp_path)) for place in files.find_files(f"{tmp_path}/**/*.jsonl")]
     assert names == ["a/1.jsonl", "b/2.jsonl", "c.jsonl"]
 
 
 def test_a_path_that_looks_like_a_glob_is_found(tmp_path: Path) -> None:
     path = tmp_path / "data[1].parquet"
     path.touch()
-    assert finding.find_files(str(path)) == [str(path)]
+    assert files.find_files(str(path)) == [str(path)]
 
 
 # Identity

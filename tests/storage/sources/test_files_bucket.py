@@ -9,7 +9,7 @@ from model import tokenizer
 from storage.datasets import records, shards
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
-from storage.sources import finding, identity
+from storage.sources import files, identity
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
 from tests import servers
@@ -46,13 +46,13 @@ def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str
     ],
 )
 def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]) -> None:
-    assert finding.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
+    assert files.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
 
 
 def test_a_pattern_without_matches_is_refused(bucket: str) -> None:
     for pattern in ("/*.parquet", "/none.jsonl", "/none"):
         with pytest.raises(ValueError, match=r"data\.source.*no such file"):
-            finding.find_files(bucket + pattern)
+            files.find_files(bucket + pattern)
 
 
 @pytest.mark.parametrize("name", ["year=2024/part 1.parquet", "lines.jsonl"])
