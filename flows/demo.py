@@ -1,7 +1,7 @@
-"""The demo's corpus: the documentation that every Python installation carries, as files in the FineWeb-Edu schema.
+"""The demo's corpus: English prose from the documentation inside every Python installation, as parquet files.
 
-Docstrings of the standard library and the language's help topics, read from the source files (nothing is imported or
-downloaded). Deterministic for one Python version: same documents, same order, same bytes.
+It reads the docstrings of the standard library and the language's help topics from their source files; nothing is
+imported or downloaded. One Python version always gives the same documents in the same order.
 """
 
 import ast
@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model import tokenizer
-from storage.digests import digest, sha256
+from model.config import RunConfig
+from storage.digests import sha256
 
-FILES = 6
+FILES = 4
 ROW_GROUP = 100
 LEFT_OUT = {
     "test",
@@ -27,93 +28,95 @@ LEFT_OUT = {
     "dist-packages",
     "__pycache__",
     "lib-dynload",
-}  # not everywhere
-Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("text", "id", "dump", "url", "file_path", "language")),
-        ("language_score", pa.float64()),
-        ("token_count", pa.int64()),
-        ("score", pa.float64()),
-        ("int_score", pa.int64()),
-    ]
+}  # not part of every installation
+COMMON_WORDS = frozenset(
+    "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905
 )
+LEAST_WORDS = 8  # of a paragraph
+LEAST_COMMON = 0.2  # share of common words in a paragraph; tables and lists of options have fewer
+CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in it
+LEAST_TOKENS = 24  # of a document
+MINUTES = 3  # that the settings in deploy/configs/demo.toml take on 2 cores
+FIXED_MINUTES = 1  # of them: Prefect, the corpus, its shards, evaluation and report
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def lasting(config: RunConfig, minutes: int) -> RunConfig:
+    """The demo's configuration for about `minutes` minutes: another run with steps in proportion to its training time.
+
+    Another name, because a finished run keeps its settings.
+    """
+    if minutes == MINUTES:
+        return config
+    steps = round(config.train.max_steps * (minutes - FIXED_MINUTES) / (MINUTES - FIXED_MINUTES))
+    train = config.train.model_copy(update={"max_steps": steps})
+    return config.model_copy(update={"name": f"{config.name}-{minutes}", "train": train})
 
 
 def write_corpus(folder: Path | str) -> list[Path]:
-    """Write the corpus as parquet files, or find it there from before. Returns the files."""
-    folder = Path(folder)  # the deployment's step gives text
-    version = platform.python_version()
-    paths = [folder / f"python-{version}-{index:03d}.parquet" for index in range(FILES)]
+    """Write the corpus as parquet files, unless they exist. Returns the files."""
+    folder = Path(folder)  # Prefect's pull step passes a string
+    paths = [folder / f"python-{platform.python_version()}-prose-{index:03d}.parquet" for index in range(FILES)]
     if all(path.exists() for path in paths):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    documents = {text: where for where, text in reversed(list(_documents()))}  # the first of equals stays
-    ordered = sorted(documents, key=lambda text: sha256(text.encode()))  # mixes the modules, the same on every machine
+    # Ordering by digest mixes the modules, so that the first shard, which becomes the val split, is a random sample.
+    documents = sorted(set(_documents()), key=lambda text: sha256(text.encode()))
+    lengths = [len(tokenizer.encode(text)) for text in documents]
+    rows = [(text, tokens) for text, tokens in zip(documents, lengths, strict=True) if tokens >= LEAST_TOKENS]
     for index, path in enumerate(paths):
-        rows = [_row(text, documents[text], version) for text in ordered[index::FILES]]
+        texts, token_counts = zip(*rows[index::FILES], strict=True)
         temporary = path.with_suffix(".part")
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary, row_group_size=ROW_GROUP)
+        table = pa.table({"text": texts, "token_count": token_counts})
+        pq.write_table(table, temporary, row_group_size=ROW_GROUP)
         temporary.replace(path)
     return paths
 
 
-def _row(text: str, where: str, version: str) -> dict[str, object]:
-    return {
-        "text": text,
-        "id": f"<python:{digest([where, text])[:16]}>",
-        "dump": f"python-{version}",
-        "url": f"https://docs.python.org/{version.rpartition('.')[0]}/",
-        "file_path": where,
-        "language": "en",
-        "language_score": None,
-        "token_count": len(tokenizer.encode(text)),
-        "score": None,
-        "int_score": None,
-    }
+def prose(text: str) -> str:
+    """The paragraphs that are English sentences, each on one line."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    kept = "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
+    return kept.encode(errors="replace").decode()  # some docstrings show lone surrogates, which parquet cannot hold
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    """Where a document is from, and its text: one a module, class (with its methods) or function, and one a topic."""
+def _is_prose(paragraph: str) -> bool:
+    words = paragraph.split()
+    if len(words) < LEAST_WORDS or CODE.search(paragraph):
+        return False
+    return sum(word.lower() in COMMON_WORDS for word in words) >= LEAST_COMMON * len(words)
+
+
+def _documents() -> Iterator[str]:
+    """The prose of each module, class (with its methods), function and help topic."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
-        where = path.relative_to(library)
-        if LEFT_OUT.intersection(where.parts):
+        module = path.relative_to(library)
+        if LEFT_OUT.intersection(module.parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            continue  # lib2to3 and the like keep files that are wrong on purpose
-        if where.as_posix() == "pydoc_data/topics.py":
+            continue  # lib2to3 and others ship files with deliberate syntax errors
+        if module.as_posix() == "pydoc_data/topics.py":
             yield from _topics(tree)
         for node in [tree, *tree.body]:
-            if text := _text(node):
-                yield where.as_posix(), text
+            yield _documentation(node)
 
 
-def _text(node: ast.AST) -> str:
-    """A module's, class's or function's documentation; a class's holds that of its methods."""
-    if not isinstance(node, ast.Module | Documented):
-        return ""
-    said = ast.get_docstring(node) or ""
-    if isinstance(node, ast.ClassDef):
-        methods = [
-            f"{inner.name}: {text}" for inner in node.body if isinstance(inner, Documented) and (text := _text(inner))
-        ]
-        said = "\n\n".join([said, *methods] if said else methods)
-    return _plain(said)
-
-
-def _topics(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def _topics(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics: dict[str, str] = ast.literal_eval(node.value)
-            yield from ((f"pydoc_data/topics.py#{name}", _plain(text)) for name, text in sorted(topics.items()))
+            yield from map(prose, topics.values())
 
 
-def _plain(text: str) -> str:
-    """Two spaces for more: a tenth of all tokens was a space after a space, which a model guesses before it has learnt.
-
-    Some docstrings show lone surrogates, which parquet cannot hold.
-    """
-    return re.sub(" {3,}", "  ", text.strip()).encode(errors="replace").decode()
+def _documentation(node: ast.AST) -> str:
+    """The prose of a module, class or function; that of a class includes its methods."""
+    if not isinstance(node, ast.Module | Documented):
+        return ""
+    paragraphs = [prose(ast.get_docstring(node) or "")]
+    if isinstance(node, ast.ClassDef):
+        methods = [inner for inner in node.body if isinstance(inner, Documented)]
+        paragraphs += [prose(ast.get_docstring(method) or "") for method in methods]
+    return "\n".join(filter(None, paragraphs))

@@ -54,16 +54,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @app.command()
-def demo(verbose: Verbose = False) -> None:
-    """Run the whole pipeline in minutes, offline: from Python's own documentation to a trained, evaluated model.
+def demo(
+    minutes: Annotated[int, typer.Option(min=2, help="Total time on 2 idle cores, about; sets the steps.")] = 3,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole pipeline offline: Python's own documentation becomes a trained, evaluated GPT-2.
 
-    Writes to ./data and ./.gpt2. Run it again and every step is already done.
+    Writes to ./data and ./.gpt2. Run it again and every step is already done. Training steps grow with --minutes, at a
+    rate measured on 2 cores. A longer demo is a separate run, such as demo-15.
+
+    Example: gpt2 demo --minutes 15
 
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
     """
-    from flows.demo import write_corpus
+    from flows.demo import lasting, write_corpus
 
-    config = load_config(models.CONFIGS / "demo.toml", [])
+    config = lasting(load_config(models.CONFIGS / "demo.toml", []), minutes)
     started = time.monotonic()
     with console.status("writing the corpus from Python's own documentation"):
         write_corpus(Path(config.data.source).parent)
