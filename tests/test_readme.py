@@ -35,7 +35,7 @@ SMALL = {
     "heads = 4": "heads = 2", "width = 64": "width = 16",
     "micro_batch_sequences = 32": "micro_batch_sequences = 1", "batch_tokens = 524_288": "batch_tokens = 1_024",
     "max_steps = 19_073": "max_steps = 4\ncheckpoint_every_steps = 2", "warmup_steps = 715": "warmup_steps = 1",
-    "max_steps = 650": "max_steps = 4", "warmup_steps = 40\n": "warmup_steps = 1\n",
+    "max_steps = 650": "max_steps = 4", "warmup_steps = 100\n": "warmup_steps = 1\n",
 }  # fmt: skip
 
 
