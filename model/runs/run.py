@@ -42,7 +42,11 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     if run is None:
         return None
     run = replace(run, how=config.how())
-    pinned = RunConfig.model_validate({"name": run.name} | run.config).computed()  # newer fields get their defaults
+    known = {
+        section: {name: value for name, value in values.items() if name in type(getattr(config, section)).model_fields}
+        for section, values in run.config.items()
+    }  # settings removed since are ignored: the manifest and the job's recipe hold what they decided
+    pinned = RunConfig.model_validate({"name": run.name} | known).computed()  # newer fields get their defaults
     pinned["train"] |= run.how["train"]
     pinned["evaluation"] = config.computed()["evaluation"]  # evaluations are not pinned
     if differing := differences(config.computed(), pinned):

@@ -116,6 +116,15 @@ def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) ->
         pinned_run(store, config("train.dropout=0.1"))
 
 
+def test_a_setting_removed_since_the_run_started_is_ignored(store: Store) -> None:
+    pin_run(store, config(), MANIFEST, None)
+    key = RunKeys("tiny").config
+    older = json.loads(store.read(key).body)
+    older["config"]["data"]["removed_since"] = True
+    overwrite(store, key, json.dumps(older).encode())
+    assert pinned_run(store, config()) is not None
+
+
 # Jobs
 
 
