@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
 from storage.datasets.manifest import latest_manifest
+from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import Record
 from storage.digests import canonical_json
 from storage.keys import DatasetKeys
@@ -61,8 +61,8 @@ def completed(api: str, since: datetime) -> dict[str, str]:
 
 def spoil(store: Store, shard_id: str) -> None:
     """Let a record say other bytes than its job makes: the job fails for good."""
-    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", {}, {})
-    store.put_new(DatasetKeys("small").record(shard_id), canonical_json(asdict(record)))
+    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", ShardRecipe("x", 0, 1, "x"), {})
+    store.put_new(DatasetKeys("small").record(shard_id), canonical_json(record.to_json()))
 
 
 def mend(store: Store, shard_ids: list[str]) -> None:
