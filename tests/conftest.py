@@ -18,6 +18,9 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
 }
 os.environ.pop("HF_TOKEN", None)
+# One thread a process: the workers of pytest share the cores, and OpenMP's threads that wait for each other spin, which
+# doubles the CPU time of a training.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from model.config import RunConfig
 from storage.cache import host as host_cache

@@ -20,7 +20,7 @@ from tests.processes import family, kill
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 TINY = [
-    "name=tiny", "data.dataset=small", "data.source=source/*.parquet", "data.shard_tokens=500", "data.val_shards=4",
+    "name=tiny", "data.dataset=small", "data.source=source/*.parquet", "data.shard_tokens=1500", "data.val_shards=4",
     "resources.workers=1", "resources.processes=2", "model.layers=1", "model.heads=2", "model.width=32",
     "model.context_tokens=64", "train.sequence_tokens=64", "train.micro_batch_sequences=2", "train.batch_tokens=512",
     "train.max_steps=60", "train.warmup_steps=2", "train.learning_rate=1e-2", "train.checkpoint_every_steps=10",
@@ -81,7 +81,7 @@ def results(folder: Path) -> int:
 
 MOMENTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], bool]]] = {  # when to kill, and what is not done yet
     "tokenising": (
-        lambda folder: records(folder) > 5,
+        lambda folder: records(folder) > 3,
         lambda folder: not (folder / "data/datasets/small/latest.json").exists(),
     ),
     "training": (
@@ -92,21 +92,18 @@ MOMENTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], bool]]] = {  #
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_in_the_middle_it_goes_on_to_the_same_end(
-    tmp_path: Path, undisturbed: tuple[Path, Outcome], moment: str
-) -> None:
+def test_killed_in_each_stage_it_goes_on_to_the_same_end(tmp_path: Path, undisturbed: tuple[Path, Outcome]) -> None:
     calm, expected = undisturbed
     shutil.copytree(calm / "source", tmp_path / "source")
-    reached, unfinished = MOMENTS[moment]
-    process = gpt2(*PRETRAIN, cwd=tmp_path)
-    poll(lambda: reached(tmp_path) or process.poll() is not None, 180)
-    kill(family(process.pid))
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert unfinished(tmp_path), "the kill came too late to prove anything"
-    code, said = run_gpt2(*PRETRAIN, cwd=tmp_path)
-    assert code == 0, said
+    for stage, (reached, unfinished) in MOMENTS.items():
+        process = gpt2(*PRETRAIN, cwd=tmp_path)
+        poll(lambda reached=reached, process=process: reached(tmp_path) or process.poll() is not None, 180)
+        kill(family(process.pid))
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, stage
+        assert unfinished(tmp_path), f"{stage}: the kill came too late to prove anything"
+    code, output = run_gpt2(*PRETRAIN, cwd=tmp_path)
+    assert code == 0, output
     assert outcome(tmp_path) == expected
 
 
@@ -141,14 +138,13 @@ def test_one_deleted_shard_is_one_job_and_the_same_manifest(undisturbed: tuple[P
     assert outcome(folder) == expected
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGKILL]], ids=["Ctrl-C", "console killed"])
-def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path, Outcome], signals: list[int]) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "console killed"])
+def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path, Outcome], signum: int) -> None:
     shutil.copytree(undisturbed[0] / "source", tmp_path / "source")
     process = gpt2(*PRETRAIN, cwd=tmp_path)
     poll(lambda: MOMENTS["training"][0](tmp_path), 180)
     members = set(family(process.pid)) - {process.pid}
     assert len(members) >= 4  # the server, torchrun and two ranks
-    for sign in signals:
-        process.send_signal(sign)
+    process.send_signal(signum)
     process.communicate(timeout=60)
     poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 60)

@@ -11,15 +11,16 @@ import pytest
 from flows.handoffs import Reported
 from flows.inspection.status import run_status
 from flows.pretrain import evaluate_and_report, pretrain
+from model.__main__ import run_job
 from model.config import RunConfig
-from model.runs.job import JobRefused
-from model.runs.run import find_run
+from model.runs.job import JobRefused, put_job
+from model.runs.run import find_run, pin_run, training_job
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import ask, poll
-from tests.making import document, tiny_config, write_parquet
+from tests.making import build_dataset, document, tiny_config, write_parquet
 
 
 def newest_run(api: str, name: str) -> str:
@@ -111,20 +112,19 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
         tmp_path / "short.parquet", [document(number, 30) for number in range(120)]
     )  # too short for items
     config = tiny_config(str(tmp_path / "store"), str(short), "name=short")
+    manifest, store = build_dataset(config), open_store(config.store_url)
+    assert run_job(store.url, put_job(store, training_job(pin_run(store, config, manifest.digest, None)))) == 0
     with pytest.raises(JobRefused, match="completion set needs 4 val documents"):
-        pretrain(config)
-    stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-short"))}
-    states = task_states(api, stages["evaluate"])
-    assert states == {"val_loss-12": "Completed", "completion-12": "Failed", "samples-12": "Completed"}
-    store = open_store(config.store_url)
+        evaluate_and_report(config)
+    states = task_states(api, newest_run(api, "evaluate-short"))
+    expected = {"val_loss-12": "Completed", "completion-12": "Failed", "samples-12": "Completed"}
+    assert states.items() >= expected.items()
     assert "val_loss_t32" in store.read(RunKeys("short").report("html")).body.decode()
     assert [line.what.strip() for line in run_status(store, "short") if line.error] == ["completion"]
     with pytest.raises(JobRefused):  # again: only the failed one is tried
         evaluate_and_report(config)
     again = task_states(api, newest_run(api, "evaluate-short"))
-    assert {name: state for name, state in again.items() if name in states} == {
-        "val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped",
-    }  # fmt: skip
+    assert again.items() >= {"val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped"}.items()
 
 
 @pytest.mark.full

@@ -86,7 +86,7 @@ def shown_as_failed(api: str, flow_run: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("how", "name", "runner"),
-    [("ui", "dataset-refresh", "threads"), ("command", "pretrain", "processes"), ("ui", "pretrain", "dask")],
+    [("ui", "pretrain", "threads"), ("command", "dataset-refresh", "processes"), ("ui", "dataset-refresh", "dask")],
 )
 def test_a_retry_runs_what_failed(
     api: str, config: RunConfig, tmp_path: Path, how: str, name: str, runner: str

@@ -17,7 +17,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import ask, poll
 from tests.flows.deployments import automation, ended, run, set_state, start, states, worker
-from tests.making import document, tiny_config, write_parquet
+from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.processes import kill, matching, with_arguments
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -27,9 +27,14 @@ END_SECONDS = 10.0
 DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's message; the other rank may end first, with 1
 
 
+HEARTBEAT_LIMIT_SECONDS = 45  # half of the usual: Prefect's heartbeats come every 30 s
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered(api: str) -> None:
-    list(bootstrap(RunConfig(), scheduled=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(automations, "HEARTBEAT_LIMIT_SECONDS", HEARTBEAT_LIMIT_SECONDS)
+        list(bootstrap(RunConfig(), scheduled=False))
 
 
 @pytest.fixture
@@ -100,7 +105,8 @@ def test_a_cancelled_evaluation_ends_at_once(api: str, one_worker: int, config: 
 
 
 def test_a_killed_flow_ends_with_its_processes_and_is_restarted(api: str, one_worker: int, config: RunConfig) -> None:
-    flow_run = start(api, "pretrain", config)
+    build_dataset(config)
+    flow_run = start(api, "train", config)
     poll(lambda: step(config) > 20, 120)
     kill(of_flow_run(flow_run))
     poll(lambda: not with_arguments(config.store_url), END_SECONDS)
@@ -113,22 +119,23 @@ def test_a_killed_flow_ends_with_its_processes_and_is_restarted(api: str, one_wo
 def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
     api: str, config: RunConfig, tmp_path: Path
 ) -> None:
+    build_dataset(config)
     restart = automation(api, automations.RESTART)["id"]
     ask(api, f"/automations/{restart}", {"enabled": False}, "PATCH")
     try:
         with worker("train", tmp_path / "worker.log") as process:
-            flow_run = start(api, "pretrain", config)
+            flow_run = start(api, "train", config)
             poll(lambda: step(config) > 20, 120)
             kill([process.pid, *of_flow_run(flow_run)])
             process.wait()
         died_at = time.monotonic()
         short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
-        waiting = start(api, "pretrain", config.model_copy(update={"name": "after", "train": short}))
+        waiting = start(api, "train", config.model_copy(update={"name": "after", "train": short}))
         assert run(api, flow_run)["state_name"] == "Running"
         with worker("train", tmp_path / "worker.log"):
-            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", automations.HEARTBEAT_LIMIT_SECONDS + 30)
+            poll(lambda: run(api, flow_run)["state_name"] == "Crashed", HEARTBEAT_LIMIT_SECONDS + 30)
             assert "No heartbeat" in run(api, flow_run)["state"]["message"]
-            assert time.monotonic() - died_at > 30  # its last heartbeat may be 30 s old
+            assert time.monotonic() - died_at > HEARTBEAT_LIMIT_SECONDS - 30 - 5  # its last heartbeat may be 30 s old
             assert ended(api, waiting)["state_name"] == "Completed"
             set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
             assert ended(api, flow_run, 2)["state_name"] == "Completed"
@@ -137,7 +144,8 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
 
 
 def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_worker: int, config: RunConfig) -> None:
-    flow_run = start(api, "pretrain", config)
+    build_dataset(config)
+    flow_run = start(api, "train", config)
     poll(lambda: step(config) > 20, 120)
     rank = next(
         pid for pid in with_arguments(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()

@@ -107,7 +107,7 @@ def test_a_pod_succeeds_at_the_last_step_only(tmp_path: Path, argv: list[str]) -
     assert start(log, [*argv[:-1], "runs/tiny/jobs/none.json"]).wait(timeout=60) == 2, log.read_text()
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("argv", [2], indirect=True)
 def test_two_pods_meet_again_after_the_first_has_died(tmp_path: Path, argv: list[str], hosts: list[str]) -> None:
     logs = [tmp_path / host for host in hosts]

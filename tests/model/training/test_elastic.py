@@ -21,7 +21,7 @@ SETTINGS = (
     f"train.max_steps={STEPS}", "train.batch_tokens=512", "train.validate_every_steps=0",
     "train.checkpoint_every_steps=4",
 )  # fmt: skip
-COUNTS = [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(4, marks=pytest.mark.full)]
+COUNTS = [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(4, marks=pytest.mark.nightly)]
 EACH = list(product((1, 2, 4), (0, 4)))  # micro-batches, and how many of them are made ahead
 
 
@@ -50,18 +50,8 @@ def expected(house: House) -> dict[int, list[str]]:
     return {step: hashes(loader.windows(step * WINDOWS, WINDOWS)) for step in range(STEPS)}
 
 
-@pytest.mark.parametrize("count", COUNTS)
-def test_every_batch_is_the_orders_for_any_ranks_micro_batch_and_prefetching(
-    house: House, expected: dict[int, list[str]], count: int
-) -> None:
-    names = {(micro, ahead): f"batches-{count}-{micro}-{ahead}" for micro, ahead in EACH}
-    asked = [Asked(house.store.url, house.ask(run, *words(*shape))) for shape, run in names.items()]
-    for seen in train(asked, count):
-        assert seen.steps == expected
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", COUNTS)
 def test_stopped_at_three_random_steps_it_takes_the_same_batches(
     house: House, expected: dict[int, list[str]], whole: object, count: int
 ) -> None:

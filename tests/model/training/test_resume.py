@@ -40,7 +40,7 @@ signal.pause()
 # Going on
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_three_kills_leave_no_trace(
     house: House, undisturbed: Callable[[int], str], ranks: int, tmp_path: Path
 ) -> None:
@@ -63,7 +63,7 @@ def test_three_kills_leave_no_trace(
     assert_equal_runs(store, run, undisturbed(ranks))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_sigterm_saves_and_ends_well_and_the_run_goes_on_from_there(
     house: House, undisturbed: Callable[[int], str], ranks: int, tmp_path: Path
 ) -> None:

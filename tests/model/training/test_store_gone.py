@@ -283,7 +283,7 @@ def test_a_stop_while_a_save_fails_is_saved_if_the_store_is_back_before_the_limi
 # In processes of their own, with the patience that they have
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_a_minute_without_an_answer_costs_no_step(far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     steps = 120

@@ -1,0 +1,82 @@
+"""Building a dataset: what is missing, what a name is bound to, and that no change of files makes more than its own."""
+
+from pathlib import Path
+
+import pytest
+
+from model import tokenizer
+from model.config import RunConfig
+from storage.datasets import building, shards
+from storage.datasets.plan import plan_files
+from storage.errors import DatasetMismatch
+from storage.keys import DatasetKeys
+from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
+from tests.making import build_dataset, document, tiny_config, write_parquet
+
+
+def missing(config: RunConfig) -> frozenset[str]:
+    """The shards that the next build makes."""
+    store, spec = open_store(config.store_url), config.data.spec(tokenizer.identity())
+    listing, _ = list_source(store, spec.source, spec.config, "main", "train")
+    return building.start_build(store, spec, list(plan_files(store, spec.name, listing.files, spec.settings))).missing
+
+
+@pytest.mark.parametrize("damage", ["record", "shard and record", "cut"])
+def test_one_lost_shard_is_one_job(config: RunConfig, damage: str) -> None:
+    manifest, store = build_dataset(config), open_store(config.store_url)
+    assert missing(config) == set()
+    shard_id = manifest.shard_ids[3]
+    if damage == "cut":
+        path = store.local_path(DatasetKeys("small").shard(shard_id))
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        store.delete(DatasetKeys("small").record(shard_id))
+        if damage != "record":
+            store.delete(DatasetKeys("small").shard(shard_id))
+    assert missing(config) == {shard_id}
+    assert build_dataset(config) == manifest
+    for row in manifest.rows():
+        shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+
+
+def test_a_new_file_makes_only_its_own_shards(config: RunConfig, source: str) -> None:
+    first = build_dataset(config)
+    write_parquet(Path(source).parent / "file_9.parquet", [document(900 + number) for number in range(20)])
+    new = missing(config)
+    second = build_dataset(config)
+    assert second.parent == first.digest
+    assert set(second.shard_ids) - set(first.shard_ids) == new != set()
+
+
+def test_a_name_stays_with_its_settings(config: RunConfig, source: str) -> None:
+    build_dataset(config)
+    with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, requested 500"):
+        build_dataset(tiny_config(config.store_url, source, "data.shard_tokens=500"))
+
+
+def test_filters_and_limits_are_part_of_what_a_name_is_bound_to(tmp_path: Path, source: str) -> None:
+    filters = ["token_count >= 60", "length < 9000"]
+    settings = [
+        'data.filters=["token_count >= 60", "length < 9000"]', "data.max_tokens=3000", "data.on_bad_document=skip",
+    ]  # fmt: skip
+    config = tiny_config(str(tmp_path / "store"), source, *settings)
+    manifest = build_dataset(config)
+    assert missing(config) == set()
+    assert build_dataset(config) == manifest
+    assert 2_000 < manifest.tokens <= 3_000
+    assert manifest.recipe["filters"] == filters
+    for setting in ("data.filters=[]", "data.max_tokens=0", "data.on_bad_document=fail"):
+        name = setting.partition("=")[0].removeprefix("data.")
+        with pytest.raises(DatasetMismatch, match=f"{name} is .*Choose another name"):
+            build_dataset(tiny_config(config.store_url, source, *settings, setting))
+    assert len(missing(tiny_config(config.store_url, source, "data.dataset=other"))) == 6
+
+
+def test_the_same_content_under_two_names_is_two_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_parquet(tmp_path / "twice" / f"{name}.parquet", [document(number) for number in range(40)])
+    shard_ids = build_dataset(tiny_config(str(tmp_path / "store"), str(tmp_path / "twice"))).shard_ids
+    assert {name[0] for name in shard_ids} == {"a", "b"}
+    assert len(set(shard_ids)) == len(shard_ids) == 6
