@@ -32,21 +32,16 @@ class HostCache:
         self._limit_bytes = limit_bytes
 
     def has(self, sha256: str) -> bool:
-        """Whether the file is cached. Its bytes are not checked."""
         return self._path(sha256).exists()
 
     def open(self, sha256: str, fetch: Callable[[], Body]) -> BinaryIO:
         """The file of that sha256, fetched if it is not cached. It is kept while it, or a map of it, is open.
 
-        The caller checks the bytes, which the disk may have damaged. Raises StoreUnusable if the folder cannot be
-        written, and what `fetch` raises.
+        Its bytes are not checked. Raises StoreUnusable if the folder cannot be written, and what `fetch` raises.
         """
         path = self._path(sha256)
         try:
-            while True:
-                file = _open_locked(path) or self._fetch(path, fetch)
-                if file is not None:
-                    return file
+            return _open_locked(path) or self._fetch(path, fetch)
         except OSError as error:
             raise StoreUnusable(
                 f"cache {self._folder}: {error.strerror or error}. Free some space, lower resources.cache_bytes, or "
@@ -70,12 +65,12 @@ class HostCache:
     def _path(self, sha256: str) -> Path:
         return self._folder / sha256[:2] / sha256
 
-    def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO | None:
-        """The fetched file, or None if another process fetched it meanwhile."""
+    def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):  # other processes wait here for the one that fetches
-            if path.exists():
-                return None
+            file = _open_locked(path)
+            if file is not None:
+                return file
             body = fetch()
             self._make_room(len(body), self._limit_bytes)
             try:

@@ -6,7 +6,8 @@ host's cache.
 
 import logging
 import threading
-from collections import OrderedDict
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 
@@ -32,24 +33,19 @@ class ShardCache:
         self._store = store
         self._dataset = dataset
         self._host = HostCache(host_cache.FOLDER, limit_bytes)
-        self._opened: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
         self._verified: set[str] = set()
         self._prefetching = threading.Thread()
 
     def open(self, row: ShardRow) -> np.ndarray:
         """The shard's token ids, uint16, mapped. Raises ShardCorrupt if its bytes are not those of the manifest."""
-        if row.shard_id not in self._opened:
-            self._opened[row.shard_id] = self._open_verified(row)
-            if len(self._opened) > OPEN_SHARDS:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(row.shard_id)
-        return self._opened[row.shard_id]
+        return self._open(row)
 
     def prefetch(self, rows: list[ShardRow]) -> bool:
         """Download shards in the background, one by one. Does nothing and returns False while a prefetch runs."""
         if self._prefetching.is_alive():
             return False
-        if not rows or self._is_local(rows[0]):
+        if not rows or self._local_path(rows[0]):
             return True
         missing = [row for row in rows if not self._host.has(row.sha256)]
         self._prefetching = threading.Thread(target=self._fetch_all, args=(missing,), daemon=True)
@@ -58,7 +54,7 @@ class ShardCache:
 
     def _open_verified(self, row: ShardRow) -> np.ndarray:
         tokens = self._mapped(row)
-        if tokens is None and not self._is_local(row):
+        if tokens is None and not self._local_path(row):
             log.warning("cache: the copy of shard %s on this host is damaged; downloading it again", row.shard_id)
             self._host.quarantine(row.sha256)
             tokens = self._mapped(row)
@@ -72,28 +68,27 @@ class ShardCache:
 
     def _mapped(self, row: ShardRow) -> np.ndarray | None:
         """The shard's file as an array, or None if it is missing or damaged."""
-        path = self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))
+        path = self._local_path(row)
         try:
-            with path.open("rb") if path else self._host.open(row.sha256, lambda: self._read(row)) as file:
+            with path.open("rb") if path else self._host.open(row.sha256, partial(self._read, row)) as file:
                 tokens: np.ndarray = np.memmap(file, DTYPE, mode="r")  # holds the file open, so it is not evicted
         except (ValueError, FileNotFoundError):  # ValueError: empty, or of odd size
             return None
-        if row.sha256 not in self._verified:
-            if sha256(tokens.data) != row.sha256:
-                return None
-            self._verified.add(row.sha256)
+        if row.sha256 not in self._verified and sha256(tokens.data) != row.sha256:
+            return None
+        self._verified.add(row.sha256)
         return tokens
 
     def _read(self, row: ShardRow) -> Body:
         return read_shard(self._store, self._dataset, row.shard_id, row.tokens, row.sha256)
 
-    def _is_local(self, row: ShardRow) -> bool:
-        return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id)) is not None
+    def _local_path(self, row: ShardRow) -> Path | None:
+        return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))
 
     def _fetch_all(self, rows: list[ShardRow]) -> None:
         for row in rows:
             try:
-                self._host.open(row.sha256, lambda row=row: self._read(row)).close()  # type: ignore[misc]
+                self._host.open(row.sha256, partial(self._read, row)).close()
             except StorageError as error:
                 log.info("cache: %s", error)  # `open` raises it
                 return

@@ -12,12 +12,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR
+from typing import BinaryIO
 
 from storage import keys
 from storage.digests import sha256
-from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StorageError, StoreUnusable
-from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, check_conditions
+from storage.errors import Conflict, ObjectMissing, StoreUnusable
+from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, Store, check_conditions, check_size
 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
 DENIED = "Permission denied: change the folder's owner or mode, or choose another store."
@@ -30,58 +31,51 @@ REMEDIES = {
 }
 
 
-class FolderStore:
+class FolderStore(Store):
     """Objects as files below one folder. An etag is the sha256 of the content."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        try:
-            is_file = folder.exists() and not folder.is_dir()
-        except OSError:
-            is_file = False  # permission denied: the first read reports it
-        if is_file:
-            raise StoreUnusable(
-                f"store {url!r}: {folder} is a file, not a folder. "
-                f"Choose another place with --set store_url=…, or move the file away."
-            )
+        with suppress(OSError):  # permission denied: the first read reports it
+            if folder.exists() and not folder.is_dir():
+                raise StoreUnusable(
+                    f"store {url!r}: {folder} is a file, not a folder. "
+                    f"Choose another place with --set store_url=…, or move the file away."
+                )
         self.url = url
         self._folder = folder
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
-        with self._reading(key) as path, path.open("rb") as file:
+        with self._opened(key) as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes > limit_bytes:
-                raise ObjectCorrupt(
-                    f"object {key!r} of store {self.url!r} has {size_bytes:,} bytes, at most {limit_bytes:,} were "
-                    f"expected. Delete it, then run the command that made it again."
-                )
+            check_size(f"object {key!r} of store {self.url!r}", size_bytes, limit_bytes)
             body = file.read(size_bytes)  # read(limit_bytes) would allocate the limit, 64 MiB
         digest = sha256(body)
         return Object(body, digest, digest)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        with self._reading(key) as path, path.open("rb") as file:
+        with self._opened(key) as file:
             file.seek(start)
             return file.read(length)
 
-    def put_new(self, key: str, body: Body) -> str:
-        return self._create(key, body, AlreadyExists(f"object {key!r} of store {self.url!r} already exists."))
-
     def swap(self, key: str, body: Body, etag: str | None) -> str:
         conflict = Conflict(f"object {key!r} of store {self.url!r} has changed since it was read.")
-        if etag is None:
-            return self._create(key, body, conflict)
-        with self._writing(key, body) as (path, temporary), self._swap_lock():
-            if not path.exists() or sha256(path.read_bytes()) != etag:
-                raise conflict
-            temporary.replace(path)
-            _sync_folder(path.parent)
+        with self._writing(key, body) as (path, temporary):
+            if etag is None:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError as error:
+                    raise conflict from error
+            else:
+                with (self._folder / INTERNAL / "swap.lock").open("a") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder closes it or dies
+                    if not path.exists() or sha256(path.read_bytes()) != etag:
+                        raise conflict
+                    temporary.replace(path)
         return sha256(body)
 
     def stat(self, key: str) -> Stat:
-        with self._reading(key) as path:
-            status = path.stat()
-        if not S_ISREG(status.st_mode):
-            raise self._missing(key)
+        with self._opened(key) as file:
+            status = os.fstat(file.fileno())
         return Stat(key, status.st_size, status.st_mtime)
 
     def list(self, prefix: str) -> Iterator[Stat]:
@@ -92,9 +86,8 @@ class FolderStore:
             yield from _walk(self._folder / folder, folder + slash, name_start)
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
-        with self._reporting(key), suppress(NotADirectoryError, IsADirectoryError):
-            path.unlink(missing_ok=True)
+        with self._reporting(key), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self.local_path(key).unlink()
 
     def probe(self) -> Capabilities:
         check_conditions(self, "its file system")
@@ -111,37 +104,26 @@ class FolderStore:
                             path.unlink()
         return tuple(leftovers)
 
-    def local_path(self, key: str) -> Path | None:
-        return self._path(key)
-
-    def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # a bucket needs it
-        return self._path(key).as_uri()
-
-    def _path(self, key: str) -> Path:
+    def local_path(self, key: str) -> Path:
         return self._folder / keys.check_key(key)
 
-    def _create(self, key: str, body: Body, exists: StorageError) -> str:
-        """Write the object and return its etag; raise `exists` if the key exists."""
-        with self._writing(key, body) as (path, temporary):
-            try:
-                os.link(temporary, path)
-            except FileExistsError as error:
-                raise exists from error
-            _sync_folder(path.parent)
-        return sha256(body)
+    def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # a bucket needs it
+        return self.local_path(key).as_uri()
 
     @contextmanager
-    def _reading(self, key: str) -> Iterator[Path]:
+    def _opened(self, key: str) -> Iterator[BinaryIO]:
         with self._reporting(key):
             try:
-                yield self._path(key)
+                file = self.local_path(key).open("rb")
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                raise self._missing(key) from error
+                raise ObjectMissing(f"store {self.url!r} has no object {key!r}.") from error
+            with file:
+                yield file
 
     @contextmanager
     def _writing(self, key: str, body: Body) -> Iterator[tuple[Path, Path]]:
-        """The key's path and a synced temporary file with the body, which is removed afterwards."""
-        path = self._path(key)
+        """The key's path, and a temporary file with the body to be moved there."""
+        path = self.local_path(key)
         temporary = self._folder / INTERNAL / "tmp" / secrets.token_hex(8)
         with self._reporting(key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,26 +134,17 @@ class FolderStore:
                     file.flush()
                     os.fsync(file.fileno())
                 yield path, temporary
+                _sync_folder(path.parent)
             finally:
                 temporary.unlink(missing_ok=True)
 
     @contextmanager
-    def _swap_lock(self) -> Iterator[None]:
-        with (self._folder / INTERNAL / "swap.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel when the file closes or its holder dies
-            yield
-
-    @contextmanager
     def _reporting(self, key: str) -> Iterator[None]:
-        """Turn an OSError into StoreUnusable with a remedy."""
         try:
             yield
         except OSError as error:
             remedy = REMEDIES.get(error.errno or 0, "Check the disk, or choose another place with --set store_url=…")
             raise StoreUnusable(f"store {self.url!r}: object {key!r}: {error.strerror or error}. {remedy}") from error
-
-    def _missing(self, key: str) -> ObjectMissing:
-        return ObjectMissing(f"store {self.url!r} has no object {key!r}.")
 
 
 def _walk(folder: Path, prefix: str, name_start: str) -> Iterator[Stat]:
@@ -194,8 +167,7 @@ def _walk(folder: Path, prefix: str, name_start: str) -> Iterator[Stat]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make new names in the folder durable: syncing the file alone does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)  # syncing a file does not make its name durable
     try:
         os.fsync(descriptor)
     finally:

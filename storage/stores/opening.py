@@ -11,7 +11,7 @@ from storage.stores.folder import FolderStore
 from storage.stores.store import Store
 
 LAYOUT = 1
-BUCKET = re.compile(r"([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+?))?/?")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
@@ -44,16 +44,15 @@ def _store_at(url: str) -> Store:
         raise StoreUnusable(
             f"store_url: unknown scheme {scheme!r}. Use a folder (--set store_url=./data) or s3://bucket/prefix."
         )
-    match = BUCKET.fullmatch(rest)
-    prefix = (match[2] or "") if match else ""
-    if not match or (prefix and not keys.is_key(prefix)):
+    bucket, _, prefix = rest.removesuffix("/").partition("/")
+    if not BUCKET.fullmatch(bucket) or (prefix and not keys.is_key(prefix)):
         raise StoreUnusable(  # without the URL, which may contain a secret
             "store_url: not of the form s3://bucket/prefix, with a bucket name and a prefix of letters, digits, '.', "
             "'_' and '-'. Credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, not in the URL."
         )
     from storage.stores.s3 import S3Store  # boto3 takes 0.3 s to import, which a folder does not need
 
-    return S3Store(match[1], prefix, url, plain_http=scheme == "s3+http")
+    return S3Store(bucket, prefix, url, plain_http=scheme == "s3+http")
 
 
 def _check_layout(url: str, body: bytes | bytearray) -> None:

@@ -6,12 +6,15 @@ fastest. Later and larger ones are read in pieces, which survive a dropped conne
 
 import hashlib
 from base64 import b64decode, b64encode
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, Self
 
-from storage.errors import ObjectCorrupt
+from botocore.exceptions import ClientError
+
 from storage.stores.retries import Transient
-from storage.stores.store import Body
+from storage.stores.s3_client import status
+from storage.stores.store import Body, check_size
 
 PIECE_BYTES = 1 << 20
 AT_ONCE_BYTES = 1 << 26  # pieces cost a copy: 6 ms for 20 MB, a sixth of the read
@@ -23,18 +26,17 @@ class ResumableBody:
     def __init__(self, limit_bytes: int, start: int | None = None) -> None:
         self._limit_bytes, self._start = limit_bytes, start
         self._in_pieces = False
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Discard what was received, because the object has been replaced."""
+    def _restart(self) -> None:
         self.body: bytes | bytearray = b""
         self.hasher = hashlib.sha256()
         self.etag = ""
         self.stored_sha256: str | None = None
         self.received_bytes = self._size_bytes = 0
 
-    def request_parameters(self) -> dict[str, str]:
-        """Parameters of the next `get_object`: everything, or the missing bytes of the same object."""
+    def _request_parameters(self) -> dict[str, str]:
+        """Everything, or the missing bytes of the same object."""
         start = self._start or 0
         if self.received_bytes:
             byte_range = f"bytes={start + self.received_bytes}-{start + self._size_bytes - 1}"
@@ -43,15 +45,26 @@ class ResumableBody:
             return {"Range": f"bytes={start}-{start + self._limit_bytes - 1}"}
         return {}
 
-    def receive(self, response: Any) -> Self:
-        """Read the body of the response. Raises ObjectCorrupt, before allocating, if the object is too large."""
+    def receive(self, get_object: Callable[..., Any]) -> Self:
+        """Request and read what is missing. Raises ObjectCorrupt, before allocating, if the object is too large."""
+        parameters = self._request_parameters()
+        try:
+            response = get_object(**parameters)
+        except ClientError as error:
+            if status(error) != 412:
+                raise
+            self._restart()
+            raise Transient("the object was replaced while it was read") from error
         with closing(response["Body"]) as stream:
-            if self.request_parameters() and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
-                self.restart()
+            if parameters and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                self._restart()
                 raise Transient("the server ignored the range and sent the whole object")
             if not self.received_bytes:
-                self._begin(response)
-            if self._in_pieces or response["ContentLength"] > AT_ONCE_BYTES:
+                self._size_bytes = response["ContentLength"]
+                self.etag = response["ETag"]
+                self.stored_sha256 = stored_sha256(response)
+                check_size("the object", self._size_bytes, self._limit_bytes)
+            if self._in_pieces or self._size_bytes > AT_ONCE_BYTES:
                 self._read_pieces(stream)
             else:
                 self._in_pieces = True  # from the next response on, if this one is cut
@@ -59,26 +72,14 @@ class ResumableBody:
                 self.hasher.update(self.body)
         return self
 
-    def _begin(self, response: Any) -> None:
-        size_bytes = response["ContentLength"]
-        if size_bytes > self._limit_bytes:
-            raise ObjectCorrupt(
-                f"the object has {size_bytes:,} bytes, at most {self._limit_bytes:,} were expected. "
-                f"Delete it, then run the command that made it again."
-            )
-        self._size_bytes = size_bytes
-        self.etag = response["ETag"]
-        self.stored_sha256 = stored_sha256(response)
-
     def _read_pieces(self, stream: Any) -> None:
-        size_bytes = self._size_bytes
         if not self.received_bytes:
-            self.body = bytearray(size_bytes)
+            self.body = bytearray(self._size_bytes)
         view = memoryview(self.body)
-        while self.received_bytes < size_bytes:
+        while self.received_bytes < self._size_bytes:
             count = stream.readinto(view[self.received_bytes : self.received_bytes + PIECE_BYTES])
             if not count:
-                raise Transient(f"the body was cut after {self.received_bytes:,} of {size_bytes:,} bytes")
+                raise Transient(f"the body was cut after {self.received_bytes:,} of {self._size_bytes:,} bytes")
             self.hasher.update(view[self.received_bytes : self.received_bytes + count])
             self.received_bytes += count
 

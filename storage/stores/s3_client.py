@@ -9,37 +9,19 @@ import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+from botocore import exceptions
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ResponseStreamingError,
-)
-from botocore.exceptions import (
-    ConnectionError as BotoConnectionError,
-)
+from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from storage.errors import ObjectMissing, StorageError, StoreUnavailable, StoreUnusable
-from storage.stores.retries import (
-    MAX_WAIT_SECONDS,
-    RETRY_SECONDS,
-    RETRYABLE_STATUSES,
-    Backoff,
-    Transient,
-    parse_retry_after,
-)
+from storage.errors import ObjectMissing, StoreUnavailable, StoreUnusable
+from storage.stores import retries
+from storage.stores.retries import Transient
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0  # without a byte; a shard of 20 MB takes 0.03 s on loopback, 2 s over 100 Mbit/s
@@ -48,9 +30,8 @@ WARN_AFTER_TRIES = 5
 RETRYABLE_CODES = {"RequestTimeout", "SlowDown", "InternalError"}
 DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}  # the body, in transit
 DAMAGED_TRIES = 3
-NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
-TRUNCATED = (IncompleteReadError, ResponseStreamingError, ResponseParserError)
-NETWORK = (*TRUNCATED, BotoConnectionError, HTTPClientError, HTTPError, HTTPException, OSError)
+NETWORK = (OSError, HTTPError, exceptions.ConnectionError, exceptions.HTTPClientError)
+TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, Transient)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
 REMEDIES = {
     "NoSuchBucket": "Create the bucket (aws s3 mb, or mc mb), or correct its name in store_url.",
@@ -87,7 +68,9 @@ def client(_process_id: int) -> Any:
             user_agent_extra="gpt2-pipeline",
         ),
     )
-    s3.meta.events.register("before-call.s3.GetObject", _request_checksum)
+    # Request the stored checksum without botocore's own check of it, which `readinto` silently skips.
+    header = {"x-amz-checksum-mode": "ENABLED"}
+    s3.meta.events.register("before-call.s3.GetObject", lambda params, **_: params["headers"].update(header))
     return s3
 
 
@@ -119,64 +102,49 @@ def with_retries(
 ) -> Result:
     """The result of `request`, retried after time-outs, resets, 429 and 5xx until RETRY_SECONDS pass without progress.
 
-    A Retry-After is honoured up to MAX_WAIT_SECONDS; more `received_bytes` restart the deadline.
-    Raises ObjectMissing, StoreUnusable and StoreUnavailable.
+    More `received_bytes` are progress. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
     """
-    backoff = Backoff(MAX_WAIT_SECONDS)
+    backoff = retries.Backoff(retries.MAX_WAIT_SECONDS)
     what = f"store {url!r}: {action}"
     while True:
         try:
             return request()
-        except (ClientError, BotoCoreError, *NETWORK, Transient) as error:
-            _check_transient(what, error, backoff.tries)
-            if not backoff.wait(_retry_after_seconds(error), received_bytes()):
+        except (ClientError, exceptions.BotoCoreError, *TRANSIENT) as error:
+            retry_after_seconds = _check_transient(what, error, backoff.tries)
+            if not backoff.wait(retry_after_seconds, received_bytes()):
                 raise StoreUnavailable(
                     f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {error}. "
                     f"Check that the server runs and that AWS_ENDPOINT_URL names it, then run the same command again."
                 ) from error
             if backoff.tries == WARN_AFTER_TRIES:
-                log.warning("%s: %s; retrying for up to %.0f s", what, error, RETRY_SECONDS)
+                log.warning("%s: %s; retrying for up to %.0f s", what, error, retries.RETRY_SECONDS)
 
 
 def status(error: ClientError) -> int:
     """The HTTP status of the response."""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 def code(error: ClientError) -> str:
     """The server's error code, or the HTTP status if the response has no body."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return str(error.response["Error"]["Code"])
 
 
-def _check_transient(what: str, error: Exception, tries: int) -> None:
-    """Raise StoreUnusable or ObjectMissing for an error that a retry cannot fix."""
+def _check_transient(what: str, error: Exception, tries: int) -> float:
+    """The server's Retry-After in seconds. Raises StoreUnusable or ObjectMissing if a retry cannot fix the error."""
     if isinstance(error, ClientError):
         is_damaged = code(error) in DAMAGED_CODES and tries < DAMAGED_TRIES
-        if status(error) not in RETRYABLE_STATUSES and code(error) not in RETRYABLE_CODES and not is_damaged:
-            raise _refusal(what, error) from error
-    elif isinstance(error, NO_CREDENTIALS):
+        if is_damaged or status(error) in retries.RETRYABLE_STATUSES or code(error) in RETRYABLE_CODES:
+            return retries.parse_retry_after(error.response["ResponseMetadata"]["HTTPHeaders"].get("retry-after"))
+        if status(error) == 404 and code(error) != "NoSuchBucket":
+            raise ObjectMissing(f"{what}: no such object.") from error
+        response = f"{code(error)}: {error.response['Error'].get('Message', '')}".rstrip(".: ")
+        remedy = REMEDIES.get(code(error)) or REMEDIES.get(str(status(error)), "See the server's log.")
+        raise StoreUnusable(f"{what}: the server answered {response}. {remedy}") from error
+    if isinstance(error, exceptions.NoCredentialsError):
         raise StoreUnusable(f"{what}: no credentials were found. {CREDENTIALS}") from error
-    elif not isinstance(error, (*NETWORK, Transient)):
+    if not isinstance(error, TRANSIENT):
         raise StoreUnusable(f"{what}: {error}. Check the AWS_* settings.") from error
-    elif "CERTIFICATE_VERIFY_FAILED" in str(error):
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
         raise StoreUnusable(f"{what}: {error}. Set AWS_CA_BUNDLE to the certificate of its authority.") from error
-
-
-def _retry_after_seconds(error: Exception) -> float:
-    if not isinstance(error, ClientError):
-        return 0.0
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return parse_retry_after(headers.get("retry-after"))
-
-
-def _refusal(what: str, error: ClientError) -> StorageError:
-    if status(error) == 404 and code(error) != "NoSuchBucket":
-        return ObjectMissing(f"{what}: no such object.")
-    response = f"{code(error)}: {error.response.get('Error', {}).get('Message', '')}".rstrip(".: ")
-    remedy = REMEDIES.get(code(error)) or REMEDIES.get(str(status(error)), "See the server's log.")
-    return StoreUnusable(f"{what}: the server answered {response}. {remedy}")
-
-
-def _request_checksum(params: dict[str, Any], **_: Any) -> None:
-    """Request the stored checksum without botocore's own check of it, which `readinto` silently skips."""
-    params["headers"]["x-amz-checksum-mode"] = "ENABLED"
+    return 0.0

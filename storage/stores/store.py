@@ -5,7 +5,6 @@ Every write is atomic: afterwards the key holds either all of the new bytes or w
 
 import json
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,22 +27,19 @@ class Object(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """An object's key, size in bytes, time of the last write (Unix seconds) and the sha256 that the store keeps.
-
-    The sha256 is None in a listing, and in stores that keep none.
-    """
+    """What a store knows of an object without reading it."""
 
     key: str
-    size: int
-    modified: float
-    sha256: str | None = None
+    size: int  # bytes
+    modified: float  # Unix seconds
+    sha256: str | None = None  # None in a listing, and in stores that keep none
 
 
 class Capabilities(NamedTuple):
-    """The result of a probe: the server's name, and whether it rejects a body that was damaged in transit."""
+    """The result of a probe."""
 
-    server: str
-    refuses_damaged: bool
+    server: str  # the name that the server gives itself, and its endpoint
+    refuses_damaged: bool  # whether it rejects a body that was damaged in transit
 
 
 class Store(Protocol):
@@ -59,6 +55,10 @@ class Store(Protocol):
 
     def put_new(self, key: str, body: Body) -> str:
         """Create the object and return its etag. Exactly one of several racing writers wins. Raises AlreadyExists."""
+        try:
+            return self.swap(key, body, None)
+        except Conflict as error:
+            raise AlreadyExists(f"object {key!r} of store {self.url!r} already exists.") from error
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
         """Replace the object if it still has `etag` (None: if absent) and return the new etag. Raises Conflict."""
@@ -82,11 +82,7 @@ class Store(Protocol):
         """The object's file, if the store keeps its objects as files on this host."""
 
     def link(self, key: str, endpoint: str = "") -> str:
-        """A URL that opens the object in a browser.
-
-        For a bucket it points to `endpoint` (empty: the endpoint that this host uses). It grants read access to this
-        object alone, for LINK_SECONDS.
-        """
+        """A URL that lets a browser read this object alone for LINK_SECONDS, in a bucket by way of `endpoint`."""
 
 
 def check_conditions(store: Store, server: str) -> None:
@@ -110,10 +106,19 @@ def check_conditions(store: Store, server: str) -> None:
         )
 
 
+def check_size(name: str, size_bytes: int, limit_bytes: int) -> None:
+    """Raise ObjectCorrupt for an object that is larger than expected."""
+    if size_bytes > limit_bytes:
+        raise ObjectCorrupt(
+            f"{name} has {size_bytes:,} bytes, at most {limit_bytes:,} were expected. "
+            f"Delete it, then run the command that made it again."
+        )
+
+
 def clock(store: Store) -> float:
     """The store's current time (Unix seconds), which may differ from this host's."""
     key = keys.probe(secrets.token_hex(8))
-    store.put_new(key, str(time.time()).encode())
+    store.put_new(key, b"")
     try:
         return store.stat(key).modified
     finally:
@@ -141,12 +146,9 @@ def read_json(store: Store, key: str) -> dict[str, object] | None:
 def overwrite(store: Store, key: str, body: Body) -> None:
     """Write the object whether or not it exists. The last of several racing writers wins."""
     while True:
-        try:
+        etag = None
+        with suppress(ObjectMissing):
             etag = store.read(key).etag
-        except ObjectMissing:
-            etag = None
-        try:
+        with suppress(Conflict):  # another writer came in between
             store.swap(key, body, etag)
             return
-        except Conflict:
-            continue  # another writer came in between

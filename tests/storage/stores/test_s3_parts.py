@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from storage.errors import AlreadyExists, StorageError
-from storage.stores import retries, s3, s3_client, s3_multipart
+from storage.stores import retries, s3, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests import servers
@@ -44,7 +44,7 @@ def parts(
 ) -> Iterator[Parts]:
     url = s3_url(request.param)
     monkeypatch.setattr(s3, "WHOLE_BYTES", 6 << 20)
-    monkeypatch.setattr(s3_multipart, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     state = Parts()
     state.kind = request.param
     with spoiling(running(request.param).endpoint, state.plan) as state.proxy:

@@ -230,9 +230,9 @@ def test_every_put_signs_its_sha256_and_bypasses_the_transfer_manager(url: str) 
     """Checks the headers over http and, up to the signature, over https, in a new process."""
     script = f"""
 import sys
-from storage.stores import s3, s3_client, s3_multipart
+from storage.stores import s3, s3_client
 from storage.stores.opening import open_store
-s3.WHOLE_BYTES, s3_multipart.PART_BYTES = 6 << 20, 5 << 20
+s3.WHOLE_BYTES, s3.PART_BYTES = 6 << 20, 5 << 20
 sent = []
 s3_client.own_client().meta.events.register("before-send.s3", lambda request, **_: sent.append(request))
 store = open_store({url!r}, create=True)
