@@ -16,7 +16,7 @@ from storage.datasets.recipe import FORMAT, DatasetSettings, ShardRecipe
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.sources import documents, filters
+from storage.sources import documents
 from storage.sources.files import SourceFile, check_distinct
 from storage.sources.mirror import locate
 from storage.stores.store import Store
@@ -71,8 +71,7 @@ class FilePlan:
 
 def plan_file(file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0) -> FilePlan:
     """Cut one file into shards; with a limit, only its first rows of that many tokens. Raises SourceInvalid."""
-    conditions = tuple(filters.parse(text) for text in settings.filters)
-    rows = documents.rows(file, settings.text_column, conditions, strict=settings.on_bad_document == "fail")
+    rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
     tokens = rows.tokens
     if limit_tokens:
         tokens = tokens[: int(np.searchsorted(np.cumsum(tokens), limit_tokens, side="right"))]

@@ -19,7 +19,7 @@ from storage.datasets.records import DTYPE, Record, delete_shard, put_record
 from storage.digests import sha256 as sha256_of
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
-from storage.sources import documents, filters
+from storage.sources import documents, rows
 from storage.sources.mirror import locate
 from storage.stores.store import Body, Store
 
@@ -110,17 +110,16 @@ def _tokenise(store: Store, job: ShardJob, encode: Encode, eot: int) -> _Tokenis
     recipe, file = job.recipe, locate(store, job.source)
     buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
     tokenised = _Tokenised(buffer[:0])
-    conditions = tuple(filters.parse(text) for text in recipe.filters)
     for row in documents.documents(
-        file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=conditions
+        file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
     ):
         try:
             if not isinstance(row.text, str):
-                raise ValueError(documents.no_text(row, recipe.text_column))
+                raise ValueError(rows.no_text(row, recipe.text_column))
             ids = encode(row.text)
         except ValueError as error:
             if recipe.on_bad_document != "skip":
-                raise documents.bad_document(file, row, str(error)) from error
+                raise rows.bad_document(file, row, str(error)) from error
             tokenised.skipped_rows.append(row.number)
             continue
         end = used + 1 + len(ids)

@@ -5,13 +5,15 @@ FineWeb-Edu's sample-10BT. The function that decodes a document is passed in.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from storage.datasets.manifest import ShardRow
 from storage.datasets.records import DTYPE
@@ -24,7 +26,6 @@ from storage.stores.store import Store, read_json
 
 Decode = Callable[[list[int]], bytes]
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
-Scanned = tuple[np.ndarray, np.ndarray]  # a shard's documents as SEEN, and hashes of n-grams
 SHARDS_AT_ONCE = 64  # handed to the pool together: 160 KB of results each
 EXAMPLES = 100  # of each kind in a report
 SEEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("document", "<u4")])  # digest and place
@@ -42,16 +43,11 @@ class Repeats(NamedTuple):
     pairs: dict[str, list[tuple[Document, Document]]]
 
 
-AS_STORED = ConfigDict(frozen=True, populate_by_name=True, serialize_by_alias=True)
-
-
-class ItemOverlap(BaseModel):
+class ItemOverlap(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
     """Test items that share an n-gram with train: through their context, or only through an ending.
 
     Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists those of each kind.
     """
-
-    model_config = AS_STORED
 
     contexts: int
     count: int
@@ -61,10 +57,8 @@ class ItemOverlap(BaseModel):
     ngram_words: int = Field(NGRAM_WORDS, alias="words")
 
 
-class LeakReport(BaseModel):
+class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
     """The leak report of one version. `items_key` is the key of the test items that train was searched for, if any."""
-
-    model_config = AS_STORED
 
     items_key: str | None = Field(alias="asked")
     dataset: str
@@ -102,51 +96,36 @@ def find_repeats(
 
     Calls `on_progress` after each shard. Raises ShardCorrupt, ObjectMissing.
     """
+    context = multiprocessing.get_context("spawn")  # a fork could copy a lock that a thread of this process holds
+    scan = partial(_scan_shard, store_url, dataset, decode, hashes)
+    batches = (rows[start : start + SHARDS_AT_ONCE] for start in range(0, len(rows), SHARDS_AT_ONCE))
     parts, hits = [np.empty(0, SEEN)], np.empty(0, np.uint64)
-    for number, (documents, shard_hits) in enumerate(_scan_all(store_url, dataset, rows, decode, hashes, workers)):
-        documents["shard"] = number
-        parts.append(documents)
-        if rows[number].split == "train":
-            hits = np.union1d(hits, shard_hits)
-        on_progress()
+    with ProcessPoolExecutor(max(min(workers, len(rows)), 1), context) as pool:
+        scanned = chain.from_iterable(pool.map(scan, batch) for batch in batches)
+        for number, (documents, shard_hits) in enumerate(scanned):
+            documents["shard"] = number
+            parts.append(documents)
+            if rows[number].split == "train":
+                hits = np.union1d(hits, shard_hits)
+            on_progress()
     seen = np.concatenate(parts)
     parts.clear()  # 24 bytes a document less while they are sorted
     return _repeats(seen, rows), hits
 
 
-def scan_shard(store: Store, dataset: str, decode: Decode, hashes: HashSet, row: ShardRow) -> Scanned:
-    """A shard's documents, without those that have no words, and the hashes whose n-grams occur in them."""
+def _scan_shard(
+    store_url: str, dataset: str, decode: Decode, hashes: np.ndarray, row: ShardRow
+) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's documents as SEEN, without those that have no words, and the hashes whose n-grams occur in them."""
+    store, searched = open_store(store_url), HashSet(hashes)
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
     seen, hits = [], [np.empty(0, np.uint64)]
     for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
         words = normalised(decode(ids[start + 1 : stop].tolist()))
         if words:
-            digest = text_digest(words)
-            seen.append((int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"), 0, number))
-            hits.append(hashes.intersect(ngrams(words)))
+            seen.append((*struct.unpack("<2Q", text_digest(words)), 0, number))
+            hits.append(searched.intersect(ngrams(words)))
     return np.array(seen, SEEN), np.unique(np.concatenate(hits))
-
-
-def _scan_all(
-    store_url: str, dataset: str, rows: Sequence[ShardRow], decode: Decode, hashes: np.ndarray, workers: int
-) -> Iterator[Scanned]:
-    context = multiprocessing.get_context("spawn")  # a fork could copy a lock that a thread of this process holds
-    arguments = (store_url, dataset, decode, hashes)
-    with ProcessPoolExecutor(max(min(workers, len(rows)), 1), context, _start_worker, arguments) as pool:
-        for start in range(0, len(rows), SHARDS_AT_ONCE):
-            yield from pool.map(_scan_in_worker, rows[start : start + SHARDS_AT_ONCE])
-
-
-_worker_scan: Callable[[ShardRow], Scanned]  # in a process of the pool, set once: the hashes are large
-
-
-def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
-    global _worker_scan  # noqa: PLW0603  # a pool's initializer cannot return anything
-    _worker_scan = partial(scan_shard, open_store(store_url), dataset, decode, HashSet(hashes))
-
-
-def _scan_in_worker(row: ShardRow) -> Scanned:
-    return _worker_scan(row)
 
 
 def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:

@@ -11,10 +11,9 @@ from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
 from storage.errors import StorageError
 from storage.sources import documents, hub
-from storage.sources.documents import ID, URL, Row
 from storage.sources.files import SourceFile
-from storage.sources.filters import parse
 from storage.sources.mirror import locate
+from storage.sources.rows import ID, URL, Row
 from storage.stores.store import Store
 
 Span = tuple[int, int]  # of a shard's tokens: the first, and the one after the last
@@ -55,7 +54,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
         recipe.text_column,
         row_from,
         row_to,
-        filters=tuple(parse(text) for text in recipe.filters),
+        filters=recipe.filters,
         skip_rows=frozenset(record.skipped_rows),
         names=(ID, URL),
     )
@@ -84,21 +83,18 @@ def trace(
     """
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)
-    numbers_of = [_documents_in(span, starts) for span in spans]
+    numbers_of = [
+        range(np.searchsorted(starts, first, side="right") - 1, np.searchsorted(starts, stop)) for first, stop in spans
+    ]
     rows, reason = _rows(store, record, {number for numbers in numbers_of for number in numbers}, files)
     for index, ((first, stop), numbers) in enumerate(zip(spans, numbers_of, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
-            yield index, Traced(row.shard_id, number, record.source, *_origin(rows.get(number)), reason, part)
-
-
-def _documents_in(span: Span, starts: np.ndarray) -> range:
-    first, stop = span
-    return range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, stop, side="left")))
-
-
-def _origin(row: Row | None) -> tuple[int | None, Any, Any]:
-    return (None, None, None) if row is None else (row.number, row.id, row.url)
+            source_row = rows.get(number)
+            traced = Traced(row.shard_id, number, record.source, None, None, None, reason, part)
+            if source_row:
+                traced = traced._replace(row=source_row.number, id=source_row.id, url=source_row.url)
+            yield index, traced
 
 
 def _rows(

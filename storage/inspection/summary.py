@@ -40,7 +40,7 @@ class DatasetSummary(BaseModel, frozen=True):
     parent: str | None
     recipe: dict[str, Any]
     tokenizer: dict[str, Any]
-    origin: dict[str, Any]
+    origin: dict[str, str]
     totals: dict[str, dict[str, int]]
     files: list[FileSummary]
     dumps: dict[str, int]
@@ -60,14 +60,12 @@ def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
         shard_ids = [*manifest.shard_ids, *manifest.empty]
         for record in pool.map(lambda shard_id: read_record(store, dataset, shard_id), shard_ids):
             counted = counts.setdefault(record.source, Counter())
-            counted["shards"] += int(record.tokens > 0)
-            for name in COUNTED:
-                counted[name] += getattr(record, name)
+            counted.update({name: getattr(record, name) for name in COUNTED}, shards=int(record.tokens > 0))
             dumps.update(record.dumps)
             lengths = [total + count for total, count in zip_longest(lengths, record.lengths, fillvalue=0)]
     files = [FileSummary(name=name, **counted) for name, counted in counts.items()]
     filtered = sum(file.filtered for file in files)
-    rows = filtered + sum(file.documents + file.skipped for file in files)
+    rows = sum(file.documents + file.skipped + file.filtered for file in files)
     return DatasetSummary(
         dataset=dataset,
         manifest=manifest.digest,

@@ -141,7 +141,6 @@ def check_documents(
 def _compared(
     store: Store, dataset: str, row: ShardRow, numbers: list[int], files: dict[str, SourceFile], encode: Encode
 ) -> Iterator[Damage | None]:
-    """Some documents of one shard, each compared with its source. Raises StorageError."""
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)

@@ -3,31 +3,26 @@
 Filters decide by columns which rows count. Text is read only when a shard is made. The tokenizer is not known here.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from storage.errors import SourceInvalid
 from storage.sources import jsonl, parquet
 from storage.sources.files import SourceFile
-from storage.sources.filters import LENGTH, Filter, keeps_row
-from storage.sources.rows import DUMP, ID, URL, Columns, Row, RowTokens, bad_document, no_text
-
-__all__ = ["DUMP", "ID", "URL", "Row", "RowTokens", "bad_document", "documents", "no_text", "rows"]
+from storage.sources.filters import LENGTH, Filter, keeps_row, parse
+from storage.sources.rows import DUMP, ID, URL, Row, RowTokens
 
 
 class Reader(Protocol):
-    """What a module that reads one format offers."""
+    """What a module that reads one format offers; both functions raise SourceInvalid."""
 
-    def count_tokens(self, file: SourceFile, columns: Columns, *, strict: bool) -> RowTokens:
-        """Tokens of every row: of the `token_count` column, or estimated from sizes. They only decide where to cut.
-
-        Raises SourceInvalid for missing columns or a text column of another type, and if `strict` for null text.
-        """
+    def count_tokens(self, file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
+        """As `rows`, for filters that need no text."""
 
     def read_rows(
-        self, file: SourceFile, columns: Columns, row_from: int, row_to: int, start_byte: int
-    ) -> Iterator[dict[str, Any]]:
-        """Rows `row_from` to `row_to - 1`, fewer if the file ends, each as its columns by name. Raises SourceInvalid.
+        self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int
+    ) -> Iterator[dict[str, object]]:
+        """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text and those of the `others` that it has.
 
         `start_byte` is where `row_from` starts, for formats without an index; 0 if unknown.
         """
@@ -36,14 +31,14 @@ class Reader(Protocol):
 READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffixes are `files.SUFFIXES`
 
 
-def rows(file: SourceFile, text_column: str, filters: tuple[Filter, ...] = (), *, strict: bool = True) -> RowTokens:
+def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
     """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
 
     Raises SourceInvalid for missing columns or a text column of another type. If `strict` and no filter may drop the
     row, also for null text.
     """
-    by_column = tuple(condition for condition in filters if condition.column != LENGTH)
-    return _reader(file).count_tokens(file, Columns(text_column, by_column), strict=strict and not by_column)
+    by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
+    return _reader(file).count_tokens(file, text_column, by_column, strict=strict and not by_column)
 
 
 def documents(
@@ -53,7 +48,7 @@ def documents(
     row_to: int,
     *,
     start_byte: int = 0,
-    filters: tuple[Filter, ...] = (),
+    filters: Sequence[str] = (),
     skip_rows: frozenset[int] = frozenset(),
     names: tuple[str, ...] = (DUMP, ID),
 ) -> Iterator[Row]:
@@ -62,12 +57,14 @@ def documents(
     `start_byte` is where row `row_from` starts in a JSON lines file; without it the lines before are read, too.
     Raises SourceInvalid if the file ends before `row_to`.
     """
+    conditions = [parse(text) for text in filters]
+    others = [*names, *(condition.column for condition in conditions)]
     number = row_from - 1
-    items = _reader(file).read_rows(file, Columns(text_column, filters, names), row_from, row_to, start_byte)
+    items = _reader(file).read_rows(file, text_column, others, row_from, row_to, start_byte)
     for number, item in enumerate(items, row_from):
         text = item[text_column]
         length = len(text) if isinstance(text, str) else None
-        if number not in skip_rows and keeps_row(filters, item | {LENGTH: length}):
+        if number not in skip_rows and keeps_row(conditions, item | {LENGTH: length}):
             yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
         raise SourceInvalid(

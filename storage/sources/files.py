@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from storage import keys
 from storage.errors import SourceInvalid
-
-if TYPE_CHECKING:
-    from storage.stores.s3 import S3Store
+from storage.stores.store import Store
 
 SUFFIXES = (".parquet", ".jsonl")  # each has its reader in `documents.READERS`
 BUCKET = re.compile(r"(s3(?:\+http)?)://([^/]+)/(.+)")
@@ -100,7 +98,7 @@ def find_files(source: str) -> list[str]:
     return places
 
 
-def bucket_of(place: str) -> tuple["S3Store", str]:
+def bucket_of(place: str) -> tuple[Store, str]:
     """The bucket of an `s3://` place, opened for reading, and the key in it."""
     from storage.stores.s3 import S3Store  # boto3 takes 0.3 s to import, and local files do not need it
 
@@ -127,11 +125,8 @@ def _in_bucket(source: str) -> list[str]:
     if pattern in listed_keys:
         return [f"{store.url}/{pattern}"]
     is_folder = prefix == pattern  # no wildcard
-    expression = _glob_expression(pattern.rstrip("/") + "/*" if is_folder else pattern)
-    matches = [key for key in listed_keys if expression.fullmatch(key)]
+    escaped = re.escape(pattern.rstrip("/") + "/*" if is_folder else pattern)
+    # As on a file system: `*` and `?` stay within one level, `**/` crosses levels.
+    expression = escaped.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+    matches = [key for key in listed_keys if re.fullmatch(expression, key)]
     return sorted(f"{store.url}/{key}" for key in matches if not is_folder or key.endswith(SUFFIXES))
-
-
-def _glob_expression(pattern: str) -> re.Pattern[str]:
-    """The glob as on a file system: `*` and `?` stay within one level, `**/` crosses levels."""
-    return re.compile(re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))

@@ -7,7 +7,7 @@ A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dum
 import ast
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from storage.errors import SourceInvalid
@@ -69,7 +69,7 @@ def parse(text: str) -> Filter:
     return Filter(column, comparison, operand)
 
 
-def keeps_row(filters: Sequence[Filter], columns: dict[str, Any]) -> bool:
+def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object]) -> bool:
     """Whether a row passes all filters; a column that it lacks counts as null. Raises SourceInvalid."""
     return all(condition.keeps(columns.get(condition.column)) for condition in filters)
 

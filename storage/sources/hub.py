@@ -11,17 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, get_session, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, RepoFile, errors, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # lazily there
 
 from storage.errors import SourceInvalid, SourceUnavailable
@@ -63,18 +56,16 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
             f"Choose another configuration: --set data.config=…"
         )
     names = [_parse_place(place)[2] for place in data_files[split]]
-    unsupported = [name for name in names if not name.endswith(SUFFIXES)]
-    if unsupported:
-        raise ValueError(
-            f"{what}: {unsupported[0]!r} is not a {' or '.join(SUFFIXES)} file. Choose another configuration "
-            f"(--set data.config=…), or the parquet files that the Hub converts: "
-            f"--set data.revision=refs/convert/parquet"
-        )
+    for name in names:
+        if not name.endswith(SUFFIXES):
+            raise ValueError(
+                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another configuration "
+                f"(--set data.config=…), or the parquet files that the Hub converts: "
+                f"--set data.revision=refs/convert/parquet"
+            )
     entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
-    return tuple(
-        SourceFile(name, entries[name].size, _published_digest(entries[name]), place_of(dataset, commit, name))
-        for name in names
-    )
+    digests = {name: entry.lfs.sha256 if entry.lfs else entry.blob_id for name, entry in entries.items()}
+    return tuple(SourceFile(name, entries[name].size, digests[name], place_of(dataset, commit, name)) for name in names)
 
 
 def place_of(dataset: str, commit: str, name: str) -> str:
@@ -102,7 +93,7 @@ def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) 
     """
     for _ in range(DIGEST_TRIES):
         _with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
-        digest = content_digest(body, file)
+        digest = _content_digest(body, file)
         if digest == file.digest:
             return
         _clear(body)
@@ -113,7 +104,7 @@ def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) 
     )
 
 
-def content_digest(body: BinaryIO, file: SourceFile) -> str:
+def _content_digest(body: BinaryIO, file: SourceFile) -> str:
     """The digest of `body`, of the same kind as the file's: sha256, or git's sha1 for a small file."""
     is_git = COMMIT.fullmatch(file.digest) is not None
     hasher = hashlib.sha1(b"blob %d\0" % file.size_bytes) if is_git else hashlib.sha256()  # noqa: S324  # git's own
@@ -156,14 +147,14 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Respo
 
 
 def _with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
-    """The result of `request`, retried with `Backoff`. Raises ValueError, SourceInvalid and SourceUnavailable."""
     backoff = Backoff(MAX_RETRY_AFTER_SECONDS)
     while True:
         try:
             return request()
-        except (HfHubHTTPError, httpx2.TransportError, ConnectionError, Transient) as error:
+        except (errors.HfHubHTTPError, httpx2.TransportError, ConnectionError, Transient) as error:
             _check_transient(what, error)
-            if not backoff.wait(_retry_after_seconds(error), received_bytes()):
+            headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
+            if not backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
                 first_line = str(error).partition("\n")[0]
                 raise SourceUnavailable(
                     f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {first_line}. "
@@ -172,65 +163,47 @@ def _with_retries(what: str, request: Callable[[], Result], received_bytes: Call
 
 
 def _check_transient(what: str, error: Exception) -> None:
-    """Raise ValueError, SourceInvalid or SourceUnavailable for an error that a retry cannot fix."""
-    if isinstance(error, GatedRepoError):
+    """Raise an error that a retry cannot fix as ValueError, SourceInvalid or SourceUnavailable."""
+    if isinstance(error, errors.GatedRepoError):
         raise ValueError(
             f"{what}: access is restricted to accounts that accepted its terms. Accept them on its page on the Hub, "
             f"then set HF_TOKEN to a token of that account."
         ) from error
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         raise ValueError(f"{what}: no such revision. Name a branch, a tag or a commit.") from error
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         raise ValueError(
             f"{what}: no such local file, and no such dataset on the Hub (or it is private). "
             f"Check the name or the path; for a private dataset set HF_TOKEN."
         ) from error
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
-    if isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
         raise SourceInvalid(f"{what}: the Hub answered {error}. Check HF_TOKEN and HF_ENDPOINT.") from error
 
 
-def _retry_after_seconds(error: Exception) -> float:
-    return parse_retry_after(error.response.headers.get("Retry-After")) if isinstance(error, HfHubHTTPError) else 0.0
-
-
 def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
-    """The places of a configuration's files, by split."""
     from datasets import load_dataset_builder  # takes 1.5 s to import
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     try:
-        data_files: dict[str, list[str]] = load_dataset_builder(
-            dataset, config or None, revision=commit
-        ).config.data_files
-    except (DatasetNotFoundError, DataFilesNotFoundError) as error:
-        raise ValueError(f"{dataset} ({config}) at {commit}: {error} Check data.source and data.config.") from error
-    except ValueError as error:
-        if "BuilderConfig" not in str(error):
-            raise
+        builder = load_dataset_builder(dataset, config or None, revision=commit)
+    except (DatasetNotFoundError, DataFilesNotFoundError, ValueError) as error:  # ValueError: no such configuration
         raise ValueError(
-            f"data.config = {config!r}: {dataset} has no such configuration. {error}. "
-            f"Choose an available one: --set data.config=…"
+            f"data.config = {config!r} of {dataset} at {commit}: {str(error).rstrip('.')}. "
+            f"Check data.source, or choose another configuration: --set data.config=…"
         ) from error
-    return data_files
+    return dict(builder.config.data_files)
 
 
-def _entries(dataset: str, commit: str, names: list[str]) -> dict[str, Any]:
-    """What the Hub lists in the common folder of the files, by name."""
+def _entries(dataset: str, commit: str, names: list[str]) -> dict[str, RepoFile]:
     common = os.path.commonpath([str(PurePosixPath(name).parent) for name in names])
     folder = None if common in ("", ".") else common
     tree = HfApi().list_repo_tree(dataset, folder, recursive=True, revision=commit, repo_type="dataset")
-    return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-
-
-def _published_digest(entry: Any) -> str:
-    """The published sha256 of a large file, or git's id of a small one."""
-    return str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _parse_place(place: str) -> tuple[str, str, str]:
-    """The dataset, commit and name in a place."""
     match = PLACE.fullmatch(place)
     assert match is not None
     return match[1], match[2], match[3]

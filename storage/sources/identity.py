@@ -5,7 +5,6 @@ an unchanged file is hashed once.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -28,10 +27,9 @@ def _identify_path(path: Path) -> SourceFile:
     try:
         status = path.stat()
         fingerprint = digest([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
-        sha256 = _remembered(fingerprint) or _hash(fingerprint, _pieces(path))
+        return SourceFile(path.name, status.st_size, _sha256(fingerprint, _pieces(path)), str(path))
     except OSError as error:
         raise SourceInvalid(f"{path}: cannot be read: {error.strerror}. Check the path and its mode.") from error
-    return SourceFile(path.name, status.st_size, sha256, str(path))
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -46,39 +44,23 @@ def _identify_object(place: str) -> SourceFile:
         status = store.stat(key)
     except ObjectMissing as error:
         raise SourceInvalid(f"{place}: was listed, is gone now. Put it back, or run the command again.") from error
-    fingerprint = digest([place, status.size, status.modified])
     pieces = (store.read_range(key, start, REQUEST_BYTES) for start in range(0, status.size, REQUEST_BYTES))
-    sha256 = status.sha256 or _remembered(fingerprint) or _hash(fingerprint, pieces)
+    sha256 = status.sha256 or _sha256(digest([place, status.size, status.modified]), pieces)
     return SourceFile(PurePosixPath(key).name, status.size, sha256, place)
 
 
-def _hash(fingerprint: str, pieces: Iterator[bytes]) -> str:
-    """The sha256 of the pieces, which is remembered."""
+def _sha256(fingerprint: str, pieces: Iterator[bytes]) -> str:
+    """The sha256 noted for the fingerprint, or else that of the pieces, which is noted."""
+    note = REMEMBERED / fingerprint[:2] / fingerprint
+    with suppress(OSError, ValueError):
+        sha256, _, checksum = note.read_text().partition(" ")
+        if checksum == digest([fingerprint, sha256]):  # a power cut may leave a part of a note
+            return sha256
     hasher = hashlib.sha256()
     for piece in pieces:
         hasher.update(piece)
-    _remember(fingerprint, hasher.hexdigest())
-    return hasher.hexdigest()
-
-
-def _note(fingerprint: str) -> Path:
-    return REMEMBERED / fingerprint[:2] / fingerprint
-
-
-def _remembered(fingerprint: str) -> str | None:
-    """The sha256 noted for the fingerprint, if the note is intact: a power cut may leave an empty file."""
-    try:
-        sha256, _, checksum = _note(fingerprint).read_text().partition(" ")
-    except (OSError, ValueError):
-        return None
-    return sha256 if checksum == digest([fingerprint, sha256]) else None
-
-
-def _remember(fingerprint: str, sha256: str) -> None:
-    """Write the note beside its place and rename it there. A home that is read-only costs time, not correctness."""
-    note = _note(fingerprint)
-    temporary = note.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
+    sha256 = hasher.hexdigest()
+    with suppress(OSError):  # a home that is read-only costs time, not correctness
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{sha256} {digest([fingerprint, sha256])}")
-        temporary.replace(note)
+        note.write_text(f"{sha256} {digest([fingerprint, sha256])}")
+    return sha256

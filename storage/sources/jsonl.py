@@ -3,75 +3,62 @@
 import io
 import json
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from storage.errors import SourceInvalid
+from storage.sources import rows
 from storage.sources.files import SourceFile
-from storage.sources.filters import check_columns, keeps_row
+from storage.sources.filters import Filter, check_columns, keeps_row
 from storage.sources.reading import open_source
-from storage.sources.rows import (
-    COUNT_COLUMN,
-    EOT_TOKENS,
-    ID,
-    MOST_TOKENS,
-    Columns,
-    Row,
-    RowTokens,
-    bad_document,
-    estimated_tokens,
-    no_text,
-)
 
 BUFFER_BYTES = 1 << 20  # over a network each refill is a request
 
 
-def count_tokens(file: SourceFile, columns: Columns, *, strict: bool) -> RowTokens:
-    """Tokens of every row, of its `token_count` if all rows have one, else estimated from the size of its text.
-
-    Raises SourceInvalid for a line that is not an object or lacks the text, and if `strict` for text that is not a
-    string.
-    """
-    counted, estimated, starts = list[int](), list[int](), list[int]()
+def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> rows.RowTokens:
+    """Tokens of every row, of `token_count` if all rows have one, else estimated from texts. Raises SourceInvalid."""
+    counts, text_bytes, starts = list[int](), list[int](), list[int]()
     kept, names = list[bool](), set[str]()
-    for number, (start, item) in enumerate(_lines(file, columns.text, 0, 0)):
-        text, count = item[columns.text], item.get(COUNT_COLUMN)
+    for number, (start, item) in enumerate(_lines(file, text_column, 0, 0)):
+        text, count = item[text_column], item.get(rows.COUNT_COLUMN)
         if strict and not isinstance(text, str):
-            row = Row(number, text, None, item.get(ID))
-            raise bad_document(file, row, no_text(row, columns.text))
-        if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
-            counted.append(min(count, MOST_TOKENS) + EOT_TOKENS)
-        estimated.append(estimated_tokens(len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0))
+            row = rows.Row(number, text, None, item.get(rows.ID))
+            raise rows.bad_document(file, row, rows.no_text(row, text_column))
+        if type(count) is int and count >= 0:  # a bool is an int, too
+            counts.append(min(count, rows.MOST_TOKENS))
+        text_bytes.append(len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0)
         starts.append(start)
-        kept.append(keeps_row(columns.filters, item))
+        kept.append(keeps_row(filters, item))
         names.update(item)
     if starts:
-        check_columns(columns.filters, sorted(names), file.place)
-    tokens = counted if len(counted) == len(estimated) else estimated
-    return RowTokens(np.array(tokens, np.int64) * np.array(kept, bool), np.array(starts, np.int64))
+        check_columns(filters, sorted(names), file.place)
+    tokens = rows.estimated_tokens(np.array(text_bytes, np.int64))
+    if len(counts) == len(starts):
+        tokens = np.array(counts, np.int64) + rows.EOT_TOKENS
+    return rows.RowTokens(tokens * np.array(kept, bool), np.array(starts, np.int64))
 
 
 def read_rows(
-    file: SourceFile, columns: Columns, row_from: int, row_to: int, start_byte: int
-) -> Iterator[dict[str, Any]]:
-    """Rows `row_from` to `row_to - 1`, fewer if the file ends, with all their columns. Raises SourceInvalid.
-
-    `start_byte` is where `row_from` starts; with 0 the file is read from its first line.
-    """
+    file: SourceFile,
+    text_column: str,
+    others: list[str],  # noqa: ARG001  # a line is read as a whole
+    row_from: int,
+    row_to: int,
+    start_byte: int,
+) -> Iterator[dict[str, object]]:
+    """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
     first = row_from if start_byte else 0
-    lines = _lines(file, columns.text, first, start_byte)
+    lines = _lines(file, text_column, first, start_byte)
     return (item for _, item in islice(lines, row_from - first, row_to - first))
 
 
-def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """First byte and object of each row from number `row` on, which starts at `start_byte`. Raises SourceInvalid."""
+def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Iterator[tuple[int, dict[str, object]]]:
+    """First byte and object of each row from number `row` on, which starts at `start_byte`."""
     source = open_source(file)
     try:
-        with _opened(source) as body:
+        with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, BUFFER_BYTES) as body:
             body.seek(start_byte)
             for line in body:
                 if not line.isspace():
@@ -82,25 +69,19 @@ def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Ite
         raise SourceInvalid(f"{file.place}: cannot be read: {error.strerror}. Check the path and its mode.") from error
 
 
-def _opened(source: Path | io.RawIOBase) -> BinaryIO | closing[io.BufferedReader]:
-    return source.open("rb") if isinstance(source, Path) else closing(io.BufferedReader(source, BUFFER_BYTES))
-
-
-def _parsed(line: bytes, place: str, row: int, text_column: str) -> dict[str, Any]:
+def _parsed(line: bytes, place: str, row: int, text_column: str) -> dict[str, object]:
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise SourceInvalid(
             f"{place}: row {row:,} should be a JSON object, found {line[:60]!r}. Repair or delete that line."
         ) from error
-    if not isinstance(item, dict):
-        raise SourceInvalid(
-            f"{place}: row {row:,} should be a JSON object with column {text_column!r}, found {type(item).__name__}. "
-            f"Repair or delete that line."
-        )
-    if text_column not in item:
-        raise SourceInvalid(
-            f"{place}: row {row:,}: no column {text_column!r}, found {', '.join(item) or 'no columns'}. "
-            f"Set the column with the text: --set data.text_column=…"
-        )
-    return item
+    if isinstance(item, dict) and text_column in item:
+        return item
+    shown = type(item).__name__
+    if isinstance(item, dict):
+        shown = ", ".join(item) or "no columns"
+    raise SourceInvalid(
+        f"{place}: row {row:,} should be a JSON object with column {text_column!r}, found {shown}. "
+        f"Repair that line, or set the column with the text: --set data.text_column=…"
+    )

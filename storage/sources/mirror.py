@@ -5,13 +5,14 @@ A file enters the store only with its published digest, so the Hub is not asked 
 """
 
 import fcntl
-import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
 
 from storage import keys
 from storage.digests import canonical_json, digest
@@ -19,7 +20,7 @@ from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, Stor
 from storage.sources import hub
 from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names
 from storage.sources.identity import identify
-from storage.stores.store import Body, Store, overwrite, read_json
+from storage.stores.store import Store, overwrite, read_json
 
 HASHING_THREADS = 4
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
@@ -37,7 +38,8 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
             files = list(pool.map(identify, find_files(source)))
         return Listing(with_distinct_names(files), {}), ""
     key = keys.listing(digest([source, config, revision, split]))
-    known = _remembered(store, key)
+    value = read_json(store, key)
+    known = None if value is None else TypeAdapter(Listing).validate_python(value)
     if known and known.origin["commit"] == revision:
         return known, ""
     try:
@@ -50,7 +52,7 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
     listing = Listing(hub.list_files(source, config, commit, split), origin)
-    overwrite(store, key, canonical_json({"files": [asdict(file) for file in listing.files], "origin": origin}))
+    overwrite(store, key, canonical_json(asdict(listing)))
     return listing, ""
 
 
@@ -74,49 +76,30 @@ def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = 
     SourceInvalid and SourceUnavailable as `hub.fetch`.
     """
     located = locate(store, file)
-    if located is not file or not file.place.startswith(hub.SCHEME):
-        on_progress(file.size_bytes)
-        return located
-    try:
-        _download_and_put(store, file, on_progress)
-    except OSError as error:
-        raise StoreUnusable(
-            f"{file.place}: cannot download {file.size_bytes:,} bytes into {FOLDER}: {error.strerror}. Free some space "
-            f"there or change its mode, then run the same command again to continue."
-        ) from error
-    return locate(store, file)
+    if located.place.startswith(hub.SCHEME):
+        try:
+            _download_and_put(store, file, on_progress)
+        except OSError as error:
+            raise StoreUnusable(
+                f"{file.place}: cannot download {file.size_bytes:,} bytes into {FOLDER}: {error.strerror}. Free some "
+                f"space there or change its mode, then run the same command again to continue."
+            ) from error
+        located = locate(store, file)
+    on_progress(file.size_bytes)
+    return located
 
 
 def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int], None]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / file.digest
     with path.open("a+b") as body:
-        fcntl.flock(body, fcntl.LOCK_EX)  # a second builder on this host waits, and then finds the copy
-        if locate(store, file) is not file:
-            on_progress(file.size_bytes)
-        else:
+        fcntl.flock(body, fcntl.LOCK_EX)
+        if locate(store, file) is file:  # else another builder on this host held the lock and made the copy
             hub.fetch(file, body, on_progress)
             body.flush()
-            if file.size_bytes:
-                with mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                    _put(store, file, view)
-            else:
-                _put(store, file, b"")
+            with suppress(ObjectMissing):
+                if store.stat(file.key).size != file.size_bytes:  # the key names the content: the object is damaged
+                    store.delete(file.key)
+            with suppress(AlreadyExists):  # of a builder on another host
+                store.put_new(file.key, np.memmap(path, np.uint8, "r").data if file.size_bytes else b"")
         path.unlink(missing_ok=True)
-
-
-def _put(store: Store, file: SourceFile, body: Body) -> None:
-    try:
-        store.put_new(file.key, body)
-    except AlreadyExists:
-        if store.stat(file.key).size != file.size_bytes:  # the key names the content, so the object is damaged
-            store.delete(file.key)
-            with suppress(AlreadyExists):  # another process repairs it as well
-                store.put_new(file.key, body)
-
-
-def _remembered(store: Store, key: str) -> Listing | None:
-    value: dict[str, Any] | None = read_json(store, key)
-    if value is None:
-        return None
-    return Listing(tuple(SourceFile(**file) for file in value["files"]), value["origin"])

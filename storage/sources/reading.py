@@ -27,9 +27,6 @@ class RangeFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's name for it is private
         length = min(len(buffer), self._size_bytes - self._position)
         if length <= 0:

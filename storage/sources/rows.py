@@ -6,7 +6,6 @@ import numpy as np
 
 from storage.errors import SourceInvalid
 from storage.sources.files import SourceFile
-from storage.sources.filters import Filter
 
 COUNT_COLUMN = "token_count"  # the column with the gpt2 tokens of each document, where a dataset has one
 DUMP, ID, URL = "dump", "id", "url"  # columns with a document's crawl, its name, and where it was published
@@ -38,21 +37,10 @@ class Row(NamedTuple):
     url: Any = None
 
 
-class Columns(NamedTuple):
-    """The columns to read: the text, those that the filters compare, and others that a file may lack."""
-
-    text: str
-    filters: tuple[Filter, ...] = ()
-    optional: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([self.text, *self.optional, *(condition.column for condition in self.filters)]))
-
-
-def estimated_tokens(text_bytes: int) -> int:
-    """Tokens of a document of that size, EOT included, rounded up."""
-    return -(-text_bytes // BYTES_PER_TOKEN) + EOT_TOKENS
+def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:
+    """Tokens of documents of these sizes, EOT included, rounded up."""
+    tokens: np.ndarray = -(-text_bytes // BYTES_PER_TOKEN) + EOT_TOKENS
+    return tokens
 
 
 def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:

@@ -12,8 +12,7 @@ from storage.datasets import shards
 from storage.datasets.plan import ShardJob
 from storage.datasets.recipe import ShardRecipe
 from storage.sources import documents, identity
-from storage.sources.documents import RowTokens
-from storage.sources.filters import parse
+from storage.sources.rows import RowTokens
 from storage.stores.folder import FolderStore
 
 TEXTS = ["one", "", "two words", "żółć 🙂", "a\r\nb\u2028c\x00d", "<|endoftext|>"]
@@ -22,7 +21,7 @@ Read = Callable[[Path], object]
 
 def rows(path: Path, column: str = "text", *filters: str, strict: bool = True) -> RowTokens:
     """What a plan needs of the file."""
-    return documents.rows(identity.identify(path), column, tuple(parse(text) for text in filters), strict=strict)
+    return documents.rows(identity.identify(path), column, filters, strict=strict)
 
 
 def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:

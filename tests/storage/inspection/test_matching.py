@@ -59,9 +59,9 @@ def test_ngrams_of_two_words_are_told_apart(pair: Words) -> None:
     assert len(np.unique(ngrams(joined(words)))) == len(runs_of(words)) > 8_000
 
 
-@pytest.mark.parametrize(("block_bytes", "longest"), [(200, 9), (4_097, 9), (4_097, 600)])
+@pytest.mark.parametrize(("block_words", "longest"), [(1, 9), (40, 9), (1_000, 9), (7, 600)])
 def test_a_text_of_many_blocks_has_the_ngrams_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, block_bytes: int, longest: int
+    monkeypatch: pytest.MonkeyPatch, block_words: int, longest: int
 ) -> None:
     """None is missing, and none begins or ends within a word."""
     drawn = random.Random(longest)
@@ -70,7 +70,7 @@ def test_a_text_of_many_blocks_has_the_ngrams_of_the_whole(
         with monkeypatch.context() as patch:
             whole = set(ngrams(joined(words)).tolist())
             assert len(whole) == len(runs_of(words))
-            patch.setattr(matching, "BLOCK_BYTES", block_bytes)
+            patch.setattr(matching, "BLOCK_WORDS", block_words)
             in_blocks = set(ngrams(joined(words)).tolist())
         assert (count, len(in_blocks - whole), len(whole - in_blocks)) == (count, 0, 0)
 
