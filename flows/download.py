@@ -74,7 +74,7 @@ def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
     run = pinned_run(store, config)
     if run is not None:
         manifest = read_manifest(store, run.dataset, run.manifest)
-        finished = finished_shards(store, run.dataset, manifest.shard_ids, manifest.summaries)
+        finished = finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
         if len(finished) == len(manifest.shard_ids):
             say("download", f"nothing to do: the run is pinned to manifest {run.manifest[:12]}")
             return Downloaded([], {}, run.items, [])

@@ -65,8 +65,7 @@ def evaluate_and_report(config: RunConfig) -> Reported:
 
 
 def _check_binding(store: Store, config: RunConfig) -> None:
-    spec = config.data.spec(tokenizer.identity())
-    check_binding(store, spec.name, spec.binding)
+    check_binding(store, config.data.spec(tokenizer.identity()))
 
 
 def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported:

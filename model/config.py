@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage import keys
-from storage.datasets.recipe import DatasetSettings, DatasetSpec
+from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
 from storage.sources.filters import Filter, parse
 
 Positive = Annotated[int, Field(ge=1)]
@@ -57,7 +57,7 @@ class DataConfig(Section):
         assert self.parsed_filters is not None  # raises ValueError
         return self
 
-    def spec(self, tokenizer: dict[str, Any]) -> DatasetSpec:
+    def spec(self, tokenizer: TokenizerIdentity) -> DatasetSpec:
         """The dataset that this section describes, tokenised by the tokenizer of that identity."""
         settings = DatasetSettings(
             shard_tokens=self.shard_tokens,

@@ -9,11 +9,11 @@ import threading
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tiktoken
 
+from storage.datasets.recipe import TokenizerIdentity
 from storage.digests import digest, sha256
 
 # r50k_pat_str of tiktoken_ext/openai_public.py, 0.14
@@ -33,7 +33,7 @@ FILES = {  # sha256 as in tiktoken_ext/openai_public.py, 0.14
 }
 
 
-def identity() -> dict[str, Any]:
+def identity() -> TokenizerIdentity:
     """The tokenizer's identity, for manifests. `sha256` covers merges, vocabulary, pattern and special tokens."""
     return {
         "name": "gpt2",

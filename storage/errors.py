@@ -1,18 +1,5 @@
 """Every error that storage raises about the contents of a store or a source file.
 
-* StorageError
-  - ObjectMissing      the key does not exist
-  - AlreadyExists      a create-only put lost: the key exists
-  - Conflict           a compare-and-swap lost: the object has changed since it was read
-  - ObjectCorrupt      the bytes are damaged, or more than the object can have
-  - StoreUnusable      the store itself: not a folder, read-only, full, access denied, a newer layout
-  - StoreUnavailable   the store does not respond; it may later
-  - SourceUnavailable  the host of the source files does not respond; it may later
-  - SourceInvalid      a source file: truncated, without the text column, null or non-string text
-  - ShardCorrupt       the bytes of a shard do not match its record
-  - DatasetMismatch    a dataset or run name is bound to other settings
-  - CheckpointInvalid  a checkpoint is damaged, or belongs to another model or dataset
-
 Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
 """
 

@@ -1,25 +1,7 @@
 """Every key in the store is spelled here and nowhere else.
 
-    FORMAT                                          the layout number; a reader refuses a higher one
-    sources/{digest}/{file}                         a source file, mirrored
-    sources/listings/{digest}.json                  what a Hub source held when it was last listed
-    datasets/{name}/shards/{shard_id}.bin           token ids, little-endian uint16, immutable
-    datasets/{name}/shards/{shard_id}.json          the shard's record, written last
-    datasets/{name}/plans/{digest}.json             which rows of a source file become which shards
-    datasets/{name}/split.json                      the val shards and the settings the name is bound to; create-only
-    datasets/{name}/manifests/{sha256}.json         an immutable version
-    datasets/{name}/audits/{sha256}.json            the leak report of a version
-    datasets/{name}/latest.json                     pointer to the newest manifest, swapped
-    datasets/{name}/lease.json  asked.json          who may change the dataset; the last request for it
-    runs/{name}/config.json  asked.json             what the run is pinned to; the last request for it
-    runs/{name}/jobs/{job}.json  .result.json       what one process is asked; what it answered
-    runs/{name}/checkpoints/{step}/{attempt}/…      a checkpoint's files; {step}.json is its record, written last
-    runs/{name}/metrics/{first_step}-{attempt}.jsonl
-    runs/{name}/progress.json                       how far the training is, swapped
-    runs/{name}/evaluations/{step}/{name}.json      and {name}.items.parquet
-    runs/{name}/report.html  report.md
-
-Prefixes end in "/". `X.failure.json` beside a record or result says why its job last failed.
+Beside the keys below there are `FORMAT` (the layout number; a reader refuses a higher one) and, beside a record or
+result, `X.failure.json` (why its job last failed). Plural names are prefixes, which end in "/".
 """
 
 import re
@@ -86,22 +68,24 @@ def failed_job(key: str) -> str | None:
 
 
 class DatasetKeys:
-    """The keys of one dataset; plural names are prefixes. Raises ValueError for a name that cannot be part of a key."""
+    """The keys of one dataset. Raises ValueError for a name that cannot be part of a key."""
 
     def __init__(self, name: str) -> None:
         self.prefix = f"{DATASETS}{check_name('dataset', name)}/"
         self.shards = f"{self.prefix}shards/"
-        self.plans = f"{self.prefix}plans/"
-        self.manifests = f"{self.prefix}manifests/"
-        self.split = f"{self.prefix}split.json"
-        self.lease = f"{self.prefix}lease.json"
-        self.latest = f"{self.prefix}latest.json"
-        self.request = f"{self.prefix}asked.json"
+        self.plans = f"{self.prefix}plans/"  # which rows of a source file become which shards
+        self.manifests = f"{self.prefix}manifests/"  # immutable versions, named by their sha256
+        self.split = f"{self.prefix}split.json"  # val shards and the settings that the name is bound to; create-only
+        self.lease = f"{self.prefix}lease.json"  # who may change the dataset
+        self.latest = f"{self.prefix}latest.json"  # pointer to the newest manifest, swapped
+        self.request = f"{self.prefix}asked.json"  # the last request for the dataset
 
     def shard(self, shard_id: str) -> str:
+        """Token ids, little-endian uint16, immutable."""
         return f"{self.shards}{check_name('shard', shard_id)}.bin"
 
     def record(self, shard_id: str) -> str:
+        """The shard's record, written last."""
         return f"{self.shards}{check_name('shard', shard_id)}.json"
 
     def shard_of(self, key: str) -> tuple[str | None, bool]:
@@ -121,7 +105,7 @@ class DatasetKeys:
 
 
 class RunKeys:
-    """The keys of one run; plural names are prefixes. Raises ValueError for a name that cannot be part of a key."""
+    """The keys of one run. Raises ValueError for a name that cannot be part of a key."""
 
     def __init__(self, name: str) -> None:
         self.prefix = f"{RUNS}{check_name('run', name)}/"
@@ -129,21 +113,24 @@ class RunKeys:
         self.checkpoints = f"{self.prefix}checkpoints/"
         self.metrics = f"{self.prefix}metrics/"
         self.evaluations = f"{self.prefix}evaluations/"
-        self.config = f"{self.prefix}config.json"
-        self.request = f"{self.prefix}asked.json"
+        self.config = f"{self.prefix}config.json"  # what the run is pinned to; create-only
+        self.request = f"{self.prefix}asked.json"  # the last request for the run
         self.latest = f"{self.prefix}latest.json"
-        self.progress = f"{self.prefix}progress.json"
+        self.progress = f"{self.prefix}progress.json"  # how far the training is, swapped
 
     def job(self, job_id: str) -> str:
+        """What one process is asked."""
         return f"{self.jobs}{check_name('job', job_id)}.json"
 
     def result(self, job_id: str) -> str:
+        """What that process answered."""
         return f"{self.jobs}{check_name('job', job_id)}.result.json"
 
     def checkpoint_file(self, step: int, attempt: str, file: str) -> str:
         return check_key(f"{self.checkpoints}{step:06d}/{attempt}/{file}")
 
     def checkpoint_record(self, step: int) -> str:
+        """The checkpoint's record, written last."""
         return f"{self.checkpoints}{step:06d}.json"
 
     def metrics_segment(self, first_step: int, attempt: str) -> str:

@@ -9,6 +9,7 @@ from model.evaluation.results import Evaluation
 from model.runs.job import read_result
 from model.runs.run import Run, find_run, training_job
 from storage.datasets.manifest import read_manifest
+from storage.datasets.recipe import TokenizerIdentity
 from storage.errors import ObjectMissing
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Store, read_json
@@ -56,7 +57,7 @@ class DatasetFacts:
     totals: dict[str, Any]  # sums by split
     shards: int
     tokens: int
-    tokenizer: dict[str, Any]
+    tokenizer: TokenizerIdentity
     leaks: str
 
 
@@ -171,8 +172,8 @@ def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> Da
         name=name,
         manifest=digest,
         parent=manifest.parent,
-        source=run.config["data"]["source"] if run else manifest.source.get("dataset", ""),
-        origin={field: value for field, value in manifest.source.items() if field != "files"},
+        source=run.config["data"]["source"] if run else manifest.origin.get("dataset", ""),
+        origin=manifest.origin,
         totals=manifest.totals,
         shards=len(manifest.shard_ids),
         tokens=sum(sums["tokens"] for sums in manifest.totals.values()),

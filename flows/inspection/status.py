@@ -51,7 +51,7 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
     if manifest is None:
         lines = [Line(f"dataset {dataset}", "not sealed yet; continue with gpt2 dataset build")]
     else:
-        finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.summaries)
+        finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
         tokens = sum(sums["tokens"] for sums in manifest.totals.values())
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
@@ -81,7 +81,7 @@ def run_status(store: Store, name: str) -> list[Line]:
 
 def _training_status(store: Store, run: Run, step: int) -> list[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
-    finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.summaries)
+    finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
     job = training_job(run)
     if read_result(store, job) is not None:
         training = Line("  train", "done")

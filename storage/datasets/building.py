@@ -21,16 +21,13 @@ from storage.stores.store import Store
 
 @dataclass(frozen=True)
 class Build:
-    """One build: the plans of the source files, the shards that the store lacks, and the version before."""
+    """One build: the plans of the source files, their shards, those that the store lacks, and the version before."""
 
     spec: DatasetSpec
     plans: Sequence[FilePlan]
+    planned: list[str]
     missing: frozenset[str]
     parent: Manifest | None
-
-    @property
-    def planned(self) -> list[str]:
-        return [shard_id for plan in self.plans for shard_id in plan.shard_ids]
 
     @property
     def missing_jobs(self) -> Iterator[ShardJob]:
@@ -39,21 +36,21 @@ class Build:
 
 def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Build:
     """Claim the dataset and find what is missing. Raises DatasetMismatch, and Conflict while gc deletes there."""
-    check_binding(store, spec.name, spec.binding)
+    check_binding(store, spec)
     claim(store, spec.name, "build")  # before counting on any stored shard
     parent = latest_manifest(store, spec.name)
     planned = [shard_id for plan in plans for shard_id in plan.shard_ids]
-    finished = finished_shards(store, spec.name, planned, parent.summaries if parent else {})
-    return Build(spec, plans, frozenset(planned) - finished.keys(), parent)
+    finished = finished_shards(store, spec.name, planned, parent.rows_by_id if parent else {})
+    return Build(spec, plans, planned, frozenset(planned) - finished.keys(), parent)
 
 
 def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
     """Seal the build once its missing shards are made, and forget earlier failures. Raises what `seal` raises."""
     dataset = build.spec.name
     if build.parent:
-        check_rebuilt(store, dataset, build.parent, set(build.missing))
-    source = Listing(tuple(plan.file for plan in build.plans), origin).described()
-    manifest = seal(store, build.spec, build.planned, source)
+        check_rebuilt(store, dataset, build.parent, build.missing)
+    listing = Listing(tuple(plan.file for plan in build.plans), origin)
+    manifest = seal(store, build.spec, build.planned, listing)
     if build.missing:
         for shard_id in failures(store, dataset):  # also of jobs that are no longer planned
             store.delete(failure(DatasetKeys(dataset).record(shard_id)))
@@ -71,7 +68,7 @@ def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Enc
 
 def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan]) -> set[str]:
     """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans do not give all of them."""
-    finished = finished_shards(store, dataset, manifest.shard_ids, manifest.summaries)
+    finished = finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
     lost = set(manifest.shard_ids) - finished.keys()
     recoverable = lost.intersection(shard_id for plan in plans for shard_id in plan.shard_ids)
     if len(recoverable) < len(lost):

@@ -41,7 +41,7 @@ def copy_dataset(
     _check_target(source, target, dataset, versions)
     claim(target, dataset, "build")
     rows = {row.shard_id: row for version in versions for row in version.rows()}
-    finished = finished_shards(target, dataset, list(rows), {row.shard_id: row.summary for row in rows.values()})
+    finished = finished_shards(target, dataset, list(rows), rows)
     missing = [row for row in rows.values() if row.shard_id not in finished]
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for number, _ in enumerate(pool.map(lambda row: _copy_shard(source, target, dataset, row), missing), 1):

@@ -25,17 +25,13 @@ LLMC_TOKENS = 100_000_000  # about this many tokens a file, as its own dev/data/
 
 
 class Part(NamedTuple):
-    """One file to write: tokens `first` to `last - 1` of a split, after a header."""
+    """One file to write: a header, then tokens `first` to `last - 1` of a split."""
 
     name: str
     split: str
+    header: bytes
     first: int
     last: int
-    header_bytes: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.header_bytes + (self.last - self.first) * DTYPE.itemsize
 
 
 def export(
@@ -59,8 +55,9 @@ def export(
                 os.fsync(file.fileno())
         unfinished.replace(folder)
     except OSError as error:
+        size_bytes = sum(len(part.header) + (part.last - part.first) * DTYPE.itemsize for part in parts)
         raise StoreUnusable(
-            f"folder {folder}: cannot write {sum(part.size_bytes for part in parts):,} bytes: {error}. "
+            f"folder {folder}: cannot write {size_bytes:,} bytes: {error}. "
             f"Free some space, fix the folder's permissions, or give another folder."
         ) from error
     finally:
@@ -71,22 +68,21 @@ def export(
 def _parts(manifest: Manifest, dataset: str, split: str, layout: str) -> Iterator[Part]:
     total = sum(row.tokens for row in manifest.rows(split))
     if layout == "nanogpt":
-        yield Part(f"{split}.bin", split, 0, total, 0)
+        yield Part(f"{split}.bin", split, b"", 0, total)
         return
     # llm.c globs for the split's name, and needs a batch of all ranks in each file: so all are equally long.
     count = max(round(total / LLMC_TOKENS), 1)
     for number in range(count):
         first, last = number * total // count, (number + 1) * total // count
-        yield Part(f"{dataset}_{split}_{number:06d}.bin", split, first, last, 4 * LLMC_HEADER)
+        header = np.zeros(LLMC_HEADER, "<i4")
+        header[:3] = LLMC_MAGIC, LLMC_VERSION, last - first
+        yield Part(f"{dataset}_{split}_{number:06d}.bin", split, header.tobytes(), first, last)
 
 
 def _write(
     store: Store, dataset: str, manifest: Manifest, part: Part, file: BinaryIO, on_progress: Callable[[int], None]
 ) -> None:
-    if part.header_bytes:
-        header = np.zeros(LLMC_HEADER, "<i4")
-        header[:3] = LLMC_MAGIC, LLMC_VERSION, part.last - part.first
-        file.write(header.tobytes())
+    file.write(part.header)
     rows = list(manifest.rows(part.split))
     starts = accumulate((row.tokens for row in rows), initial=0)
     for row, (start, stop) in zip(rows, pairwise(starts), strict=True):

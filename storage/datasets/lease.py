@@ -6,6 +6,7 @@ neither starts unseen by the other. Times are the store's own clock.
 
 import json
 import secrets
+from contextlib import suppress
 from typing import Literal
 
 from storage.digests import canonical_json
@@ -24,15 +25,14 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
     """
     key = DatasetKeys(dataset).lease
     while True:
-        try:
-            lease = store.read(key)
-        except ObjectMissing:
-            etag = None
-        else:
+        etag = None
+        with suppress(ObjectMissing):
+            lease, claimed_at = store.read(key), last_build(store, dataset)
             etag = lease.etag
-            if holder == "collector" and last_build(store, dataset) >= idle_since:
+            if holder == "collector" and claimed_at >= idle_since:
                 raise Conflict(f"dataset {dataset!r}: a build has just started. Run gpt2 gc again when it has ended.")
-            if json.loads(lease.body)["holder"] == "collector" and _age_seconds(store, key) < COLLECTING_SECONDS:
+            is_collecting = json.loads(lease.body)["holder"] == "collector"
+            if is_collecting and clock(store) - claimed_at < COLLECTING_SECONDS:
                 raise Conflict(
                     f"dataset {dataset!r}: gpt2 gc is deleting shards. Run the same command again when it is done; a "
                     f"killed gc blocks for {COLLECTING_SECONDS / 60:.0f} minutes at most."
@@ -60,15 +60,8 @@ def release(store: Store, dataset: str, etag: str) -> None:
 
 
 def last_build(store: Store, dataset: str) -> float:
-    """When a build of the dataset last started (Unix seconds of the store), 0 if none is known."""
+    """When the lease was last taken, by a build unless a collector is at work. Unix seconds of the store; 0: never."""
     try:
         return store.stat(DatasetKeys(dataset).lease).modified
     except ObjectMissing:
         return 0.0
-
-
-def _age_seconds(store: Store, key: str) -> float:
-    try:
-        return clock(store) - store.stat(key).modified
-    except ObjectMissing:
-        return COLLECTING_SECONDS

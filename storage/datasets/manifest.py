@@ -5,53 +5,54 @@ retries, seal the same one.
 """
 
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from storage.datasets.records import ShardSummary
+from pydantic import Field, TypeAdapter
+
+from storage.datasets.recipe import DatasetSettings, TokenizerIdentity
 from storage.errors import ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import NAME, DatasetKeys
 from storage.stores.store import Store, read_json
 
 SCHEMA = 1
-COLUMNS = ("shard_id", *ShardSummary._fields, "split")
 LARGEST_SHARD_TOKENS = 1 << 31  # 4 GiB
-SHA256 = re.compile(r"[0-9a-f]{64}")
+COUNTS = ("tokens", "documents", "skipped", "text_bytes")  # of a shard, added up for each split
+FILE_COLUMNS = ("name", "digest", "size_bytes")  # of source files
 
 
 class ShardRow(NamedTuple):
-    """One shard as the manifest lists it."""
+    """One shard as a manifest lists it; one that no manifest lists yet counts as train.
 
-    shard_id: str
-    tokens: int
+    The values become keys, file names and sizes, so `read_manifest` checks the constraints.
+    """
+
+    shard_id: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+    tokens: Annotated[int, Field(gt=0, le=LARGEST_SHARD_TOKENS)]
     documents: int
     skipped: int
     text_bytes: int
-    sha256: str
-    split: str
-
-    @property
-    def summary(self) -> ShardSummary:
-        return ShardSummary(*self[1:-1])
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    split: Literal["train", "val"] = "train"
 
 
 @dataclass(frozen=True)
 class Manifest:
     """One version of a dataset: what made it, where its text came from, and its shards in order as columns.
 
-    `source` holds the source files as columns (name, digest, size_bytes) and, for a Hub dataset, its origin (dataset,
-    config, commit, licence). `empty` lists shards whose every document was filtered or skipped.
+    `origin` is that of a Hub dataset (dataset, config, commit, licence). `source_files` are columns too.
+    `empty` lists shards whose every document was filtered or skipped.
     """
 
     digest: str
-    recipe: dict[str, Any]
-    tokenizer: dict[str, Any]
-    source: dict[str, Any]
+    recipe: DatasetSettings
+    tokenizer: TokenizerIdentity
+    origin: dict[str, str]
     totals: dict[str, dict[str, int]]
     parent: str | None
     columns: dict[str, list[Any]]
+    source_files: dict[str, list[Any]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
 
     @property
@@ -60,26 +61,37 @@ class Manifest:
 
     @property
     def files(self) -> dict[str, str]:
-        return dict(zip(self.source["files"]["name"], self.source["files"]["digest"], strict=True))
-
-    @property
-    def origin(self) -> dict[str, str]:
-        return {name: value for name, value in self.source.items() if name != "files"}
+        return dict(zip(self.source_files["name"], self.source_files["digest"], strict=True))
 
     @property
     def tokens(self) -> int:
         return sum(counts["tokens"] for counts in self.totals.values())
 
     @property
-    def summaries(self) -> dict[str, ShardSummary]:
-        return {row.shard_id: row.summary for row in self.rows()}
+    def rows_by_id(self) -> dict[str, ShardRow]:
+        return {row.shard_id: row for row in self.rows()}
 
     def rows(self, split: str | None = None) -> Iterator[ShardRow]:
         """The shards in order, of both splits or of one."""
-        for values in zip(*(self.columns[name] for name in COLUMNS), strict=True):
+        for values in zip(*(self.columns[name] for name in ShardRow._fields), strict=True):
             row = ShardRow(*values)
             if split in (None, row.split):
                 yield row
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema": SCHEMA,
+            "recipe": self.recipe.to_json(),
+            "tokenizer": self.tokenizer,
+            "source": self.origin | {"files": self.source_files},
+            "totals": self.totals,
+            "parent": self.parent,
+            "shards": self.columns,
+        } | ({"empty": self.empty} if self.empty else {})
+
+
+_MANIFEST = TypeAdapter(Manifest)
+_COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(ShardRow, include_extras=True).items()}  # type: ignore[valid-type]
 
 
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
@@ -97,16 +109,18 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}; this version reads up to "
                 f"{SCHEMA}. Update gpt2-pipeline."
             )
-        invalid = _invalid_values(value["shards"])
-        fields = {name: value[name] for name in ("recipe", "tokenizer", "source", "totals", "parent")}
+        columns = {name: kind.validate_python(value["shards"][name], strict=True) for name, kind in _COLUMNS.items()}
+        if len({len(column) for column in columns.values()}) > 1:
+            raise ValueError("columns of different lengths")
+        origin = dict(value["source"])
+        files = origin.pop("files")
+        fields = {"digest": digest, "columns": columns, "origin": origin, "source_files": files}
+        return _MANIFEST.validate_python(value | fields)
     except (ValueError, KeyError, TypeError) as error:
-        invalid = [error]
-    if invalid:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: expected columns of shard names, digests and sizes, found "
-            f"{str(invalid[0])[:80]!r}. Do not use it: gpt2 dataset build seals another."
-        )
-    return Manifest(digest=digest, columns=value["shards"], empty=tuple(value.get("empty", ())), **fields)
+            f"{' '.join(str(error).split())[:160]}. Do not use it: gpt2 dataset build seals another."
+        ) from error
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
@@ -129,15 +143,3 @@ def ancestors(store: Store, dataset: str, digest: str | None) -> Iterator[Manife
         version = read_manifest(store, dataset, digest)
         yield version
         digest = version.parent
-
-
-def _invalid_values(columns: dict[str, list[Any]]) -> list[Any]:
-    """The values that cannot become keys, file names and sizes."""
-    shard_ids = columns["shard_id"]
-    invalid: list[Any] = [name for name in COLUMNS if len(columns[name]) != len(shard_ids)]
-    invalid += [shard_id for shard_id in shard_ids if not NAME.fullmatch(shard_id)]
-    invalid += [sha256 for sha256 in columns["sha256"] if not SHA256.fullmatch(sha256)]
-    invalid += [
-        tokens for tokens in columns["tokens"] if not (isinstance(tokens, int) and 0 < tokens <= LARGEST_SHARD_TOKENS)
-    ]
-    return invalid + [split for split in columns["split"] if split not in ("train", "val")]

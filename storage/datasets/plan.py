@@ -4,22 +4,22 @@ No shard crosses a file border, so a new or changed file affects only its own sh
 of the file and the settings, and is kept in the store: the next build does not read an unchanged file again.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from storage.datasets.recipe import FORMAT, DatasetSettings, ShardRecipe
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing
+from storage.errors import AlreadyExists, ObjectCorrupt
 from storage.keys import DatasetKeys
 from storage.sources import documents
 from storage.sources.files import SourceFile, check_distinct
 from storage.sources.mirror import locate
-from storage.stores.store import Store
+from storage.stores.store import Store, read_json
 
 PlanFile = Callable[[SourceFile, int], "FilePlan"]
 
@@ -69,6 +69,9 @@ class FilePlan:
             row_from = row_to
 
 
+_PLAN = TypeAdapter(FilePlan)
+
+
 def plan_file(file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0) -> FilePlan:
     """Cut one file into shards; with a limit, only its first rows of that many tokens. Raises SourceInvalid."""
     rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
@@ -108,14 +111,15 @@ def plan_files(
 
     A plan that an earlier build kept is read; `make_plan(file, limit_tokens)` makes the others.
     """
+
+    def plan_here(file: SourceFile, limit_tokens: int) -> FilePlan:
+        return replace(plan_file(locate(store, file), settings, limit_tokens), file=file)
+
+    make_plan = make_plan or plan_here
     check_distinct(files)
     remaining = settings.max_tokens
     for file in files:
-        plan = read_plan(store, dataset, file, settings, remaining)
-        if plan is None and make_plan is not None:
-            plan = make_plan(file, remaining)
-        elif plan is None:
-            plan = replace(plan_file(locate(store, file), settings, remaining), file=file)
+        plan = read_plan(store, dataset, file, settings, remaining) or make_plan(file, remaining)
         yield plan
         if settings.max_tokens:
             remaining -= plan.tokens
@@ -128,18 +132,14 @@ def read_plan(
 ) -> FilePlan | None:
     """The file's plan if an earlier build kept it. Raises ObjectCorrupt."""
     key = _key(dataset, file, settings, limit_tokens)
-    try:
-        body = store.read(key).body
-    except ObjectMissing:
+    value = read_json(store, key)
+    if value is None:
         return None
     try:
-        value = json.loads(body)
-        row_ends, starts = tuple(value["row_ends"]), value["start_bytes"]
-        start_bytes = None if starts is None else tuple(starts)
-        return FilePlan(file, settings, row_ends, start_bytes, int(value["tokens"]), bool(value["limited"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return _PLAN.validate_python(value | {"file": file, "settings": settings})
+    except ValueError as error:
         raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} should be a plan, found {body[:40]!r}. Delete it and run again."
+            f"object {key!r} of store {store.url!r} is not a plan of {file.name!r}. Delete it and run again."
         ) from error
 
 
@@ -152,5 +152,5 @@ def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) 
 
 
 def _key(dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int) -> str:
-    recipe = {"format": FORMAT, "source": file.digest, "shape": settings.recipe(), "limit_tokens": limit_tokens}
+    recipe = {"format": FORMAT, "source": file.digest, "shape": settings.to_json(), "limit_tokens": limit_tokens}
     return DatasetKeys(dataset).plan(digest(recipe))

@@ -7,8 +7,19 @@ its default, so adding a setting renames no earlier work.
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from typing_extensions import TypedDict  # pydantic models hold it, and need this one before Python 3.12
+
 FORMAT = 1  # raised by hand when the same recipe would give other bytes
 FIXED = {"format": FORMAT, "eot": "before", "dtype": "<u2"}  # the same in every shard recipe of this format
+
+
+class TokenizerIdentity(TypedDict):
+    """A tokenizer as manifests name it. `sha256` covers merges, vocabulary, pattern and special tokens."""
+
+    name: str
+    vocabulary: int
+    eot: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -22,8 +33,7 @@ class DatasetSettings:
     on_bad_document: str = "fail"
     max_tokens: int = 0
 
-    def recipe(self) -> dict[str, Any]:
-        """The settings as JSON values, without those at their default."""
+    def to_json(self) -> dict[str, object]:
         return _without_defaults(self)
 
 
@@ -36,12 +46,12 @@ class DatasetSpec:
     source: str
     config: str
     val_shards: int
-    tokenizer: dict[str, Any]
+    tokenizer: TokenizerIdentity
 
     @property
-    def binding(self) -> dict[str, Any]:
+    def binding(self) -> dict[str, object]:
         """What the name is bound to at the first seal; a later build with other values is refused."""
-        return self.settings.recipe() | {"source": self.source, "config": self.config}
+        return self.settings.to_json() | {"source": self.source, "config": self.config}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class ShardRecipe:
     filters: tuple[str, ...] = ()
     on_bad_document: str = "fail"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return FIXED | _without_defaults(self)
 
     @classmethod
@@ -66,7 +76,7 @@ class ShardRecipe:
         return cls(**(settings | {"filters": tuple(value.get("filters", ()))}))
 
 
-def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, Any]:
+def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, object]:
     defaults = {field.name: field.default for field in fields(settings)}
     changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

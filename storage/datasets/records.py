@@ -1,33 +1,23 @@
 """The record of a shard: the JSON that makes the shard count as done. It is written after the shard, create-only."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from storage.datasets.manifest import ShardRow
 from storage.datasets.recipe import ShardRecipe
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt
+from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, StorageError
 from storage.keys import DatasetKeys, failure
 from storage.stores.store import Store, overwrite, read_json
 
 DTYPE = np.dtype("<u2")  # of token ids: gpt2's 50,257 fit 16 bits; little-endian on every host
 RECORDS_AT_ONCE = 16  # from a bucket each is a round trip of 3 ms or more
 RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
-
-
-class ShardSummary(NamedTuple):
-    """What a manifest holds of a shard: its counts and the sha256 of its bytes."""
-
-    tokens: int
-    documents: int
-    skipped: int
-    text_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -58,11 +48,16 @@ class Record:
         return self.tokens * DTYPE.itemsize
 
     @property
-    def summary(self) -> ShardSummary:
-        return ShardSummary(self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
+    def row(self) -> ShardRow:
+        return ShardRow(self.shard_id, self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self) | {"recipe": self.recipe.to_json()}
+
+
+def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = ShardCorrupt) -> StorageError:
+    """The error for a shard that has to be rebuilt."""
+    return kind(f"shard {shard_id!r} of dataset {dataset!r}: {wrong} Rebuild it: gpt2 dataset verify --repair")
 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:
@@ -72,10 +67,7 @@ def read_record(store: Store, dataset: str, shard_id: str) -> Record:
         value = json.loads(body)
         return Record(**(value | {"recipe": ShardRecipe.from_json(value["recipe"])}))
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardCorrupt(
-            f"shard {shard_id!r} of dataset {dataset!r}: its record should be JSON, found {body[:40]!r}. "
-            f"Rebuild it: gpt2 dataset verify --repair"
-        ) from error
+        raise corrupt(dataset, shard_id, f"its record should be JSON, found {body[:40]!r}.") from error
 
 
 def put_record(store: Store, dataset: str, record: Record) -> None:
@@ -84,43 +76,33 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
     try:
         store.put_new(key, body)
     except AlreadyExists as error:
-        stored = _readable_summary(store, dataset, record.shard_id)
+        stored = _readable_row(store, dataset, record.shard_id)
         if stored is None:
             overwrite(store, key, body)
         elif stored.sha256 != record.sha256:
-            raise ShardCorrupt(
-                f"shard {record.shard_id!r} of dataset {dataset!r}: its record has sha256 {stored.sha256}, but the "
-                f"same recipe now gives {record.sha256}. Rebuild it: gpt2 dataset verify --repair"
-            ) from error
+            wrong = f"its record has sha256 {stored.sha256}, but the same recipe now gives {record.sha256}."
+            raise corrupt(dataset, record.shard_id, wrong) from error
 
 
 def finished_shards(
-    store: Store, dataset: str, shard_ids: Iterable[str], known: Mapping[str, ShardSummary]
-) -> dict[str, ShardSummary]:
+    store: Store, dataset: str, shard_ids: Sequence[str], known: Mapping[str, ShardRow]
+) -> dict[str, ShardRow]:
     """The shards that are done: the record is stored, and the shard has the size that it states.
 
-    Costs one listing. Records are read only for shards that are not `known` from a manifest. Keeps 8 bytes and a
-    reference per shard, so that 130,000 shards fit.
+    Costs one listing. Records are read only for shards that are not `known` from a manifest.
     """
-    numbers = {shard_id: number for number, shard_id in enumerate(shard_ids)}
-    sizes, has_record = np.full(len(numbers), -1, np.int64), np.zeros(len(numbers), bool)
-    for shard_id, is_record, size_bytes in _listed(store, dataset):
-        number = numbers.get(shard_id)
-        if number is not None and is_record:
-            has_record[number] = True
-        elif number is not None:
-            sizes[number] = size_bytes
-    finished: dict[str, ShardSummary] = {}
-    recorded = (shard_id for shard_id, number in numbers.items() if has_record[number])
+    recorded, sizes = _stored(store, dataset)
+    unread = iter([shard_id for shard_id in shard_ids if shard_id in recorded and shard_id not in known])
+    read: dict[str, ShardRow | None] = {}
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
-        while window := list(islice(recorded, RECORDS_IN_FLIGHT)):
-            unknown = [shard_id for shard_id in window if shard_id not in known]
-            summaries = pool.map(lambda shard_id: _readable_summary(store, dataset, shard_id), unknown)
-            read = dict(zip(unknown, summaries, strict=True))
-            for shard_id in window:
-                summary = known.get(shard_id) or read[shard_id]
-                if summary and sizes[numbers[shard_id]] == summary.tokens * DTYPE.itemsize:
-                    finished[shard_id] = summary
+        while window := list(islice(unread, RECORDS_IN_FLIGHT)):
+            rows = pool.map(lambda shard_id: _readable_row(store, dataset, shard_id), window)
+            read.update(zip(window, rows, strict=True))
+    finished = {}
+    for shard_id in recorded.intersection(shard_ids):
+        row = known.get(shard_id) or read[shard_id]
+        if row and sizes.get(shard_id) == row.tokens * DTYPE.itemsize:
+            finished[shard_id] = row
     return finished
 
 
@@ -135,7 +117,7 @@ def is_finished(store: Store, dataset: str, shard_id: str) -> bool:
 
 def recorded_shards(store: Store, dataset: str) -> set[str]:
     """The shards that have a record."""
-    return {shard_id for shard_id, is_record, _ in _listed(store, dataset) if is_record}
+    return _stored(store, dataset)[0]
 
 
 def delete_shard(store: Store, dataset: str, shard_id: str) -> None:
@@ -152,17 +134,21 @@ def failures(store: Store, dataset: str) -> dict[str, str]:
     return {key.removeprefix(prefix).removesuffix(suffix): str(note.get("why")) for key, note in reasons.items()}
 
 
-def _readable_summary(store: Store, dataset: str, shard_id: str) -> ShardSummary | None:
+def _readable_row(store: Store, dataset: str, shard_id: str) -> ShardRow | None:
     try:
-        return read_record(store, dataset, shard_id).summary
+        return read_record(store, dataset, shard_id).row
     except ShardCorrupt:
         return None
 
 
-def _listed(store: Store, dataset: str) -> Iterator[tuple[str, bool, int]]:
-    """Each stored shard and record: shard_id, whether it is the record, size in bytes."""
-    dataset_keys = DatasetKeys(dataset)
-    for listed in store.list(dataset_keys.shards):
-        shard_id, is_record = dataset_keys.shard_of(listed.key)
-        if shard_id is not None:
-            yield shard_id, is_record, listed.size
+def _stored(store: Store, dataset: str) -> tuple[set[str], dict[str, int]]:
+    """The shards that have a record, and the size in bytes of each shard."""
+    recorded: set[str] = set()
+    sizes: dict[str, int] = {}
+    for listed in store.list(DatasetKeys(dataset).shards):
+        shard_id, is_record = DatasetKeys(dataset).shard_of(listed.key)
+        if shard_id and is_record:
+            recorded.add(shard_id)
+        elif shard_id:
+            sizes[shard_id] = listed.size
+    return recorded, sizes

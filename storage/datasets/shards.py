@@ -6,21 +6,22 @@ bytes to the same keys. The tokenizer is passed in as a function.
 
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 
 import numpy as np
 
 from storage.datasets.plan import ShardJob
-from storage.datasets.records import DTYPE, Record, delete_shard, put_record
+from storage.datasets.records import DTYPE, Record, corrupt, delete_shard, put_record
 from storage.digests import sha256 as sha256_of
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
 from storage.sources import documents, rows
+from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
+from storage.sources.rows import Row
 from storage.stores.store import Body, Store
 
 BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing would hold two copies
@@ -33,22 +34,41 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
     Raises SourceInvalid if the source file changed since the plan or cannot be tokenised, ShardCorrupt if a record with
     other bytes is stored.
     """
-    tokenised = _tokenise(store, job, encode, eot)
-    body = tokenised.tokens.view(np.uint8).data
+    recipe = job.recipe
+    buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
+    text_bytes = 0
+    lengths: list[int] = []  # tokens of each document, EOT included
+    skipped_rows: list[int] = []
+    dumps: Counter[str] = Counter()
+    for row, ids in _encoded(locate(store, job.source), job, encode):
+        if ids is None:
+            skipped_rows.append(row.number)
+            continue
+        end = used + 1 + len(ids)
+        if end > len(buffer):
+            buffer = np.concatenate([buffer[:used], np.empty(max(end, 2 * len(buffer)) - used, DTYPE)])
+        buffer[used] = eot
+        buffer[used + 1 : end] = ids
+        lengths.append(end - used)
+        used = end
+        text_bytes += len(row.text.encode(errors="surrogatepass"))
+        if row.dump is not None:
+            dumps[str(row.dump)] += 1
+    body = buffer[:used].view(np.uint8).data
     record = Record(
         shard_id=job.shard_id,
-        tokens=len(tokenised.tokens),
-        documents=len(tokenised.lengths),
-        skipped=len(tokenised.skipped_rows),
-        text_bytes=tokenised.text_bytes,
+        tokens=used,
+        documents=len(lengths),
+        skipped=len(skipped_rows),
+        text_bytes=text_bytes,
         sha256=sha256_of(body),
         source=job.source.name,
-        recipe=job.recipe,
+        recipe=recipe,
         versions=_versions(),
-        filtered=job.recipe.row_to - job.recipe.row_from - len(tokenised.lengths) - len(tokenised.skipped_rows),
-        skipped_rows=tokenised.skipped_rows,
-        lengths=_histogram(tokenised.lengths),
-        dumps=dict(tokenised.dumps),
+        filtered=recipe.row_to - recipe.row_from - len(lengths) - len(skipped_rows),
+        skipped_rows=skipped_rows,
+        lengths=_histogram(lengths),
+        dumps=dict(dumps),
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
     put_record(store, dataset, record)
@@ -71,21 +91,17 @@ def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str
 
 def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
     """The bytes of a shard, verified against `sha256`. Raises ObjectMissing, ShardCorrupt."""
-    rebuild = "Rebuild it: gpt2 dataset verify --repair"
     for _ in range(2):  # bytes damaged in transit arrive intact the second time
         try:
             stored = store.read(DatasetKeys(dataset).shard(shard_id), tokens * DTYPE.itemsize)
         except (ObjectMissing, ObjectCorrupt) as error:
             kind = ObjectMissing if isinstance(error, ObjectMissing) else ShardCorrupt
-            raise kind(
-                f"shard {shard_id!r} of dataset {dataset!r}: expected sha256 {sha256}. {error} {rebuild}"
-            ) from error
+            raise corrupt(dataset, shard_id, f"expected sha256 {sha256}. {error}", kind) from error
         if stored.sha256 == sha256:
             return stored.body
-    raise ShardCorrupt(
-        f"shard {shard_id!r} of dataset {dataset!r}: expected sha256 {sha256}, found {stored.sha256} "
-        f"({len(stored.body) // DTYPE.itemsize:,} of {tokens:,} tokens). {rebuild}"
-    )
+    stored_tokens = len(stored.body) // DTYPE.itemsize
+    wrong = f"expected sha256 {sha256}, found {stored.sha256} ({stored_tokens:,} of {tokens:,} tokens)."
+    raise corrupt(dataset, shard_id, wrong)
 
 
 def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,25 +110,13 @@ def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.append(starts[1:], len(ids))
 
 
-@dataclass
-class _Tokenised:
-    """The token ids of a job's rows, and the counts for its record."""
-
-    tokens: np.ndarray
-    text_bytes: int = 0
-    skipped_rows: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # tokens of each document, EOT included
-    dumps: Counter[str] = field(default_factory=Counter)
-
-
-def _tokenise(store: Store, job: ShardJob, encode: Encode, eot: int) -> _Tokenised:
-    """Token ids with `eot` before each document, written into one buffer."""
-    recipe, file = job.recipe, locate(store, job.source)
-    buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
-    tokenised = _Tokenised(buffer[:0])
+def _encoded(file: SourceFile, job: ShardJob, encode: Encode) -> Iterator[tuple[Row, np.ndarray | None]]:
+    """The documents of a job and their token ids, None for a document that is skipped."""
+    recipe = job.recipe
     for row in documents.documents(
         file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
     ):
+        ids = None
         try:
             if not isinstance(row.text, str):
                 raise ValueError(rows.no_text(row, recipe.text_column))
@@ -120,24 +124,7 @@ def _tokenise(store: Store, job: ShardJob, encode: Encode, eot: int) -> _Tokenis
         except ValueError as error:
             if recipe.on_bad_document != "skip":
                 raise rows.bad_document(file, row, str(error)) from error
-            tokenised.skipped_rows.append(row.number)
-            continue
-        end = used + 1 + len(ids)
-        if end > len(buffer):
-            buffer = np.concatenate([buffer[:used], np.empty(max(end, 2 * len(buffer)) - used, DTYPE)])
-        buffer[used] = eot
-        buffer[used + 1 : end] = ids
-        tokenised.lengths.append(end - used)
-        used = end
-        tokenised.text_bytes += _utf8_bytes(row.text)
-        if row.dump is not None:
-            tokenised.dumps[str(row.dump)] += 1
-    tokenised.tokens = buffer[:used]
-    return tokenised
-
-
-def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+        yield row, ids
 
 
 def _histogram(lengths: list[int]) -> list[int]:

@@ -1,10 +1,12 @@
 """The versions of a dataset: their history, and how two of them differ. Opens no shard."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from pydantic import BaseModel
 
 from storage.datasets.manifest import Manifest, ancestors, latest_manifest, read_manifest
+from storage.datasets.recipe import DatasetSettings
 from storage.errors import ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
@@ -84,20 +86,18 @@ def find_version(store: Store, dataset: str, name: str) -> Manifest:
 
 def difference(old: Manifest, new: Manifest) -> Difference:
     """What the new version adds to the old one and what it removes."""
-    old_shards, new_shards = old.summaries, new.summaries
-    sides = {
-        "added": [shard for shard_id, shard in new_shards.items() if old_shards.get(shard_id) != shard],
-        "removed": [shard for shard_id, shard in old_shards.items() if new_shards.get(shard_id) != shard],
-    }
-    names = old.recipe.keys() | new.recipe.keys()
+    old_rows, new_rows = old.rows_by_id, new.rows_by_id
+    added = [row for shard_id, row in new_rows.items() if old_rows.get(shard_id) != row]
+    removed = [row for shard_id, row in old_rows.items() if new_rows.get(shard_id) != row]
+    settings = (field.name for field in fields(DatasetSettings))
     return Difference(
         files=FileChanges(
             added=sorted(new.files.keys() - old.files.keys()),
             changed=sorted(name for name, digest in new.files.items() if old.files.get(name, digest) != digest),
             removed=sorted(old.files.keys() - new.files.keys()),
         ),
-        shards=Change(**{side: len(shards) for side, shards in sides.items()}),
-        documents=Change(**{side: sum(shard.documents for shard in shards) for side, shards in sides.items()}),
-        tokens=Change(**{side: sum(shard.tokens for shard in shards) for side, shards in sides.items()}),
-        settings=sorted(name for name in names if old.recipe.get(name) != new.recipe.get(name)),
+        shards=Change(added=len(added), removed=len(removed)),
+        documents=Change(added=sum(row.documents for row in added), removed=sum(row.documents for row in removed)),
+        tokens=Change(added=sum(row.tokens for row in added), removed=sum(row.tokens for row in removed)),
+        settings=sorted(name for name in settings if getattr(old.recipe, name) != getattr(new.recipe, name)),
     )

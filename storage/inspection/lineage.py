@@ -65,7 +65,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     """The source files of a version made from a Hub dataset, by digest, at the commit that it was made from."""
-    origin, files = manifest.origin, manifest.source["files"]
+    origin, files = manifest.origin, manifest.source_files
     if "commit" not in origin:
         return {}
     return {

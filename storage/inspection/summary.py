@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from storage.datasets.manifest import Manifest
+from storage.datasets.recipe import TokenizerIdentity
 from storage.datasets.records import RECORDS_AT_ONCE, read_record
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.stores.store import Store
@@ -39,7 +40,7 @@ class DatasetSummary(BaseModel, frozen=True):
     manifest: str
     parent: str | None
     recipe: dict[str, Any]
-    tokenizer: dict[str, Any]
+    tokenizer: TokenizerIdentity
     origin: dict[str, str]
     totals: dict[str, dict[str, int]]
     files: list[FileSummary]
@@ -70,7 +71,7 @@ def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
         dataset=dataset,
         manifest=manifest.digest,
         parent=manifest.parent,
-        recipe=manifest.recipe,
+        recipe=manifest.recipe.to_json(),
         tokenizer=manifest.tokenizer,
         origin=manifest.origin,
         totals=manifest.totals,

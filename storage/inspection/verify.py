@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from storage.datasets.manifest import Manifest, ShardRow, read_manifest
+from storage.datasets.manifest import COUNTS, Manifest, ShardRow, read_manifest
 from storage.datasets.recipe import ShardRecipe
-from storage.datasets.records import DTYPE, ShardSummary, read_record
+from storage.datasets.records import DTYPE, read_record
 from storage.datasets.shards import document_bounds, read_shard
 from storage.errors import ObjectMissing, StorageError
 from storage.inspection.lineage import source_rows
@@ -85,7 +85,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
         record = read_record(store, dataset, row.shard_id)
     except StorageError as error:
         return _damaged(row, str(error))
-    for name in ShardSummary._fields:
+    for name in (*COUNTS, "sha256"):
         listed, recorded = getattr(row, name), getattr(record, name)
         if listed != recorded:
             return _damaged(row, f"{name}: the manifest says {listed}, its record {recorded}")

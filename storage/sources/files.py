@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from storage import keys
 from storage.errors import SourceInvalid
@@ -46,11 +45,6 @@ class Listing:
 
     files: tuple[SourceFile, ...]
     origin: dict[str, str]
-
-    def described(self) -> dict[str, Any]:
-        """The source as a manifest holds it. It does not depend on where the files are read."""
-        columns = {name: [getattr(file, name) for file in self.files] for name in ("name", "digest", "size_bytes")}
-        return self.origin | {"files": columns}
 
 
 def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:

@@ -79,10 +79,10 @@ def test_a_hub_dataset_gives_the_shards_of_its_files(
         (folder / Path(name).name).write_bytes(body)
     local = sealed(tiny_config(str(tmp_path / "other"), str(folder), "data.shard_tokens=600"))
     assert local.columns == found.columns
-    assert found.source["dataset"] == "org/edu"
-    assert found.source["licence"] == "odc-by"
-    assert found.source["files"]["name"] == list(files)
-    assert local.source["files"]["digest"] == found.source["files"]["digest"]
+    assert found.origin["dataset"] == "org/edu"
+    assert found.origin["licence"] == "odc-by"
+    assert found.source_files["name"] == list(files)
+    assert local.source_files["digest"] == found.source_files["digest"]
 
 
 def test_a_mirror_or_none_gives_the_same_manifest(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
@@ -178,7 +178,7 @@ def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub:
     assert latest_manifest(store, "small") is None
     hub.faults.clear()
     hub.requests.clear()
-    assert len(sealed(config).source["files"]["name"]) == 3
+    assert len(sealed(config).source_files["name"]) == 3
     assert stored(hub) == ["part-1.parquet"]
 
 
@@ -198,7 +198,7 @@ def test_a_limit_fetches_no_more_files_than_it_needs(tmp_path: Path, config: Run
     few = changed(config, max_tokens=2_000, dataset="few")
     found = read_manifest(open_store(config.store_url, create=True), "few", build_dataset(few))
     assert stored(hub) == ["part-0.parquet"]
-    assert found.source["files"]["name"] == ["data/part-0.parquet"]
+    assert found.source_files["name"] == ["data/part-0.parquet"]
     assert 1_800 < sum(row.tokens for row in found.rows()) <= 2_000
     more = changed(config, max_tokens=4_000, dataset="more")
     build_dataset(more)

@@ -12,17 +12,16 @@ from storage.datasets.plan import FilePlan, ShardJob, plan_file
 from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.keys import DatasetKeys
 from storage.sources import identity
+from storage.sources.files import Listing
 from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
 
 IDENTITY = tokenizer.identity()
 SPEC = DatasetSpec("small", DatasetSettings(500, IDENTITY["sha256"]), "*.parquet", "", 2, IDENTITY)
-NO_FILES: dict[str, Any] = {"files": {"name": [], "size_bytes": [], "digest": []}}
+NO_FILES = Listing((), {})
 
 
-def seal(
-    store: Store, dataset: str, planned: list[str], source: dict[str, Any] | None = None, **changes: Any
-) -> Manifest:
+def seal(store: Store, dataset: str, planned: list[str], source: Listing | None = None, **changes: Any) -> Manifest:
     """Seal planned shards as `SPEC` says, with changes of it."""
     return sealing.seal(store, replace(SPEC, name=dataset, **changes), planned, source or NO_FILES)
 

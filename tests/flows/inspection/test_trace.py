@@ -211,9 +211,9 @@ def published(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Publ
 
 
 def test_rows_of_a_hub_dataset_are_found_at_its_commit(published: Published, hub: Hub) -> None:
-    source = published.target.manifest.source
+    source = published.target.manifest.source_files
     files = hub_files(published.target.manifest)
-    assert (list(files), [file.name for file in files.values()]) == (source["files"]["digest"], source["files"]["name"])
+    assert (list(files), [file.name for file in files.values()]) == (source["digest"], source["name"])
     published.check()
     resolved = hub.received("/datasets/org/edu/resolve/*")
     assert resolved

@@ -57,7 +57,6 @@ def test_a_name_stays_with_its_settings(config: RunConfig, source: str) -> None:
 
 
 def test_filters_and_limits_are_part_of_what_a_name_is_bound_to(tmp_path: Path, source: str) -> None:
-    filters = ["token_count >= 60", "length < 9000"]
     settings = [
         'data.filters=["token_count >= 60", "length < 9000"]', "data.max_tokens=3000", "data.on_bad_document=skip",
     ]  # fmt: skip
@@ -66,7 +65,7 @@ def test_filters_and_limits_are_part_of_what_a_name_is_bound_to(tmp_path: Path, 
     assert missing(config) == set()
     assert build_dataset(config) == manifest
     assert 2_000 < manifest.tokens <= 3_000
-    assert manifest.recipe["filters"] == filters
+    assert manifest.recipe.filters == ("token_count >= 60", "length < 9000")
     for setting in ("data.filters=[]", "data.max_tokens=0", "data.on_bad_document=fail"):
         name = setting.partition("=")[0].removeprefix("data.")
         with pytest.raises(DatasetMismatch, match=f"{name} is .*Choose another name"):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from model import tokenizer
 from storage.datasets import records, shards
-from storage.datasets.manifest import latest_manifest, read_manifest
-from storage.datasets.records import ShardSummary
+from storage.datasets.manifest import COUNTS, latest_manifest, read_manifest
 from storage.datasets.versions import history
 from storage.digests import canonical_json, sha256
 from storage.keys import DatasetKeys
@@ -71,15 +70,15 @@ def test_columns_and_totals_are_those_of_the_records(store: Store, files: list[P
     rows = list(found.rows())
     assert found.shard_ids == [job.shard_id for job in jobs_of(*files)]
     for row in rows:
-        assert row.summary == records.read_record(store, "small", row.shard_id).summary
+        assert row._replace(split="train") == records.read_record(store, "small", row.shard_id).row
         assert sha256(store.read(DatasetKeys("small").shard(row.shard_id)).body) == row.sha256
     for split in ("train", "val"):
         of_split = list(found.rows(split))
         assert found.totals[split] == {
             "shards": len(of_split),
-            **{name: sum(getattr(row, name) for row in of_split) for name in ShardSummary._fields[:-1]},
+            **{name: sum(getattr(row, name) for row in of_split) for name in COUNTS},
         }
-    assert found.summaries == {row.shard_id: row.summary for row in rows}
+    assert found.rows_by_id == {row.shard_id: row for row in rows}
 
 
 def test_the_first_shards_are_val_and_the_others_train(store: Store, files: list[Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storage.datasets import records, sealing
-from storage.datasets.manifest import COLUMNS, Manifest, latest_manifest, read_manifest
+from storage.datasets.manifest import Manifest, ShardRow, latest_manifest, read_manifest
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.sealing import check_binding, check_rebuilt
 from storage.digests import canonical_json, sha256
@@ -61,7 +61,7 @@ def test_a_name_bound_to_other_settings_names_the_field(
 ) -> None:
     first = sealed(store, *files)
     for ask in (
-        lambda: check_binding(store, "small", spec.binding),
+        lambda: check_binding(store, spec),
         lambda: sealing.seal(store, spec, first.shard_ids, NO_FILES),
     ):
         with pytest.raises(DatasetMismatch) as found:
@@ -73,8 +73,8 @@ def test_a_name_bound_to_other_settings_names_the_field(
 
 def test_the_same_settings_and_a_new_name_are_bound_freely(store: Store, files: list[Path]) -> None:
     sealed(store, *files)
-    check_binding(store, "small", dict(SPEC.binding))
-    check_binding(store, "unknown", {"source": "other"})
+    check_binding(store, SPEC)
+    check_binding(store, replace(SPEC, name="unknown", source="other"))
 
 
 # Not read
@@ -157,7 +157,7 @@ SPOILT: dict[str, Callable[[dict[str, Any], str], object]] = {
 }
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", ShardRow._fields)
 @pytest.mark.parametrize("how", SPOILT)
 def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
     with pytest.raises(ObjectCorrupt, match="columns of shard names"):

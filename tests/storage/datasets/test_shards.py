@@ -201,7 +201,7 @@ def test_reading_a_damaged_shard_names_both_digests(store: Store, job: ShardJob)
 def test_done_believes_the_tokens_of_a_manifest(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     for tokens, expected in ((record.tokens, {job.shard_id}), (record.tokens + 1, set())):
-        known = {job.shard_id: record.summary._replace(tokens=tokens)}
+        known = {job.shard_id: record.row._replace(tokens=tokens)}
         assert set(records.finished_shards(store, "small", [job.shard_id], known)) == expected
 
 

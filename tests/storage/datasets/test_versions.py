@@ -89,7 +89,7 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
     for year in ("2024", "2025"):
         crawl.write(f"{year}/pages.parquet", [crawled(int(year), number) for number in range(40)])
         second = crawl.build()
-        assert first.source["files"]["digest"] != second.source["files"]["digest"]
+        assert first.source_files["digest"] != second.source_files["digest"]
         change = difference(first, second)
         if not (change.files.added or change.files.changed or change.files.removed):
             unseen.append(year)

@@ -65,7 +65,7 @@ def test_a_summary_counts_what_the_source_files_hold(tmp_path: Path, kind: str, 
         assert file.skipped == sum(document.source == file.name for document in crawl.skipped())
         assert file.filtered == 40 - file.documents - file.skipped
     assert summary.model_dump(mode="json") == {
-        "dataset": "small", "manifest": manifest.digest, "parent": None, "recipe": manifest.recipe,
+        "dataset": "small", "manifest": manifest.digest, "parent": None, "recipe": manifest.recipe.to_json(),
         "tokenizer": manifest.tokenizer, "totals": manifest.totals, "origin": {}, "audit": None,
         "files": [file.model_dump() for file in summary.files], "dumps": summary.dumps, "lengths": summary.lengths,
         "rows": summary.rows, "filtered": summary.filtered, "filtered_share": summary.filtered_share,

@@ -306,7 +306,7 @@ def test_rows_in_both_splits_are_found(store: Store, files: list[Path]) -> None:
         build(store, job)
     val = jobs_of(*files[:2])[:2]
     built(store, *files[:2])
-    source = Listing(tuple(identity.identify(path) for path in [*files[:2], renamed]), {}).described()
+    source = Listing(tuple(identity.identify(path) for path in [*files[:2], renamed]), {})
     manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], source)
     last = max(rows_of(job)[1] for job in val)
     expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and rows_of(job)[0] < last}
