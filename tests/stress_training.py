@@ -85,7 +85,7 @@ class Proof:
         if latest is not None and latest["step"] != self.step:
             self.stale += 1
             assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
-            self._load(CheckpointRecord.from_json(read_json(self._store, latest["record"])))  # type: ignore[arg-type]
+            self._load(CheckpointRecord(**read_json(self._store, latest["record"])))  # type: ignore[arg-type]
         names = {
             listed.key.removeprefix(RunKeys(RUN).checkpoints) for listed in self._store.list(RunKeys(RUN).checkpoints)
         }

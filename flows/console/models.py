@@ -61,8 +61,7 @@ def import_model(
     overrides: Overrides = None,
 ) -> None:
     """Start a run from a GPT-2 in Hugging Face format, to evaluate it, generate text or train further."""
-    from model.checkpoints.huggingface import import_folder
-    from model.checkpoints.huggingface_folder import read_model_config
+    from model.checkpoints.huggingface import import_folder, read_model_config
 
     settings = load_config(config, overrides or [])
     _check_shape(folder, settings.model, read_model_config(folder))
@@ -80,8 +79,7 @@ def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     The run is named after the folder when the configuration does not name it. Raises ValueError for a folder without a
     GPT-2, or when the run holds another model.
     """
-    from model.checkpoints.huggingface import ensure_imported
-    from model.checkpoints.huggingface_folder import read_model_config
+    from model.checkpoints.huggingface import ensure_imported, read_model_config
 
     model = read_model_config(folder)
     name = config.name

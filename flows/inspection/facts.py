@@ -122,7 +122,7 @@ def read_evaluations(store: Store, run: str) -> list[Evaluation]:
     """The evaluations of a run in the store, by step and name."""
     listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
     values = (read_json(store, key) for key in listed_keys)  # None: deleted since, as its job is running again
-    return [Evaluation.from_json(value) for value in values if value is not None and "job" in value]
+    return [Evaluation.model_validate(value) for value in values if value is not None and "job" in value]
 
 
 def newest(evaluations: list[Evaluation]) -> list[Evaluation]:

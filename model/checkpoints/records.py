@@ -7,11 +7,14 @@ import json
 import re
 import secrets
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, field, replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
 
 from storage.digests import canonical_json, sha256
-from storage.errors import AlreadyExists, CheckpointInvalid
+from storage.errors import AlreadyExists, CheckpointInvalid, ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Body, Store, overwrite, read_json
 
@@ -45,23 +48,12 @@ class CheckpointRecord:
 
     step: int
     job: str
-    model: dict[str, Any]
-    train: dict[str, Any]
-    cursor: Cursor | None = None  # None: an imported model
+    model: dict[str, int]
+    train: dict[str, object]
+    cursor: Annotated[Cursor | None, BeforeValidator(lambda cursor: cursor or None)] = None  # {} if imported
     metrics: list[str] = field(default_factory=list)  # keys of all segments from the first step on, in order
     attempt: str = ""
     files: dict[str, CheckpointFile] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "CheckpointRecord":
-        """The record as the store holds it."""
-        files = {name: CheckpointFile(**file) for name, file in value["files"].items()}
-        cursor = Cursor(**value["cursor"]) if value["cursor"] else None
-        return cls(**value | {"files": files, "cursor": cursor})
-
-    def to_json(self) -> dict[str, Any]:
-        """The inverse of `from_json`."""
-        return asdict(self) | {"cursor": asdict(self.cursor) if self.cursor else {}}
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
@@ -72,16 +64,36 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     for key in sizes:
         if not STEP_RECORD.fullmatch(key.removeprefix(prefix)):
             continue
-        value: dict[str, Any] | None = read_json(store, key)
+        value: Any = read_json(store, key)
         if value is None:  # deleted since it was listed
             continue
-        record = CheckpointRecord.from_json(value)
+        record = CheckpointRecord(**value)
         if all(
             sizes.get(RunKeys(run).checkpoint_file(record.step, record.attempt, name)) == file.size_bytes
             for name, file in record.files.items()
         ):
             complete.append(record)
     return sorted(complete, key=lambda record: record.step)
+
+
+def newest_checkpoint(store: Store, run: str) -> CheckpointRecord:
+    """The newest complete checkpoint of the run. Raises ObjectMissing when there is none."""
+    records = checkpoints(store, run)
+    if not records:
+        raise ObjectMissing(f"run {run!r} has no checkpoint in {store.url!r}. Train it first: gpt2 pretrain")
+    return records[-1]
+
+
+def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name: str) -> bytes:
+    """One file of a checkpoint. Raises CheckpointInvalid if its digest is not the recorded one."""
+    key, recorded = RunKeys(run).checkpoint_file(record.step, record.attempt, name), record.files[name]
+    stored = store.read(key, recorded.size_bytes)
+    if stored.sha256 != recorded.sha256:
+        raise CheckpointInvalid(
+            f"run {run!r}: {key!r} should have sha256 {recorded.sha256}, found {stored.sha256}. Delete "
+            f"{RunKeys(run).checkpoint_record(record.step)!r} and run the command again: it uses the checkpoint before."
+        )
+    return bytes(stored.body)
 
 
 def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: CheckpointRecord) -> CheckpointRecord:
@@ -103,7 +115,8 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
 
 def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
     """Create the record. Returns the stored one, which an earlier try has put if its reply was lost."""
-    key, body = RunKeys(run).checkpoint_record(record.step), canonical_json(record.to_json())
+    key, values = RunKeys(run).checkpoint_record(record.step), asdict(record)
+    body = canonical_json(values | {"cursor": values["cursor"] or {}})
     try:
         store.put_new(key, body)
         return record

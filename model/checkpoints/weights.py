@@ -4,17 +4,15 @@ Dropout in step k is a function of (seed, k, rank), so a checkpoint needs no gen
 """
 
 import json
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord
+from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, read_checkpoint_file
+from model.config import ModelConfig
 from model.gpt import GPT, unpadded
 from storage.errors import CheckpointInvalid
-from storage.keys import RunKeys
 from storage.stores.store import Body, Store
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
@@ -40,8 +38,8 @@ class Snapshot:
         return {WEIGHTS: self._copy(WEIGHTS, weights), OPTIMIZER: self._copy(OPTIMIZER, state)}
 
     def _copy(self, file: str, tensors: dict[str, Tensor]) -> bytearray:
-        """The tensors as a safetensors file: length of the header, header, then the data."""
-        header: dict[str, Any] = {}
+        # The format: length of the header, header, data
+        header: dict[str, dict[str, object]] = {}
         end = 0
         for name, tensor in tensors.items():
             assert tensor.dtype == torch.float32
@@ -62,11 +60,18 @@ class Snapshot:
         return body
 
 
+def load_model(store: Store, run: str, record: CheckpointRecord) -> GPT:
+    """The checkpoint's model. Raises CheckpointInvalid if its weights are damaged."""
+    model = GPT(ModelConfig.model_validate(record.model))
+    load_weights(store, run, record, model)
+    return model
+
+
 def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -> None:
     """Load the checkpoint's weights into the model. Raises CheckpointInvalid if they are damaged or do not fit."""
-    tensors = _read(store, run, record, WEIGHTS)
+    tensors = load(read_checkpoint_file(store, run, record, WEIGHTS))
     weights = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
-    if _shapes(tensors) != _shapes(weights):
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: w.shape for name, w in weights.items()}:
         raise CheckpointInvalid(
             f"run {run!r}: the checkpoint of step {record.step:,} holds the weights of another model. "
             f"Choose another name with --set name=…, or delete that checkpoint."
@@ -74,10 +79,6 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def load_optimizer(
@@ -89,7 +90,7 @@ def load_optimizer(
             f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state, as it was imported. "
             f"Start another run from its weights: --set name=… --set train.start_from={run}"
         )
-    tensors = _read(store, run, record, OPTIMIZER)
+    tensors = load(read_checkpoint_file(store, run, record, OPTIMIZER))
     for name, weight in model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in tensors:
             continue  # saved before its first update
@@ -98,20 +99,3 @@ def load_optimizer(
         for field, value in kept.items():
             unpadded(name, padded[field]).copy_(value)
         optimizer.state[weight] = padded
-
-
-def _read(store: Store, run: str, record: CheckpointRecord, name: str) -> dict[str, Tensor]:
-    key = RunKeys(run).checkpoint_file(record.step, record.attempt, name)
-    recorded = record.files[name]
-    stored = store.read(key, recorded.size_bytes)
-    if stored.sha256 != recorded.sha256:
-        raise CheckpointInvalid(
-            f"run {run!r}: {key!r} should have sha256 {recorded.sha256}, found {stored.sha256}. Delete "
-            f"{RunKeys(run).checkpoint_record(record.step)!r} and run again: it resumes from the one before."
-        )
-    try:
-        return load(bytes(stored.body))
-    except SafetensorError as error:
-        raise CheckpointInvalid(
-            f"run {run!r}: {key!r} is not a safetensors file: {error}. Delete its record."
-        ) from error

@@ -52,15 +52,11 @@ class Evaluator:
         self.precision = "bf16" if precision == "bf16" or (precision == "auto" and has_bf16) else "fp32"
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic of the forward pass: bf16 or fp32."""
         return torch.autocast(self.ddp.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     @torch.no_grad()
     def val_loss(self, loader: DataLoader, limit_tokens: int, seed: int = 0) -> ValLoss:
-        """The loss on the split's windows, or on a seeded choice of about `limit_tokens` tokens (0: all windows).
-
-        The ranks share the windows.
-        """
+        """The loss on the split's windows, or on a seeded choice of about `limit_tokens` tokens (0: all)."""
         mine = _chosen_windows(loader, limit_tokens, seed)[self.ddp.rank :: self.ddp.ranks]
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self._sums_on)  # loss, tokens
@@ -107,7 +103,6 @@ class Evaluator:
 
 
 def _chosen_windows(loader: DataLoader, limit_tokens: int, seed: int) -> np.ndarray:
-    """All windows, or a seeded choice of as many as fit into the limit, at least one; ascending."""
     windows = loader.order.epoch_windows
     count = max(limit_tokens // loader.sequence_tokens, 1)
     if not limit_tokens or count >= windows:

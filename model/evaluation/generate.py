@@ -1,32 +1,101 @@
-"""Streams samples of a run's newest checkpoint to the terminal.
+"""Generates text: seeded samples after a prompt, and the command that prints those of a run's newest checkpoint.
 
 python -m model.evaluation.generate <store url> <run> --prompt "…"
+
+Shapes: B texts that are generated together, T time, C channels, V vocabulary.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from model import tokenizer
-from model.checkpoints.records import checkpoints
-from model.checkpoints.weights import load_weights
-from model.config import EvaluationConfig, ModelConfig
-from model.evaluation.sampling import SamplingSettings, generate, prompt_ids
+from model.checkpoints.records import newest_checkpoint
+from model.checkpoints.weights import load_model
+from model.config import EvaluationConfig
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
-from storage.errors import ObjectMissing, StorageError
+from storage.errors import StorageError
 from storage.stores.opening import open_store
-from storage.stores.store import Store
 
 
-def newest_model(store: Store, run: str) -> tuple[GPT, int]:
-    """The model of the run's newest checkpoint, and its step. Raises ObjectMissing when the run has no checkpoint."""
-    records = checkpoints(store, run)
-    if not records:
-        raise ObjectMissing(f"run {run!r} has no checkpoint in {store.url!r}. Train it first: gpt2 pretrain")
-    model = GPT(ModelConfig.model_validate(records[-1].model))
-    load_weights(store, run, records[-1], model)
-    return model, records[-1].step
+def sample_texts(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequence[int]) -> list[list[int]]:
+    """The token ids that follow the prompt, one text for each seed, each up to its `<|endoftext|>`."""
+    texts: list[list[int]] = [[] for _ in seeds]
+    for ids in generate(model, prompt, settings, seeds):
+        for text, token in zip(texts, ids, strict=True):
+            if token != tokenizer.EOT:
+                text.append(token)
+    return texts
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequence[int]) -> Iterator[list[int]]:
+    """Yields the next token id of every text, `sample_tokens` times or until all texts have ended.
+
+    A text that has ended goes on as `<|endoftext|>`. A text depends on its seed only, not on its neighbours (but for
+    the rounding of matrix products). An empty prompt starts a new document. When a text fills the model's context, the
+    last half of it becomes the new context: positions are learnt, so keys and values have to be computed again, but
+    only once in half a context. Raises ValueError for a prompt that is longer than the context.
+    """
+    if not seeds:  # a rank without a sample
+        return
+    model.eval()
+    context_tokens, device = model.config.context_tokens, model.head_VC.device
+    ids = prompt_ids(prompt, context_tokens)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = [list(ids) for _ in seeds]
+    past = model.no_past(len(seeds), min(len(ids) + settings.sample_tokens, context_tokens))
+    fed_BT = torch.tensor([ids], device=device)  # all texts begin alike, so one row will do
+    ended = [False] * len(seeds)
+    for _ in range(settings.sample_tokens):
+        x_BC = model.hidden(fed_BT, past=past)[:, -1]
+        uniform_B = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+        sampled = next_tokens(model.logits(x_BC).float().expand(len(seeds), -1), settings, uniform_B).tolist()
+        tokens = [tokenizer.EOT if over else token for over, token in zip(ended, sampled, strict=True)]
+        ended = [token == tokenizer.EOT for token in tokens]
+        if all(ended):
+            return
+        yield tokens
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        if past[0].length == context_tokens:
+            past = model.no_past(len(seeds), context_tokens)
+            fed_BT = torch.tensor([text[-max(context_tokens // 2, 1) :] for text in texts], device=device)
+        else:
+            fed_BT = torch.tensor(tokens, device=device)[:, None]
+
+
+def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
+    """The prompt as the beginning of a document. Raises ValueError when it is longer than the model's context."""
+    ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
+    if len(ids) > context_tokens:
+        raise ValueError(
+            f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, the model takes at most {context_tokens - 1:,} "
+            f"tokens (model.context_tokens less one for <|endoftext|>). Shorten it."
+        )
+    return ids
+
+
+def next_tokens(logits_BV: Tensor, settings: EvaluationConfig, uniform_B: Tensor) -> Tensor:
+    """One token id a row: the likeliest at temperature 0, else sampled with a number in [0, 1) from top k and top p."""
+    if settings.temperature == 0:
+        return logits_BV.argmax(-1).cpu()
+    ids_BV: Tensor | None = None
+    if settings.top_k and settings.top_k < logits_BV.shape[-1]:
+        logits_BV, ids_BV = logits_BV.topk(settings.top_k)
+    elif settings.top_p < 1:
+        logits_BV, ids_BV = logits_BV.sort(descending=True)
+    probabilities_BV = (logits_BV.cpu().double() / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        probabilities_BV[before_BV >= settings.top_p] = 0  # the first token always stays
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    return drawn_B1[:, 0] if ids_BV is None else ids_BV.cpu().gather(-1, drawn_B1)[:, 0]
 
 
 def main() -> int:
@@ -45,47 +114,36 @@ def main() -> int:
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     try:
-        settings = _checked_settings(arguments)
-        model, _ = newest_model(open_store(arguments.store_url), arguments.run)
-        prompt_ids(arguments.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed
-        model.to(DDPConfig.detect({}, arguments.device).device)
+        settings = EvaluationConfig(
+            sample_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+        )
+        store = open_store(args.store_url)
+        model = load_model(store, args.run, newest_checkpoint(store, args.run))
+        prompt_ids(args.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed
+        model.to(DDPConfig.detect({}, args.device).device)
     except (ValueError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for index in range(arguments.samples):
-        _print(
-            arguments.prompt, generate(model, arguments.prompt, arguments.tokens, settings, [arguments.seed + index])
-        )
-        sys.stdout.write("\n\n" if index + 1 < arguments.samples else "\n")
+    for index in range(args.samples):
+        if index:
+            print()
+        _print(args.prompt, generate(model, args.prompt, settings, [args.seed + index]))
     return 0
 
 
-def _checked_settings(arguments: argparse.Namespace) -> SamplingSettings:
-    """The sampling settings. Raises ValueError for values that `EvaluationConfig` refuses."""
-    checked = EvaluationConfig(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        sample_tokens=arguments.tokens,
-    )
-    return SamplingSettings(checked.temperature, checked.top_k, checked.top_p)
-
-
-def _print(prompt: str, drawn: Iterator[tuple[int, ...]]) -> None:
+def _print(prompt: str, generated: Iterator[list[int]]) -> None:
     """Print the prompt, then each token as soon as it completes a character."""
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
+    print(prompt, end="", flush=True)
     pending: list[int] = []
-    for ids in drawn:
+    for ids in generated:
         pending += ids
         text = tokenizer.decode(pending)
         if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
             pending = []
-    sys.stdout.write(tokenizer.decode(pending))
+    print(tokenizer.decode(pending))
 
 
 if __name__ == "__main__":

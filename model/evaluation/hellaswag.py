@@ -7,33 +7,30 @@ nanoGPT and llm.c use the first, EleutherAI's lm-evaluation-harness (task versio
 so the metrics' names say which one it is. Imports no model.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 
 from model import tokenizer
-from model.evaluation.items import ENDINGS, Item
+from model.evaluation.items import Item
 from storage.errors import SourceInvalid
 
-TEXTS = ("ctx", "activity_label", "ctx_a", "ctx_b")
-MAY_BE_EMPTY = "ctx_b"  # in items from WikiHow
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(BaseModel, frozen=True):
     """One line of the file."""
 
-    ctx: str
-    activity_label: str
-    ctx_a: str
-    ctx_b: str
-    endings: tuple[str, ...]
-    label: int
+    ctx: Text
+    activity_label: Text
+    ctx_a: Text
+    ctx_b: str  # empty in items from WikiHow
+    endings: tuple[Text, Text, Text, Text]
+    label: Annotated[int, Field(ge=0, le=3)]
 
 
 def questions(body: bytes | bytearray, name: str) -> list[Question]:
@@ -41,12 +38,15 @@ def questions(body: bytes | bytearray, name: str) -> list[Question]:
     parsed = []
     for number, line in _lines(body, name):
         try:
-            parsed.append(_question(line if isinstance(line, dict) else json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parsed.append(
+                Question.model_validate_json(line) if isinstance(line, bytes) else Question.model_validate(line)
+            )
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
             raise SourceInvalid(
-                f"{name}: line {number:,} should be a HellaSwag item ({', '.join(TEXTS)}, four endings, label 0 to 3), "
-                f"found {type(error).__name__}: {error}. Repair the file of evaluation.hellaswag, or leave the setting "
-                f"empty."
+                f"{name}: line {number:,} should be a HellaSwag item ({', '.join(Question.model_fields)}), found "
+                f"{field!r}: {problem['msg']}. Repair the file of evaluation.hellaswag, or leave the setting empty."
             ) from error
     if not parsed:
         raise SourceInvalid(f"{name}: the file has no HellaSwag items. Set evaluation.hellaswag to another file.")
@@ -62,16 +62,16 @@ def completion_style(question: Question) -> Item:
 
 def harness_style(question: Question) -> Item:
     """The activity before the cleaned context, each cleaned ending tokenised together with it."""
-    text = cleaned(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
+    text = _cleaned(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
     context = text.rstrip()  # GPT-2's tokens begin with a space, so a trailing space belongs to the endings
     spaces = text[len(context) :]
-    ids, endings = tokenizer.encode(context).tolist(), [cleaned(ending) for ending in question.endings]
+    ids, endings = tokenizer.encode(context).tolist(), [_cleaned(ending) for ending in question.endings]
     together = [tokenizer.encode(f"{context}{spaces} {ending}").tolist()[len(ids) :] for ending in endings]
     # An empty context becomes the start of a document
     return Item(ids or [tokenizer.EOT], together, question.label, [len(ending) for ending in endings])
 
 
-CONVENTIONS: dict[str, tuple[Callable[[Question], Item], str]] = {
+CONVENTIONS = {
     "completion": (
         completion_style,
         "raw context, ending tokenised apart, acc by the sum, acc_norm by the mean a token",
@@ -83,29 +83,12 @@ CONVENTIONS: dict[str, tuple[Callable[[Question], Item], str]] = {
 }
 
 
-def cleaned(text: str) -> str:
+def _cleaned(text: str) -> str:
     """The text without WikiHow's marks, as the harness cleans it: double spaces become single ones, in one pass."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _question(fields: dict[str, Any]) -> Question:
-    texts = {name: fields[name] for name in TEXTS}
-    endings, label = fields["endings"], str(fields["label"])
-    for name, text in texts.items():
-        if not isinstance(text, str) or not (text or name == MAY_BE_EMPTY):
-            raise ValueError(f"{name} {text!r:.80}")
-    if (
-        not isinstance(endings, list)
-        or len(endings) != ENDINGS
-        or not all(isinstance(text, str) and text for text in endings)
-    ):
-        raise ValueError(f"endings {endings!r:.80}")
-    if label not in {"0", "1", "2", "3"}:
-        raise ValueError(f"label {label!r:.20}")
-    return Question(**texts, endings=tuple(endings), label=int(label))
-
-
-def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
+def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, object]]:
     """Lines that are not blank, or rows of a parquet file, each with its number from 1."""
     if not name.endswith(".parquet"):
         yield from ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())

@@ -7,10 +7,8 @@ compared with like. The ranks share the work; the main rank writes to the store.
 import io
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +17,14 @@ import torch
 
 from model import tokenizer
 from model.checkpoints.records import WEIGHTS, checkpoints
-from model.checkpoints.weights import load_weights
-from model.config import ModelConfig, ResourcesConfig
+from model.checkpoints.weights import load_model
+from model.config import EvaluationConfig, ResourcesConfig
 from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
+from model.evaluation.generate import sample_texts
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.evaluation.items import Item, document_items
 from model.evaluation.results import Evaluation, EvaluationSummary, Measurement
-from model.evaluation.sampling import SamplingSettings, sample_texts
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job
@@ -37,10 +35,9 @@ from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
 PROGRESS_SECONDS = 5.0
-Answers = bytes | None  # the losses and choices of every item, as parquet
 
 
-def val_loss(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement, Answers]:
+def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
@@ -57,20 +54,23 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement,
     bits_per_byte = scored.loss / math.log(2) * val["tokens"] / val["text_bytes"]
     part = f"_of_{scored.tokens}" if scored.left_out_tokens else ""
     suffix = f"t{recipe['sequence_tokens']}{part}"
-    metrics = {"val_loss": scored.loss, "perplexity": float(perplexity), "bits_per_byte": bits_per_byte}
+    metrics = {
+        f"val_loss_{suffix}": scored.loss,
+        f"perplexity_{suffix}": float(perplexity),
+        f"bits_per_byte_{suffix}": bits_per_byte,
+    }
     convention = f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split"
-    measurement = Measurement(
-        metrics={f"{name}_{suffix}": value for name, value in metrics.items()},
-        conventions={f"{name}_{suffix}": convention for name in metrics},
+    return Measurement(
+        metrics=metrics,
+        conventions=dict.fromkeys(metrics, convention),
         data=recipe["manifest"],
         dataset=recipe["dataset"],
         tokens=scored.tokens,
         unused_tokens=scored.unused_tokens,
     )
-    return measurement, None
 
 
-def completion(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement, Answers]:
+def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Accuracy on items made from val documents."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
@@ -78,15 +78,15 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measuremen
         store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"], _cache_bytes(job)
     )
     convention = "val documents, three endings of others, acc by the sum, acc_norm by the mean a token"
-    measurement, answers = _choose(job, evaluator, {"completion": (items, convention)})
-    return replace(measurement, data=recipe["manifest"], dataset=recipe["dataset"]), answers
+    measurement = _choose(job, evaluator, {"completion": (items, convention)})
+    return measurement.model_copy(update={"data": recipe["manifest"], "dataset": recipe["dataset"]})
 
 
 def _cache_bytes(job: Job) -> int:
     return ResourcesConfig.model_validate(job.how.get("resources", {})).cache_bytes
 
 
-def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement, Answers]:
+def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Accuracy on a file of HellaSwag items, in both conventions."""
     key = job.recipe["items"]
     lines = questions(store.read(key).body, key)
@@ -94,51 +94,48 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement
         f"hellaswag_{name}": ([to_item(line) for line in lines], convention)
         for name, (to_item, convention) in CONVENTIONS.items()
     }
-    measurement, answers = _choose(job, evaluator, sets)
-    repeated = sum(count - 1 for count in Counter((line.ctx, line.endings) for line in lines).values())
-    return replace(measurement, data=key.split("/")[1], file=key, repeated_items=repeated), answers
+    measurement = _choose(job, evaluator, sets)
+    repeated = len(lines) - len({(line.ctx, line.endings) for line in lines})
+    return measurement.model_copy(update={"data": key.split("/")[1], "file": key, "repeated_items": repeated})
 
 
-def samples(_store: Store, job: Job, evaluator: Evaluator) -> tuple[Measurement, Answers]:
+def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Texts that the model writes after each prompt."""
-    recipe, ddp = job.recipe, evaluator.ddp
-    settings = SamplingSettings(recipe["temperature"], recipe["top_k"], recipe["top_p"])
-    seeds = [recipe["seed"] + index for index in range(recipe["samples"])]
-    mine = range(ddp.rank, len(seeds), ddp.ranks)
+    seed, ddp = job.recipe["seed"], evaluator.ddp
+    settings = EvaluationConfig.model_validate(
+        {name: job.recipe[name] for name in EvaluationConfig.model_fields if name in job.recipe}
+    )
+    mine = range(ddp.rank, settings.samples, ddp.ranks)
     written = []
-    for number, prompt in enumerate(recipe["prompts"], 1):
-        texts = sample_texts(evaluator.model, prompt, recipe["sample_tokens"], settings, [seeds[row] for row in mine])
+    for number, prompt in enumerate(settings.prompts, 1):
+        texts = sample_texts(evaluator.model, prompt, settings, [seed + row for row in mine])
         # The ranks add up their rows; token id + 1, so that 0 is the padding
-        shifted_NT = torch.zeros(len(seeds), recipe["sample_tokens"], dtype=torch.int64)
+        shifted_NT = torch.zeros(settings.samples, settings.sample_tokens, dtype=torch.int64)
         for row, ids in zip(mine, texts, strict=True):
             shifted_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
         for shifted in ddp.sum(shifted_NT.to(ddp.device)).tolist():
             text = tokenizer.decode([value - 1 for value in shifted if value])
             written.append({"prompt": prompt, "text": text})
-        evaluator.on_progress(number, len(recipe["prompts"]))
-    drawn = f"temperature {settings.temperature}, top k {settings.top_k}, top p {settings.top_p}, seed {recipe['seed']}"
-    return Measurement(drawn=drawn, samples=written), None
+        evaluator.on_progress(number, len(settings.prompts))
+    drawn = f"temperature {settings.temperature}, top k {settings.top_k}, top p {settings.top_p}, seed {seed}"
+    return Measurement(drawn=drawn, samples=written)
 
 
-KINDS: dict[str, Callable[[Store, Job, Evaluator], tuple[Measurement, Answers]]] = {
-    "val_loss": val_loss,
-    "completion": completion,
-    "hellaswag": hellaswag,
-    "samples": samples,
-}
+KINDS = {"val_loss": val_loss, "completion": completion, "hellaswag": hellaswag, "samples": samples}
 
 
-def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, Any]:
+def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, object]:
     """Do an evaluation job as this rank and put the evaluation into the store. Returns the job's result.
 
     Raises ObjectMissing when the checkpoint is gone, and ValueError when its losses are not finite.
     """
     on_progress = _progress_line(job.kind) if ddp.is_main else lambda *_: None
-    model = _load_model(store, job).to(ddp.device)
+    model = _evaluated_model(store, job).to(ddp.device)
     evaluator = Evaluator(model, ddp, job.recipe.get("precision", "fp32"), on_progress)
-    measurement, answers = KINDS[job.kind](store, job, evaluator)
+    measurement = KINDS[job.kind](store, job, evaluator)
+    answers = measurement.answers
     evaluation = Evaluation(
-        **vars(measurement),
+        **dict(measurement),
         name=job.kind,
         step=job.recipe["step"],
         job=job.job_id,
@@ -151,16 +148,16 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, Any]:
         if answers is not None:
             store.delete(key)  # it may be of a job with other settings, whose answers are about to be overwritten
             overwrite(store, RunKeys(job.run).evaluation_items(evaluation.step, job.kind), answers)
-        overwrite(store, key, canonical_json(evaluation.to_json()))
+        overwrite(store, key, canonical_json(evaluation.model_dump(exclude_none=True)))
     return asdict(EvaluationSummary(job.kind, evaluation.step, evaluation.metrics, key))
 
 
-def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> tuple[Measurement, bytes]:
-    """Score the same items in each convention. Returns accuracies with standard errors, and the answers as parquet."""
+def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Measurement:
+    """Score the same items in each convention. Returns accuracies with standard errors, and the answers."""
     first_items, _ = next(iter(sets.values()))
     labels = np.array([item.label for item in first_items])
-    columns: dict[str, Any] = {"item": np.arange(len(labels)), "label": labels}
-    metrics, errors, conventions = {}, {}, {}
+    columns = {"item": np.arange(len(labels)), "label": labels}
+    metrics, conventions = {}, {}
     for name, (items, convention) in sets.items():
         losses = evaluator.ending_losses(items)
         _check_finite(job, losses)
@@ -170,15 +167,15 @@ def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], st
             choices = {"acc": losses.argmin(1), "acc_norm": (losses / lengths).argmin(1)}  # a tie: the first ending
         for measure, chosen in choices.items():
             metric = f"{name}_{measure}"
-            share = float((chosen == labels).mean())
-            metrics[metric] = share
-            errors[metric] = math.sqrt(share * (1 - share) / max(len(items) - 1, 1))
+            metrics[metric] = float((chosen == labels).mean())
             conventions[metric] = convention
             columns[f"{metric}_choice"] = chosen
+    errors = {metric: math.sqrt(share * (1 - share) / max(len(labels) - 1, 1)) for metric, share in metrics.items()}
     answers = io.BytesIO()
     pq.write_table(pa.table(columns), answers)
-    measurement = Measurement(metrics=metrics, standard_errors=errors, conventions=conventions, items=len(labels))
-    return measurement, answers.getvalue()
+    return Measurement(
+        metrics=metrics, standard_errors=errors, conventions=conventions, items=len(labels), answers=answers.getvalue()
+    )
 
 
 def _check_finite(job: Job, losses: np.ndarray) -> None:
@@ -204,13 +201,11 @@ def _progress_line(kind: str) -> Callable[[int, int], None]:
     return print_progress
 
 
-def _load_model(store: Store, job: Job) -> GPT:
+def _evaluated_model(store: Store, job: Job) -> GPT:
     step, weights = job.recipe["step"], job.recipe["weights"]
     for record in checkpoints(store, job.run):
         if record.step == step and record.files[WEIGHTS].sha256 == weights:
-            model = GPT(ModelConfig.model_validate(job.recipe["model"]))
-            load_weights(store, job.run, record, model)
-            return model
+            return load_model(store, job.run, record)
     raise ObjectMissing(
         f"run {job.run!r}: the checkpoint of step {step:,} with weights {weights[:12]} is gone from the store. "
         f"Evaluate the checkpoints that are kept now: gpt2 evaluate"

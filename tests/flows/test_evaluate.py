@@ -175,7 +175,7 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     ("body", "message"),
     [
         (b'{"ctx": "x", "endings": ["a", "b"', "line 1 should be a HellaSwag item"),
-        (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "KeyError: 'activity_label'"),
+        (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "'activity_label': Field required"),
         (None, "no such file"),
     ],
     ids=["cut", "fields missing", "no file"],

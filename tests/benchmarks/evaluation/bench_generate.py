@@ -26,12 +26,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import tokenizer
 from model.checkpoints.huggingface import CONV1D
-from model.config import ModelConfig
-from model.evaluation.sampling import SamplingSettings, sample_texts
+from model.config import EvaluationConfig, ModelConfig
+from model.evaluation.generate import sample_texts
 from model.gpt import GPT
 
 PROMPT = "The history of the English language, as far as it is known, begins with"
-DRAWING, LIKELIEST = SamplingSettings(0.9, 50, 1.0), SamplingSettings(0.0, 0, 1.0)
 TARGET = 1.5
 SIZES = {"small": ModelConfig(layers=4, heads=4, width=256), "124M": ModelConfig()}
 
@@ -81,6 +80,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="small,124M")
     parser.add_argument("--texts", default="1,8")
     asked = parser.parse_args()
+    drawing = EvaluationConfig(sample_tokens=asked.tokens, temperature=0.9, top_k=50, top_p=1.0)
+    likeliest = drawing.model_copy(update={"temperature": 0.0, "top_k": 0})
     print(f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {asked.rounds} rounds, {asked.tokens} tokens a text, "
           f"Python {platform.python_version()}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}\n")  # fmt: skip
@@ -88,13 +89,13 @@ def main() -> None:
           "| same ids at temperature 0 |\n| --- | ---: | ---: | ---: | ---: | --- | --- |", flush=True)  # fmt: skip
     for size in asked.sizes.split(","):
         ours, theirs = pair(SIZES[size])
-        greedy = sample_texts(ours, PROMPT, asked.tokens, LIKELIEST, [0])
+        greedy = sample_texts(ours, PROMPT, likeliest, [0])
         same = greedy == peer(theirs, 1, asked.tokens, draw=False)
         for texts in map(int, asked.texts.split(",")):
             both: list[tuple[float, float]] = []
             for number in range(asked.rounds + 1):  # the first one warms up
                 seeds = range(texts * number, texts * (number + 1))
-                mine = seconds(lambda: sample_texts(ours, PROMPT, asked.tokens, DRAWING, seeds), texts, asked.tokens)  # noqa: B023
+                mine = seconds(lambda: sample_texts(ours, PROMPT, drawing, seeds), texts, asked.tokens)  # noqa: B023
                 both.append((mine, seconds(lambda: peer(theirs, texts, asked.tokens, draw=True), texts, asked.tokens)))  # noqa: B023
             ratios = [theirs_took / took for took, theirs_took in both[1:]]
             rates = [texts * asked.tokens / median(one[who] for one in both[1:]) for who in (0, 1)]

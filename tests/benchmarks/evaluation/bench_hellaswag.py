@@ -34,9 +34,9 @@ import torch
 
 from model.checkpoints.huggingface import export_run, import_folder
 from model.checkpoints.records import CheckpointRecord, put_checkpoint
+from model.checkpoints.weights import load_model
 from model.config import ModelConfig
 from model.evaluation.evaluator import Evaluator
-from model.evaluation.generate import newest_model
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
@@ -51,8 +51,8 @@ OF_HARNESS, OF_PLAIN, MOST_BYTES, CLOSE = 3.0, 4.0, 2e9, 1e-4  # what is asked o
 def ours(folder: str, items: str, convention: str) -> None:
     """Score the items in one convention; writes sums of the harness's, means a token of the other."""
     store = open_store("store", create=True)
-    import_folder(store, "bench", Path(folder))
-    evaluator = Evaluator(newest_model(store, "bench")[0], DDPConfig(0, 1, torch.device("cpu")))
+    model = load_model(store, "bench", import_folder(store, "bench", Path(folder)))
+    evaluator = Evaluator(model, DDPConfig(0, 1, torch.device("cpu")))
     begin = time.monotonic()
     style, _ = CONVENTIONS[convention]
     asked = [style(one) for one in questions(Path(items).read_bytes(), items)]

@@ -22,12 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from model import tokenizer
 from model.__main__ import run_job
 from model.checkpoints import huggingface
-from model.checkpoints.huggingface import ensure_imported, export_run, import_folder
-from model.checkpoints.huggingface_folder import tensor_shapes
-from model.checkpoints.records import WEIGHTS, checkpoints
+from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, tensor_shapes
+from model.checkpoints.records import WEIGHTS, checkpoints, newest_checkpoint
+from model.checkpoints.weights import load_model
 from model.config import ModelConfig
 from model.data.loader import DataLoader
-from model.evaluation.generate import newest_model
 from model.gpt import GPT
 from model.runs.run import find_run
 from storage.errors import CheckpointInvalid, ObjectMissing
@@ -87,7 +86,7 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 def our_logits(store: Store, run: str) -> Tensor:
-    model: GPT = newest_model(store, run)[0].eval()
+    model: GPT = load_model(store, run, newest_checkpoint(store, run)).eval()
     return model.logits(model.hidden(ids()))
 
 
@@ -219,7 +218,7 @@ def test_a_training_starts_from_an_imported_model(house: House, published: Path)
     first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))
     with torch.no_grad():
         logits_BTV = AutoModelForCausalLM.from_pretrained(published)(first_BT[:, :-1]).logits
-        model = newest_model(house.store, "pretrained")[0].eval()
+        model = load_model(house.store, "pretrained", record).eval()
         ours = model(first_BT[:, :-1], first_BT[:, 1:]).item() / 64
     theirs = F.cross_entropy(logits_BTV.flatten(0, 1), first_BT[:, 1:].flatten()).item()
     trained = losses(house.store, "tuned")

@@ -46,9 +46,9 @@ def scored(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[Measu
     key = keys.source("0" * 64, "items.jsonl")
     store.put_new(key, "\n".join(json.dumps(QUESTION | line) for line in lines).encode())
     job = Job("scored", "hellaswag", {"items": key, "step": 1})
-    measurement, answers = jobs.hellaswag(store, job, Evaluator(model, ALONE))
-    assert answers is not None
-    return measurement, pq.read_table(io.BytesIO(answers)).to_pylist()
+    measurement = jobs.hellaswag(store, job, Evaluator(model, ALONE))
+    assert measurement.answers is not None
+    return measurement, pq.read_table(io.BytesIO(measurement.answers)).to_pylist()
 
 
 def test_a_model_that_finds_all_endings_alike_chooses_the_first(store: Store) -> None:
@@ -144,8 +144,8 @@ def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
         result = read_result(store, job)
         assert result is not None
         stored: dict[str, Any] = read_json(store, result["key"]) or {}
-        evaluation = evaluations[job.kind] = Evaluation.from_json(stored)
-        assert evaluation.to_json() == stored
+        evaluation = evaluations[job.kind] = Evaluation.model_validate(stored)
+        assert evaluation.model_dump(exclude_none=True) == stored
         assert FIELDS[job.kind] | COMMON == set(stored)
         assert (evaluation.metrics, evaluation.job, evaluation.step) == (result["metrics"], job.job_id, 1)
         assert set(evaluation.conventions) == set(evaluation.metrics)
@@ -166,7 +166,7 @@ def test_a_loss_on_a_part_of_val_has_another_name(
 ) -> None:
     manifest = build(config)
     recipe = {"dataset": "small", "manifest": manifest.digest, "sequence_tokens": T, "validation_tokens": 5 * T + 3}
-    measurement, _ = jobs.val_loss(store, Job("x", "val_loss", recipe), Evaluator(GPT(SHAPE), ALONE))
+    measurement = jobs.val_loss(store, Job("x", "val_loss", recipe), Evaluator(GPT(SHAPE), ALONE))
     assert set(measurement.metrics) == {f"{name}_t32_of_160" for name in ("val_loss", "perplexity", "bits_per_byte")}
 
 

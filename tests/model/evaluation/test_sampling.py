@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.config import ModelConfig, RunConfig
-from model.evaluation import generate, sampling
-from model.evaluation.generate import newest_model
-from model.evaluation.sampling import SamplingSettings, next_tokens, sample_texts
+from model.checkpoints.records import newest_checkpoint
+from model.checkpoints.weights import load_model
+from model.config import EvaluationConfig, ModelConfig, RunConfig
+from model.evaluation import generate
+from model.evaluation.generate import next_tokens, sample_texts
 from model.gpt import GPT
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
@@ -26,8 +27,13 @@ from storage.errors import ObjectMissing
 from storage.stores.store import Store
 from tests.making import tiny_config
 
-ANY = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
-LIKELIEST = SamplingSettings(temperature=0.0, top_k=0, top_p=1.0)
+
+def sampling(temperature: float, top_k: int, top_p: float) -> EvaluationConfig:
+    return EvaluationConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+ANY = sampling(1.0, 0, 1.0)
+LIKELIEST = sampling(0.0, 0, 1.0)
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
 
 
@@ -42,14 +48,18 @@ def model() -> GPT:
     return model
 
 
-def drawn(settings: SamplingSettings, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
+def drawn(settings: EvaluationConfig, logits_V: Tensor | None = None, times: int = 2_000) -> Counter[int]:
     uniform_B = torch.rand(times, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits_V = PROBABILITIES.log() if logits_V is None else logits_V
     return Counter(next_tokens(logits_V.expand(times, -1), settings, uniform_B).tolist())
 
 
-def ids_of(model: GPT, prompt: str, count: int, settings: SamplingSettings = ANY, seed: int = 0) -> list[int]:
-    return sample_texts(model, prompt, count, settings, [seed])[0]
+def ids_of(model: GPT, prompt: str, count: int, settings: EvaluationConfig = ANY, seed: int = 0) -> list[int]:
+    return texts_of(model, prompt, count, settings, [seed])[0]
+
+
+def texts_of(model: GPT, prompt: str, count: int, settings: EvaluationConfig, seeds: Sequence[int]) -> list[list[int]]:
+    return sample_texts(model, prompt, settings.model_copy(update={"sample_tokens": count}), seeds)
 
 
 @torch.no_grad()
@@ -76,14 +86,12 @@ def test_draws_are_as_frequent_as_they_are_likely() -> None:
 def test_temperature_flattens_and_sharpens() -> None:
     for temperature in (0.5, 2.0):
         expected = (PROBABILITIES.log() / temperature).softmax(0).tolist()
-        counts = drawn(SamplingSettings(temperature, 0, 1.0), times=8_000)
+        counts = drawn(sampling(temperature, 0, 1.0), times=8_000)
         assert [counts[token] / 8_000 for token in range(4)] == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    "settings", [LIKELIEST, SamplingSettings(0.0, 3, 0.9), SamplingSettings(1.0, 1, 1.0), SamplingSettings(9.0, 1, 0.1)]
-)
-def test_temperature_0_and_top_k_1_take_the_likeliest(settings: SamplingSettings) -> None:
+@pytest.mark.parametrize("settings", [LIKELIEST, sampling(0.0, 3, 0.9), sampling(1.0, 1, 1.0), sampling(9.0, 1, 0.1)])
+def test_temperature_0_and_top_k_1_take_the_likeliest(settings: EvaluationConfig) -> None:
     for seed in range(50):
         logits_V = torch.randn(1_000, generator=torch.Generator().manual_seed(seed))
         uniform_B = torch.rand(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -94,7 +102,7 @@ def test_temperature_0_and_top_k_1_take_the_likeliest(settings: SamplingSettings
     ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
 )
 def test_top_k_keeps_the_k_likeliest(top_k: int, kept: set[int]) -> None:
-    assert set(drawn(SamplingSettings(1.0, top_k, 1.0))) == kept
+    assert set(drawn(sampling(1.0, top_k, 1.0))) == kept
 
 
 @pytest.mark.parametrize(
@@ -102,12 +110,12 @@ def test_top_k_keeps_the_k_likeliest(top_k: int, kept: set[int]) -> None:
     [(0.01, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {1, 2, 3}), (0.96, {0, 1, 2, 3})],
 )
 def test_top_p_keeps_the_smallest_set_that_suffices(top_p: float, kept: set[int]) -> None:
-    assert set(drawn(SamplingSettings(1.0, 0, top_p))) == kept
+    assert set(drawn(sampling(1.0, 0, top_p))) == kept
 
 
 def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
-    assert set(drawn(SamplingSettings(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
-    assert set(drawn(SamplingSettings(1.0, 2, 0.63))) == {1, 3}
+    assert set(drawn(sampling(1.0, 2, 0.62))) == {1}  # 0.5 of 0.8 is 0.625
+    assert set(drawn(sampling(1.0, 2, 0.63))) == {1, 3}
 
 
 def test_an_impossible_token_is_never_drawn() -> None:
@@ -149,11 +157,11 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None
 
 
 @pytest.mark.parametrize("texts", [2, 3, 16])
-@pytest.mark.parametrize("settings", [ANY, SamplingSettings(0.8, 20, 1.0), SamplingSettings(1.2, 0, 0.7), LIKELIEST])
-def test_a_text_does_not_depend_on_those_beside_it(model: GPT, texts: int, settings: SamplingSettings) -> None:
+@pytest.mark.parametrize("settings", [ANY, sampling(0.8, 20, 1.0), sampling(1.2, 0, 0.7), LIKELIEST])
+def test_a_text_does_not_depend_on_those_beside_it(model: GPT, texts: int, settings: EvaluationConfig) -> None:
     """Past the end of the context too, where keys and values are computed again."""
     seeds = range(40, 40 + texts)
-    together = sample_texts(model, "Hello", 20, settings, seeds)
+    together = texts_of(model, "Hello", 20, settings, seeds)
     assert together == [ids_of(model, "Hello", 20, settings, seed) for seed in seeds]
     assert len({tuple(ids) for ids in together}) == (1 if settings is LIKELIEST else texts)
 
@@ -161,8 +169,8 @@ def test_a_text_does_not_depend_on_those_beside_it(model: GPT, texts: int, setti
 def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     tokens = iter([[7, 7], [EOT, 8], [9, 9], [9, EOT], [1, 1]])
-    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor(next(tokens)))
-    assert sample_texts(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
+    monkeypatch.setattr(generate, "next_tokens", lambda *_: torch.tensor(next(tokens)))
+    assert texts_of(model, "Hello", 50, ANY, [0, 1]) == [[7], [7, 8, 9]]
     assert next(tokens) == [1, 1]  # nothing was drawn once both had ended
 
 
@@ -170,7 +178,7 @@ def test_a_text_that_has_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPa
 def test_a_text_ends_before_endoftext(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(ModelConfig(layers=1, heads=2, width=16, context_tokens=8))
     tokens = iter([7] * before + [EOT, 8])
-    monkeypatch.setattr(sampling, "next_tokens", lambda *_: torch.tensor([next(tokens)]))
+    monkeypatch.setattr(generate, "next_tokens", lambda *_: torch.tensor([next(tokens)]))
     assert ids_of(model, "Hello", 50) == [7] * before
 
 
@@ -204,10 +212,10 @@ def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp
     prompt = "Once upon a time"
     ended = command(trained, "tiny", "--prompt", prompt, "--tokens", "6", "--samples", "2", "--seed", "8", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
-    model, step = newest_model(trained, "tiny")
-    assert step == 1
-    defaults = SamplingSettings(0.9, 50, 1.0)
-    texts = [prompt + tokenizer.decode(ids) for ids in sample_texts(model, prompt, 6, defaults, [8, 9])]
+    record = newest_checkpoint(trained, "tiny")
+    assert record.step == 1
+    model = load_model(trained, "tiny", record)
+    texts = [prompt + tokenizer.decode(ids) for ids in texts_of(model, prompt, 6, EvaluationConfig(), [8, 9])]
     assert all(text.rstrip("\ufffd") in ended.stdout for text in texts)
 
 
@@ -220,7 +228,7 @@ def test_the_command_refuses_an_unknown_run_by_name(trained: Store, tmp_path: Pa
 
 def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="tiny"):
-        newest_model(store, "tiny")
+        newest_checkpoint(store, "tiny")
 
 
 def test_text_is_printed_token_by_token_and_in_whole_characters(
