@@ -14,6 +14,7 @@ from flows.pages.curves import loss_curve
 from flows.runtime.artifacts import Picture, show
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
+from model.checkpoints.metrics import Progress, StepMetrics
 from model.checkpoints.records import read_metrics
 from model.config import RunConfig
 from model.runs.job import Job, read_result
@@ -72,10 +73,10 @@ def started_run(store: Store, config: RunConfig, version: DatasetVersion | None 
     return pin_run(store, config, version.manifest, version.items, version.commit)
 
 
-def _summary(step: int, max_steps: int, metrics: list[dict[str, Any]], *, done_before: bool) -> str:
+def _summary(step: int, max_steps: int, metrics: list[StepMetrics], *, done_before: bool) -> str:
     """The training in one line. A skipped step's loss may be NaN, which the metrics hold as None."""
-    losses = [line["loss"] for line in metrics if line["loss"] is not None]
-    skipped = sum("skipped" in line for line in metrics)
+    losses = [line.loss for line in metrics if line.loss is not None]
+    skipped = sum(line.skipped for line in metrics)
     done = "already done" if done_before else "done"
     outliers = f", {skipped} outlier steps skipped" if skipped else ""
     return f"{step:,} of {max_steps:,} steps {done}: loss {losses[0]:.4f} → {losses[-1]:.4f}{outliers}"
@@ -85,24 +86,25 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
     """Follow the trainer's progress object until the training ends: move the bar and draw the loss curve."""
     curve = Picture("train-loss", f"Loss of {run.name} so far")
     drawn_at = 0.0
-    lines_by_step: dict[int, dict[str, Any]] = {}
+    lines_by_step: dict[int, StepMetrics] = {}
     while not ended.wait(WATCH_SECONDS):
         try:
             if not lines_by_step:  # the steps before a restart
-                lines_by_step = {line["step"]: line for line in read_metrics(store, run.name)}
-            progress: dict[str, Any] = read_json(store, RunKeys(run.name).progress) or {}
+                lines_by_step = {line.step: line for line in read_metrics(store, run.name)}
+            progress = read_json(store, RunKeys(run.name).progress)
         except StorageError:
             continue  # the trainer reports the error, and keeps training
-        if lines := progress.get("since_checkpoint"):
-            loss = "NaN" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
-            bar.to(progress["step"], f"loss {loss}  {lines[-1]['tokens_per_second']:,.0f} tokens/s")
-            lines_by_step |= {line["step"]: line for line in lines}
+        if progress is not None:
+            lines = Progress(**progress).since_checkpoint
+            loss = "NaN" if lines[-1].loss is None else f"{lines[-1].loss:.3f}"
+            bar.to(lines[-1].step + 1, f"loss {loss}  {lines[-1].tokens_per_second:,.0f} tokens/s")
+            lines_by_step |= {line.step: line for line in lines}
             if time.monotonic() - drawn_at > CURVE_SECONDS:
                 drawn_at = time.monotonic()
                 curve.show(loss_curve([lines_by_step[step] for step in sorted(lines_by_step)]))
 
 
-def _show_metrics(run: Run, metrics: list[dict[str, Any]]) -> None:
+def _show_metrics(run: Run, metrics: list[StepMetrics]) -> None:
     """Show about 20 steps as a table in Prefect's UI, including the first and the last."""
 
     def rounded(number: float | None) -> str:  # empty, since the UI renders "-" as a list
@@ -112,13 +114,13 @@ def _show_metrics(run: Run, metrics: list[dict[str, Any]]) -> None:
     indices = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, as validations have
     rows = [
         {
-            "step": line["step"] + 1,
-            "loss": rounded(line["loss"]),
-            "val loss": rounded(line.get("val_loss")),
-            "learning rate": f"{line['learning_rate']:.2e}",
-            "gradient norm": rounded(line["gradient_norm"]),
-            "tokens/s": f"{line['tokens_per_second']:,.0f}",
-            "MFU": f"{line['mfu']:.1%}" if "mfu" in line else "",
+            "step": line.step + 1,
+            "loss": rounded(line.loss),
+            "val loss": rounded(line.val_loss),
+            "learning rate": f"{line.learning_rate:.2e}",
+            "gradient norm": rounded(line.gradient_norm),
+            "tokens/s": f"{line.tokens_per_second:,.0f}",
+            "MFU": "" if line.mfu is None else f"{line.mfu:.1%}",
         }
         for line in (metrics[index] for index in indices)
     ]

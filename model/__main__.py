@@ -9,17 +9,17 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch
 
-from model.config import ResourcesConfig
 from model.evaluation.jobs import evaluate
 from model.processes.distributed import DDPConfig
 from model.processes.parent import end_with_parent
 from model.processes.torchrun import launch
-from model.runs.job import USER_ERROR, Job, put_result, read_job, read_result
-from model.training.setup import build_trainer
+from model.runs.job import USER_ERROR, put_result, read_job, read_result
+from model.training.trainer import Trainer
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 
@@ -32,33 +32,32 @@ def run_job(store_url: str, job_key: str) -> int:
         job = read_job(store, job_key)
         if read_result(store, job) is not None:
             return 0
-        resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
+        resources = job.how.resources
         ddp = DDPConfig.detect(os.environ, resources.device)
         if ddp.is_main:
             processes = "1 process" if ddp.ranks == 1 else f"{ddp.ranks} processes"
             print(f"{job.job_id}: {processes} on {ddp.device_name}", flush=True)
         with ddp.process_group(timedelta(minutes=resources.unsaved_minutes)):
-            result = build_trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
-        if not ddp.is_main:
-            return 0
-        if result is None:
+            result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
+        if ddp.is_main and result is not None:
+            put_result(store, job, asdict(result))
+        elif ddp.is_main:
             print(f"{job.job_id}: stopped after saving a checkpoint; run the same command again to resume", flush=True)
-            return 0
-        put_result(store, job, result)
+        return 0
     except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return _fail(f"error: {error}", USER_ERROR)
     except torch.OutOfMemoryError as error:
-        print(f"error: {_out_of_memory(error, job.kind)}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return _fail(f"error: {_out_of_memory(error, job.kind)}", USER_ERROR)
     except Exception as error:
-        if _is_from_process_group(error):
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises a plain RuntimeError
             reason = str(error).strip().partition("\n")[0]
-            print(f"rank {rank} stops, probably because another rank failed: {reason}", file=sys.stderr, flush=True)
-        else:
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+            return _fail(f"rank {rank} stops, probably because another rank failed: {reason}", 1)
+        return _fail(f"rank {rank} failed:\n{traceback.format_exc()}", 1)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return exit_code
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, kind: str) -> str:
@@ -74,22 +73,19 @@ def _out_of_memory(error: torch.OutOfMemoryError, kind: str) -> str:
     )
 
 
-def _is_from_process_group(error: Exception) -> bool:
-    """Whether a collective failed. gloo raises a plain RuntimeError."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _resources(job: Job) -> ResourcesConfig:
-    resources = ResourcesConfig.model_validate(job.how.get("resources", {}))
-    if job.kind == "train":
-        return resources
-    return resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
-
-
-def _rank_count(resources: ResourcesConfig) -> int:
-    """How many ranks to start on this host: resources.processes, or one per GPU, or one."""
+def start_job(store_url: str, job_key: str, processes: int | None) -> int:
+    """Run the job here, or start `processes` ranks for it (None: as the job says). Returns the exit code."""
+    job = read_job(open_store(store_url), job_key)
+    resources = job.how.resources
+    if job.kind != "train":
+        resources = resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
+    if processes is None:
+        processes = resources.processes
     gpus = torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0
-    return resources.processes or gpus or 1
+    ranks = processes or gpus or 1
+    if ranks * resources.nodes > 1:
+        return launch(store_url, job_key, resources, ranks)
+    return run_job(store_url, job_key)
 
 
 def main() -> int:
@@ -110,16 +106,9 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(code)  # in rare cases a thread of gloo aborts an orderly exit
     try:
-        resources = _resources(read_job(open_store(args.store_url), args.job_key))
-        if args.processes is not None:
-            resources = resources.model_copy(update={"processes": args.processes})
-        ranks = _rank_count(resources)
-        if ranks * resources.nodes > 1:
-            return launch(args.store_url, args.job_key, resources, ranks)
+        return start_job(args.store_url, args.job_key, args.processes)
     except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    return run_job(args.store_url, args.job_key)
+        return _fail(f"error: {error}", USER_ERROR)
 
 
 if __name__ == "__main__":

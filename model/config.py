@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage import keys
 from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
-from storage.sources.filters import Filter, parse
+from storage.sources.filters import parse
 
 Positive = Annotated[int, Field(ge=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -54,7 +54,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _filters_parse(self) -> Self:
-        assert self.parsed_filters is not None  # raises ValueError
+        for condition in self.filters:
+            parse(condition)
         return self
 
     def spec(self, tokenizer: TokenizerIdentity) -> DatasetSpec:
@@ -63,16 +64,11 @@ class DataConfig(Section):
             shard_tokens=self.shard_tokens,
             tokenizer=tokenizer["sha256"],
             text_column=self.text_column,
-            filters=tuple(str(condition) for condition in self.parsed_filters),
+            filters=tuple(str(parse(condition)) for condition in self.filters),
             on_bad_document=self.on_bad_document,
             max_tokens=self.max_tokens,
         )
         return DatasetSpec(self.dataset, settings, self.source, self.config, self.val_shards, tokenizer)
-
-    @property
-    def parsed_filters(self) -> tuple[Filter, ...]:
-        """The filters, parsed."""
-        return tuple(parse(text) for text in self.filters)
 
 
 class ModelConfig(Section):
@@ -135,14 +131,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
-        micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
-        if self.batch_tokens % micro_batch_tokens:
-            nearest = max(round(self.batch_tokens / micro_batch_tokens), 1) * micro_batch_tokens
-            raise ValueError(
-                f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of "
-                f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
-                f"train.sequence_tokens {self.sequence_tokens:,}). Try train.batch_tokens = {nearest}."
-            )
+        self.micro_batches(ranks=1)
         if self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"train.warmup_steps = {self.warmup_steps:,} is more than train.max_steps = {self.max_steps:,}. "
@@ -160,16 +149,18 @@ class TrainingConfig(Section):
         micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
         count, rest = divmod(self.batch_tokens, micro_batch_tokens * ranks)
         if rest:
+            on_each_rank = f" on each of {ranks} ranks (resources.processes x resources.nodes)" if ranks > 1 else ""
+            nearest = max(round(self.batch_tokens / (micro_batch_tokens * ranks)), 1) * micro_batch_tokens * ranks
             raise ValueError(
-                f"train.batch_tokens = {self.batch_tokens:,} cannot be split among {ranks} ranks in micro-batches of "
-                f"{micro_batch_tokens:,} tokens. Try train.batch_tokens = {(count + 1) * micro_batch_tokens * ranks}, "
-                f"or resources.processes = 1."
+                f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of "
+                f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
+                f"train.sequence_tokens {self.sequence_tokens:,}){on_each_rank}. Try train.batch_tokens = {nearest}."
             )
         return count
 
     @property
     def batch_windows(self) -> int:
-        """Windows of T tokens per step, over all ranks."""
+        """Windows per step, over all ranks."""
         return self.batch_tokens // self.sequence_tokens
 
 
@@ -224,6 +215,13 @@ class ResourcesConfig(Section):
     cache_bytes: Positive = Field(50_000_000_000, description="Size of this host's cache for shards from S3, in bytes.")
 
 
+class How(Section):
+    """How a job runs: the settings of `train` in TrainingConfig.HOW, and the resources. Never part of a recipe."""
+
+    train: dict[str, int | str] = {}
+    resources: ResourcesConfig = ResourcesConfig()
+
+
 class RunConfig(Section):
     """The whole configuration of a run."""
 
@@ -241,6 +239,8 @@ class RunConfig(Section):
     def _parts_fit(self) -> Self:
         keys.check_name("name", self.name)
         keys.check_name("data.dataset", self.data.dataset)
+        if self.train.start_from:
+            keys.check_name("train.start_from", self.train.start_from)
         if self.train.sequence_tokens > self.model.context_tokens:
             raise ValueError(
                 f"train.sequence_tokens = {self.train.sequence_tokens:,} is more than model.context_tokens = "
@@ -253,26 +253,28 @@ class RunConfig(Section):
                 f"resources.nodes = {self.resources.nodes}: the hosts need the address of the first one. Set it: "
                 f"--set resources.rendezvous=HOST:29500"
             )
-        if self.train.start_from:
-            keys.check_name("train.start_from", self.train.start_from)
         return self
 
     def computed(self) -> dict[str, Any]:
-        """What is computed, as JSON values. A run is pinned to all of it except `evaluation`."""
+        """What is computed, as JSON values."""
         return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
 
-    def how(self) -> dict[str, Any]:
-        """How it runs, as JSON values: a job carries them beside its recipe."""
-        return self.model_dump(mode="json", include={"train": set(TrainingConfig.HOW), "resources": True})
+    def pinned(self) -> dict[str, dict[str, object]]:
+        """The settings that a run is pinned to, as JSON values."""
+        return self.model_dump(
+            mode="json", include={"data", "model", "train"}, exclude={"train": set(TrainingConfig.HOW)}
+        )
+
+    def how(self) -> How:
+        """How it runs."""
+        return How(train=self.train.model_dump(include=set(TrainingConfig.HOW)), resources=self.resources)
 
 
-def differences(requested: dict[str, Any], pinned: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line for each field in which two configurations of the same shape differ, sorted."""
-    lines = []
-    for name, ours in requested.items():
-        theirs = pinned[name]
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            lines += differences(ours, theirs, f"{prefix}{name}.")
-        elif ours != theirs:
-            lines.append(f"{prefix}{name} is {theirs!r}, asked for {ours!r}")
-    return sorted(lines)
+def differences(requested: object, pinned: object, name: str = "") -> list[str]:
+    """One line for each field in which two configurations of the same shape differ, sorted; in `name` if a section."""
+    if isinstance(requested, dict) and isinstance(pinned, dict):
+        prefix = f"{name}." if name else ""
+        return sorted(
+            line for field in requested for line in differences(requested[field], pinned[field], f"{prefix}{field}")
+        )
+    return [] if requested == pinned else [f"{name} is {pinned!r}, asked for {requested!r}"]

@@ -28,10 +28,7 @@ class KeyValues:
         self.length = 0
 
     def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add T positions. Returns the keys and values of all positions so far.
-
-        The first call may pass a single row: the prompt that all texts share.
-        """
+        """The keys and values of all positions so far. The first call may pass one row for all texts."""
         assert k_BHTD.shape[2] == 1 or self.length == 0
         start, self.length = self.length, self.length + k_BHTD.shape[2]
         self.k_BHSD[:, :, start : self.length] = k_BHTD
@@ -81,7 +78,6 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        """Works on each position alone. Returns B T C."""
         y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh"))
         return F.dropout(y_BTC, self.dropout, self.training)
 
@@ -97,7 +93,6 @@ class Block(nn.Module):
         self.mlp = MLP(config, dropout)
 
     def forward(self, x_BTC: Tensor, mask_B1TT: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
-        """The stream after this block, B T C."""
         x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), mask_B1TT, past)
         after_BTC: Tensor = x_BTC + self.mlp(self.ln_2(x_BTC))
         return after_BTC
@@ -172,24 +167,13 @@ class GPT(nn.Module):
         """Parameters without padding: 124,439,808 for the 124M model."""
         return sum(unpadded(name, weight).numel() for name, weight in self.named_parameters())
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        mask_B1TT: Tensor | None = None,
-        past: list[KeyValues] | None = None,
-    ) -> Tensor:
-        """The normalised stream before the head, B T C."""
-        x_BTC: Tensor = self.transformer(tokens_BT, positions_BT, mask_B1TT, past)
-        return x_BTC
-
     def logits(self, x_BTC: Tensor) -> Tensor:
-        """Scores of the next token, … V, without padding."""
+        """Scores of the next token, … V, of the transformer's output. Without padding."""
         return F.linear(x_BTC, unpadded(EMBEDDING, self.head_VC))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross-entropy of the targets, summed, in nats."""
-        x_NC = self.hidden(tokens_BT).flatten(0, 1)
+        x_NC = self.transformer(tokens_BT).flatten(0, 1)
         options = None  # on CUDA torch.compile fuses whole logits with the loss
         if self.training and x_NC.device.type == "cpu":
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(len(x_NC)))

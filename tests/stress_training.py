@@ -103,7 +103,7 @@ class Proof:
         for segment in record.metrics:
             if segment not in self._segments:
                 self._segments[segment] = read_segments(self._store, [segment])
-        lines = [line["step"] for segment in record.metrics for line in self._segments[segment]]
+        lines = [line.step for segment in record.metrics for line in self._segments[segment]]
         assert lines == list(range(record.step)), f"step {record.step} has the numbers of steps {lines}"
 
 

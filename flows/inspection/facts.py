@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord, checkpoints, read_metrics
 from model.evaluation.results import Evaluation
 from model.runs.job import read_result
@@ -78,7 +79,7 @@ class RunFacts:
     code_version: str | None
     config: dict[str, Any]
     dataset: DatasetFacts | None
-    metrics: list[dict[str, Any]]  # one line of the log for each step
+    metrics: list[StepMetrics]
     training: TrainingFacts
     evaluations: list[Evaluation]  # those with metrics, by step
     samples: list[SampleFacts]  # the newest first
@@ -94,7 +95,7 @@ def run_facts(store: Store, name: str) -> RunFacts:
     if run is None and not records:
         raise ObjectMissing(f"store {store.url!r} has no run {name!r} to report on. List its runs: gpt2 status")
     metrics = read_metrics(store, name)
-    losses = [line["loss"] for line in metrics if line["loss"] is not None]  # None: NaN in a skipped step
+    losses = [line.loss for line in metrics if line.loss is not None]  # None: NaN in a skipped step
     evaluations = read_evaluations(store, name)
     config = run.config if run else {"model": records[-1].model}
     dataset = _dataset(store, run, evaluations)
@@ -199,7 +200,7 @@ def _lineage(
         if dataset.parent:
             yield "follows manifest", dataset.parent
     if run and run.start:
-        yield "began with", f"step {run.start['step']:,} of run {run.start['run']}"
+        yield "began with", f"step {run.start.step:,} of run {run.start.run}"
     if run:
         yield "training job", training_job(run).job_id
     for record in records:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flows.inspection.facts import RunFacts
 from flows.pages.drawing import LINE, MARK, draw
+from model.checkpoints.metrics import StepMetrics
 
 COLOURS = (LINE, MARK, "#3f9e6e", "#b0599e", "#8a7a2d", "#c4524a")  # legible on white and on black
 MAXIMUM_POINTS = 1_000  # of a line: 19,073 steps would be 400 kB each
@@ -45,7 +46,7 @@ def curves(runs: list[RunFacts]) -> dict[str, str]:
     return {title: svg for title, svg in plots.items() if svg}
 
 
-def loss_curve(metrics: list[dict[str, Any]]) -> str:
+def loss_curve(metrics: list[StepMetrics]) -> str:
     """The loss of one training so far, as inline SVG; "" before its first step."""
     return _draw("Loss", "nats a token", _training_losses(metrics, 0, "training", "val, while training"), {})
 
@@ -64,16 +65,17 @@ def _losses(runs: list[RunFacts]) -> Iterator[Series]:
     yield from _evaluated(runs, "val_loss")
 
 
-def _training_losses(metrics: list[dict[str, Any]], run: int, label: str, val_label: str) -> list[Series]:
+def _training_losses(metrics: list[StepMetrics], run: int, label: str, val_label: str) -> list[Series]:
     return [
         Series(label, run, thinned(_column(metrics, "loss"))),
         Series(val_label, run, _column(metrics, "val_loss"), "o"),
     ]
 
 
-def _column(metrics: list[dict[str, Any]], name: str) -> list[Point]:
+def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
     """A number of the metrics log at the steps that have it."""
-    return [(line["step"] + 1, line[name], 0.0) for line in metrics if line.get(name) is not None]
+    values = ((line.step, getattr(line, name)) for line in metrics)
+    return [(step + 1, value, 0.0) for step, value in values if value is not None]
 
 
 def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:

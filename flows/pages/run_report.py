@@ -55,7 +55,7 @@ def differing(runs: list[RunFacts]) -> list[str]:
         f"{run.name}: {line}"
         for run in runs[1:]
         for section in sorted(run.config.keys() & first.keys() - {"evaluation"})  # an evaluation has its own settings
-        for line in differences(first[section], run.config[section], f"{section}.")
+        for line in differences(first[section], run.config[section], section)
     ]
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
+from model.checkpoints.metrics import StepMetrics
 from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, CheckpointInvalid, ObjectMissing
 from storage.keys import RunKeys
@@ -158,12 +159,12 @@ def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> Non
                 store.delete(RunKeys(run).checkpoint_file(record.step, record.attempt, name))
 
 
-def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
+def read_metrics(store: Store, run: str) -> list[StepMetrics]:
     """The metrics of each step up to the newest checkpoint, in order."""
     records = checkpoints(store, run)
     return read_segments(store, records[-1].metrics) if records else []
 
 
-def read_segments(store: Store, segments: list[str]) -> list[dict[str, Any]]:
+def read_segments(store: Store, segments: list[str]) -> list[StepMetrics]:
     """The metrics of each step in these segments, in order."""
-    return [json.loads(line) for key in segments for line in store.read(key).body.splitlines()]
+    return [StepMetrics(**json.loads(line)) for key in segments for line in store.read(key).body.splitlines()]

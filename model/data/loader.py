@@ -37,7 +37,7 @@ class DataLoader:
         return self._gather(*self.order.locate(first, count))
 
     def windows_in_file_order(self, chosen: np.ndarray) -> np.ndarray:
-        """The chosen windows of the split, counted shard by shard, uint16, len(chosen) x (T + 1)."""
+        """Windows `chosen` of the split, counted shard by shard, uint16, len(chosen) x (T + 1)."""
         return self._gather(*self.order.in_file_order(chosen))
 
     def shards_of(self, first: int, count: int) -> list[str]:
@@ -82,7 +82,6 @@ class MicroBatches:
         return inputs_and_targets(tokens, self._device)
 
     def close(self) -> None:
-        """Stop the thread."""
         self._closed.set()
         with suppress(queue.Empty):
             while True:

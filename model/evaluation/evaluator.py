@@ -84,7 +84,7 @@ class Evaluator:
         for rows in batch_rows(mine, BATCH_TOKENS[self._sums_on]):
             batch = to_tensors(rows, self.ddp.device)
             with self.autocast():
-                x_BTC = self.model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, mask_B1TT=batch.mask_B1TT)
+                x_BTC = self.model.transformer(batch.tokens_BT, batch.positions_BT, batch.mask_B1TT)
             # The head in fp32: the rounding of bf16 logits can make a loss negative
             x_UC = x_BTC.flatten(0, 1)[batch.predictors_U].float()
             losses_N = self._losses(x_UC, batch.predictor_of_N, batch.targets_N)

@@ -52,7 +52,7 @@ def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequenc
     fed_BT = torch.tensor([ids], device=device)  # all texts begin alike, so one row will do
     ended = [False] * len(seeds)
     for _ in range(settings.sample_tokens):
-        x_BC = model.hidden(fed_BT, past=past)[:, -1]
+        x_BC = model.transformer(fed_BT, past=past)[:, -1]
         uniform_B = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         sampled = next_tokens(model.logits(x_BC).float().expand(len(seeds), -1), settings, uniform_B).tolist()
         tokens = [tokenizer.EOT if over else token for over, token in zip(ended, sampled, strict=True)]

@@ -8,7 +8,6 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ import torch
 from model import tokenizer
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.checkpoints.weights import load_model
-from model.config import EvaluationConfig, ResourcesConfig
+from model.config import EvaluationConfig
 from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
 from model.evaluation.generate import sample_texts
@@ -83,7 +82,7 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
 
 
 def _cache_bytes(job: Job) -> int:
-    return ResourcesConfig.model_validate(job.how.get("resources", {})).cache_bytes
+    return job.how.resources.cache_bytes
 
 
 def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
@@ -124,7 +123,7 @@ def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
 KINDS = {"val_loss": val_loss, "completion": completion, "hellaswag": hellaswag, "samples": samples}
 
 
-def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, object]:
+def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
     """Do an evaluation job as this rank and put the evaluation into the store. Returns the job's result.
 
     Raises ObjectMissing when the checkpoint is gone, and ValueError when its losses are not finite.
@@ -149,7 +148,7 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> dict[str, object]:
             store.delete(key)  # it may be of a job with other settings, whose answers are about to be overwritten
             overwrite(store, RunKeys(job.run).evaluation_items(evaluation.step, job.kind), answers)
         overwrite(store, key, canonical_json(evaluation.model_dump(exclude_none=True)))
-    return asdict(EvaluationSummary(job.kind, evaluation.step, evaluation.metrics, key))
+    return EvaluationSummary(job.kind, evaluation.step, evaluation.metrics, key)
 
 
 def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Measurement:

@@ -57,8 +57,7 @@ class DDPConfig:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the only one that writes and logs."""
-        return self.rank == 0
+        return self.rank == 0  # the only one that writes and logs
 
     @property
     def device_name(self) -> str:
@@ -68,8 +67,8 @@ class DDPConfig:
     @property
     def environment(self) -> dict[str, str | int]:
         """Hardware and versions, for comparing results."""
-        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        return {"device": self.device_name, "ranks": self.ranks, "system": platform.platform(), **versions}
+        versions = {"system": platform.platform(), "python": platform.python_version(), "torch": str(torch.__version__)}
+        return {"device": self.device_name, "ranks": self.ranks, **versions}
 
     def memory_bytes(self) -> int:
         """Peak memory of this process, on its GPU or else on the host."""
@@ -103,7 +102,6 @@ class DDPConfig:
         return bounds.sum().item() == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The tensor summed over all ranks, in place."""
         if self.ranks > 1:
             dist.all_reduce(values)
         return values

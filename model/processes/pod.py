@@ -27,7 +27,7 @@ def run(store_url: str, job_key: str, index: int, address: str) -> int:
     """Be the pod of this index and IP address. Returns the exit code; raises ValueError or StorageError."""
     store = open_store(store_url)
     job = read_job(store, job_key)
-    resources = ResourcesConfig.model_validate(job.how["resources"])
+    resources = job.how.resources
     hosts = pod_names(resources)
     print(f"waiting for {', '.join(hosts)}", flush=True)
     while read_result(store, job) is None:

@@ -27,30 +27,27 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     shutdown_seconds = round(60 * resources.unsaved_minutes) + SHUTDOWN_SECONDS
     argv = ["--shutdown-timeout", str(shutdown_seconds), "--nproc-per-node", str(ranks)]
     argv += ["-m", "model", store_url, job_key, "--parent", str(os.getpid())]
+    hosts = ["--standalone"]
     try:
-        hosts = _rendezvous_options(resources, job_key) if resources.nodes > 1 else ["--standalone"]
+        if resources.nodes > 1:
+            address, is_first = local_address(resources.rendezvous)
+            hosts = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2]]
+            hosts += ["--rdzv-backend", "c10d", "--rdzv-endpoint", resources.rendezvous]
+            hosts += ["--rdzv-conf", f"is_host={is_first}", "--local-addr", address]
         torchrun([*hosts, *argv])
     except ChildFailedError as error:  # the rank has printed its own error
         return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
     except SignalException as error:  # torchrun has passed the signal on; ranks save a checkpoint at SIGTERM only
         return 0 if error.sigval == signal.SIGTERM else 1
     except RendezvousError as error:
-        print(
-            f"error: resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not meet, or "
-            f"lost each other: {str(error).rstrip('.')}. Give the first host's address as the others reach it, and "
-            f"start the same command on each host within a minute, the first host first.",
-            file=sys.stderr,
-            flush=True,
+        message = (
+            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not meet, or lost each "
+            f"other: {str(error).rstrip('.')}. Give the first host's address as the others reach it, and start the "
+            f"same command on each host within a minute, the first host first."
         )
+        print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def _rendezvous_options(resources: ResourcesConfig, job_key: str) -> list[str]:
-    address, is_first = local_address(resources.rendezvous)
-    options = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2], "--rdzv-backend", "c10d"]
-    options += ["--rdzv-endpoint", resources.rendezvous, "--rdzv-conf", f"is_host={is_first}"]
-    return [*options, "--local-addr", address]
 
 
 def local_address(rendezvous: str) -> tuple[str, bool]:

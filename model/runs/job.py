@@ -5,9 +5,13 @@ The digest of its recipe names a job, so "is it done?" is one lookup of its resu
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
+
+from model.config import How
 from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists
@@ -32,28 +36,26 @@ class Job:
     run: str
     kind: str
     recipe: dict[str, Any]
-    how: dict[str, Any] = field(default_factory=dict, compare=False)
+    how: How = field(default=How(), compare=False)
 
     @property
     def job_id(self) -> str:
-        """The kind and a digest of the recipe."""
         return f"{self.kind}-{digest(self.recipe)[:8]}"
 
     @property
     def key(self) -> str:
-        """The key of the job in the store."""
         return RunKeys(self.run).job(self.job_id)
 
 
 def put_job(store: Store, job: Job) -> str:
     """Put the job into the store for its processes to read. Replaces an earlier `how`. Returns the key."""
-    overwrite(store, job.key, canonical_json(asdict(job)))
+    overwrite(store, job.key, canonical_json(to_jsonable_python(job)))
     return job.key
 
 
 def read_job(store: Store, key: str) -> Job:
     """The job at a key. Raises ObjectMissing."""
-    return Job(**json.loads(store.read(key).body))
+    return TypeAdapter(Job).validate_python(json.loads(store.read(key).body))
 
 
 def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:

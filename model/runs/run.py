@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints
-from model.config import RunConfig, TrainingConfig, differences
+from model.config import How, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
@@ -14,25 +16,33 @@ from storage.stores.store import Store, overwrite, read_json
 
 
 @dataclass(frozen=True)
+class Start:
+    """The checkpoint of another run that a training starts from."""
+
+    run: str
+    step: int
+    attempt: str
+
+
+@dataclass(frozen=True)
 class Run:
     """A run and what it is pinned to.
 
     `commit` is the source's commit on the Hub, `manifest` the digest of the dataset version, and `items` the key of the
-    HellaSwag file. `start` names the checkpoint of another run that it starts from. Only `how` is not pinned.
+    HellaSwag file. Only `how` is not pinned.
     """
 
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # as its first start wrote it: a later version may know other settings
     commit: str | None
     manifest: str
     items: str | None
     code_version: str
-    start: dict[str, Any] | None = None
-    how: dict[str, Any] = field(default_factory=dict, compare=False)
+    start: Start | None = None
+    how: How = field(default=How(), compare=False)
 
     @property
     def dataset(self) -> str:
-        """The name of the run's dataset."""
         return str(self.config["data"]["dataset"])
 
 
@@ -41,21 +51,15 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     run = find_run(store, config.name)
     if run is None:
         return None
-    run = replace(run, how=config.how())
-    known = {
-        section: {name: value for name, value in values.items() if name in type(getattr(config, section)).model_fields}
-        for section, values in run.config.items()
-    }  # settings removed since are ignored: the manifest and the job's recipe hold what they decided
-    pinned = RunConfig.model_validate({"name": run.name} | known).computed()  # newer fields get their defaults
-    pinned["train"] |= run.how["train"]
-    pinned["evaluation"] = config.computed()["evaluation"]  # evaluations are not pinned
-    if differing := differences(config.computed(), pinned):
+    # Newer fields get their defaults. Fields removed since are ignored: manifest and job hold what they decided.
+    pinned = RunConfig.model_validate({"name": run.name} | run.config, extra="ignore")
+    if differing := differences(config.pinned(), pinned.pinned()):
         raise DatasetMismatch(
             f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "
             f"Choose another name with --set name=…, or use the same settings. To continue its training with these: "
             f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
         )
-    return run
+    return replace(run, how=config.how())
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
@@ -72,7 +76,7 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
         return pinned
 
 
-def _start(store: Store, parent: str) -> dict[str, Any]:
+def _start(store: Store, parent: str) -> Start:
     """The newest checkpoint of the run to start from."""
     records = checkpoints(store, parent)
     if not records:
@@ -80,7 +84,7 @@ def _start(store: Store, parent: str) -> dict[str, Any]:
             f"train.start_from = {parent!r}: that run has no checkpoint in store {store.url!r}. "
             f"gpt2 status lists the runs; gpt2 import makes a run from a Hugging Face model."
         )
-    return {"run": parent, "step": records[-1].step, "attempt": records[-1].attempt}
+    return Start(parent, records[-1].step, records[-1].attempt)
 
 
 def keep_request(store: Store, key: str, config: RunConfig) -> None:
@@ -90,17 +94,15 @@ def keep_request(store: Store, key: str, config: RunConfig) -> None:
 
 def find_run(store: Store, name: str) -> Run | None:
     """The run of that name, or None if it was never started. An imported model was not."""
-    value: dict[str, Any] | None = read_json(store, RunKeys(name).config)
-    return None if value is None else Run(**value)
+    return TypeAdapter(Run | None).validate_python(read_json(store, RunKeys(name).config))
 
 
 def training_job(run: Run) -> Job:
     """The training of a run. Its recipe holds everything that decides the final weights."""
     train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
-    recipe: dict[str, Any] = {"model": run.config["model"], "train": train}
-    if run.start is not None:
-        recipe["start"] = run.start
-    return Job(run.name, "train", recipe | {"dataset": run.dataset, "manifest": run.manifest}, run.how)
+    start = {} if run.start is None else {"start": asdict(run.start)}
+    inputs = {"model": run.config["model"], "train": train, "dataset": run.dataset, "manifest": run.manifest}
+    return Job(run.name, "train", inputs | start, run.how)
 
 
 def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
@@ -111,18 +113,21 @@ def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str |
     """
     settings = config.evaluation.model_dump(mode="json")
     checkpoint = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS].sha256}
-    precision = {"precision": settings["precision"]}
-    seed = {"seed": config.train.seed}
+
+    def job(kind: str, *names: str, **inputs: object) -> Job:
+        chosen = {name: settings[name] for name in names}
+        return Job(config.name, kind, checkpoint | inputs | chosen, config.how())
+
     val_split = {"dataset": config.data.dataset, "manifest": manifest}
-    recipes: dict[str, dict[str, Any]] = {}
+    seed = config.train.seed
+    jobs = []
     if manifest is not None:
-        sizes = {"validation_tokens": settings["validation_tokens"], "sequence_tokens": config.train.sequence_tokens}
-        recipes["val_loss"] = val_split | sizes | precision
+        sequence_tokens = config.train.sequence_tokens
+        jobs.append(job("val_loss", "validation_tokens", "precision", sequence_tokens=sequence_tokens, **val_split))
     if items is not None:
-        recipes["hellaswag"] = {"items": items} | precision
+        jobs.append(job("hellaswag", "precision", items=items))
     elif manifest is not None and not config.evaluation.hellaswag:
-        count = {"completion_items": settings["completion_items"]}
-        recipes["completion"] = val_split | seed | count | precision
+        jobs.append(job("completion", "completion_items", "precision", seed=seed, **val_split))
     sampling = ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")
-    recipes["samples"] = seed | {name: settings[name] for name in sampling}
-    return [Job(config.name, kind, checkpoint | recipe, config.how()) for kind, recipe in recipes.items()]
+    jobs.append(job("samples", *sampling, seed=seed))
+    return jobs

@@ -1,1 +1,1 @@
-"""Training: `trainer.py` is the loop, `setup.py` assembles it from the other parts."""
+"""Training: `trainer.py` assembles the other parts and is the loop."""

@@ -7,6 +7,9 @@ from collections import deque
 from math import isfinite
 from statistics import median
 
+from model.checkpoints.records import read_segments
+from storage.stores.store import Store
+
 MEMORY_STEPS = 128
 FEWEST_STEPS = 32  # no norm is an outlier before: gradients shrink fast at the beginning
 FACTOR = 10.0  # times the median of the last MEMORY_STEPS norms; one spike already moves the z-scores of llm.c
@@ -17,7 +20,7 @@ class Outliers:
 
     def __init__(self, allowed: int, norms: list[float], skipped: int) -> None:
         self.allowed, self.skipped = allowed, skipped
-        self._norms = deque((norm for norm in norms if isfinite(norm)), maxlen=MEMORY_STEPS)
+        self._norms = deque(norms, maxlen=MEMORY_STEPS)
 
     def skip(self, loss: float, norm: float) -> bool:
         """Whether to skip the step of this loss and gradient norm. Counts it."""
@@ -36,15 +39,8 @@ class Outliers:
         return False
 
 
-def divergence(
-    run: str, step: int, loss: float, norm: float, *, skipped: int, windows: range, manifest: str, shards: list[str]
-) -> ValueError:
-    """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""
-    after = f" after {skipped} skipped steps" if skipped else ""
-    more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
-    return ValueError(
-        f"step {step:,} of run {run!r} diverged: summed loss {loss}, gradient norm {norm}{after}. Its batch is windows "
-        f"{windows[0]:,} to {windows[-1]:,} of manifest {manifest[:12]}, in {', '.join(shards[:3])}{more}. "
-        f"gpt2 dataset trace --step {step} shows the documents. Try a smaller train.learning_rate, a longer warm-up "
-        f"or train.skip_outlier_steps in a new run."
-    )
+def past_outliers(store: Store, segments: list[str], allowed: int) -> Outliers:
+    """The outliers as the steps in these segments left them. Reads those only if steps may be skipped."""
+    steps = read_segments(store, segments) if allowed else []
+    norms = [step.gradient_norm for step in steps if step.gradient_norm is not None and not step.skipped]
+    return Outliers(allowed, norms, sum(step.skipped for step in steps))

@@ -11,25 +11,35 @@ from model.checkpoints.records import CheckpointRecord, Cursor, checkpoints
 from model.checkpoints.weights import load_optimizer, load_weights
 from model.config import differences
 from model.gpt import GPT
+from model.processes.distributed import DDPConfig
 from model.runs.job import Job
 from storage.errors import CheckpointInvalid, ObjectMissing
 from storage.stores.store import Store
 
 
-def resume(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[int, CheckpointRecord | None]:
-    """Load the checkpoint to start from. Returns the step, and the record if it is one of this run.
+def resume(
+    store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[str]]:
+    """Load the checkpoint to start from. Returns its step, and the keys of the metrics that this run has so far.
 
-    Raises CheckpointInvalid if the checkpoint is damaged or belongs to something else, ObjectMissing if it was deleted.
+    Raises CheckpointInvalid if the checkpoint is damaged or belongs to something else, ObjectMissing if it was deleted,
+    and ValueError if it is not the same on all ranks.
     """
-    if records := checkpoints(store, job.run):
-        newest = records[-1]
-        _check(job, newest)
-        load_weights(store, job.run, newest, model)
-        load_optimizer(store, job.run, newest, model, optimizer)
-        return newest.step, newest
-    if "start" not in job.recipe:
-        return 0, None
-    return _start(store, job, model, optimizer), None
+    records = checkpoints(store, job.run)
+    newest = records[-1] if records else None
+    if not ddp.agree(int(newest.attempt, 16) if newest else 0):
+        listed = f"step {newest.step:,}" if newest else "none"
+        raise ValueError(
+            f"run {job.run!r}: the ranks found different checkpoints (rank {ddp.rank}: {listed}), because another "
+            f"process is still saving. When it has ended, run the same command again."
+        )
+    if newest is None:
+        step = _start(store, job, model, optimizer) if "start" in job.recipe else 0
+        return step, []
+    _check(job, newest)
+    load_weights(store, job.run, newest, model)
+    load_optimizer(store, job.run, newest, model, optimizer)
+    return newest.step, newest.metrics
 
 
 def cursor_of(job: Job, next_window: int) -> Cursor:

@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import torch
 
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord, put_checkpoint, retain
 from model.checkpoints.weights import Snapshot
+from model.config import TrainingConfig
 from model.gpt import GPT
 from model.training.metrics import MetricsLog
 from storage.errors import CheckpointInvalid, StorageError, StoreUnavailable
@@ -31,12 +33,9 @@ class Saver:
     CheckpointInvalid if another process trains the same run.
     """
 
-    def __init__(
-        self, store: Store, run: str, log: MetricsLog, *, unsaved_seconds: float, keep_last: int, keep_every_steps: int
-    ) -> None:
-        self._store, self._run, self._log = store, run, log
-        self._unsaved_seconds = unsaved_seconds
-        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+    def __init__(self, store: Store, run: str, log: MetricsLog, config: TrainingConfig, unsaved_minutes: float) -> None:
+        self._store, self._run, self._log, self._config = store, run, log, config
+        self._unsaved_minutes = unsaved_minutes
         self._snapshot = Snapshot()
         self._thread = threading.Thread()
         self._give_way = threading.Event()
@@ -61,47 +60,49 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is stored."""
-        if self._thread.is_alive():
-            self._thread.join()
+        self._join()
         self.check()
 
     def close(self) -> None:
         """Wait for the save in progress, unless the store fails."""
         self._give_way.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._join()
 
     def check(self) -> None:
-        """Raise the error of the saving thread, if any. Waits for nothing."""
+        """Raise the error of the saving thread, if any."""
         if self._error is not None:
             raise self._error
+
+    def _join(self) -> None:
+        if self._thread.is_alive():  # a thread that was never started cannot be joined
+            self._thread.join()
 
     def _is_free(self, seconds: float) -> bool:
         """Whether the save before has ended within `seconds`. If it fails, it gives way."""
         deadline = time.monotonic() + seconds
-        while True:
+        while self._thread.is_alive():
             if self._failing_since is not None:
                 self._give_way.set()
             seconds_left = deadline - time.monotonic()
-            if seconds_left <= 0 or not self._thread.is_alive():
+            if seconds_left <= 0:
                 break
             self._thread.join(min(seconds_left, 1.0))
         self.check()
         return not self._thread.is_alive()
 
-    def _save(self, bodies: dict[str, Body], record: CheckpointRecord, lines: list[str]) -> None:
+    def _save(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> None:
         try:
-            while not self._try(bodies, record, lines):
+            while not self._try(bodies, record, metrics):
                 if self._give_way.wait(RETRY_SECONDS):
                     return
             self._retain()
         except Exception as error:  # a bug of ours, too: the training must not go on without checkpoints
             self._error = error
 
-    def _try(self, bodies: dict[str, Body], record: CheckpointRecord, lines: list[str]) -> bool:
+    def _try(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> bool:
         """Try to store it once. Raises CheckpointInvalid, and StoreUnavailable after too long."""
         try:
-            segments = self._log.put_segment(lines)
+            segments = self._log.put_segment(metrics)
             stored = put_checkpoint(self._store, self._run, bodies, replace(record, metrics=segments))
         except CheckpointInvalid:
             raise
@@ -109,28 +110,25 @@ class Saver:
             self._note_failure(record.step, error)
             return False
         self._failing_since = None
-        self._log.saved(len(lines), stored.metrics)
+        self._log.saved(len(metrics), stored.metrics)
         return True
 
     def _note_failure(self, step: int, error: StorageError) -> None:
         now = time.monotonic()
         self._failing_since = self._failing_since or now
-        unsaved = now - self._failing_since
-        if unsaved > self._unsaved_seconds:
+        minutes = (now - self._failing_since) / 60
+        minutes_left = self._unsaved_minutes - minutes
+        if minutes_left < 0:
             raise StoreUnavailable(
-                f"run {self._run!r}: no checkpoint could be stored for {unsaved / 60:.0f} minutes "
-                f"(resources.unsaved_minutes = {self._unsaved_seconds / 60:g}). Last try, step {step:,}: {error} "
+                f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes "
+                f"(resources.unsaved_minutes = {self._unsaved_minutes:g}). Last try, step {step:,}: {error} "
                 f"When the store works again, run the same command: it continues from the newest checkpoint."
             ) from error
-        print(
-            f"checkpoint of step {step:,} is not stored yet, the training goes on for at most "
-            f"{(self._unsaved_seconds - unsaved) / 60:.0f} minutes: {error}",
-            flush=True,
-        )
+        waiting = f"the training goes on for at most {minutes_left:.0f} minutes"
+        print(f"checkpoint of step {step:,} is not stored yet, {waiting}: {error}", flush=True)
 
     def _retain(self) -> None:
-        """Delete old checkpoints. A later save deletes those that the store cannot delete now."""
         try:
-            retain(self._store, self._run, self._keep_last, self._keep_every_steps)
-        except StorageError as error:
+            retain(self._store, self._run, self._config.keep_last, self._config.keep_every_steps)
+        except StorageError as error:  # the next save tries again
             print(f"old checkpoints of run {self._run!r} could not be deleted: {error}", flush=True)

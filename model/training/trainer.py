@@ -1,4 +1,4 @@
-"""The training loop: steps, validation and checkpoints. `setup.py` assembles it.
+"""The trainer: assembled from its parts, then the loop of steps, validations and checkpoints.
 
     batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint now and then
 
@@ -7,86 +7,103 @@ Knows no Prefect, command line or environment.
 
 import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord
-from model.config import TrainingConfig
+from model.config import ModelConfig, TrainingConfig
 from model.data.loader import DataLoader, MicroBatches
 from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job
-from model.training.metrics import MetricsLog, StepMetrics
-from model.training.outliers import Outliers, divergence
-from model.training.resume import cursor_of
+from model.training.flops import flops_per_token, peak_flops
+from model.training.metrics import MetricsLog
+from model.training.optimizer import learning_rate, make_optimizer
+from model.training.outliers import past_outliers
+from model.training.resume import cursor_of, resume
 from model.training.saver import Saver
-from model.training.schedule import learning_rate
+from storage.datasets.manifest import read_manifest
+from storage.stores.store import Store
 
 SAVE_WAIT_SECONDS = 1.0  # shortest wait for the save before; usually a save waits as long as a step takes
 
 
-@dataclass
-class Seconds:
-    """Time spent beside computing since the last metrics were logged."""
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a training job: steps done, tokens seen, hardware and versions."""
 
-    data: float = 0.0
-    metrics: float = 0.0
-    checkpoint: float = 0.0
-
-
-@dataclass(eq=False)
-class Trainer:
-    """One rank of one training. `fit` brings the run from `step` to its last step."""
-
-    job: Job
-    config: TrainingConfig
-    ddp: DDPConfig
-    model: GPT
-    parallel: torch.nn.Module  # the model, compiled and synchronised over the ranks
-    optimizer: torch.optim.Optimizer
-    micro_batches: int  # of one step on this rank
-    loader: DataLoader
-    val_loader: DataLoader | None
-    prefetch_batches: int
-    evaluator: Evaluator
-    outliers: Outliers
-    log: MetricsLog
-    saver: Saver
     step: int
-    mfu_per_speed: float | None
-    _stop_requested: bool = field(default=False, init=False)
-    _save_due: bool = field(default=False, init=False)
-    _seconds: Seconds = field(default_factory=Seconds, init=False)
+    tokens: int
+    environment: dict[str, str | int]
 
-    def fit(self) -> dict[str, Any] | None:
-        """Train to the last step. Returns the result, or None if a SIGTERM stopped it at a checkpoint."""
+
+class Trainer:
+    """One rank of one training, at its run's newest checkpoint. `fit` brings the run to its last step.
+
+    Raises ValueError if the settings do not fit the dataset, CheckpointInvalid or ObjectMissing for a bad checkpoint.
+    """
+
+    def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
+        self.job, self.ddp = job, ddp
+        self.config = config = TrainingConfig.model_validate(job.recipe["train"] | job.how.train)
+        self.resources = job.how.resources
+        self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
+        dataset = job.recipe["dataset"]
+        open_split = partial(
+            DataLoader, store, dataset, read_manifest(store, dataset, job.recipe["manifest"]),
+            sequence_tokens=config.sequence_tokens, seed=config.seed, cache_bytes=self.resources.cache_bytes,
+        )  # fmt: skip
+        self.loader = open_split("train")
+        self._check_length()
+        self.val_loader = open_split("val") if config.validate_every_steps else None
+        torch.manual_seed(config.seed)  # every rank draws the same initial weights
+        self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), config.dropout).to(ddp.device)
+        self.flops_per_token = flops_per_token(self.model.config, self.model.parameter_count, config.sequence_tokens)
+        self.optimizer = make_optimizer(self.model, config)
+        self.step, segments = resume(store, job, ddp, self.model, self.optimizer)
+        self.outliers = past_outliers(store, segments, config.skip_outlier_steps)
+        self.evaluator = Evaluator(self.model, ddp, config.precision)
+        compiled = config.compile == "on" or (config.compile == "auto" and ddp.device.type == "cuda")
+        self.parallel: Any = torch.compile(self.model) if compiled else self.model
+        if ddp.ranks > 1:
+            self.parallel = DistributedDataParallel(self.parallel, forward_sync_buffers=False)
+        tensorboard = self.resources.tensorboard if ddp.is_main else ""
+        self.log = MetricsLog(store, job.run, config.max_steps, segments, tensorboard=tensorboard, step=self.step)
+        self.saver = Saver(store, job.run, self.log, config, self.resources.unsaved_minutes)
+        self._stop_requested = self._save_due = False
+        self._data_seconds = self._metrics_seconds = self._checkpoint_seconds = 0.0
+        if ddp.is_main:
+            mode = "compiled" if compiled else "eager"
+            print(f"{job.job_id}: {self.evaluator.precision}, {mode}, from step {self.step:,}", flush=True)
+
+    def fit(self) -> TrainingResult | None:
+        """Train to the last step. Returns None if a SIGTERM stopped it at a checkpoint."""
         handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self.batches = MicroBatches(
             self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
             size=self.config.micro_batch_sequences, rank=self.ddp.rank, ranks=self.ddp.ranks,
-            ahead=self.prefetch_batches,
+            ahead=self.resources.prefetch_batches,
         )  # fmt: skip
         try:
             while self.step < self.config.max_steps:
-                started = time.perf_counter()
                 metrics, stopping = self._train_step()
-                metrics = self._timed(metrics, time.perf_counter() - started)
                 if self.val_loader and self._is_due(self.config.validate_every_steps):
-                    val_loss = self.evaluator.val_loss(self.val_loader, self.config.validation_tokens).loss
-                    metrics = replace(metrics, val_loss=val_loss)
+                    metrics.val_loss = self.evaluator.val_loss(self.val_loader, self.config.validation_tokens).loss
                 if self.ddp.is_main:
                     self._log_and_save(metrics, stopping=stopping)
                 if stopping and self.step < self.config.max_steps:
                     return None
-            tokens = self.step * self.config.batch_tokens
-            return {"step": self.step, "tokens": tokens, "environment": self.ddp.environment}
+            return TrainingResult(self.step, self.step * self.config.batch_tokens, self.ddp.environment)
         finally:
             self.batches.close()
             self.saver.close()
@@ -96,6 +113,7 @@ class Trainer:
 
     def _train_step(self) -> tuple[StepMetrics, bool]:
         """One optimizer step. Returns its metrics, and whether any rank was told to stop."""
+        started = time.perf_counter()
         torch.manual_seed(self._step_seed())
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
@@ -103,14 +121,23 @@ class Trainer:
         loss, norm, stopping = self._gradients()
         skipped = self.outliers.skip(loss, norm)
         if not skipped:
-            self._check_finite(loss, norm)
+            if not (isfinite(loss) and isfinite(norm)):
+                raise self._divergence(loss, norm)
             self.optimizer.step()
+        seconds = time.perf_counter() - started
+        speed = self.config.batch_tokens / seconds
         metrics = StepMetrics(
             step=self.step,
             loss=loss / self.config.batch_tokens if isfinite(loss) else None,
             learning_rate=rate,
             gradient_norm=norm if isfinite(norm) else None,
             skipped=skipped,
+            step_seconds=seconds,
+            tokens_per_second=speed,
+            mfu=self._mfu(speed),
+            data_seconds=self._data_seconds,
+            metrics_seconds=self._metrics_seconds,
+            checkpoint_seconds=self._checkpoint_seconds,
         )
         self.step += 1
         return metrics, stopping
@@ -121,12 +148,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         exact = torch.float32 if self.ddp.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(3, dtype=exact, device=self.ddp.device)
+        self._data_seconds = 0.0
         for index in range(self.micro_batches):
             waiting = time.perf_counter()
             tokens_BT, targets_BT = self.batches.next()
-            self._seconds.data += time.perf_counter() - waiting
-            is_last = index == self.micro_batches - 1
-            with self._synchronised(is_last), self.evaluator.autocast():
+            self._data_seconds += time.perf_counter() - waiting
+            # DDP sums gradients over the ranks only after the last micro-batch
+            is_synchronised = self.ddp.ranks == 1 or index == self.micro_batches - 1
+            with nullcontext() if is_synchronised else self.parallel.no_sync(), self.evaluator.autocast():
                 loss = self.parallel(tokens_BT, targets_BT)
                 # DDP averages over ranks: with this scale the gradient is that of the mean over the whole batch
                 (loss * (self.ddp.ranks / self.config.batch_tokens)).backward()
@@ -136,66 +165,60 @@ class Trainer:
         total, norm, stop = self.ddp.sum(sums).tolist()  # the only time in a step that the CPU waits for the GPU
         return total, norm, stop > 0
 
-    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Let DDP sum gradients over the ranks only after the last micro-batch of a step."""
-        if is_last or self.ddp.ranks == 1:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.parallel.no_sync()  # type: ignore[operator]
-        return context
-
     def _step_seed(self) -> int:
         """The seed of dropout: it depends on seed, step and rank alone, so a resume needs no generator state."""
         bits = np.random.SeedSequence([self.config.seed, self.step, self.ddp.rank]).generate_state(2)
         return int(bits[0]) << 31 | int(bits[1]) >> 1
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if isfinite(loss) and isfinite(norm):
-            return
-        first, count = self.step * self.config.batch_windows, self.config.batch_windows
-        raise divergence(
-            self.job.run, self.step, loss, norm, skipped=self.outliers.skipped, windows=range(first, first + count),
-            manifest=self.job.recipe["manifest"], shards=self.loader.shards_of(first, count),
-        )  # fmt: skip
+    def _mfu(self, speed: float) -> float | None:
+        """The share of the GPUs' peak at `speed` tokens a second, or None in fp32 or if the peak is unknown."""
+        peak = peak_flops(self.ddp.device_name) if self.evaluator.precision == "bf16" else None
+        return speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None
 
-    def _timed(self, metrics: StepMetrics, seconds: float) -> StepMetrics:
-        """The metrics with the time and speed of the step."""
-        speed = self.config.batch_tokens / seconds
-        mfu = speed * self.mfu_per_speed if self.mfu_per_speed else None
-        return replace(metrics, step_seconds=seconds, tokens_per_second=speed, mfu=mfu)
+    def _check_length(self) -> None:
+        config, windows = self.config, self.loader.order.epoch_windows
+        if windows < config.batch_windows:
+            raise ValueError(
+                f"train.batch_tokens = {config.batch_tokens:,}: the train split of dataset "
+                f"{self.job.recipe['dataset']!r} has {windows:,} windows of {config.sequence_tokens:,} tokens, less "
+                f"than one batch. Use at most train.batch_tokens = {windows * config.sequence_tokens:,}, fewer "
+                f"data.val_shards, or more text."
+            )
+
+    def _divergence(self, loss: float, norm: float) -> ValueError:
+        """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""
+        after = f" after {self.outliers.skipped} skipped steps" if self.outliers.skipped else ""
+        first, count = self.step * self.config.batch_windows, self.config.batch_windows
+        shards = self.loader.shards_of(first, count)
+        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
+        return ValueError(
+            f"step {self.step:,} of run {self.job.run!r} diverged: summed loss {loss}, gradient norm {norm}{after}. "
+            f"Its batch is windows {first:,} to {first + count - 1:,} of manifest {self.job.recipe['manifest'][:12]}, "
+            f"in {', '.join(shards[:3])}{more}. gpt2 dataset trace --step {self.step} shows the documents. Try a "
+            f"smaller train.learning_rate, a longer warm-up or train.skip_outlier_steps in a new run."
+        )
 
     def _log_and_save(self, metrics: StepMetrics, *, stopping: bool) -> None:
         """On the main rank: log the metrics, and save a checkpoint if one is due.
 
         A save waits for the one before as long as a step takes. If that is still running, the next step tries again.
         """
-        metrics = replace(
-            metrics,
-            data_seconds=self._seconds.data,
-            metrics_seconds=self._seconds.metrics,
-            checkpoint_seconds=self._seconds.checkpoint,
-            memory_bytes=self.ddp.memory_bytes(),
-        )
-        self._seconds = Seconds()
+        metrics.memory_bytes = self.ddp.memory_bytes()
         started = time.perf_counter()
         self.log.add(metrics)
         logged = time.perf_counter()
-        self._seconds.metrics = logged - started
+        self._metrics_seconds = logged - started
         self.saver.check()  # ends a training whose saves fail for good at once, not when the next is due
         ending = stopping or self.step == self.config.max_steps
         self._save_due |= ending or self._is_due(self.config.checkpoint_every_steps)
         if self._save_due:
             wait_seconds = inf if ending else max(metrics.step_seconds, SAVE_WAIT_SECONDS)
-            saving = self.saver.save(self.model, self.optimizer, self._record(), wait_seconds=wait_seconds)
-            self._save_due = not saving
+            recipe, cursor = self.job.recipe, cursor_of(self.job, self.step * self.config.batch_windows)
+            record = CheckpointRecord(self.step, self.job.job_id, recipe["model"], recipe["train"], cursor)
+            self._save_due = not self.saver.save(self.model, self.optimizer, record, wait_seconds=wait_seconds)
         if ending:
             self.saver.finish()
-        self._seconds.checkpoint = time.perf_counter() - logged
-
-    def _record(self) -> CheckpointRecord:
-        recipe, next_window = self.job.recipe, self.step * self.config.batch_windows
-        return CheckpointRecord(
-            self.step, self.job.job_id, recipe["model"], recipe["train"], cursor_of(self.job, next_window)
-        )
+        self._checkpoint_seconds = time.perf_counter() - logged
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.max_steps

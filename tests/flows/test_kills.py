@@ -49,7 +49,7 @@ def outcome(folder: Path) -> Outcome:
         listed.key: sha256(store.read(listed.key).body)
         for listed in store.list(RunKeys("tiny").evaluations + f"{60:06d}/")
     }
-    losses = [line["loss"] for line in read_metrics(store, "tiny")]
+    losses = [line.loss for line in read_metrics(store, "tiny")]
     return Outcome(manifest.digest, losses, last.files["model.safetensors"].sha256, evaluations)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from flows import train
 from flows.console import cli
+from model.checkpoints.metrics import StepMetrics
 from model.runs.job import read_job, read_result
 from model.runs.run import Run
 from storage.errors import StoreUnavailable
@@ -26,7 +27,8 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
             said.append((done, text))
             ended.set()
 
-    progress = {"step": 3, "since_checkpoint": [{"step": 2, "loss": None, "tokens_per_second": 7.0}]}
+    line = {"step": 2, "loss": None, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 7.0}
+    progress = {"step": 3, "max_steps": 9, "since_checkpoint": [line]}
     answers: list[Any] = [progress, StoreUnavailable("it answers 503")]
     drawn: list[str] = []
 
@@ -36,7 +38,7 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
         return found
 
     monkeypatch.setattr(train, "read_json", read)
-    monkeypatch.setattr(train, "read_metrics", lambda *_: [{"step": 1, "loss": 5.0}])
+    monkeypatch.setattr(train, "read_metrics", lambda *_: [StepMetrics(**line | {"step": 1, "loss": 5.0})])
     monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
@@ -53,9 +55,14 @@ def test_the_table_has_the_first_the_last_and_round_steps(
 ) -> None:
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(train, "show", lambda _, table, **__: rows.extend(table))
-    line = {"loss": 6.71234567, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 1234.5}
-    metrics = [line | {"step": step} for step in range(steps)]
-    metrics[-1]["val_loss"] = 6.5
+    line: dict[str, Any] = {
+        "loss": 6.71234567,
+        "learning_rate": 1e-3,
+        "gradient_norm": None,
+        "tokens_per_second": 1234.5,
+    }
+    metrics = [StepMetrics(**line, step=step) for step in range(steps)]
+    metrics[-1].val_loss = 6.5
     train._show_metrics(Run("tiny", {}, None, "", None, ""), metrics)
     assert [row["step"] for row in rows] == shown
     assert (rows[-1]["loss"], rows[-1]["val loss"], rows[-1]["gradient norm"]) == ("6.7123", "6.5000", "")

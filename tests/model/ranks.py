@@ -15,7 +15,7 @@ from model.data.loader import MicroBatches
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training import trainer
-from model.training.setup import build_trainer
+from model.training.trainer import Trainer
 from storage.stores.opening import open_store
 
 STUCK_SECONDS = 120
@@ -111,7 +111,7 @@ def _one(asked: Asked, ddp: DDPConfig) -> Seen:
 
     MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = noting, keeping  # type: ignore[method-assign,assignment]
     try:
-        training = build_trainer(store, read_job(store, asked.job_key), ddp)
+        training = Trainer(store, read_job(store, asked.job_key), ddp)
         training.fit()
     finally:
         MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]

@@ -103,7 +103,7 @@ def test_rows_that_are_no_token_are_zero_and_stay_so() -> None:
         assert model.head_VC.grad[:VOCABULARY].any()
         optimizer.step()
         assert not padding.any()
-    assert model.logits(model.hidden(batch()[0])).shape[-1] == VOCABULARY
+    assert model.logits(model.transformer(batch()[0])).shape[-1] == VOCABULARY
 
 
 def test_parameters_have_the_names_of_the_published_weights() -> None:
@@ -117,7 +117,7 @@ def test_no_position_depends_on_a_later_token() -> None:
     embedded: list[Tensor] = []
     model.transformer.wte.register_forward_hook(lambda _module, _tokens, output: embedded.append(output))
     tokens_BT, _ = batch(rows=1, tokens=10)
-    logits_TV = model.logits(model.hidden(tokens_BT))[0]
+    logits_TV = model.logits(model.transformer(tokens_BT))[0]
     direction_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
     for position in range(10):
         (gradient_BTC,) = torch.autograd.grad(logits_TV[position] @ direction_V, embedded[0], retain_graph=True)
@@ -132,7 +132,7 @@ def test_logits_are_those_of_a_plain_forward(tokens: int) -> None:
     tokens_BT, _ = batch(rows=3, tokens=tokens)
     with torch.no_grad():
         expected = plain_logits(dict(model.named_parameters()), SMALL, tokens_BT)
-        found = model.logits(model.hidden(tokens_BT))
+        found = model.logits(model.transformer(tokens_BT))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits(
     monkeypatch.setattr(gpt, "chunk_rows", lambda _: chunk_rows)
     model = small_model().train(training)
     tokens_BT, targets_BT = batch()
-    logits_BTV = model.logits(model.hidden(tokens_BT))
+    logits_BTV = model.logits(model.transformer(tokens_BT))
     expected = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
     torch.testing.assert_close(model(tokens_BT, targets_BT), expected, rtol=1e-5, atol=0)
 
@@ -156,7 +156,7 @@ def test_gradients_of_the_chunked_loss_are_those_of_the_plain_loss(
     monkeypatch.setattr(gpt, "chunk_rows", lambda _: chunk_rows)
     model = small_model().train()
     tokens_BT, targets_BT = batch()
-    logits_BTV = model.logits(model.hidden(tokens_BT))
+    logits_BTV = model.logits(model.transformer(tokens_BT))
     plain = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
     weights = list(model.parameters())
     expected = torch.autograd.grad(plain / 48, weights)

@@ -84,7 +84,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(
     theirs.set_attn_implementation(attention)
     ids_BT = batch(2, 20)
     answer = theirs(input_ids=ids_BT, labels=ids_BT)  # it shifts them itself
-    logits_BTV = ours.logits(ours.hidden(ids_BT))
+    logits_BTV = ours.logits(ours.transformer(ids_BT))
     assert logits_BTV.std() > 1  # far from a fresh model's
     torch.testing.assert_close(logits_BTV, answer.logits, rtol=0, atol=1e-4)
     loss = mean_loss(ours, ids_BT)

@@ -129,7 +129,7 @@ def kill_all(store: Store, job_key: str) -> None:
 
 def history(store: Store, run: str) -> list[dict[str, Any]]:
     """All that was logged but for seconds, speed and memory, which no two runs share."""
-    lines = [{name: line[name] for name in line if name in EXACT} for line in read_metrics(store, run)]
+    lines = [line.model_dump(include=set(EXACT)) for line in read_metrics(store, run)]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return lines
 

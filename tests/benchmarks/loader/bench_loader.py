@@ -40,7 +40,7 @@ from torch import Tensor
 from model import tokenizer
 from model.data.loader import DataLoader, MicroBatches
 from storage.cache import host as host_cache
-from storage.datasets.manifest import COLUMNS, Manifest
+from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
@@ -122,7 +122,7 @@ def write_shards(folder: Path, whole: Path, tokens: int) -> dict[str, list[Any]]
     """Random ids, as shards and as the one file that nanoGPT wants; returns the columns of the shards' manifest."""
     folder.mkdir()
     random = np.random.Generator(np.random.PCG64(1))
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in ShardRow._fields}
     with whole.open("wb") as one_file:
         for index, start in enumerate(range(0, tokens, SHARD_TOKENS)):
             ids = random.integers(0, tokenizer.VOCABULARY, min(SHARD_TOKENS, tokens - start), np.uint16)

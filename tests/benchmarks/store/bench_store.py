@@ -33,7 +33,7 @@ from botocore.config import Config
 
 from storage.cache import host as host_cache
 from storage.cache import shards as shard_cache
-from storage.datasets.manifest import COLUMNS, ShardRow, read_manifest
+from storage.datasets.manifest import ShardRow, read_manifest
 from storage.digests import canonical_json, sha256
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
@@ -229,7 +229,7 @@ def bench_list(objects: int) -> None:
 
 
 def put_manifest(store: Store, shards: int) -> str:
-    columns = dict(zip(COLUMNS, map(list, zip(*(
+    columns = dict(zip(ShardRow._fields, map(list, zip(*(
         (f"000_{n:05d}-{n:05d}-{n:012x}", 10_000_000 + n % 1000, 9_700 + n % 300, 46_000_000 + n % 999,
          sha256(b"%d" % n), "train" if n else "val") for n in range(shards)), strict=True)), strict=True))  # fmt: skip
     made = {"recipe": {"shard_tokens": 10_000_000}, "tokenizer": {"name": "gpt2"}, "totals": {}, "parent": None}

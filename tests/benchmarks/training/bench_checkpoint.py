@@ -56,9 +56,8 @@ def made() -> tuple[GPT, torch.optim.Optimizer]:
 def ours(url: str, model: GPT, optimizer: torch.optim.Optimizer) -> Callable[[], Found]:
     """A saver, and what one save of it takes."""
     store = open_store(url, create=True)
-    saver = Saver(
-        store, "bench", MetricsLog(store, "bench", 1, []), unsaved_seconds=60.0, keep_last=1, keep_every_steps=0
-    )
+    config = TrainingConfig(keep_last=1, keep_every_steps=0)
+    saver = Saver(store, "bench", MetricsLog(store, "bench", 1, []), config, unsaved_minutes=1.0)
     step = 0
 
     def save() -> Found:

@@ -109,7 +109,7 @@ def made_up(folder: Path, steps: int, settings: list[str]) -> None:
     whole, killed = (configured(folder, str(source), name, *words) for name in ("whole", "killed"))
     store, manifest = open_store(str(folder / "store"), create=True), dataset(whole)
     code, seconds = train(whole, training_job(pin_run(store, whole, manifest.digest, None)), until=steps)
-    lines = read_metrics(store, "whole")
+    lines = [line.model_dump() for line in read_metrics(store, "whole")]
     print(f"SIGTERM at step {steps}: exit code {code}, first step after {seconds[0]:.1f} s, saved at step {len(lines)}")
     table(lines)
     job = training_job(pin_run(store, killed, manifest.digest, None))
@@ -117,7 +117,7 @@ def made_up(folder: Path, steps: int, settings: list[str]) -> None:
     print(
         "gone on from step", checkpoints(store, "killed")[-1].step, "exit code", train(killed, job, until=2 * every)[0]
     )
-    again = read_metrics(store, "killed")
+    again = [line.model_dump() for line in read_metrics(store, "killed")]
     print(f"the first {min(len(again), len(lines))} losses apart: {apart(lines, again, 'loss'):.1e} relative, gradient "
           f"norms {apart(lines, again, 'gradient_norm'):.1e}")  # fmt: skip
 
@@ -131,7 +131,7 @@ def real_text(folder: Path, files: str, settings: list[str]) -> None:
     )  # fmt: skip
     store, manifest = open_store(config.store_url, create=True), dataset(config)
     print("real text: exit code", train(config, training_job(pin_run(store, config, manifest.digest, None)))[0])
-    lines = read_metrics(store, "text")
+    lines = [line.model_dump() for line in read_metrics(store, "text")]
     print("\n| step | loss | validation loss |\n| ---: | ---: | ---: |")
     for line in lines[:1] + lines[19::20]:
         print(f"| {line['step'] + 1} | {line['loss']:.3f} | {line.get('val_loss', float('nan')):.3f} |")

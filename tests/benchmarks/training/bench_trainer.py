@@ -79,7 +79,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             assert run_job(store.url, put_job(store, job)) == 0
         bare += bare_seconds(config, manifest, steps // 4)
-        lines = read_metrics(store, config.name)
+        lines = [line.model_dump() for line in read_metrics(store, config.name)]
     assert len(lines) == steps
     # A line's metrics and checkpoint are those of the step before; the last one's are not in any.
     wall = sum(line["step_seconds"] + line["metrics_seconds"] + line["checkpoint_seconds"] for line in lines)

@@ -28,7 +28,7 @@ from model.checkpoints.weights import load_model
 from model.config import ModelConfig
 from model.data.loader import DataLoader
 from model.gpt import GPT
-from model.runs.run import find_run
+from model.runs.run import Start, find_run
 from storage.errors import CheckpointInvalid, ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Store
@@ -87,7 +87,7 @@ def ids() -> Tensor:
 @torch.no_grad()
 def our_logits(store: Store, run: str) -> Tensor:
     model: GPT = load_model(store, run, newest_checkpoint(store, run)).eval()
-    return model.logits(model.hidden(ids()))
+    return model.logits(model.transformer(ids()))
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_a_round_trip_gives_the_same_bytes(house: House, published: Path, tmp_pa
 def test_a_training_starts_from_an_imported_model(house: House, published: Path) -> None:
     record = import_folder(house.store, "pretrained", published)
     key = house.ask("tuned", *SHORT, "train.start_from=pretrained")
-    assert find_run(house.store, "tuned").start == {"run": "pretrained", "step": 0, "attempt": record.attempt}
+    assert find_run(house.store, "tuned").start == Start("pretrained", 0, record.attempt)
     assert run_job(house.store.url, key) == 0
     loader = DataLoader(house.store, "small", house.manifest, "train", sequence_tokens=32, seed=1337)
     first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))

@@ -10,7 +10,7 @@ from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, chec
 from model.processes.distributed import DDPConfig
 from model.runs.job import put_job, read_job
 from model.runs.run import pin_run, training_job
-from model.training.setup import build_trainer
+from model.training.trainer import Trainer
 from storage.errors import CheckpointInvalid
 from storage.keys import RunKeys
 from storage.stores.store import Store
@@ -93,7 +93,7 @@ def test_two_trainings_of_one_run_do_not_mix(
 ) -> None:
     """The slower one is told so at its next save, and the faster one's checkpoints stay."""
     key = house.ask("twice", *SHORT)
-    slow = build_trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+    slow = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
     assert run_job(house.store.url, key) == 0
     before = everything(house.store)
     with pytest.raises(CheckpointInvalid, match="twice"):

@@ -19,9 +19,9 @@ from model.data.order import WindowOrder
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job
 from model.runs.run import pin_run, training_job
-from model.training import setup
-from model.training.setup import build_trainer
-from storage.datasets.manifest import COLUMNS, Manifest
+from model.training import trainer
+from model.training.trainer import Trainer
+from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.errors import ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
@@ -41,7 +41,7 @@ def built(config: RunConfig, build: Callable[[RunConfig], Manifest]) -> tuple[Ru
 
 def made_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[Manifest, list[np.ndarray]]:
     """A dataset of shards of exactly these sizes, put without a source: every token id says where it stands."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in ShardRow._fields}
     shards, at = [], 0
     for index, size in enumerate(sizes):
         ids = np.arange(at, at + size).astype("<u2")
@@ -294,7 +294,7 @@ def trained_batches(
             return tokens_BT, targets_BT
 
         monkeypatch.setattr(MicroBatches, "next", keep)
-        build_trainer(store, job, OneOfMany(rank, ranks, CPU)).fit()
+        Trainer(store, job, OneOfMany(rank, ranks, CPU)).fit()
     steps, micro_batches = 2, 16 // ranks // micro_batch
     assert [len(mine) for mine in seen] == [steps * micro_batches] * ranks
     return [
@@ -350,7 +350,7 @@ def test_the_ranks_windows_are_the_orders_with_no_overlap_and_no_gap(
 def test_batch_of_a_step_is_the_same_for_any_ranks_and_micro_batch(
     store: Store, built: tuple[RunConfig, Manifest], ranks: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "DistributedDataParallel", NotSynchronised)
+    monkeypatch.setattr(trainer, "DistributedDataParallel", NotSynchronised)
     config, manifest = built
     overrides = [f"train.micro_batch_sequences={micro_batch}", "train.batch_tokens=512", "train.max_steps=2"]
     wanted = tiny_config(config.store_url, config.data.source, *overrides, "train.validate_every_steps=0")

@@ -53,7 +53,7 @@ def plain_loss(model: GPT, windows: np.ndarray) -> float:
     """The mean loss of the windows' tokens, one window at a time."""
     total = 0.0
     for window in torch.from_numpy(windows):
-        logits_TV = model.logits(model.hidden(window[None, :-1]))[0]
+        logits_TV = model.logits(model.transformer(window[None, :-1]))[0]
         total += float(F.cross_entropy(logits_TV.double(), window[1:], reduction="sum"))
     return total / (len(windows) * T)
 
@@ -61,7 +61,7 @@ def plain_loss(model: GPT, windows: np.ndarray) -> float:
 @torch.no_grad()
 def plain_ending_loss(model: GPT, context: list[int], ending: list[int]) -> float:
     """The summed loss of one ending after one context, with nothing beside it."""
-    logits_TV = model.logits(model.hidden(torch.tensor([context + ending[:-1]])))[0]
+    logits_TV = model.logits(model.transformer(torch.tensor([context + ending[:-1]])))[0]
     return float(F.cross_entropy(logits_TV[len(context) - 1 :], torch.tensor(ending), reduction="sum"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from model import tokenizer
 from model.evaluation.items import ENDING_TOKENS, ITEM_TOKENS, document_items
-from storage.datasets.manifest import COLUMNS, Manifest
+from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
@@ -21,7 +21,7 @@ def made_document(number: int, tokens: int = 100) -> list[int]:
 
 def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]] | None = None) -> Manifest:
     """A manifest of shards of documents, each after an `<|endoftext|>`."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in ShardRow._fields}
     splits = [("val", shard) for shard in val] + [("train", shard) for shard in train or []]
     for index, (split, documents) in enumerate(splits):
         ids = [token for document in documents for token in (tokenizer.EOT, *document)]

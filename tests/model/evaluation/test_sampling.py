@@ -69,7 +69,7 @@ def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
     written: list[int] = []
     for _ in range(count):
         ids = ids[-4:] if len(ids) > 8 else ids
-        written.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
+        written.append(int(model.logits(model.transformer(torch.tensor([ids]))[0, -1]).argmax()))
         ids.append(written[-1])
     return written
 

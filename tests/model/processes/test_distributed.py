@@ -7,7 +7,7 @@ import torch
 
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
-from model.training.setup import build_trainer
+from model.training.trainer import Trainer
 from tests.model.training_runs import House
 
 SetHardware = Callable[[int, bool], None]
@@ -89,4 +89,4 @@ def test_ranks_that_resume_different_checkpoints_do_not_train(house: House) -> N
 
     key = house.ask("apart")
     with pytest.raises(ValueError, match="another process is still saving"):
-        build_trainer(house.store, read_job(house.store, key), Disagreeing(0, 1, torch.device("cpu")))
+        Trainer(house.store, read_job(house.store, key), Disagreeing(0, 1, torch.device("cpu")))

@@ -8,7 +8,6 @@ import torch
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.run import pin_run, training_job
-from model.training.setup import build_trainer
 from model.training.trainer import Trainer
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
@@ -29,7 +28,7 @@ def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
         "train.validate_every_steps=0", "train.checkpoint_every_steps=3", "data.shard_tokens=4000", "data.val_shards=1",
     )  # fmt: skip
     store, manifest = open_store(str(tmp_path / "store"), create=True), build_dataset(config)
-    trainer = build_trainer(
+    trainer = Trainer(
         store, training_job(pin_run(store, config, manifest.digest, None)), DDPConfig(0, 1, torch.device("cpu"))
     )
     losses: list[float] = []

@@ -1,6 +1,5 @@
 """What people watch: lines with all their numbers, kept until a checkpoint holds them, and TensorBoard's files."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,18 +7,19 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import read_metrics
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
-from model.training.metrics import DRAWN, MetricsLog, StepMetrics
-from model.training.setup import build_trainer
+from model.training.metrics import DRAWN, MetricsLog
+from model.training.trainer import Trainer
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.model.training_runs import SHORT, STEPS, House
 
 
 def metrics(step: int) -> StepMetrics:
-    return StepMetrics(step, 5.0, 1e-3, 1.0, tokens_per_second=100.0)
+    return StepMetrics(step=step, loss=5.0, learning_rate=1e-3, gradient_norm=1.0, tokens_per_second=100.0)
 
 
 def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
@@ -29,10 +29,10 @@ def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
         assert {
             "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "step_seconds", "data_seconds",
             "metrics_seconds", "checkpoint_seconds", "memory_bytes",
-        } == set(line)  # fmt: skip
-        assert 0 <= line["data_seconds"] <= line["step_seconds"]
-        assert 10**8 < line["memory_bytes"] < 10**11
-    assert [line["step"] for line in lines if line["checkpoint_seconds"] > 0]
+        } == set(line.model_dump())  # fmt: skip
+        assert 0 <= line.data_seconds <= line.step_seconds
+        assert 10**8 < line.memory_bytes < 10**11
+    assert [line.step for line in lines if line.checkpoint_seconds > 0]
 
 
 def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
@@ -42,7 +42,7 @@ def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
     first = log.unsaved()
     log.add(metrics(3))
     segments = log.put_segment(first)
-    assert [json.loads(line)["step"] for line in log.unsaved()] == [0, 1, 2, 3]  # its checkpoint may still fail
+    assert [line.step for line in log.unsaved()] == [0, 1, 2, 3]  # its checkpoint may still fail
     again = log.put_segment(log.unsaved())
     assert len(again) == 1, "a segment of a checkpoint that failed is none of the chain"
     log.saved(4, again)
@@ -56,13 +56,13 @@ def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
 def test_tensorboard_shows_every_step_once_after_a_resume(house: House, tmp_path: Path) -> None:
     words = (*SHORT, f"resources.tensorboard={tmp_path}")
     key = house.ask("drawn", *words)
-    training = build_trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+    training = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
     training._stop_requested = True
     assert training.fit() is None
     house.trained_here("drawn", *words)
     found = EventAccumulator(str(tmp_path / "drawn")).Reload()
     assert set(found.Tags()["scalars"]) == set(DRAWN) - {"val_loss", "mfu"}
-    losses = [line["loss"] for line in read_metrics(house.store, "drawn")]
+    losses = [line.loss for line in read_metrics(house.store, "drawn")]
     assert [event.step for event in found.Scalars("loss")] == list(range(1, STEPS + 1))
     assert [event.value for event in found.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
 

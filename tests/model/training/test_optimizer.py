@@ -7,8 +7,7 @@ import torch
 
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT
-from model.training.optimizer import make_optimizer
-from model.training.schedule import learning_rate
+from model.training.optimizer import learning_rate, make_optimizer
 
 DEFAULT = TrainingConfig()  # 6e-4 to 6e-5, warm-up 715, 19,073 steps
 PUBLISHED = {

@@ -10,7 +10,6 @@ from model.checkpoints.records import checkpoints, read_metrics
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training.outliers import FEWEST_STEPS, MEMORY_STEPS, Outliers
-from model.training.setup import build_trainer
 from model.training.trainer import Trainer
 from tests.model.training_runs import SHORT, STEPS, House, assert_equal_runs, final_weights
 
@@ -40,7 +39,7 @@ def test_norms_that_fall_slowly_are_no_outliers_and_old_ones_are_forgotten() -> 
 
 def spoilt(house: House, key: str, at: set[int], monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A training whose gradients are no numbers at these steps."""
-    training = build_trainer(house.store, read_job(house.store, key), CPU)
+    training = Trainer(house.store, read_job(house.store, key), CPU)
     clip = torch.nn.utils.clip_grad_norm_
 
     def spoiling(parameters: object, most: float) -> torch.Tensor:
@@ -64,16 +63,16 @@ def test_as_many_as_allowed_are_skipped_and_counted_and_the_next_ends_the_run(
     assert any(row.shard_id in str(caught.value) for row in house.manifest.rows("train"))
     assert "gpt2 dataset trace --step 9" in str(caught.value)
     lines = read_metrics(house.store, "skipping")
-    assert [line["step"] for line in lines if line.get("skipped")] == [3, 5]
-    assert [line["gradient_norm"] for line in lines if line.get("skipped")] == [None, None]
+    assert [line.step for line in lines if line.skipped] == [3, 5]
+    assert [line.gradient_norm for line in lines if line.skipped] == [None, None]
     assert checkpoints(house.store, "skipping")[-1].step == 9
 
 
 def test_a_skipped_step_changes_no_weight(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = build_trainer(house.store, read_job(house.store, house.ask("fresh", *SHORT)), CPU)
+    calm = Trainer(house.store, read_job(house.store, house.ask("fresh", *SHORT)), CPU)
     fresh = torch.cat([weight.detach().flatten() for weight in calm.model.parameters()])
     key = house.ask("stopped", *SHORT, "train.skip_outlier_steps=1")
-    again = build_trainer(house.store, read_job(house.store, key), CPU)
+    again = Trainer(house.store, read_job(house.store, key), CPU)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
     again._stop_requested = True
     assert again.fit() is None
@@ -98,7 +97,7 @@ def test_a_run_that_goes_on_counts_the_steps_that_were_skipped_before(
     assert_equal_runs(house.store, "counting", "calm-skips")
     assert len(read_metrics(house.store, "counting")) == STEPS
     assert final_weights(house.store, "counting")
-    again = build_trainer(house.store, read_job(house.store, house.ask("counting", *words)), CPU)
+    again = Trainer(house.store, read_job(house.store, house.ask("counting", *words)), CPU)
     assert again.outliers.skipped == 2
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from model.__main__ import run_job
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import checkpoints
 from model.runs.job import read_job, read_result
-from model.training.metrics import MetricsLog, StepMetrics
+from model.training.metrics import MetricsLog
 from storage.keys import RunKeys
 from tests.model.training_runs import (
     SHORT,

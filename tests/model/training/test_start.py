@@ -7,7 +7,7 @@ import pytest
 from model.__main__ import run_job
 from model.checkpoints.records import checkpoints, read_metrics
 from model.config_file import load_config
-from model.runs.run import find_run, pin_run, pinned_run, training_job
+from model.runs.run import Start, find_run, pin_run, pinned_run, training_job
 from storage.errors import DatasetMismatch, ObjectMissing
 from storage.keys import RunKeys
 from tests.model.training_runs import SHORT, STEPS, House, final_weights, history, losses
@@ -23,7 +23,7 @@ def test_a_run_that_starts_with_everything_of_another_goes_on_as_that_one_would(
         if record.step > 6:
             house.store.delete(RunKeys("half").checkpoint_record(record.step))
     branch = house.trained_here("branch", *SHORT, "train.start_from=half", "train.start_with=everything")
-    assert find_run(house.store, branch).start == {"run": "half", "step": 6, "attempt": at_six.attempt}
+    assert find_run(house.store, branch).start == Start("half", 6, at_six.attempt)
     assert losses_from(house, branch, 6) == losses(house.store, whole)[6:]
     assert final_weights(house.store, branch) == final_weights(house.store, whole)
 
@@ -31,8 +31,8 @@ def test_a_run_that_starts_with_everything_of_another_goes_on_as_that_one_would(
 def losses_from(house: House, run: str, step: int) -> list[float]:
     """The losses of a run whose metrics begin at that step."""
     lines = read_metrics(house.store, run)
-    assert [line["step"] for line in lines] == list(range(step, STEPS))
-    return [line["loss"] for line in lines]
+    assert [line.step for line in lines] == list(range(step, STEPS))
+    return [line.loss for line in lines]
 
 
 def test_a_run_that_starts_with_weights_begins_its_own_schedule(house: House) -> None:
@@ -61,7 +61,7 @@ def test_how_it_runs_may_change_under_the_same_name_and_names_the_same_job(house
     assert again == run
     assert again is not None
     assert training_job(again).job_id == training_job(run).job_id
-    assert training_job(again).how["train"]["micro_batch_sequences"] == 1
+    assert training_job(again).how.train["micro_batch_sequences"] == 1
 
 
 @pytest.mark.parametrize("parent", ["nobody", "unsaved"])
@@ -124,7 +124,7 @@ def test_a_device_that_is_not_there_is_refused(house: House, capsys: pytest.Capt
         (["train.micro_batch_sequences=12"], "train.batch_tokens = 522240"),
         (["model.vocabulary=50000"], "there is no setting model.vocabulary"),
         (["resources.nodes=2"], "resources.rendezvous"),
-        (["resources.nodes=2", "resources.rendezvous=a:1", "resources.processes=3"], "among 6 ranks"),
+        (["resources.nodes=2", "resources.rendezvous=a:1", "resources.processes=3"], "each of 6 ranks"),
         (["train.start_from=a/b"], "train.start_from"),
     ],
 )

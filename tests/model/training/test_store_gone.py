@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from model.__main__ import run_job
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import checkpoints
 from model.training import metrics, saver, trainer
-from model.training.metrics import MetricsLog, StepMetrics
+from model.training.metrics import MetricsLog
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores import retries, s3_client
 from storage.stores.opening import open_store

@@ -13,7 +13,6 @@ from model.checkpoints.records import WEIGHTS, checkpoints
 from model.data.order import WindowOrder
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job, read_job, read_result
-from model.training.setup import build_trainer
 from model.training.trainer import Trainer
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import read_json
@@ -123,7 +122,7 @@ def test_a_loss_that_is_no_number_stops_the_run(house: House, capsys: pytest.Cap
 def test_weights_that_are_no_numbers_are_never_saved(house: House, value: float) -> None:
     run = f"poisoned-{value}"
     job: Job = read_job(house.store, house.ask(run))
-    trainer = build_trainer(house.store, job, DDPConfig(0, 1, torch.device("cpu")))
+    trainer = Trainer(house.store, job, DDPConfig(0, 1, torch.device("cpu")))
     with torch.no_grad():
         trainer.model.transformer.wte.weight[0] = value
     with pytest.raises(ValueError, match=run):

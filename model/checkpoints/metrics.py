@@ -1,0 +1,31 @@
+"""The metrics of a training as the store holds them: lines of segments, and the live progress. Imports no torch."""
+
+from operator import not_
+
+from pydantic import BaseModel, Field
+
+
+class StepMetrics(BaseModel):
+    """The numbers of one step. Its JSON has `skipped` only if true, `val_loss` and `mfu` only if known."""
+
+    step: int
+    loss: float | None  # None: NaN or infinite
+    learning_rate: float
+    gradient_norm: float | None  # None: NaN or infinite
+    skipped: bool = Field(default=False, exclude_if=not_)
+    val_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    data_seconds: float = 0.0  # waiting for batches
+    metrics_seconds: float = 0.0  # spent after the step before, like checkpoint_seconds
+    checkpoint_seconds: float = 0.0
+    memory_bytes: int = 0
+
+
+class Progress(BaseModel):
+    """The run's live progress: steps done, steps in all, and the metrics since the last checkpoint."""
+
+    step: int
+    max_steps: int
+    since_checkpoint: list[StepMetrics]
