@@ -30,6 +30,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 
 FILES_AT_ONCE = 4  # connections to the Hub: it answers more with 429, and four fill a line of 1 Gbit/s
+RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(FILES_AT_ONCE)
 PLANS_AT_ONCE = 16  # from a bucket each is a round trip
 
 
@@ -60,14 +61,8 @@ def prepare_file(
     return plan
 
 
-def download(config: RunConfig, *, with_items: bool = True) -> Downloaded:
-    """Run the stage, a few files at once. Building a dataset alone needs no evaluation items."""
-    runner: TaskRunner[Any] = ThreadPoolTaskRunner(FILES_AT_ONCE)
-    return download_flow.with_options(task_runner=runner)(config, with_items)
-
-
-@flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False)
-def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
+@flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False, task_runner=RUNNER)
+def download(config: RunConfig, with_items: bool = True) -> Downloaded:
     """Find and plan the source files. A run pinned to a complete manifest needs none of them."""
     data = config.data
     store = open_store(config.store_url, create=True)
@@ -92,7 +87,6 @@ def download_flow(config: RunConfig, with_items: bool = True) -> Downloaded:
 
 
 def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
-    """Raise ValueError if the source gives too few shards, before any is made."""
     planned = sum(len(plan.row_ends) for plan in plans)
     if not planned:
         filtered = " that data.filters keeps" if data.filters else ""
@@ -141,9 +135,9 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
 def _plan_first(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
     """The plans of the first files that hold `max_tokens`, one after the other: no further file is fetched."""
     data = config.data
+    settings = data.spec(tokenizer.identity()).settings
 
     def make_plan(file: SourceFile, limit_tokens: int) -> FilePlan:
         return prepare_file(file, data, config.store_url, limit_tokens, lambda *_: None)
 
-    settings = data.spec(tokenizer.identity()).settings
     return list(plan_files(store, data.dataset, listing.files, settings, make_plan)), []

@@ -100,38 +100,29 @@ def _results(
 
     Raises JobFailed or JobRefused when a job failed, or when there were failures before the jobs.
     """
-    failures = list(failures)
-    rows = [{"evaluation": name, "step": "", "state": "Failed", "result": str(error)} for name, error in failures]
+    rows = [{"evaluation": name, "step": "", "state": "Failed", "result": str(error)[:300]} for name, error in failures]
     results = []
-    computed = 0
     for job, future in zip(jobs, futures, strict=True):
-        row = {"evaluation": job.kind, "step": job.recipe["step"]}
+        step = job.recipe["step"]
+        row = {"evaluation": job.kind, "step": step}
         try:
             result = EvaluationSummary(**future.result())
         except (JobFailed, ValueError, StorageError) as error:
-            failures.append((f"{job.kind} of step {job.recipe['step']:,}", error))
-            rows.append(row | {"state": "Failed", "result": str(error)})
-            continue
-        results.append(result)
-        if future.state.name == "Completed":  # else Skipped
-            computed += 1
-        metrics = [f"{name} {value:.4f}" for name, value in result.metrics.items()]
-        rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
-    shown = [row | {"result": row["result"][:300]} for row in rows]
-    show(create_table_artifact, table=shown, key="evaluations", description=f"Evaluations of {run}")
+            failures.append((f"{job.kind} of step {step:,}", error))
+            rows.append(row | {"state": "Failed", "result": str(error)[:300]})
+        else:
+            results.append(result)
+            metrics = [f"{name} {value:.4f}" for name, value in result.metrics.items()]
+            rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
+    show(create_table_artifact, table=rows, key="evaluations", description=f"Evaluations of {run}")
     for name, reason in failures:
         say("evaluate", f"{name} failed: {reason}")
+    computed = sum(future.state.name == "Completed" for future in futures)  # else Skipped or Failed
     say("evaluate", f"{len(results)} of {len(results) + len(failures)} evaluations done, {computed} computed now")
     if failures:
-        raise _error(failures)
+        kind = JobFailed if any(isinstance(error, JobFailed) for _, error in failures) else JobRefused
+        raise kind("\n".join(f"{name}: {error}" for name, error in failures))
     return results
-
-
-def _error(failures: list[Failure]) -> JobFailed | JobRefused:
-    message = "\n".join(f"{name}: {error}" for name, error in failures)
-    if any(isinstance(error, JobFailed) for _, error in failures):
-        return JobFailed(message)
-    return JobRefused(message)
 
 
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:

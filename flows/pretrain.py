@@ -51,7 +51,6 @@ def build_dataset(config: RunConfig) -> str:
 @flow(name="train-run", flow_run_name="train-{config.name}")
 def train_run(config: RunConfig) -> None:
     """Train the run to its last step, on the dataset version it is pinned to or the newest."""
-    open_store(config.store_url)
     train(config)
 
 
@@ -79,7 +78,7 @@ def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported
     reported = report(config, evaluated)
     pages = {"report": reported.page}
     if dataset := reported.dataset:
-        pages["manifest"] = DatasetKeys(dataset.name).manifest(dataset.manifest)
+        pages["manifest"] = DatasetKeys(dataset.name).manifest(dataset.version.digest)
     show_links(open_store(config.store_url), f"Pages of {config.name}; links to a bucket expire after 7 days", pages)
     if isinstance(result, BaseException):
         raise result

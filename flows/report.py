@@ -24,8 +24,8 @@ def write_report(run_name: str, store_url: str) -> Reported:
     for title, svg in plots.items():
         key = title.lower().replace(" ", "-").replace("_", "-")
         Picture(f"plot-{key}", f"{title}, {run_name}").show(svg)
-    texts = facts.samples[0].texts if facts.samples else []
-    sample = texts[0]["prompt"] + texts[0]["text"] if texts else None
+    samples = facts.samples[0].samples if facts.samples else None
+    sample = samples[0]["prompt"] + samples[0]["text"] if samples else None
     return Reported(facts.dataset, facts.training, sample, RunKeys(run_name).report("html"))
 
 

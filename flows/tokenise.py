@@ -30,7 +30,6 @@ from model.runs.job import JobFailed, note_failure
 from model.runs.run import Run, pinned_run
 from storage import keys
 from storage.datasets import building
-from storage.datasets.building import Build
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.datasets.plan import ShardJob
 from storage.datasets.records import is_finished
@@ -48,13 +47,9 @@ MOST_POOLS = 3  # process pools started in a row, each after a worker process wa
 
 
 @task(
-    task_run_name="{name}",
-    cache_policy=NO_CACHE,  # Prefect's cache says `Cached` even if the data is gone; the record is the truth
-    retries=2,
-    retry_delay_seconds=[2, 10],
-    retry_jitter_factor=0.5,
-    retry_condition_fn=retry_if_transient,
-)
+    task_run_name="{name}", cache_policy=NO_CACHE,  # Prefect's `Cached` may be of data that is gone; the record is true
+    retries=2, retry_delay_seconds=[2, 10], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
+)  # fmt: skip
 def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # its name
     """Make shards of one source file and their records, unless they are done. A failed shard stops no other."""
     store = open_store(store_url)
@@ -78,12 +73,12 @@ def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
         return False
     record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
     store.delete(keys.failure(DatasetKeys(dataset).record(job.shard_id)))
-    get_run_logger().info("%s: %s tokens of %s documents", job.shard_id, f"{record.tokens:,}", f"{record.documents:,}")
+    get_run_logger().info(f"{job.shard_id}: {record.tokens:,} tokens of {record.documents:,} documents")
     return True
 
 
 @task(task_run_name="seal-{dataset}", cache_policy=NO_CACHE)
-def seal_dataset(dataset: str, build: Build, origin: dict[str, str], store_url: str) -> Manifest:  # noqa: ARG001  # its name
+def seal_dataset(dataset: str, build: building.Build, origin: dict[str, str], store_url: str) -> Manifest:  # noqa: ARG001  # its name
     """Write the manifest of all planned shards and point `latest` at it."""
     return building.finish_build(open_store(store_url), build, origin)
 
@@ -94,9 +89,14 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
     manifest = _repair(store, config, run, downloaded) if run else _build(store, config, downloaded)
-    _show_manifest(manifest, config.data.dataset)
+    dataset = config.data.dataset
+    text = f"# Dataset {dataset}\nmanifest `{manifest.digest}`\n\n"
+    text += "| split | shards | documents | tokens |\n| --- | ---: | ---: | ---: |"
+    for split, counts in manifest.totals.items():
+        text += f"\n| {split} | {counts['shards']:,} | {counts['documents']:,} | {counts['tokens']:,} |"
+    show(create_markdown_artifact, markdown=text, key="dataset-manifest", description=f"What {dataset} holds")
     if config.resources.audit:
-        find_leaks(config.data.dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
+        find_leaks(dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
     return DatasetVersion(manifest.digest, manifest.origin.get("commit"), downloaded.items)
 
 
@@ -218,17 +218,3 @@ def _retry_command(config: RunConfig) -> str:
 def _task_name(jobs: list[ShardJob]) -> str:
     more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
     return f"shard-{jobs[0].shard_id}{more}"
-
-
-def _show_manifest(manifest: Manifest, dataset: str) -> None:
-    lines = [
-        f"# Dataset {dataset}",
-        f"manifest `{manifest.digest}`",
-        "",
-        "| split | shards | documents | tokens |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for split, counts in manifest.totals.items():
-        lines.append(f"| {split} | {counts['shards']:,} | {counts['documents']:,} | {counts['tokens']:,} |")
-    text = "\n".join(lines)
-    show(create_markdown_artifact, markdown=text, key="dataset-manifest", description=f"What {dataset} holds")

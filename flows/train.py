@@ -52,15 +52,15 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
             if config.resources.nodes > 1:
                 say("train", f"on each of the other {config.resources.nodes - 1} hosts, with this package installed: "
                              f"python -m model {config.store_url} {job.key}")  # fmt: skip
-            result: dict[str, Any] = train_model.submit(job, config.store_url, processes).result()
+            step = int(train_model.submit(job, config.store_url, processes).result()["step"])
     finally:
         ended.set()
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
-    say("train", _summary(result["step"], config.train.max_steps, metrics, done_before=done_before))
+    say("train", _summary(step, config.train.max_steps, metrics, done_before=done_before))
     _show_metrics(run, metrics)
-    return Trained(result["step"])
+    return Trained(step)
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:

@@ -7,8 +7,8 @@ def summary_lines(reported: Reported, store_url: str) -> list[tuple[str, str]]:
     """Label and text of each line."""
     lines = []
     if dataset := reported.dataset:
-        counts = f"{dataset.tokens:,} tokens, {dataset.shards} shards"
-        lines.append(("dataset", f"{dataset.name}: {counts}, manifest {dataset.manifest}"))
+        counts = f"{dataset.version.tokens:,} tokens, {len(dataset.version.shard_ids)} shards"
+        lines.append(("dataset", f"{dataset.name}: {counts}, manifest {dataset.version.digest}"))
     training = reported.training
     steps = f"{training.steps:,} steps"
     if training.last_loss is not None:  # else a model that was imported, not trained here

@@ -119,11 +119,11 @@ def show(
 
     config, store = load_with_store(config_file, overrides)
     with console.status("reading the records of its shards"):
-        card = summarise(store, config.data.dataset, find_version(store, config.data.dataset, version)).model_dump()
+        card = summarise(store, config.data.dataset, find_version(store, config.data.dataset, version))
     if html is not None:
         _write_page(html, page(card))
     if as_json:
-        print(json.dumps(card))
+        print(json.dumps(card.model_dump()))
     elif html is not None:
         say("show", f"written to {html}")
     else:
@@ -161,7 +161,7 @@ def trace(
     config, store = load_with_store(config_file, overrides)
     target = trace_target(store, config)
     first, count = window_range(target, split, window, step)
-    for number, document in windows(store, config, target, split, first, count):
+    for number, document in windows(store, target, split, first, count):
         text = _text(document)
         if as_json:
             _print_document_json(number, document, text)

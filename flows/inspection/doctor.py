@@ -12,9 +12,8 @@ from pathlib import Path
 
 from flows.platform.server import served_port
 from model import tokenizer
-from storage.cache import host as host_cache
+from storage.cache import host
 from storage.cache import shards as shard_cache
-from storage.cache.host import HostCache
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 from storage.stores.store import clock
@@ -54,24 +53,20 @@ def _attempt(check: str, detail: Callable[[], str]) -> Verdict:
 
 def _packages() -> Verdict:
     """Whether every dependency is installed, and the versions of the two that bug reports need."""
-    required = [line for line in requires("gpt2-pipeline") or [] if "extra ==" not in line]
-    versions = {name: _version(name) for name in (re.split(r"[^\w.-]", line)[0] for line in required)}
-    missing = [name for name, installed in versions.items() if installed is None]
+    versions, missing = {}, []
+    for requirement in requires("gpt2-pipeline") or []:
+        if "extra ==" in requirement:
+            continue
+        name = re.split(r"[^\w.-]", requirement)[0]
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            missing.append(name)
     if missing:
         remedy = "run make demo, or pip install -e . in this environment"
         return Verdict("packages", False, f"not installed: {', '.join(missing)}; {remedy}")
-    return Verdict(
-        "packages",
-        True,
-        f"all {len(versions)} installed, torch {versions['torch']}, prefect {versions['prefect']}",
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    shown = f"all {len(versions)} installed, torch {versions['torch']}, prefect {versions['prefect']}"
+    return Verdict("packages", True, shown)
 
 
 def _store(url: str) -> Iterator[Verdict]:
@@ -81,11 +76,8 @@ def _store(url: str) -> Iterator[Verdict]:
         yield Verdict("store", True, f"{url}: reads and writes with these credentials")
         probe = store.probe()
         yield Verdict("conditions", True, f"{probe.server}: create-only put and compare-and-swap are honoured")
-        if probe.refuses_damaged:
-            yield Verdict("checksums", True, "a body damaged in transit is refused")
-        else:
-            late = "a body damaged in transit is stored, and only detected when it is read: update the server"
-            yield Verdict("checksums", False, late)
+        damaged = "refused" if probe.refuses_damaged else "stored, and only detected when it is read: update the server"
+        yield Verdict("checksums", probe.refuses_damaged, f"a body damaged in transit is {damaged}")
         skew_seconds = abs(clock(store) - time.time())
         remedy = "" if skew_seconds < SKEW_SECONDS else "; synchronise it, S3 refuses a difference of 900 s"
         yield Verdict("clock", not remedy, f"{skew_seconds:.0f} s from the store's{remedy}")
@@ -95,14 +87,13 @@ def _store(url: str) -> Iterator[Verdict]:
 
 def _disk() -> Verdict:
     free_bytes = shutil.disk_usage(Path.cwd()).free
-    enough = free_bytes > FREE_BYTES
-    needed = "" if enough else f"; a full run needs {FREE_BYTES / 1e9:.0f} GB"
-    return Verdict("disk", enough, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
+    needed = "" if free_bytes > FREE_BYTES else f"; a full run needs {FREE_BYTES / 1e9:.0f} GB"
+    return Verdict("disk", not needed, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
 
 
 def _cache() -> str:
-    cache = HostCache(host_cache.FOLDER, shard_cache.LIMIT_BYTES)
-    usage = f"{host_cache.FOLDER}: {cache.used_bytes() / 1e9:.1f} GB of shards"
+    cache = host.HostCache(host.FOLDER, shard_cache.LIMIT_BYTES)
+    usage = f"{host.FOLDER}: {cache.used_bytes() / 1e9:.1f} GB of shards"
     quarantined = len(cache.quarantined())
     if quarantined:
         usage += f", {quarantined} damaged files in quarantine: check this disk, then gpt2 gc --delete"

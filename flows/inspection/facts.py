@@ -1,18 +1,19 @@
 """The facts that a report shows about a run: training, dataset, evaluations, samples, lineage. Reads the store only."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import CheckpointRecord, checkpoints, read_metrics
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
 from model.evaluation.results import Evaluation
 from model.runs.job import read_result
 from model.runs.run import Run, find_run, training_job
-from storage.datasets.manifest import read_manifest
-from storage.datasets.recipe import TokenizerIdentity
+from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ObjectMissing
-from storage.keys import DatasetKeys, RunKeys
+from storage.inspection.leaks import LeakReport, read_leak_report
+from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
 
@@ -48,27 +49,12 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """The dataset version of a run."""
+    """The dataset version of a run, the source that the run names, and its leak report in one line."""
 
     name: str
-    manifest: str
-    parent: str | None
+    version: Manifest
     source: str
-    origin: dict[str, Any]  # the Hub's dataset, config, commit and licence
-    totals: dict[str, Any]  # sums by split
-    shards: int
-    tokens: int
-    tokenizer: TokenizerIdentity
     leaks: str
-
-
-@dataclass(frozen=True)
-class SampleFacts:
-    """The samples of one checkpoint: their sampling settings, and texts as {prompt, text}."""
-
-    step: int
-    settings: str
-    texts: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class RunFacts:
     metrics: list[StepMetrics]
     training: TrainingFacts
     evaluations: list[Evaluation]  # those with metrics, by step
-    samples: list[SampleFacts]  # the newest first
+    samples: list[Evaluation]  # those with samples, the newest first
     references: dict[str, Reference]  # by metric
     lineage: list[tuple[str, str]]
     environment: list[tuple[str, str]]
@@ -97,22 +83,21 @@ def run_facts(store: Store, name: str) -> RunFacts:
     metrics = read_metrics(store, name)
     losses = [line.loss for line in metrics if line.loss is not None]  # None: NaN in a skipped step
     evaluations = read_evaluations(store, name)
-    config = run.config if run else {"model": records[-1].model}
     dataset = _dataset(store, run, evaluations)
     return RunFacts(
         name=name,
         code_version=run.code_version if run else None,
-        config=config,
+        config=run.config if run else {"model": records[-1].model},
         dataset=dataset,
         metrics=metrics,
         training=TrainingFacts(
             steps=records[-1].step if records else 0,
-            max_steps=config["train"]["max_steps"] if run else 0,
+            max_steps=run.config["train"]["max_steps"] if run else 0,
             first_loss=losses[0] if losses else None,
             last_loss=losses[-1] if losses else None,
         ),
         evaluations=[evaluation for evaluation in evaluations if evaluation.metrics],
-        samples=list(_samples(evaluations)),
+        samples=[evaluation for evaluation in reversed(evaluations) if evaluation.samples is not None],
         references=references(evaluations, dataset),
         lineage=list(_lineage(run, records, dataset, evaluations)),
         environment=_environment(store, run, evaluations),
@@ -142,11 +127,11 @@ def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> d
     }
 
 
-def leak_line(report: dict[str, Any] | None) -> str:
+def leak_line(report: LeakReport | None) -> str:
     """The result of a leak report in one line."""
     if report is None:
         return "not checked yet: gpt2 dataset audit"
-    documents, duplicates, items = report["documents"], report["duplicates"], report["items"]
+    documents, duplicates, items = report.documents, report.duplicates, report.items
     line = (
         f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are in train too, "
         f"{duplicates['train']:,} of {documents['train']:,} train documents repeat another"
@@ -154,39 +139,22 @@ def leak_line(report: dict[str, Any] | None) -> str:
     if items is None:
         return line
     return (
-        f"{line}; of {items['count']:,} HellaSwag items {items['contexts']:,} share {items['words']} words of their "
-        f"context with train, {items['endings']:,} of an ending ({items['shorter']:,} contexts are shorter than that)"
+        f"{line}; of {items.count:,} HellaSwag items {items.contexts:,} share {items.ngram_words} words of their "
+        f"context with train, {items.endings:,} of an ending ({items.shorter:,} contexts are shorter than that)"
     )
 
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:
     """The version that the run is pinned to, or the last one that an imported model was evaluated on."""
+    versions = [(evaluation.dataset, evaluation.data) for evaluation in evaluations]
     if run:
-        name, digest = run.dataset, run.manifest
-    else:
-        evaluated_on = [(one.dataset, one.data) for one in evaluations if one.dataset and one.data]
-        if not evaluated_on:
-            return None
-        name, digest = evaluated_on[-1]
-    manifest = read_manifest(store, name, digest)
-    return DatasetFacts(
-        name=name,
-        manifest=digest,
-        parent=manifest.parent,
-        source=run.config["data"]["source"] if run else manifest.origin.get("dataset", ""),
-        origin=manifest.origin,
-        totals=manifest.totals,
-        shards=len(manifest.shard_ids),
-        tokens=sum(sums["tokens"] for sums in manifest.totals.values()),
-        tokenizer=manifest.tokenizer,
-        leaks=leak_line(read_json(store, DatasetKeys(name).leaks(digest))),
-    )
-
-
-def _samples(evaluations: list[Evaluation]) -> Iterator[SampleFacts]:
-    for evaluation in reversed(evaluations):
-        if evaluation.samples is not None:
-            yield SampleFacts(evaluation.step, evaluation.drawn or "", evaluation.samples)
+        versions = [(run.dataset, run.manifest)]
+    for name, digest in reversed(versions):
+        if name and digest:
+            version = read_manifest(store, name, digest)
+            source = run.config["data"]["source"] if run else version.origin.get("dataset", "")
+            return DatasetFacts(name, version, source, leak_line(read_leak_report(store, name, digest)))
+    return None
 
 
 def _lineage(
@@ -194,32 +162,31 @@ def _lineage(
 ) -> Iterator[tuple[str, str]]:
     """What everything was made from, source to metrics, each by its digest."""
     if dataset:
-        for field, value in dataset.origin.items():
+        for field, value in dataset.version.origin.items():
             yield f"source {field}", str(value)
-        yield f"manifest of {dataset.name}", dataset.manifest
-        if dataset.parent:
-            yield "follows manifest", dataset.parent
-    if run and run.start:
-        yield "began with", f"step {run.start.step:,} of run {run.start.run}"
+        yield f"manifest of {dataset.name}", dataset.version.digest
+        if dataset.version.parent:
+            yield "follows manifest", dataset.version.parent
     if run:
+        if run.start:
+            yield "began with", f"step {run.start.step:,} of run {run.start.run}"
         yield "training job", training_job(run).job_id
     for record in records:
-        yield f"weights of step {record.step:,}", record.files["model.safetensors"].sha256
+        yield f"weights of step {record.step:,}", record.files[WEIGHTS].sha256
     for one in evaluations:
         yield f"{one.name} of step {one.step:,}", f"{one.job}, data {one.data or 'none'}"
 
 
 def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     """What ran on which machine: the training, once it is done, and the newest evaluations."""
-    names_by_machine: dict[str, list[str]] = {}
+    names_by_machine: dict[str, list[str]] = defaultdict(list)
     trained = read_result(store, training_job(run)) if run else None
     if trained and "environment" in trained:
-        names_by_machine.setdefault(_machine(trained["environment"]), []).append("training")
+        names_by_machine[_machine(trained["environment"])].append("training")
     for one in newest(evaluations):
-        machine = f"{_machine(one.environment)}, {one.precision}"
-        names_by_machine.setdefault(machine, []).append(one.name)
+        names_by_machine[f"{_machine(one.environment)}, {one.precision}"].append(one.name)
     return [(", ".join(names), machine) for machine, names in names_by_machine.items()]
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def _machine(environment: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in environment.items())

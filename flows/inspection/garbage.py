@@ -4,25 +4,26 @@ The shards of every manifest and the files of every checkpoint that retention ke
 dataset on which a build started, or that got a shard, within the grace period.
 """
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from flows.inspection.status import dataset_names, run_names
 from model.checkpoints.records import checkpoints, retained
 from model.runs.run import find_run, training_job
 from storage import keys
-from storage.cache import host as host_cache
-from storage.cache.host import HostCache
+from storage.cache import host
 from storage.datasets.lease import claim, holds, last_build, release
 from storage.datasets.manifest import read_manifest
 from storage.datasets.versions import version_digests
 from storage.errors import Conflict
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Stat, Store, clock, read_json
+
+SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, its record, and the note of a failure
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,9 @@ class Garbage:
 def find(store: Store, grace_seconds: float) -> list[Garbage]:
     """Everything that `collect` would delete now. Changes nothing."""
     before = time.time() - grace_seconds
-    dead = [("shard", shard) for name in dataset_names(store) for shard in _dead_shards(store, name, before)]
-    dead += [("run", listed) for name in run_names(store) for listed in _dead_run_objects(store, name, before)]
-    dead += [("probe", probe) for probe in _old(store, keys.TEMPORARY, before)]
-    garbage = [Garbage(kind, listed.key, listed.size) for kind, listed in dead]
-    garbage += [Garbage("unfinished", name, 0) for name in store.unfinished(before)]
-    return garbage + [Garbage("quarantine", path.name, size) for path, size in _quarantine(before)]
+    shards = [listed for name in dataset_names(store) for listed in _dead_shards(store, name, before)]
+    garbage = [Garbage("shard", listed.key, listed.size) for listed in shards]
+    return garbage + list(_beside_shards(store, before, remove=False))
 
 
 def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
@@ -54,16 +52,24 @@ def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
     for name in dataset_names(store):
         if _dead_shards(store, name, before):
             yield from _collect_shards(store, name, before)
-    for name in run_names(store):
-        for dead in _dead_run_objects(store, name, before):
-            yield _delete(store, "run", dead)
-    for dead in _old(store, keys.TEMPORARY, before):
-        yield _delete(store, "probe", dead)
-    for upload in store.unfinished(before, remove=True):
+    yield from _beside_shards(store, before, remove=True)
+
+
+def _beside_shards(store: Store, before: float, *, remove: bool) -> Iterator[Garbage]:
+    """All garbage but shards: of runs, probes, unfinished writes and this host's cache."""
+    for kind, listed in _dead_objects(store, before):
+        if remove:
+            store.delete(listed.key)
+        yield Garbage(kind, listed.key, listed.size)
+    for upload in store.unfinished(before, remove=remove):
         yield Garbage("unfinished", upload, 0)
-    for path, size in _quarantine(before):
-        path.unlink(missing_ok=True)
-        yield Garbage("quarantine", path.name, size)
+    for path in host.HostCache(host.FOLDER, 0).quarantined():
+        with suppress(FileNotFoundError):  # another collector on this host was faster
+            stat = path.stat()
+            if stat.st_ctime < before:
+                if remove:
+                    path.unlink()
+                yield Garbage("quarantine", path.name, stat.st_size)
 
 
 def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garbage]:
@@ -73,7 +79,8 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
         for dead in _records_first(_dead_shards(store, dataset, before, leased=True)):
             if not holds(store, dataset, lease):
                 raise Conflict(f"dataset {dataset!r}: a build took over. Run gpt2 gc again when it has ended.")
-            yield _delete(store, "shard", dead)
+            store.delete(dead.key)
+            yield Garbage("shard", dead.key, dead.size)
     finally:
         release(store, dataset, lease)
 
@@ -85,16 +92,19 @@ def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = Fa
     for digest in version_digests(store, dataset):
         version = read_manifest(store, dataset, digest)
         live.update(version.shard_ids, version.empty)
-    dead = [listed for listed in listed_shards if _shard_id(dataset, listed.key) not in live]
+    prefix = DatasetKeys(dataset).shards
+    dead = [listed for listed in listed_shards if SUFFIX.sub("", listed.key.removeprefix(prefix)) not in live]
     last_used = [listed.modified for listed in dead]
     if not leased:
         last_used.append(last_build(store, dataset))
     return dead if max(last_used, default=0.0) < before else []
 
 
-def _shard_id(dataset: str, key: str) -> str:
-    name = key.removeprefix(DatasetKeys(dataset).shards)
-    return name.removesuffix(".failure.json").removesuffix(".json").removesuffix(".bin")
+def _dead_objects(store: Store, before: float) -> Iterator[tuple[str, Stat]]:
+    """The dead objects of each run, listed one run at a time, and those that probes left; each with its kind."""
+    for name in run_names(store):
+        yield from (("run", listed) for listed in _dead_run_objects(store, name, before))
+    yield from (("probe", listed) for listed in _old(store, keys.TEMPORARY, before))
 
 
 def _dead_run_objects(store: Store, name: str, before: float) -> list[Stat]:
@@ -120,17 +130,3 @@ def _records_first(dead: Iterable[Stat]) -> list[Stat]:
 
 def _old(store: Store, prefix: str, before: float) -> list[Stat]:
     return [listed for listed in store.list(prefix) if listed.modified < before]
-
-
-def _quarantine(before: float) -> Iterator[tuple[Path, int]]:
-    """This host's quarantined cache files and their sizes."""
-    for path in HostCache(host_cache.FOLDER, 0).quarantined():
-        with suppress(FileNotFoundError):  # another collector on this host was faster
-            stat = path.stat()
-            if stat.st_ctime < before:
-                yield path, stat.st_size
-
-
-def _delete(store: Store, kind: str, dead: Stat) -> Garbage:
-    store.delete(dead.key)
-    return Garbage(kind, dead.key, dead.size)

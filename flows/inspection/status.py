@@ -1,6 +1,6 @@
 """What is done, what is missing and what failed, read from the store alone: works without Prefect."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,7 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
         lines = [Line(f"dataset {dataset}", "not sealed yet; continue with gpt2 dataset build")]
     else:
         finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
-        tokens = sum(sums["tokens"] for sums in manifest.totals.values())
-        state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {tokens:,} tokens"
+        state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {manifest.tokens:,} tokens"
         lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
         failures = {shard_id: error for shard_id, error in failures.items() if shard_id not in finished}
     return lines + [Line(f"  shard {shard_id}", "failed", error) for shard_id, error in failures.items()]
@@ -74,9 +73,8 @@ def run_status(store: Store, name: str) -> list[Line]:
         lines = _training_status(store, run, step)
         request: Any = read_json(store, RunKeys(name).request) or run.config
         kinds = ["val_loss", "hellaswag" if request["evaluation"]["hellaswag"] else "completion", "samples"]
-    lines += _evaluation_status(store, name, step, kinds)
-    report_written = any(store.list(RunKeys(name).report("html")))
-    return [*lines, Line("  report", "written" if report_written else "missing")]
+    report = "written" if any(store.list(RunKeys(name).report("html"))) else "missing"
+    return [*lines, *_evaluation_status(store, name, step, kinds), Line("  report", report)]
 
 
 def _training_status(store: Store, run: Run, step: int) -> list[Line]:
@@ -96,21 +94,17 @@ def _training_status(store: Store, run: Run, step: int) -> list[Line]:
     ]
 
 
-def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> list[Line]:
+def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> Iterator[Line]:
     """One line for each kind: whether the newest checkpoint has it, how many earlier ones do, and its failures."""
     written = _written_evaluations(store, run)
     errors = _failed_evaluations(store, run, written)
-    every_kind = [*kinds, *(kind for kind, _ in written), *(kind for kind, _ in errors)]
-    return [_evaluation_line(kind, newest_step, written, errors) for kind in dict.fromkeys(every_kind)]
-
-
-def _evaluation_line(kind: str, newest_step: int, written: Iterable[Evaluation], errors: dict[Evaluation, str]) -> Line:
-    steps = {step for written_kind, step in written if written_kind == kind}
-    state = "done" if newest_step in steps else "missing"
-    earlier = len(steps - {newest_step})
-    if earlier:
-        state += f", of {earlier} earlier checkpoints too"
-    return Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
+    for kind in dict.fromkeys([*kinds, *(kind for kind, _ in [*written, *errors])]):
+        steps = {step for written_kind, step in written if written_kind == kind}
+        state = "done" if newest_step in steps else "missing"
+        earlier = len(steps - {newest_step})
+        if earlier:
+            state += f", of {earlier} earlier checkpoints too"
+        yield Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
 
 
 def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
@@ -133,9 +127,6 @@ def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]
         if not job_key or not failure:
             continue
         job = read_job(store, job_key)
-        if job.kind == "train":
-            continue
-        evaluation = (job.kind, job.recipe["step"])
-        if listed.modified >= written.get(evaluation, 0):
-            errors[evaluation] = str(failure["why"])
+        if job.kind != "train" and listed.modified >= written.get((job.kind, job.recipe["step"]), 0):
+            errors[job.kind, job.recipe["step"]] = str(failure["why"])
     return errors

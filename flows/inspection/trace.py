@@ -1,17 +1,15 @@
-"""Lineage for people: the source documents behind a training window or step.
-
-Reads the store, and the source files that still exist. Changes nothing and imports no Prefect.
-"""
+"""Lineage for people: the source documents behind a training window or step. Changes nothing."""
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
-from model.config import RunConfig, TrainingConfig
+from model.config import DataConfig, RunConfig, TrainingConfig
 from model.data.order import WindowOrder
-from model.runs.run import Run, find_run
+from model.runs.run import find_run
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.datasets.versions import newest_version
@@ -25,15 +23,13 @@ from storage.stores.store import Store
 
 @dataclass(frozen=True)
 class TraceTarget:
-    """The dataset version and training settings whose windows are traced; `run` is None for a run never started."""
+    """The dataset version whose windows are traced, the source that it was made from, and the training settings."""
 
-    run: Run | None
-    dataset: str
     manifest: Manifest
+    data: DataConfig
     train: TrainingConfig
 
     def order(self, split: str) -> WindowOrder:
-        """The order of the split's windows."""
         tokens = [row.tokens for row in self.manifest.rows(split)]
         return WindowOrder(tokens, self.train.sequence_tokens, self.train.seed)
 
@@ -45,9 +41,11 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     """
     run = find_run(store, config.name)
     if run is None:
-        return TraceTarget(None, config.data.dataset, newest_version(store, config.data.dataset), config.train)
-    manifest = read_manifest(store, run.dataset, run.manifest)
-    return TraceTarget(run, run.dataset, manifest, TrainingConfig.model_validate(run.config["train"]))
+        return TraceTarget(newest_version(store, config.data.dataset), config.data, config.train)
+    data = DataConfig.model_construct(**run.config["data"])  # not validated: it may have settings that were removed
+    return TraceTarget(
+        read_manifest(store, run.dataset, run.manifest), data, TrainingConfig.model_validate(run.config["train"])
+    )
 
 
 def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
@@ -59,13 +57,10 @@ def window_range(target: TraceTarget, split: str, window: int | None, step: int 
     if split != "train":
         raise ValueError(f"--step with --split {split}: training steps read only train. Leave --split out.")
     assert step is not None
-    count = target.train.batch_windows
-    return step * count, count
+    return step * target.train.batch_windows, target.train.batch_windows
 
 
-def windows(
-    store: Store, config: RunConfig, target: TraceTarget, split: str, first: int, count: int
-) -> Iterator[tuple[int, Traced]]:
+def windows(store: Store, target: TraceTarget, split: str, first: int, count: int) -> Iterator[tuple[int, Traced]]:
     """Yields each window's number with each of its documents: train in training order, val in validation order.
 
     Raises ValueError when val has no such windows.
@@ -80,30 +75,24 @@ def windows(
         shard_of, window_of = order.locate(first, count)
     else:
         shard_of, window_of = order.in_file_order(np.arange(first, first + count))
-    rows, files = list(target.manifest.rows(split)), _source_files(store, config, target)
-    cache = ShardCache(store, target.dataset)
+    rows, files = list(target.manifest.rows(split)), _source_files(store, target)
+    dataset = target.data.dataset
+    cache = ShardCache(store, dataset)
     length = target.train.sequence_tokens
-    documents_of: list[list[Traced]] = [[] for _ in range(count)]
+    traced: list[tuple[int, Traced]] = []
     for shard in np.unique(shard_of):  # open each shard and read its source once
         places = np.flatnonzero(shard_of == shard).tolist()
         spans = [(start * length, start * length + length + 1) for start in window_of[places].tolist()]
-        traced = lineage.trace(store, target.dataset, rows[shard], cache.open(rows[shard]), spans, files)
-        for span, document in traced:
-            documents_of[places[span]].append(document)
-    for place, documents in enumerate(documents_of):
-        for document in documents:
-            yield first + place, document
+        parts = lineage.trace(store, dataset, rows[shard], cache.open(rows[shard]), spans, files)
+        traced += [(first + places[span], document) for span, document in parts]
+    yield from sorted(traced, key=itemgetter(0))
 
 
-def _source_files(store: Store, config: RunConfig, target: TraceTarget) -> dict[str, SourceFile]:
-    """The source files that still exist, by digest."""
+def _source_files(store: Store, target: TraceTarget) -> dict[str, SourceFile]:
+    data = target.data
     files = lineage.hub_files(target.manifest)
-    if files:
-        return files
-    data = config.data
-    if target.run is not None:
-        data = RunConfig.model_validate({"data": target.run.config["data"]}).data
-    with suppress(ValueError, StorageError):  # the source moved or is gone: show what the store holds
-        listed, _ = list_source(store, data.source, data.config, data.revision, "train")
-        return {file.digest: file for file in listed.files}
-    return {}
+    if not files:
+        with suppress(ValueError, StorageError):  # the source moved or is gone: show what the store holds
+            listing, _ = list_source(store, data.source, data.config, data.revision, "train")
+            files = {file.digest: file for file in listing.files}
+    return files

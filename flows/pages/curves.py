@@ -1,9 +1,9 @@
 """The plots of a report: a metric over the steps of one or several runs, beside published values. Reads no store."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 from flows.inspection.facts import RunFacts
 from flows.pages.drawing import LINE, MARK, draw
@@ -20,8 +20,7 @@ TRAINING_PLOTS = {  # title: name in the metrics log, unit
 Point = tuple[int, float, float]  # step, value, standard error
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Points under one label, joined by a line or drawn with a marker each."""
 
     label: str
@@ -34,10 +33,8 @@ def curves(runs: list[RunFacts]) -> dict[str, str]:
     """Title and inline SVG of each plot that has at least one point."""
     plots = {"Loss": _draw("Loss", "nats a token", list(_losses(runs)), _published(runs, "val_loss"))}
     for title, (column, unit) in TRAINING_PLOTS.items():
-        lines = [
-            Series(_label(runs, run, ""), index, thinned(_column(run.metrics, column)))
-            for index, run in enumerate(runs)
-        ]
+        points = [thinned(_column(run.metrics, column)) for run in runs]
+        lines = [Series(_label(runs, run, ""), index, points[index]) for index, run in enumerate(runs)]
         plots[title] = _draw(title, unit, lines, {})
     families = (_family(metric) for run in runs for evaluation in run.evaluations for metric in evaluation.metrics)
     for family in dict.fromkeys(families):
@@ -80,13 +77,12 @@ def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
 
 def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:
     for index, run in enumerate(runs):
-        points_by_metric: dict[str, list[Point]] = {}
+        points_by_metric: dict[str, list[Point]] = defaultdict(list)
         for evaluation in run.evaluations:
             errors = evaluation.standard_errors or {}
             for metric, value in evaluation.metrics.items():
                 if _family(metric) == family:
-                    point = (evaluation.step, value, errors.get(metric, 0.0))
-                    points_by_metric.setdefault(metric, []).append(point)
+                    points_by_metric[metric].append((evaluation.step, value, errors.get(metric, 0.0)))
         for (metric, points), marker in zip(points_by_metric.items(), cycle("Ds^v"), strict=False):
             yield Series(_label(runs, run, metric), index, points, marker)
 
@@ -101,11 +97,12 @@ def _label(runs: list[RunFacts], run: RunFacts, label: str) -> str:
 
 
 def _published(runs: list[RunFacts], family: str) -> dict[str, float]:
-    """The published values of the family's metrics, by their labels."""
-    references = {
-        metric: reference for run in runs for metric, reference in run.references.items() if _family(metric) == family
+    return {
+        f"{reference.label}, {metric}: {reference.value:.4f}": reference.value
+        for run in runs
+        for metric, reference in run.references.items()
+        if _family(metric) == family
     }
-    return {f"{one.label}, {metric}: {one.value:.4f}": one.value for metric, one in references.items()}
 
 
 def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:
@@ -114,15 +111,9 @@ def _draw(title: str, unit: str, series: list[Series], published: dict[str, floa
     if not series:
         return ""
     labels = len(series) + len(published)
-    height = 3.0
-    if labels > 1:
-        height += 0.17 * labels  # for the legend below the plot
-    return draw(title, _plot(unit, series, published), height)
+    several_runs = len({one.run for one in series}) > 1
 
-
-def _plot(unit: str, series: list[Series], published: dict[str, float]) -> Callable[[Any], None]:
     def plot(axes: Any) -> None:
-        several_runs = len({one.run for one in series}) > 1
         for number, one in enumerate(series):
             colour = COLOURS[(one.run if several_runs else number) % len(COLOURS)]
             steps, values, errors = zip(*one.points, strict=True)
@@ -134,10 +125,11 @@ def _plot(unit: str, series: list[Series], published: dict[str, float]) -> Calla
                 axes.plot(steps, values, color=colour, linewidth=1.4, label=one.label)
         for (label, value), colour in zip(published.items(), cycle(COLOURS[::-1]), strict=False):
             axes.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
-        if len(series) + len(published) > 1 or series[0].marker:
+        if labels > 1 or series[0].marker:
             axes.figure.legend(frameon=False, fontsize=8, loc="outside lower left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
 
-    return plot
+    legend_height = 0.17 * labels if labels > 1 else 0.0  # below the plot
+    return draw(title, plot, 3.0 + legend_height)

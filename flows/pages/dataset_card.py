@@ -1,6 +1,6 @@
 """The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` counts."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -8,68 +8,69 @@ from rich.text import Text
 
 from flows.inspection.facts import leak_line
 from flows.pages.drawing import bars, render
+from storage.inspection.summary import DatasetSummary
 
 MAXIMUM_LINES = 20  # of a table on a terminal; the page and --json have all lines
 MAXIMUM_BARS = 60
 BAR_CELLS = 40
+COUNTS = ("shards", "documents", "tokens", "skipped")
 
 
-def print_card(console: Console, card: dict[str, Any]) -> None:
+def print_card(console: Console, card: DatasetSummary) -> None:
     """Print the card on a terminal."""
-    origin, recipe = card["origin"], card["recipe"]
+    origin = card.origin
     source = "files of this host or a bucket"
     if "dataset" in origin:
         source = f"{origin['dataset']} ({origin['config']})"
     if origin:
         source += f" at commit {origin['commit']}, licence {origin['licence']}"
     lines = [
-        ("dataset", card["dataset"]),
-        ("manifest", card["manifest"] + (f", follows {card['parent'][:12]}" if card["parent"] else ", the first")),
+        ("dataset", card.dataset),
+        ("manifest", card.manifest + (f", follows {card.parent[:12]}" if card.parent else ", the first")),
         ("source", source),
-        ("tokenizer", f"{card['tokenizer']['name']}, sha256 {card['tokenizer']['sha256'][:12]}"),
-        ("settings", ", ".join(f"{name} {value}" for name, value in recipe.items() if name != "tokenizer")),
-        ("left out", f"{card['filtered']:,} of {card['rows']:,} rows ({card['filtered_share']:.1%})"),
-        ("leaks", leak_line(card["audit"])),
+        ("tokenizer", f"{card.tokenizer['name']}, sha256 {card.tokenizer['sha256'][:12]}"),
+        ("settings", ", ".join(f"{name} {value}" for name, value in card.recipe.items() if name != "tokenizer")),
+        ("left out", f"{card.filtered:,} of {card.rows:,} rows ({card.filtered_share:.1%})"),
+        ("leaks", leak_line(card.audit)),
     ]
     for name, text in lines:
         console.print(f"{name:<10} {text}", highlight=False, markup=False)
-    splits = [{"split": split} | sums for split, sums in card["totals"].items()]
-    console.print(_table("split", splits, ("shards", "documents", "tokens", "skipped")))
-    console.print(_table("name", card["files"], ("shards", "documents", "tokens", "skipped", "filtered")))
-    for title, counts in (("dump", card["dumps"]), ("tokens of a document", _lengths(card))):
+    console.print(_table("split", COUNTS, card.totals.items()))
+    console.print(_table("name", (*COUNTS, "filtered"), [(file.name, file.model_dump()) for file in card.files]))
+    for title, counts in (("dump", card.dumps), ("tokens of a document", _lengths(card))):
         if counts:
             console.print(_histogram(title, counts))
 
 
-def page(card: dict[str, Any]) -> bytes:
+def page(card: DatasetSummary) -> bytes:
     """The card as an HTML page."""
-    files = {file["name"]: file["tokens"] for file in card["files"]}
     counts_by_title = {
         "Documents by length, in tokens": (_lengths(card), "documents"),
-        "Documents by dump": (card["dumps"], "documents"),
-        "Tokens by source file": (files, "tokens"),
+        "Documents by dump": (card.dumps, "documents"),
+        "Tokens by source file": ({file.name: file.tokens for file in card.files}, "tokens"),
     }
     plots = {
         title: bars(title, list(counts), list(counts.values()), unit)
         for title, (counts, unit) in counts_by_title.items()
         if counts and len(counts) <= MAXIMUM_BARS
     }
-    return render("card.html", **card, plots=plots, leaks=leak_line(card["audit"])).encode()
+    return render("card.html", **dict(card), plots=plots, leaks=leak_line(card.audit)).encode()
 
 
-def _lengths(card: dict[str, Any]) -> dict[str, int]:
+def _lengths(card: DatasetSummary) -> dict[str, int]:
     """Documents by length in powers of two, from the shortest document on."""
-    shortest = next((power for power, count in enumerate(card["lengths"]) if count), 0)
-    return {f"{1 << power:,}+": count for power, count in enumerate(card["lengths"]) if power >= shortest}
+    shortest = next((power for power, count in enumerate(card.lengths) if count), 0)
+    return {f"{1 << power:,}+": count for power, count in enumerate(card.lengths) if power >= shortest}
 
 
-def _table(first: str, rows: list[dict[str, Any]], numbers: tuple[str, ...]) -> Table:
+def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Mapping[str, int]]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column(first, overflow="fold")  # names of a crawl's files differ at their ends
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows[:MAXIMUM_LINES]:
-        table.add_row(Text(row[first]), *(f"{row[name]:,}" for name in numbers))
+    table.add_column(title, overflow="fold")  # names of a crawl's files differ at their ends
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = list(rows)
+    for name, counts in rows[:MAXIMUM_LINES]:
+        table.add_row(Text(name), *(f"{counts[column]:,}" for column in columns))
     if len(rows) > MAXIMUM_LINES:
         table.add_row(f"and {len(rows) - MAXIMUM_LINES:,} more: --json and --html have them all")
     return table

@@ -53,19 +53,18 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
 
 def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
     """A bar chart of counts: horizontal for more than 16 bars or labels longer than 8 characters."""
+
+    def vertical(axes: Any) -> None:
+        axes.bar(labels, heights, color=LINE)
+        axes.set_ylabel(unit)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+
+    def horizontal(axes: Any) -> None:
+        axes.barh(labels, heights, color=LINE)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel(unit)
+
     if len(labels) > 16 or max(map(len, labels), default=0) > 8:
-        return draw(name, lambda axes: _horizontal(axes, labels, heights, unit), 1.2 + 0.24 * len(labels))
-    return draw(name, lambda axes: _vertical(axes, labels, heights, unit))
-
-
-def _vertical(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
-    axes.bar(labels, heights, color=LINE)
-    axes.set_ylabel(unit)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-
-
-def _horizontal(axes: Any, labels: list[str], heights: list[int], unit: str) -> None:
-    axes.barh(labels, heights, color=LINE)
-    axes.invert_yaxis()
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel(unit)
+        return draw(name, horizontal, 1.2 + 0.24 * len(labels))
+    return draw(name, vertical)

@@ -1,6 +1,7 @@
 """The report of one run, or of several side by side, as HTML and as Markdown. Computes no metric."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from flows.inspection.facts import RunFacts, newest, run_facts
@@ -44,8 +45,24 @@ def markdown(runs: list[RunFacts]) -> str:
 
 def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
     """A row for each metric that one of the runs has."""
-    metrics = (metric for run in runs for evaluation in newest(run.evaluations) for metric in evaluation.metrics)
-    return [_metric_row(runs, metric) for metric in dict.fromkeys(metrics)]
+    newest_by_run = [{metric: one for one in newest(run.evaluations) for metric in one.metrics} for run in runs]
+    rows = []
+    for metric in dict.fromkeys(chain.from_iterable(newest_by_run)):
+        values, provenance = [], []
+        convention = published = ""
+        for run, evaluations in zip(runs, newest_by_run, strict=True):
+            if metric not in evaluations:
+                values.append("")
+                continue
+            evaluation = evaluations[metric]
+            error = (evaluation.standard_errors or {}).get(metric)
+            values.append(f"{evaluation.metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+            provenance.append((f"{run.name}: " if len(runs) > 1 else "") + _provenance(evaluation))
+            convention = evaluation.conventions[metric]
+            if reference := run.references.get(metric):
+                published = f"{reference.value:.4f} ({reference.label})"
+        rows.append(MetricRow(metric, values, published, "; ".join([convention, *provenance])))
+    return rows
 
 
 def differing(runs: list[RunFacts]) -> list[str]:
@@ -59,25 +76,7 @@ def differing(runs: list[RunFacts]) -> list[str]:
     ]
 
 
-def _metric_row(runs: list[RunFacts], metric: str) -> MetricRow:
-    values, provenance = [], []
-    convention = published = ""
-    for run in runs:
-        evaluation = next((one for one in newest(run.evaluations) if metric in one.metrics), None)
-        if evaluation is None:
-            values.append("")
-            continue
-        error = (evaluation.standard_errors or {}).get(metric)
-        values.append(f"{evaluation.metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-        provenance.append((f"{run.name}: " if len(runs) > 1 else "") + _provenance(evaluation))
-        convention = evaluation.conventions[metric]
-        if reference := run.references.get(metric):
-            published = f"{reference.value:.4f} ({reference.label})"
-    return MetricRow(metric, values, published, "; ".join([convention, *provenance]))
-
-
 def _provenance(evaluation: Evaluation) -> str:
-    """What was scored, with which data, step and precision."""
     if evaluation.items is None:
         scored = f"{evaluation.tokens:,} tokens"
     else:

@@ -94,7 +94,6 @@ def run_job(store: Store, job: Job, processes: Processes) -> Any:
 
 
 def _start(argv: list[str]) -> subprocess.Popen[str]:
-    """Start a process as the leader of its own group, with stderr in stdout."""
     return subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         text=True, errors="replace", start_new_session=True, env=_environment(),
@@ -102,10 +101,9 @@ def _start(argv: list[str]) -> subprocess.Popen[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a job's process. If TRAINER_* names an identity, that one replaces the flow's in the store.
+    """If TRAINER_* names an identity, the process gets it, without the flow's identity and Prefect's password.
 
-    The trainer's identity may write its run and read the rest. The flow's, which writes shards, and Prefect's password
-    are left out.
+    The trainer's identity may write its run and read the rest; the flow's writes shards.
     """
     if "TRAINER_ACCESS_KEY_ID" not in os.environ:
         return dict(os.environ)

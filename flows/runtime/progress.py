@@ -5,27 +5,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import NamedTuple
 
 from prefect.artifacts import create_progress_artifact
 from prefect.logging import get_run_logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.runtime import artifacts
 
 UPDATE_SECONDS = 1.0  # each update of an artifact is one call of Prefect's API
 LINE_SECONDS = 15.0  # between plain lines
 
-
-class _Output(NamedTuple):
-    """Where a person reads the progress; `bars` is None when the console is not a terminal."""
-
-    console: Console
-    bars: Progress | None
-
-
-_output: ContextVar[_Output | None] = ContextVar("output", default=None)  # None under a worker
+_bars: ContextVar[Progress | None] = ContextVar("bars", default=None)  # None under a worker: nobody reads a console
 
 
 @contextmanager
@@ -38,20 +29,20 @@ def on_console(console: Console) -> Iterator[None]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    bars = Progress(*columns, console=console) if console.is_terminal else None
-    token = _output.set(_Output(console, bars))
+    bars = Progress(*columns, console=console)
+    token = _bars.set(bars)
     try:
-        with bars or nullcontext():
+        with bars if console.is_terminal else nullcontext():
             yield
     finally:
-        _output.reset(token)
+        _bars.reset(token)
 
 
 def say(stage: str, text: str) -> None:
     """Print one line on the console, and write it to the flow run's log."""
     get_run_logger().info("%s: %s", stage, text)
-    if output := _output.get():
-        _print(output.console, stage, text)
+    if bars := _bars.get():
+        _print(bars.console, stage, text)
 
 
 def _print(console: Console, stage: str, text: str) -> None:
@@ -70,10 +61,8 @@ class Bar:
         )
         self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer, and the stage does not wait
         self._sending: Future[None] | None = None
-        self._output = _output.get()
-        self._task = TaskID(0)
-        if self._output and self._output.bars:
-            self._task = self._output.bars.add_task(stage, total=total, note=unit)
+        self._bars = _bars.get() or Progress(console=Console(quiet=True))
+        self._task = self._bars.add_task(stage, total=total, note=unit)
 
     def to(self, done: int, note: str = "") -> None:
         """Set the progress to `done`. The note replaces the unit behind the bar."""
@@ -83,23 +72,17 @@ class Bar:
         if now - self._updated_at > UPDATE_SECONDS or is_last:
             self._updated_at = now
             if self._sending is None or self._sending.done() or is_last:
-                self._sending = self._sender.submit(self._send)
-        if self._output is None:
-            return
-        if self._output.bars:
-            self._output.bars.update(self._task, completed=done, note=note or self._unit)
-        elif now - self._printed_at > LINE_SECONDS:
+                percent = 100 * done / max(self._total, 1)
+                self._sending = self._sender.submit(artifacts.replace, self._artifact, percent)
+        self._bars.update(self._task, completed=done, note=note or self._unit)
+        if now - self._printed_at > LINE_SECONDS and not self._bars.console.is_terminal:
             self._printed_at = now
-            _print(self._output.console, self._stage, f"{done:,} of {self._total:,} {self._unit}  {note}")
+            _print(self._bars.console, self._stage, f"{done:,} of {self._total:,} {self._unit}  {note}")
 
     def advance(self) -> None:
         self.to(self._done + 1)
 
-    def _send(self) -> None:
-        artifacts.replace(self._artifact, 100 * self._done / max(self._total, 1))
-
     def close(self) -> None:
         """Remove the bar from the terminal, once the last update is sent."""
         self._sender.shutdown()
-        if self._output and self._output.bars:
-            self._output.bars.remove_task(self._task)
+        self._bars.remove_task(self._task)

@@ -3,6 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import State
@@ -40,28 +41,17 @@ def in_window(
 
     The window keeps every worker busy and the flow's memory small. `on_poll` is called every POLL_SECONDS of waiting.
     """
-    pending: deque[tuple[Item, PrefectWrappedFuture[Any, Any]]] = deque()
-
-    def oldest() -> tuple[Item, BaseException | None, PrefectFuture[Any]]:
+    waiting = iter(items)
+    pending: deque[tuple[Item, PrefectFuture[Any]]] = deque()
+    while True:
+        pending.extend((item, submit(item)) for item in islice(waiting, window - len(pending)))
+        if not pending:
+            return
         item, future = pending.popleft()
+        assert isinstance(future, PrefectWrappedFuture)  # true of every task runner in use
         while not future.wrapped_future.done():
             future.wait(POLL_SECONDS)
             on_poll()
         future.wait()
-        return item, _error(future), future
-
-    for item in items:
-        future = submit(item)
-        assert isinstance(future, PrefectWrappedFuture)  # true of every task runner in use
-        pending.append((item, future))
-        if len(pending) >= window:
-            yield oldest()
-    while pending:
-        yield oldest()
-
-
-def _error(future: PrefectFuture[Any]) -> BaseException | None:
-    if future.state.is_completed():
-        return None
-    error = future.state.result(raise_on_failure=False)
-    return error if isinstance(error, BaseException) else RuntimeError(str(future.state.message))
+        error = None if future.state.is_completed() else future.state.result(raise_on_failure=False)
+        yield item, error, future

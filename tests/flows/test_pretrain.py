@@ -91,7 +91,7 @@ def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig,
         assert f"<figcaption>{title}</figcaption><svg" in page
     assert "val_loss_t32" in page
     assert reported.dataset is not None
-    assert reported.dataset.manifest in page
+    assert reported.dataset.version.digest in page
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
     assert [address for address in loaded if "w3.org" not in address] == []  # names of namespaces
     assert "<script" not in page

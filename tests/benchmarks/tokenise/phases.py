@@ -142,7 +142,7 @@ def build(out: str, settings: list[str]) -> None:
 
     phases.mark(dataset, "run_flow", called=BEGIN)
     phases.mark(download, "list_source", called=LIST, returned=PLAN)
-    phases.mark(download.download_flow, "fn", returned=BETWEEN)
+    phases.mark(download.download, "fn", returned=BETWEEN)
     phases.mark(tokenise.tokenise_flow, "fn", called=LOOK)
     phases.mark(shards, "done", returned=MAKE)
     phases.mark(tokenise, "seal", called=SEAL, returned=END)

@@ -105,11 +105,11 @@ def test_diff_names_what_one_version_holds_and_the_other_does_not(versions: Vers
 
 def test_show_prints_the_card_or_writes_its_page(versions: Versions, ask: Ask, tmp_path: Path) -> None:
     newest, oldest = (
-        summarise(versions.crawl.store, "small", version).model_dump(mode="json")
-        for version in (versions.second, versions.first)
+        summarise(versions.crawl.store, "small", version) for version in (versions.second, versions.first)
     )
-    assert ask(versions, "show", "--json").json_lines == [newest]
-    assert ask(versions, "show", "--json", "--version", versions.first.digest[:12]).json_lines == [oldest]
+    assert ask(versions, "show", "--json").json_lines == [newest.model_dump(mode="json")]
+    oldest_card = ask(versions, "show", "--json", "--version", versions.first.digest[:12])
+    assert oldest_card.json_lines == [oldest.model_dump(mode="json")]
     outcome = ask(versions, "show")
     assert (outcome.code, versions.second.digest in outcome.out, "file_2.parquet" in outcome.out) == (0, True, True)
     assert ask(versions, "show", "--html", str(tmp_path / "card.html")).code == 0
@@ -145,7 +145,7 @@ def test_a_dataset_that_was_never_sealed_is_exit_code_2(versions: Versions, ask:
 def test_trace_prints_a_windows_documents(versions: Versions, ask: Ask, split: str, window: int) -> None:
     crawl = versions.crawl
     lines = ask(versions, "trace", "--split", split, "--window", str(window), "--json").json_lines
-    expected = list(windows(crawl.store, crawl.config, trace_target(crawl.store, crawl.config), split, window, 1))
+    expected = list(windows(crawl.store, trace_target(crawl.store, crawl.config), split, window, 1))
     assert len(lines) == len(expected) > 0
     outcome = ask(versions, "trace", "--split", split, "--window", str(window))
     for line, (number, document) in zip(lines, expected, strict=True):

@@ -31,7 +31,7 @@ def loader(crawl: Crawl, target: TraceTarget, split: str) -> DataLoader:
 
 def traced(crawl: Crawl, target: TraceTarget, split: str, first: int, count: int) -> list[list[Traced]]:
     """The documents of each window."""
-    pairs = list(windows(crawl.store, crawl.config, target, split, first, count))
+    pairs = list(windows(crawl.store, target, split, first, count))
     grouped = [(number, [document for _, document in parts]) for number, parts in groupby(pairs, lambda part: part[0])]
     assert [number for number, _ in grouped] == list(range(first, first + count))
     return [documents for _, documents in grouped]

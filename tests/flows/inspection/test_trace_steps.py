@@ -75,6 +75,7 @@ def test_windows_of_a_step_are_those_that_the_trainer_was_given(trained: Trained
 
 
 def test_without_a_run_the_target_is_the_newest_version_and_the_given_settings(trained: Trained) -> None:
-    target = trace_target(trained.store, trained.config.model_copy(update={"name": "none-such"}))
-    assert (target.run, target.manifest.parent) == (None, trained.manifest.digest)
+    config = trained.config.model_copy(update={"name": "none-such"})
+    target = trace_target(trained.store, config)
+    assert (target.data, target.train, target.manifest.parent) == (config.data, config.train, trained.manifest.digest)
     assert trace_target(trained.store, trained.config).manifest == trained.manifest

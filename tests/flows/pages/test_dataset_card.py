@@ -4,7 +4,6 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.parsers import expat
 
 import pytest
@@ -13,7 +12,8 @@ from rich.console import Console
 from flows.inspection.facts import leak_line
 from flows.pages import dataset_card as module
 from flows.pages.dataset_card import page, print_card
-from storage.inspection.summary import summarise
+from storage.inspection.leaks import ItemOverlap, LeakReport
+from storage.inspection.summary import DatasetSummary, summarise
 from storage.sources import identity
 from tests.crawl import GOOD, SKIPPING, Crawl
 from tests.hub import Hub
@@ -66,7 +66,7 @@ class Page(HTMLParser):
         return sum(name in part for part in self.text)
 
 
-def printed(card: dict[str, Any]) -> str:
+def printed(card: DatasetSummary) -> str:
     """The card on a terminal of 80 columns."""
     output = io.StringIO()
     print_card(Console(file=output, soft_wrap=True, width=80), card)
@@ -74,22 +74,22 @@ def printed(card: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
     """The card of a dataset with rows that were left out and rows that could not be tokenised."""
     folder = tmp_path_factory.mktemp("counted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
         crawl = Crawl(folder, GOOD, SKIPPING, bad=True)
-        return summarise(crawl.store, "small", crawl.build()).model_dump(mode="json")
+        return summarise(crawl.store, "small", crawl.build())
 
 
-def named(card: dict[str, Any], name: str) -> dict[str, Any]:
+def named(card: DatasetSummary, name: str) -> DatasetSummary:
     """The card with this name for a file and a dump."""
-    first, *others = card["files"]
-    return card | {"files": [first | {"name": name}, *others], "dumps": {name: 3}}
+    first, *others = card.files
+    return card.model_copy(update={"files": [first.model_copy(update={"name": name}), *others], "dumps": {name: 3}})
 
 
-def test_the_page_shows_the_card_and_asks_for_nothing(counted: dict[str, Any]) -> None:
+def test_the_page_shows_the_card_and_asks_for_nothing(counted: DatasetSummary) -> None:
     body = page(counted)
     assert body == page(counted)
     parsed = Page(body)
@@ -97,17 +97,17 @@ def test_the_page_shows_the_card_and_asks_for_nothing(counted: dict[str, Any]) -
     assert [address for address in parsed.addresses + parsed.styles if not address.startswith("#")] == []
     assert parsed.addresses  # marks of axes: the line above is not vacuous
     assert body.count(b"<svg") == 3
-    assert parsed.count(counted["manifest"])
+    assert parsed.count(counted.manifest)
     counts = ("shards", "documents", "tokens", "skipped", "filtered")
-    for file in counted["files"]:
-        start = parsed.cells.index(file["name"])
-        assert parsed.cells[start + 1 : start + 6] == [f"{file[name]:,}" for name in counts]
-    for split in counted["totals"].values():
+    for file in counted.files:
+        start = parsed.cells.index(file.name)
+        assert parsed.cells[start + 1 : start + 6] == [f"{getattr(file, name):,}" for name in counts]
+    for split in counted.totals.values():
         assert parsed.count(f"{split['tokens']:,}")
-    for dump in counted["dumps"]:
+    for dump in counted.dumps:
         assert parsed.count(dump)
     text = printed(counted)
-    for name, count in [*counted["dumps"].items(), *((file["name"], file["tokens"]) for file in counted["files"])]:
+    for name, count in [*counted.dumps.items(), *((file.name, file.tokens) for file in counted.files)]:
         assert re.search(rf"{re.escape(name)}.* {count:,} ", text)
 
 
@@ -115,8 +115,8 @@ def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path, names=(HOSTILE,))
     rows = crawl.rows[f"{HOSTILE}.parquet"]
     crawl.write(f"{HOSTILE}.parquet", [row | {"dump": HOSTILE} for row in rows])
-    card = summarise(crawl.store, "small", crawl.build()).model_dump(mode="json")
-    assert card["dumps"] == {HOSTILE: len(rows)}
+    card = summarise(crawl.store, "small", crawl.build())
+    assert card.dumps == {HOSTILE: len(rows)}
     parsed = Page(page(card))
     assert parsed.tags & LOADING == set()
     assert parsed.scripted == []
@@ -124,25 +124,25 @@ def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["$100$", "C$$D"])
-def test_a_name_is_not_a_formula(counted: dict[str, Any], name: str) -> None:
+def test_a_name_is_not_a_formula(counted: DatasetSummary, name: str) -> None:
     assert Page(page(named(counted, name))).count(name) == 3
 
 
 @pytest.mark.parametrize("name", ["[bold]loud", "data [/x]"])
-def test_a_name_is_not_terminal_markup(counted: dict[str, Any], name: str) -> None:
+def test_a_name_is_not_terminal_markup(counted: DatasetSummary, name: str) -> None:
     assert printed(named(counted, name)).count(name) == 2
 
 
-def test_a_name_in_another_script_gives_no_warning(counted: dict[str, Any]) -> None:
+def test_a_name_in_another_script_gives_no_warning(counted: DatasetSummary) -> None:
     assert Page(page(named(counted, "網頁"))).count("網頁") == 3  # a warning is an error here
 
 
-def test_long_names_that_differ_at_the_end_can_be_told_apart(counted: dict[str, Any]) -> None:
+def test_long_names_that_differ_at_the_end_can_be_told_apart(counted: DatasetSummary) -> None:
     names = [f"data/CC-MAIN-2024-10/train-{number:05d}-of-00099.parquet" for number in range(3)]
     assert len({printed(named(counted, name)) for name in names}) == 3
 
 
-def plotted(monkeypatch: pytest.MonkeyPatch, card: dict[str, Any]) -> list[int]:
+def plotted(monkeypatch: pytest.MonkeyPatch, card: DatasetSummary) -> list[int]:
     """The sums of the bars of each plot of the page."""
     sums: list[int] = []
     real_bars = module.bars
@@ -166,34 +166,36 @@ def test_plots_add_up_with_the_totals(
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
     hub.dataset("org/edu", files, configs={"default": {"train": "data/**"}})
     config = tiny_config(crawl.config.store_url, "org/edu", "data.config=default")
-    card = summarise(crawl.store, "small", build_dataset(config)).model_dump(mode="json")
-    tokens, documents = (sum(split[name] for split in card["totals"].values()) for name in ("tokens", "documents"))
+    card = summarise(crawl.store, "small", build_dataset(config))
+    tokens, documents = (sum(split[name] for split in card.totals.values()) for name in ("tokens", "documents"))
     with_dump = sum(row["dump"] is not None for rows in crawl.rows.values() for row in rows)
     assert plotted(monkeypatch, card) == [documents, with_dump, tokens]
     parsed = Page(page(card))
-    for value in (*card["origin"].values(), *(file["name"] for file in card["files"])):
+    for value in (*card.origin.values(), *(file.name for file in card.files)):
         assert parsed.count(value)
-    assert len(card["origin"]) == 4
-    assert card["origin"]["commit"] in printed(card)
+    assert len(card.origin) == 4
+    assert card.origin["commit"] in printed(card)
 
 
 def test_a_page_lists_all_files_and_the_terminal_counts_those_it_leaves_out(
-    counted: dict[str, Any],
+    counted: DatasetSummary,
 ) -> None:
-    card = counted | {"files": [counted["files"][0] | {"name": f"file-{number:03d}"} for number in range(90)]}
+    files = [counted.files[0].model_copy(update={"name": f"file-{number:03d}"}) for number in range(90)]
+    card = counted.model_copy(update={"files": files})
     parsed = Page(page(card))
-    assert [cell for cell in parsed.cells if cell.startswith("file-")] == [file["name"] for file in card["files"]]
+    assert [cell for cell in parsed.cells if cell.startswith("file-")] == [file.name for file in card.files]
     text = printed(card)
     assert (text.count("file-0"), "70 more" in text) == (20, True)
 
 
-def test_leaks_are_on_the_card(counted: dict[str, Any]) -> None:
-    report = {
-        "documents": {"train": 1_061, "val": 19}, "duplicates": {"train": 1_033, "val_in_train": 7},
-        "items": {"count": 10_042, "contexts": 31, "endings": 29, "shorter": 23, "words": 13},
-    }  # fmt: skip
-    card = counted | {"audit": report}
+def test_leaks_are_on_the_card(counted: DatasetSummary) -> None:
+    overlap = ItemOverlap(count=10_042, contexts=31, endings=29, shorter=23, words=13, numbers={})
+    report = LeakReport(
+        dataset="small", manifest=counted.manifest, asked="items", documents={"train": 1_061, "val": 19},
+        duplicates={"train": 1_033, "val_in_train": 7}, examples={}, leaks=[], items=overlap,
+    )  # fmt: skip
+    card = counted.model_copy(update={"audit": report})
     numbers = ["1,061", "19", "1,033", "7", "10,042", "31", "29", "23", "13"]
     for text in (printed(card), leak_line(report), " ".join(Page(page(card)).text)):
         assert set(numbers) <= set(re.findall(r"[\d,]*\d", text))
-    assert "10,042" not in leak_line(report | {"items": None})
+    assert "10,042" not in leak_line(report.model_copy(update={"items": None}))
