@@ -20,15 +20,8 @@ from storage.digests import sha256
 
 FILES = 4
 ROW_GROUP = 100
-LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib-dynload",
-}  # not part of every installation
+# not part of every installation
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 COMMON_WORDS = frozenset(
     "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905
 )
@@ -38,7 +31,7 @@ CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in
 LEAST_TOKENS = 24  # of a document
 MINUTES = 3  # that the settings in deploy/configs/demo.toml take on 2 cores
 FIXED_MINUTES = 1  # of them: Prefect, the corpus, its shards, evaluation and report
-Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def lasting(config: RunConfig, minutes: int) -> RunConfig:
@@ -113,10 +106,6 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 
 def _documentation(node: ast.AST) -> str:
     """The prose of a module, class or function; that of a class includes its methods."""
-    if not isinstance(node, ast.Module | Documented):
-        return ""
-    paragraphs = [prose(ast.get_docstring(node) or "")]
-    if isinstance(node, ast.ClassDef):
-        methods = [inner for inner in node.body if isinstance(inner, Documented)]
-        paragraphs += [prose(ast.get_docstring(method) or "") for method in methods]
+    nodes = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
+    paragraphs = [prose(ast.get_docstring(part) or "") for part in nodes if isinstance(part, Documented)]
     return "\n".join(filter(None, paragraphs))

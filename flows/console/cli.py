@@ -1,74 +1,63 @@
 """The console script `gpt2`: its entry point, and the verbs that run the pipeline or one of its stages.
 
-A verb reads the configuration, calls the flow or function that does the work, and prints the outcome.
-Importing Prefect takes 3 s and reads its settings from the environment, so verbs import flows inside the function.
+A verb reads the configuration, calls the flow or function that does the work, and prints the outcome. Verbs import
+flows inside the function: Prefect takes 3 s and reads its settings from the environment.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import CycloptsError, Parameter
+from cyclopts.validators import Number
 
-from flows.console import dataset, models, serving, upkeep, versions  # noqa: F401  # importing them registers their verbs
-from flows.console.app import app
+from flows.console import models, operations, versions  # noqa: F401  # importing them registers their verbs
 from flows.console.dataset import build_dataset
-from flows.console.options import (
-    ConfigFile,
-    Overrides,
-    Verbose,
-    console,
-    load_with_store,
-    prefect,
-    run_flow,
-    say,
-)
-from flows.console.request import last_request
-from flows.console.summary import summary_lines
+from flows.console.options import DEFAULTS, Settings, Verbose, app, check_inputs, console, prefect, run_flow, say
+from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
-from model.config_file import load_config
-from model.runs.job import JobFailed
+from model.config_file import config_of, load_config
+from model.runs.job import JobFailed, put_job
+from model.runs.run import training_job
 from storage.errors import StorageError
-from storage.keys import RunKeys
+from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
-
-INTERRUPTED = 130  # Typer turns KeyboardInterrupt into this exit code
+from storage.stores.store import read_json
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the console. Exit code 2 with a message for what a user can fix, 1 for a failed job, 130 for Ctrl-C."""
     try:
-        app(argv)
-    except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(app(sys.argv[1:] if argv is None else argv) or 0)
+    except (ValueError, StorageError, CycloptsError) as error:
+        message, code = f"error: {error}", 2
     except JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        message, code = f"error: {error}", 1
+    except KeyboardInterrupt:
+        message, code = "stopped; run the same command again to continue", 130
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
         sys.exit(1)
-    except SystemExit as exiting:
-        if exiting.code == INTERRUPTED:
-            print("stopped; run the same command again to continue", file=sys.stderr)
-        raise
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
-@app.command()
-def demo(
-    minutes: Annotated[int, typer.Option(min=2, help="Total time on 2 idle cores, about; sets the steps.")] = 3,
-    verbose: Verbose = False,
-) -> None:
+@app.command
+def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2))] = 3, verbose: Verbose = False) -> None:
     """Run the whole pipeline offline: Python's own documentation becomes a trained, evaluated GPT-2.
 
-    Writes to ./data and ./.gpt2. Run it again and every step is already done. Training steps grow with --minutes, at a
-    rate measured on 2 cores. A longer demo is a separate run, such as demo-15.
+    Writes to ./data and ./.gpt2. Run it again and every step is already done.
+    Training steps grow with --minutes, at a rate measured on 2 cores. A longer demo is a separate run, such as demo-15.
 
     Example: gpt2 demo --minutes 15
-
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
-    """
-    from flows.demo import lasting, write_corpus
 
+    Args:
+        minutes: Total time on 2 idle cores, about; sets the steps.
+    """
     config = lasting(load_config(models.CONFIGS / "demo.toml", []), minutes)
     started = time.monotonic()
     with console.status("writing the corpus from Python's own documentation"):
@@ -77,63 +66,59 @@ def demo(
     say("took", f"{time.monotonic() - started:,.0f} s; run the same command again and every step is already done")
 
 
-@app.command()
-def pretrain(config_file: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+@app.command
+def pretrain(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Run the whole pipeline: download, tokenise, train, evaluate, report.
 
     Run the same command again after a failure or Ctrl-C: it continues where it stopped.
-
-    Example: gpt2 pretrain --set name=mine --set data.dataset=mine --set data.source='texts/*.parquet'
-
     The project's own configurations are in deploy/configs/; model/config.py lists every setting.
 
+    Example: gpt2 pretrain --set name=mine --set data.dataset=mine --set data.source='texts/*.parquet'
     Next: gpt2 report, gpt2 generate --prompt "..."
     """
-    _pretrain(load_config(config_file, overrides or []), verbose)
+    _pretrain(settings.load(), verbose)
 
 
-@app.command()
-def retry(
-    name: Annotated[str, typer.Argument(help="A run, or a dataset that was built alone.", metavar="NAME")],
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    verbose: Verbose = False,
-) -> None:
+@app.command
+def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Repeat the last request for a run or dataset: only what failed or is missing is run.
 
     The settings are those of that request. --config only names the store; --set changes a setting.
 
     Example: gpt2 retry gpt2-124m --set resources.workers=1
+
+    Args:
+        name: A run, or a dataset that was built alone.
     """
-    request = last_request(name, config_file, overrides or [])
-    if request.is_run:
-        _pretrain(request.config, verbose)
-    else:
-        build_dataset(request.config, verbose)
+    # Overrides may fit the request and not the defaults, so only store_url is read here.
+    store_override = [text for text in settings.overrides if text.partition("=")[0].strip() == "store_url"]
+    store_url = load_config(settings.file, store_override).store_url
+    store = open_store(store_url)
+    for key, run_again in ((RunKeys(name).request, _pretrain), (DatasetKeys(name).request, build_dataset)):
+        if (request := read_json(store, key)) is not None:
+            run_again(config_of(request | {"store_url": store_url}, list(settings.overrides)), verbose)
+            return
+    raise ValueError(
+        f"retry {name!r}: {store_url} holds no request for a run or dataset of that name. "
+        f"List its runs and datasets with gpt2 status, or start with gpt2 pretrain or gpt2 dataset build."
+    )
 
 
-@app.command()
-def train(
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    ask: Annotated[
-        bool, typer.Option("--ask", help="Only write the job into the store and print the command that runs it.")
-    ] = False,
-    verbose: Verbose = False,
-) -> None:
+@app.command
+def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose = False) -> None:
     """Train to the last step, on the dataset's newest version or on the version that the run is pinned to.
 
     Run the same command again after a failure or Ctrl-C: it continues from the newest checkpoint.
 
     Example: gpt2 train --set name=mine --set train.max_steps=200
-
     Next: gpt2 evaluate with the same settings
+
+    Args:
+        ask: Only write the job into the store and print the command that runs it.
     """
-    config, store = load_with_store(config_file, overrides)
+    config, store = settings.load_with_store()
     if ask:
         from flows.train import started_run
-        from model.runs.job import put_job
-        from model.runs.run import training_job
 
         key = put_job(store, training_job(started_run(store, config)))
         say("on each host", f"python -m model {config.store_url} {key}")
@@ -144,24 +129,19 @@ def train(
         run_flow(flow, config)
 
 
-@app.command()
-def evaluate(
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Evaluate this GPT-2 in Hugging Face's layout, not a run.", metavar="FOLDER")
-    ] = None,
-    verbose: Verbose = False,
-) -> None:
+@app.command
+def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbose: Verbose = False) -> None:
     """Evaluate the newest checkpoint (validation loss, HellaSwag or a completion set, samples), then write the report.
 
     --set evaluation.checkpoint=every evaluates every checkpoint that was kept, =5000 that of step 5000.
 
     Example: gpt2 evaluate --model path/to/gpt2
-
     Next: gpt2 report
+
+    Args:
+        model: Evaluate the GPT-2 in this folder of Hugging Face's layout, not a run.
     """
-    config = load_config(config_file, overrides or [])
+    config = settings.load()
     if model is not None:
         config = models.imported_run(config, model)
     open_store(config.store_url)
@@ -171,49 +151,56 @@ def evaluate(
         _print_summary(run_flow(evaluate_and_report, config), config)
 
 
-@app.command()
-def report(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="The runs; by default that of the configuration.", metavar="RUN…")
-    ] = None,
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    to: Annotated[
-        Path | None,
-        typer.Option(help="The .html or .md file to write. By default the report goes into the store.", metavar="FILE"),
-    ] = None,
-) -> None:
+@app.command
+def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -> None:
     """Write the report of a run again, or one page that compares several runs.
 
     Example: gpt2 report small large --to both.html
+
+    Args:
+        names: The runs; by default that of the configuration.
+        to: The .html or .md file to write. By default the report goes into the store.
     """
-    config, store = load_with_store(config_file, overrides)
-    names = names or [config.name]
     from flows.pages.run_report import write_page, write_report
 
-    if to is None and len(names) == 1:
-        write_report(store, names[0])
-        say("report", f"{config.store_url.rstrip('/')}/{RunKeys(names[0]).report('html')}")
+    config, store = settings.load_with_store()
+    runs = list(names) or [config.name]
+    if to is None and len(runs) == 1:
+        write_report(store, runs[0])
+        say("report", f"{config.store_url.rstrip('/')}/{RunKeys(runs[0]).report('html')}")
     else:
-        path = to or Path(f"{'-'.join(names)}.html")
-        write_page(store, names, path)
+        path = to or Path(f"{'-'.join(runs)}.html")
+        write_page(store, runs, path)
         say("report", str(path))
 
 
 def _pretrain(config: RunConfig, verbose: bool) -> None:
-    from flows.console.preflight import check
-
-    check(config)
+    check_inputs(config)
     with prefect(verbose):
         from flows.pretrain import pretrain as flow
 
         _print_summary(run_flow(flow, config), config)
 
 
-def _print_summary(reported: "Reported", config: RunConfig) -> None:
+def _print_summary(reported: Reported, config: RunConfig) -> None:
+    """Print what a pipeline run produced, how good it is and where to look next."""
     console.print()
-    for label, text in summary_lines(reported, config.store_url):
-        say(label, text)
+    if dataset := reported.dataset:
+        counts = f"{dataset.version.tokens:,} tokens, {len(dataset.version.shard_ids)} shards"
+        say("dataset", f"{dataset.name}: {counts}, manifest {dataset.version.digest}")
+    training = reported.training
+    loss = ""
+    if training.last_loss is not None:  # else a model that was imported, not trained here
+        loss = f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
+    say("training", f"{training.steps:,} steps{loss}")
+    for result in reported.evaluations:
+        if result.metrics:
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+            say(result.name, f"{metrics} (step {result.step:,})")
+    if reported.sample is not None:
+        say("sample", " ".join(reported.sample.split()))
+    say("report", f"{config.store_url.rstrip('/')}/{reported.page}")
+    say("UI", "gpt2 serve, then http://127.0.0.1:4200")
 
 
 if __name__ == "__main__":

@@ -1,155 +1,171 @@
 """The verbs of `gpt2 dataset` that build, check and copy: build, verify, audit, copy."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import secrets
+from collections.abc import Sequence
 
-import typer
+from cyclopts.types import NonNegativeInt
 from rich.progress import Progress
 
-from flows.console.app import dataset_app
 from flows.console.options import (
-    ConfigFile,
-    Overrides,
+    DEFAULTS,
+    AsJson,
+    Settings,
     Verbose,
-    command,
+    check_inputs,
     console,
-    load_with_store,
+    dataset_app,
     prefect,
     progress_bar,
     run_flow,
     say,
 )
-from model.config import RunConfig
-from model.config_file import load_config
+from model import tokenizer
+from model.config import DataConfig, RunConfig
+from storage.datasets.copy import copy_dataset
+from storage.datasets.manifest import Manifest
+from storage.datasets.plan import plan_files
+from storage.datasets.versions import newest_version
+from storage.inspection.verify import check_documents, verify_dataset
+from storage.keys import DatasetKeys
+from storage.sources.files import SourceFile
+from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
-
-if TYPE_CHECKING:
-    from flows.console.verification import Verification
+from storage.stores.store import Store
 
 
-@dataset_app.command()
-def build(config_file: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+@dataset_app.command
+def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Build the missing shards and seal a new version of the dataset. If nothing changed, no version is added.
 
     Run the same command again after a failure or Ctrl-C: it builds only what is missing.
 
     Example: gpt2 dataset build --set data.dataset=mine --set data.source='texts/*.parquet'
-
     Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train
     """
-    build_dataset(load_config(config_file, overrides or []), verbose)
+    build_dataset(settings.load(), verbose)
 
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
     """Run the flow of the same name."""
-    from flows.console.preflight import check
-
-    check(config)
+    check_inputs(config)
     with prefect(verbose):
         from flows.pretrain import build_dataset as flow
 
         run_flow(flow, config)
 
 
-@dataset_app.command()
+@dataset_app.command
 def verify(
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Compare only sizes and the checksums that the store keeps.")
-    ] = False,
-    deep: Annotated[
-        int, typer.Option(min=0, help="Also tokenise N random documents of the source again.", metavar="N")
-    ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Rebuild the damaged shards.")] = False,
+    *,
+    settings: Settings = DEFAULTS,
+    quick: bool = False,
+    deep: NonNegativeInt = 0,
+    as_json: AsJson = False,
+    repair: bool = False,
     verbose: Verbose = False,
-) -> None:
+) -> int:
     """Prove that the dataset's newest version is intact. By default this reads every byte of it.
 
     Exit code 0: intact. 1: damaged, and the command that repairs it is printed. 2: not checked.
 
     Example: gpt2 dataset verify --deep 100
-
     Next, when something is damaged: gpt2 dataset verify --repair
-    """
-    from flows.console import verification
 
+    Args:
+        quick: Compare only sizes and the checksums that the store keeps.
+        deep: Also tokenise this many random documents of the source again.
+        repair: Rebuild the damaged shards.
+    """
     if as_json and repair:
         raise ValueError("--json and --repair exclude each other: a repair prints its progress. Give only one.")
-    config, store = load_with_store(config_file, overrides)
-    target = verification.newest_target(store, config)
-    files = target.source_files() if deep or repair else []
-    with progress_bar("verify", len(target.manifest.shard_ids), hidden=as_json) as advance:
-        result = verification.verify(target, files, quick=quick, deep=deep, on_progress=advance)
-    repair_command = command("dataset verify --repair", config_file, overrides) if result.damaged_shards else None
+    config, store = settings.load_with_store()
+    manifest = newest_version(store, config.data.dataset)
+    data, total = _at_commit_of(manifest, config.data), len(manifest.shard_ids)
+    files: Sequence[SourceFile] = ()
+    if deep or repair:
+        files = list_source(store, data.source, data.config, data.revision, "train")[0].files
+    with progress_bar("verify", total, hidden=as_json) as advance:
+        damages = verify_dataset(
+            store, data.dataset, manifest, eot=tokenizer.EOT, depth="quick" if quick else "full", on_progress=advance
+        )
+    seed = secrets.randbits(32)  # other documents each time
+    compared = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
+    damages += [damage for damage in compared if damage is not None]
+    damaged_shards = {damage.name for damage in damages if damage.repairable}
+    whole = total - len(damaged_shards)
+    repair_command = settings.command("dataset verify --repair") if damaged_shards else None
     if as_json:
-        _print_json(result, repair_command)
+        facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": len(compared)}
+        damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
+        print(json.dumps(facts | {"damaged": damaged, "mend": repair_command}))
     else:
-        _print_lines(result, None if repair else repair_command)
-    if repair and result.damaged_shards:
-        verification.forget_shards(target, files, result.damaged_shards)
-        build_dataset(target.config, verbose)
-    if result.other_damage if repair else result.damage:
-        raise typer.Exit(1)
+        for damage in damages:
+            say("damaged", f"{damage.name}: {damage.wrong}")
+        say("verify", f"{whole:,} of {total:,} shards are whole")
+        if compared:
+            say("verify", f"{len(compared):,} documents of the source compared")
+        if repair_command and not repair:
+            say("to repair", repair_command)
+    if repair and damaged_shards:
+        _forget_shards(store, data, files, damaged_shards)
+        build_dataset(config.model_copy(update={"data": data}), verbose)
+        damages = [damage for damage in damages if not damage.repairable]
+    return 1 if damages else 0
 
 
-def _print_json(result: "Verification", repair_command: str | None) -> None:
-    facts = {
-        "dataset": result.target.dataset,
-        "manifest": result.target.manifest.digest,
-        "whole": result.whole_shards,
-        "documents": result.documents,
-        "damaged": [{"name": damage.name, "wrong": damage.wrong} for damage in result.damage],
-        "mend": repair_command,
-    }
-    print(json.dumps(facts))
+def _at_commit_of(manifest: Manifest, data: DataConfig) -> DataConfig:
+    """The settings, with a Hub dataset at the commit that the version was made from."""
+    if data.source != manifest.origin.get("dataset"):
+        return data
+    return data.model_copy(update={"revision": manifest.origin["commit"]})
 
 
-def _print_lines(result: "Verification", repair_command: str | None) -> None:
-    for damage in result.damage:
-        say("damaged", f"{damage.name}: {damage.wrong}")
-    say("verify", f"{result.whole_shards:,} of {len(result.target.manifest.shard_ids):,} shards are whole")
-    if result.documents:
-        say("verify", f"{result.documents:,} documents of the source compared")
-    if repair_command:
-        say("to repair", repair_command)
+def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
+    """Delete the records of these shards, so that the next build makes them again and replaces the damaged ones.
+
+    Raises ValueError, and deletes nothing, when the source no longer contains one of them.
+    """
+    plans = plan_files(store, data.dataset, files, data.spec(tokenizer.identity()).settings)
+    missing = shard_ids.difference(*(plan.shard_ids for plan in plans))
+    if missing:
+        raise ValueError(
+            f"--repair: data.source = {data.source!r} no longer contains {len(missing):,} of the damaged shards "
+            f"({min(missing)!r}). Restore the old source files, or build another dataset from the new ones."
+        )
+    for shard_id in sorted(shard_ids):
+        store.delete(DatasetKeys(data.dataset).record(shard_id))
 
 
-@dataset_app.command()
-def audit(config_file: ConfigFile = None, overrides: Overrides = None, verbose: Verbose = False) -> None:
+@dataset_app.command
+def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Look for leaks: documents of val in train, duplicates in train, HellaSwag items in train.
 
-    The leak report is stored beside the manifest.
+    The leak report is stored beside the manifest. HellaSwag is downloaded once.
 
-    HellaSwag is downloaded once. Without a network: --set evaluation.hellaswag="" or a file of items.
-
+    Example, without a network: gpt2 dataset audit --set evaluation.hellaswag="" or a file of items
     Next: gpt2 dataset show prints the leak report
     """
-    config, _ = load_with_store(config_file, overrides)
+    config, _ = settings.load_with_store()
     with prefect(verbose):
         from flows.leaks import find_leaks_of_newest
 
         run_flow(find_leaks_of_newest, config)
 
 
-@dataset_app.command()
-def copy(
-    to: Annotated[str, typer.Argument(help="The other store: a folder or s3://bucket/prefix.", metavar="STORE_URL")],
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
+@dataset_app.command
+def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
     """Copy all versions of the dataset to another store and verify every shard on the way.
 
     Run the same command again after a failure or Ctrl-C: it copies only what is missing.
 
     Example: gpt2 dataset copy s3://bucket/prefix
+    Next: gpt2 dataset verify --set store_url=s3://bucket/prefix
 
-    Next: gpt2 dataset verify --set store_url=STORE_URL
+    Args:
+        to: The other store: a folder or s3://bucket/prefix.
     """
-    from storage.datasets.copy import copy_dataset
-
-    config, store = load_with_store(config_file, overrides)
+    config, store = settings.load_with_store()
     target = open_store(to, create=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("copy", total=None)

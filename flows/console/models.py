@@ -1,17 +1,15 @@
-"""The verbs for models: generate text, export and import Hugging Face folders. Imports no torch.
-
-numpy and safetensors take 0.2 s to import, so the verbs import what they need themselves.
-"""
+"""The verbs for models: generate text, export and import Hugging Face folders. Imports no torch."""
 
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt
 
-from flows.console.app import MODELS, app
-from flows.console.options import ConfigFile, Overrides, command, console, say
+from flows.console.options import DEFAULTS, MODELS, Settings, app, console, say
+from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, read_model_config
 from model.config import ModelConfig, RunConfig, differences
 from model.config_file import load_config
 from storage import keys
@@ -20,57 +18,65 @@ from storage.stores.opening import open_store
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
-@app.command(rich_help_panel=MODELS)
+@app.command(group=MODELS)
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="How the text begins.")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="Number of texts.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
-) -> None:
-    """Continue a prompt with the run's newest checkpoint."""
-    settings = load_config(config, overrides or [])
-    sampling = settings.evaluation
-    argv = [sys.executable, "-m", "model.evaluation.generate", settings.store_url, settings.name, "--prompt", prompt]
+    *,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    settings: Settings = DEFAULTS,
+    samples: PositiveInt = 1,
+    seed: NonNegativeInt = 0,
+) -> int:
+    """Continue a prompt with the run's newest checkpoint.
+
+    Example: gpt2 generate --prompt "The language" --samples 3
+
+    Args:
+        prompt: How the text begins.
+        samples: Number of texts.
+        seed: The same seed gives the same text.
+    """
+    config = settings.load()
+    sampling = config.evaluation
+    argv = [sys.executable, "-m", "model.evaluation.generate", config.store_url, config.name, "--prompt", prompt]
     argv += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(sampling.sample_tokens)]
-    argv += ["--device", settings.resources.device, "--temperature", str(sampling.temperature)]
+    argv += ["--device", config.resources.device, "--temperature", str(sampling.temperature)]
     argv += ["--top-k", str(sampling.top_k), "--top-p", str(sampling.top_p)]
-    raise typer.Exit(subprocess.run(argv, check=False).returncode)
+    return subprocess.run(argv, check=False).returncode
 
 
-@app.command(rich_help_panel=MODELS)
-def export(
-    to: Annotated[Path, typer.Argument(help="The folder to write, new or empty.", metavar="FOLDER")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Export the run's newest checkpoint and tokenizer for Hugging Face transformers."""
-    from model.checkpoints.huggingface import export_run
+@app.command(group=MODELS)
+def export(to: Path, /, *, settings: Settings = DEFAULTS) -> None:
+    """Export the run's newest checkpoint and tokenizer for Hugging Face transformers.
 
-    settings = load_config(config, overrides or [])
+    Example: gpt2 export my-gpt2 --set name=mine
+
+    Args:
+        to: The folder to write, new or empty.
+    """
+    config, store = settings.load_with_store()
     with console.status("writing the model"):
-        record = export_run(open_store(settings.store_url), settings.name, to)
-    say("export", f"step {record.step:,} of run {settings.name}, written to {to}")
+        record = export_run(store, config.name, to)
+    say("export", f"step {record.step:,} of run {config.name}, written to {to}")
     say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
 
 
-@app.command("import", rich_help_panel=MODELS)
-def import_model(
-    folder: Annotated[Path, typer.Argument(help="config.json and model.safetensors of a GPT-2.", metavar="FOLDER")],
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Start a run from a GPT-2 in Hugging Face format, to evaluate it, generate text or train further."""
-    from model.checkpoints.huggingface import import_folder, read_model_config
+@app.command(name="import", group=MODELS)
+def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
+    """Start a run from a GPT-2 in Hugging Face format, to evaluate it, generate text or train further.
 
-    settings = load_config(config, overrides or [])
-    _check_shape(folder, settings.model, read_model_config(folder))
+    Example: gpt2 import path/to/gpt2 --set name=imported
+
+    Args:
+        folder: config.json and model.safetensors of a GPT-2.
+    """
+    config = settings.load()
+    _check_shape(folder, config.model, read_model_config(folder))
     with console.status("reading the model"):
-        record = import_folder(open_store(settings.store_url, create=True), settings.name, folder)
-    say("import", f"{folder} is step {record.step} of run {settings.name} in {settings.store_url}")
-    say("evaluate", command("evaluate", config, overrides or []))
-    say("generate", f"{command('generate', config, overrides or [])} --prompt 'Hello'")
-    say("train", command("train", config, [*(overrides or []), "name=NEW", f"train.start_from={settings.name}"]))
+        record = import_folder(open_store(config.store_url, create=True), config.name, folder)
+    say("import", f"{folder} is step {record.step} of run {config.name} in {config.store_url}")
+    say("evaluate", settings.command("evaluate"))
+    say("generate", f"{settings.command('generate')} --prompt 'Hello'")
+    say("train", settings.command("train", "name=NEW", f"train.start_from={config.name}"))
 
 
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
@@ -79,8 +85,6 @@ def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     The run is named after the folder when the configuration does not name it. Raises ValueError for a folder without a
     GPT-2, or when the run holds another model.
     """
-    from model.checkpoints.huggingface import ensure_imported, read_model_config
-
     model = read_model_config(folder)
     name = config.name
     if name == RunConfig.model_fields["name"].default:

@@ -1,4 +1,4 @@
-"""What the verbs share: options, configuration, terminal output, and running a flow in this process.
+"""What the verbs share: the two apps, options, terminal output, checks of the inputs, and running a flow.
 
 Importing Prefect takes 3 s and reads its settings from the environment, so the functions import it, not this module.
 """
@@ -7,43 +7,76 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.progress import Progress
 
 from model.config import RunConfig
 from model.config_file import load_config
+from model.runs.run import pinned_run
+from storage.errors import ObjectMissing
+from storage.sources import files as sources
 from storage.stores.opening import open_store
 from storage.stores.store import Store
+
+app = App(
+    "gpt2",
+    help="Pretrain GPT-2 from scratch: text to token shards, training, evaluation and report as one pipeline.\n\n"
+    "Start with: gpt2 demo",
+    help_format="plaintext",
+    version_flags=(),
+    default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
+    exit_on_error=False,
+    print_error=False,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+dataset_app = App("dataset", help="Build, inspect, check and copy a dataset.")
+app.command(dataset_app)
+MODELS = Group.create_ordered("Models")
+INSPECT = Group.create_ordered("Inspect and clean up")
+SERVICE = Group.create_ordered("Run as a service")
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 RECORDS_SECONDS = 15.0  # Prefect writes its records of task runs after they end
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="A TOML file with the settings that differ from the defaults.", metavar="FILE"),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting: train.max_steps=200. Repeatable.", metavar="FIELD=VALUE"),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show Prefect's own log.")]
+Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
+AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
 
 
-def load_with_store(config_file: Path | None, overrides: list[str] | None) -> tuple[RunConfig, Store]:
-    """The configuration and its store. Raises ValueError, and ObjectMissing when the store does not exist yet."""
-    config = load_config(config_file, overrides or [])
-    return config, open_store(config.store_url)
+@Parameter("*")
+@dataclass(frozen=True)
+class Settings:
+    """The options that make up the configuration."""
+
+    file: Annotated[
+        Path | None, Parameter("--config", help="A TOML file with the settings that differ from the defaults.")
+    ] = None
+    overrides: Annotated[
+        tuple[str, ...], Parameter("--set", help="Override one setting: train.max_steps=200. Repeatable.")
+    ] = ()
+
+    def load(self) -> RunConfig:
+        return load_config(self.file, list(self.overrides))
+
+    def load_with_store(self) -> tuple[RunConfig, Store]:
+        """The configuration and its store. Raises ValueError, and ObjectMissing when the store does not exist yet."""
+        config = self.load()
+        return config, open_store(config.store_url)
+
+    def command(self, verb: str, *overrides: str) -> str:
+        """The shell command that runs a verb with the same configuration and these overrides."""
+        file = ["--config", str(self.file)] if self.file else []
+        settings = [word for override in (*self.overrides, *overrides) for word in ("--set", override)]
+        return shlex.join(["gpt2", *verb.split(), *file, *settings])
 
 
-def command(verb: str, config_file: Path | None, overrides: list[str] | None) -> str:
-    """The shell command that runs a verb with the same configuration."""
-    argv = ["gpt2", *verb.split(), *(["--config", str(config_file)] if config_file else [])]
-    return shlex.join(argv + [word for override in overrides or [] for word in ("--set", override)])
+DEFAULTS = Settings()
 
 
 def say(label: str, text: str) -> None:
@@ -57,6 +90,24 @@ def progress_bar(label: str, total: int, *, hidden: bool = False) -> Iterator[Ca
     with Progress(console=console, disable=hidden or not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
         yield lambda count=1: progress.advance(task, count)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise ValueError or StorageError when the pipeline cannot start; otherwise create the store."""
+    try:
+        run = pinned_run(open_store(config.store_url), config)
+    except ObjectMissing:
+        run = None
+    if run is None:
+        source, items = config.data.source, config.evaluation.hellaswag
+        if not sources.is_on_hub(source):
+            sources.find_files(source)
+        if items and not sources.is_on_hub(items) and not Path(items).is_file():
+            raise ValueError(
+                f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset or a .jsonl or .parquet file of "
+                f"items, or leave it empty."
+            )
+    open_store(config.store_url, create=True)
 
 
 @contextmanager

@@ -34,37 +34,20 @@ def mark_crashed() -> AutomationCore:
     return AutomationCore(
         name=MARK_CRASHED,
         description=reason,
-        trigger=_trigger(
-            posture=Posture.Proactive,
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            within=timedelta(seconds=HEARTBEAT_LIMIT_SECONDS),
-        ),
+        trigger=_silence_after("prefect.flow-run.heartbeat", HEARTBEAT_LIMIT_SECONDS),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
     )
 
 
 def restart() -> AutomationCore:
     """A crashed run is scheduled again. A cancelled or failed one is not: that was a decision or a result."""
+    message = "The run crashed; it is restarted and resumes from the store."
     return AutomationCore(
         name=RESTART,
         description=f"Restarts a crashed run after {RESTART_SECONDS} s; it resumes from the store. "
         f"Failed runs are left for people to retry.",
-        trigger=_trigger(
-            posture=Posture.Proactive,  # acts when no other event of the run follows in time
-            after={"prefect.flow-run.Crashed"},
-            expect={"prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            within=timedelta(seconds=RESTART_SECONDS),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.SCHEDULED,
-                name="AwaitingRetry",
-                message="The run crashed; it is restarted and resumes from the store.",
-            )
-        ],
+        trigger=_silence_after("prefect.flow-run.Crashed", RESTART_SECONDS),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)],
     )
 
 
@@ -99,6 +82,17 @@ def notify(block_id: UUID) -> AutomationCore:
                 "Retry it there, or: prefect flow-run retry {{ flow_run.id }}",
             )
         ],
+    )
+
+
+def _silence_after(event: str, seconds: int) -> EventTrigger:
+    """Fires when no other event of a run follows this one in time."""
+    return _trigger(
+        posture=Posture.Proactive,
+        after={event},
+        expect={"prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        within=timedelta(seconds=seconds),
     )
 
 

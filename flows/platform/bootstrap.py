@@ -9,13 +9,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.filters import DeploymentFilter
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
@@ -56,34 +55,28 @@ def _pool(client: SyncPrefectClient, name: str, limit: int | None) -> str:
 
 
 def _deployments(client: SyncPrefectClient, config: RunConfig, *, scheduled: bool) -> Iterator[str]:
-    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[automations.TAG]))
+    """Register deploy/prefect.yaml, for the current folder and with the forms filled."""
+    ours = DeploymentFilter(tags={"all_": [automations.TAG]})
     paused = {deployment.name: deployment.paused for deployment in client.read_deployments(deployment_filter=ours)}
-    project = _project(config)
+    text = (DEPLOY / "prefect.yaml").read_text().replace('"{{ $APP_DIR }}"', json.dumps(str(Path.cwd())))
+    project = yaml.safe_load(text)
     for deployment in project["deployments"]:
-        deployment["paused"] = paused.get(deployment["name"], False)
+        name, form = deployment["name"], config
+        if name in OWN_CONFIGS:
+            form = load_config(OWN_CONFIGS[name], [f"store_url={config.store_url}"])
+        deployment["parameters"] = {"config": form.model_dump(mode="json")}
+        deployment["paused"] = paused.get(name, False)
         for schedule in deployment.get("schedules", []):
-            if not scheduled and deployment["name"] not in paused:
+            if not scheduled and name not in paused:
                 schedule["active"] = False
-    _deploy(project)
+    _deploy(yaml.safe_dump(project, sort_keys=False))
     yield from (f"deployment {deployment['name']}: registered" for deployment in project["deployments"])
 
 
-def _project(config: RunConfig) -> dict[str, Any]:
-    """deploy/prefect.yaml, with the current folder and the configuration that fills each form."""
-    text = (DEPLOY / "prefect.yaml").read_text().replace('"{{ $APP_DIR }}"', json.dumps(str(Path.cwd())))
-    project: dict[str, Any] = yaml.safe_load(text)
-    for deployment in project["deployments"]:
-        form = config
-        if file := OWN_CONFIGS.get(deployment["name"]):
-            form = load_config(file, [f"store_url={config.store_url}"])
-        deployment["parameters"] = {"config": form.model_dump(mode="json")}
-    return project
-
-
-def _deploy(project: dict[str, Any]) -> None:
-    """Register the deployments with `prefect deploy`. Raises ValueError."""
+def _deploy(project: str) -> None:
+    """Register the deployments of this YAML with `prefect deploy`. Raises ValueError."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(project, file, sort_keys=False)
+        file.write(project)
         file.flush()
         argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
         result = subprocess.run(argv, capture_output=True, text=True, check=False)

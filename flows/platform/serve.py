@@ -1,6 +1,9 @@
 """The whole platform as one process tree: Prefect's server with its UI, deployments, a worker per pool."""
 
+import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +18,16 @@ WORKER_SECONDS = 3.0  # an idle worker stops within 1 s; after cancelling a run 
 POLL_SECONDS = 0.5
 
 
+def check_port(port: int) -> None:
+    """Raise ValueError when the port is in use."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"serve: {error.strerror}. Stop the process that uses it, or choose another port: --port {port + 1}"
+        ) from error
+
+
 @contextmanager
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Run everything that the deployments need while the block lasts. Yields the processes by name.
@@ -24,13 +37,11 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
     with server.serving(port) as server_process:
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported
 
-        for _ in bootstrap(config, scheduled=False):
-            pass
-        settings = server.prefect_environment(port)
-        workers = {
-            f"worker-{pool}": server.start(f"worker-{pool}", "flows.platform.worker", ["--pool", pool], settings)
-            for pool in POOLS
-        }
+        list(bootstrap(config, scheduled=False))
+        workers = {}
+        for pool in POOLS:
+            name = f"worker-{pool}"
+            workers[name] = server.start(name, port, "worker", "start", "--pool", pool, "--type", "process")
         try:
             yield {"server": server_process, **workers}
         finally:
@@ -40,22 +51,28 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
                 server.stop(worker, WORKER_SECONDS)
 
 
+def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Return at Ctrl-C or SIGTERM. Raises ValueError when a process ends before that."""
+    stopping = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stopping.set())
+    while not stopping.wait(1):
+        for name, process in processes.items():
+            if process.poll() is not None:
+                raise ValueError(
+                    f"gpt2 serve: {name} ended unexpectedly with exit code {process.returncode}. See its log: "
+                    f"{server.log_path(name)}. Start gpt2 serve again; retried runs resume."
+                )
+
+
 def _cancel_runs(pools: list[str]) -> None:
     """Cancel the active runs of these pools, and wait until they have ended."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        WorkPoolFilter,
-        WorkPoolFilterName,
-    )
-    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling
 
-    active_types = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-    active = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=active_types)))
-    ours = WorkPoolFilter(name=WorkPoolFilterName(any_=pools))
+    active = FlowRunFilter(state={"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}})
+    ours = WorkPoolFilter(name={"any_": pools})
     deadline = time.monotonic() + CANCEL_SECONDS
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=active, work_pool_filter=ours):

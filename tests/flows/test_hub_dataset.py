@@ -9,6 +9,7 @@ import pytest
 
 from flows import download
 from flows.console.dataset import verify
+from flows.console.options import Settings
 from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
 from flows.tokenise import tokenise_shards
@@ -119,7 +120,7 @@ def test_a_repair_reads_the_commit_that_the_version_was_made_of(
     for found in store.list("sources/"):
         store.delete(found.key)
     records.delete_shard(store, "small", lost)
-    verify(overrides=words(config), repair=True, verbose=True)
+    verify(settings=Settings(None, tuple(words(config))), repair=True, verbose=True)
     assert latest_manifest(store, "small") == before
     assert records.is_finished(store, "small", lost)
 

@@ -8,6 +8,7 @@ import pytest
 
 from flows import train
 from flows.console import cli
+from flows.console.options import Settings
 from model.checkpoints.metrics import StepMetrics
 from model.runs.job import read_job, read_result
 from model.runs.run import Run
@@ -74,7 +75,7 @@ def test_a_training_can_be_asked_for_without_being_run(
 ) -> None:
     config = tiny_config(str(tmp_path / "store"), source)
     store, version = open_store(config.store_url, create=True), build_dataset(config)
-    monkeypatch.setattr(cli, "load_with_store", lambda *_: (config, store))
+    monkeypatch.setattr(Settings, "load_with_store", lambda _: (config, store))
     for _ in range(2):  # a run that is pinned already is asked for as it is
         cli.train(ask=True)
         words = capsys.readouterr().out.split()

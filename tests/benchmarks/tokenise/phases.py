@@ -137,6 +137,7 @@ def build(out: str, settings: list[str]) -> None:
     phases = Phases()
     from flows import download, tokenise
     from flows.console import dataset
+    from flows.console.options import Settings
     from flows.runtime import settle
     from storage.datasets import shards
 
@@ -147,7 +148,7 @@ def build(out: str, settings: list[str]) -> None:
     phases.mark(shards, "done", returned=MAKE)
     phases.mark(tokenise, "seal", called=SEAL, returned=END)
     phases.mark(settle, "wait_for_task_runs", called=RECORDS)
-    dataset.build(None, settings, False)
+    dataset.build(settings=Settings(None, tuple(settings)))
     phases.enter(OVER)
     missing = set(PHASES) - {OVER} - set(phases.found)
     assert not missing, f"the build went by other functions: {missing} never began"

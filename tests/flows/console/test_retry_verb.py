@@ -8,6 +8,7 @@ import pytest
 
 from flows import pretrain as flow_module
 from flows.console import cli
+from flows.console.options import Settings
 from flows.handoffs import DatasetVersion
 from flows.pretrain import build_dataset, pretrain
 from model.config import RunConfig
@@ -45,7 +46,7 @@ class Failed(NamedTuple):
         return open_store(self.config.store_url)
 
     def retry(self, name: str, *overrides: str) -> None:
-        cli.retry(name, overrides=[f"store_url={self.config.store_url}", *overrides], verbose=True)
+        cli.retry(name, settings=Settings(None, (f"store_url={self.config.store_url}", *overrides)), verbose=True)
 
     def sealed(self) -> Manifest | None:
         return latest_manifest(self.store, DATASET)
@@ -196,7 +197,7 @@ def test_the_last_request_is_repeated_with_every_setting(store: Store, started: 
     key = (RunKeys if kind == "run" else DatasetKeys)("mine").request
     keep_request(store, key, requested(store))
     keep_request(store, key, requested(store, *UNUSUAL))
-    cli.retry("mine", overrides=[f"store_url={store.url}"])
+    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}",)))
     assert started == [(kind, requested(store, *UNUSUAL))]
     assert store.url not in bytes(store.read(key).body).decode()
 
@@ -204,7 +205,7 @@ def test_the_last_request_is_repeated_with_every_setting(store: Store, started: 
 def test_a_setting_is_checked_against_the_request(store: Store, started: list[Any]) -> None:
     """3 ranks can share the batch of the request, and could not share the default batch."""
     keep_request(store, RunKeys("mine").request, requested(store, *UNUSUAL))
-    cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=3"])
+    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=3")))
     assert started == [("run", requested(store, *UNUSUAL, "resources.processes=3"))]
     with pytest.raises(ValueError, match="5 ranks"):
-        cli.retry("mine", overrides=[f"store_url={store.url}", "resources.processes=5"])
+        cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=5")))

@@ -1,0 +1,138 @@
+"""The verbs that look after a store (status, doctor, gc) and run the pipeline as a service (serve, bootstrap)."""
+
+from contextlib import ExitStack
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.table import Table
+from rich.text import Text
+
+from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, console, prefect, say
+from flows.inspection import garbage
+from flows.inspection.status import run_status, store_status
+
+
+@app.command(group=INSPECT)
+def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
+    """Show what is done, what is missing and what failed. Reads only the store, so it works without Prefect.
+
+    Example: gpt2 status gpt2-124m
+    Next, when something failed: gpt2 retry NAME
+
+    Args:
+        run: A run; by default all runs and datasets.
+    """
+    _, store = settings.load_with_store()
+    lines = run_status(store, run) if run else store_status(store)
+    for line in lines:
+        console.print(f"{line.what:<20} {line.state}")
+        if line.error:
+            console.print(f"{'':<20} failed: {line.error}", style="red")
+    if not lines:
+        console.print(f"{store.url} is empty. Start with: gpt2 demo")
+
+
+@app.command(group=INSPECT)
+def doctor(*, settings: Settings = DEFAULTS) -> int:
+    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; each line says what to do.
+
+    Example: gpt2 doctor --set store_url=s3://bucket/prefix
+    """
+    from flows.inspection.doctor import examine
+
+    verdicts = list(examine(settings.load().store_url))
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for verdict in verdicts:
+        mark = Text("ok", style="green") if verdict.ok else Text("bad", style="bold red")
+        table.add_row(mark, verdict.check, verdict.detail)
+    console.print(table)
+    return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+@app.command(group=INSPECT)
+def gc(
+    *,
+    settings: Settings = DEFAULTS,
+    delete: bool = False,
+    grace_days: Annotated[float, Parameter(validator=Number(gte=0.05))] = 7.0,
+) -> None:
+    """List or delete what nothing refers to: orphan shards, old checkpoints, unfinished uploads, damaged files.
+
+    Safe while builds and trainings run.
+
+    Example: gpt2 gc --delete --grace-days 1
+
+    Args:
+        delete: Delete it. Without this option nothing changes.
+        grace_days: Keep what was written within this many days.
+    """
+    _, store = settings.load_with_store()
+    grace_seconds = grace_days * 86_400
+    count = size_bytes = 0
+    for item in garbage.collect(store, grace_seconds) if delete else garbage.find(store, grace_seconds):
+        say(item.kind, f"{item.name}  {item.size_bytes:,} bytes")
+        count += 1
+        size_bytes += item.size_bytes
+    what = f"{count:,} objects and files, {size_bytes / 1e6:,.1f} MB, older than {grace_days:g} days"
+    say("gc", f"{what}: {'deleted' if delete else 'nothing was deleted'}")
+    if count and not delete:
+        say("to delete", settings.command("gc --delete"))
+
+
+@app.command(group=SERVICE)
+def serve(
+    *, port: Annotated[int, Parameter(validator=Number(gte=1, lte=65535))] = 4200, settings: Settings = DEFAULTS
+) -> None:
+    """Run Prefect's server and UI, the deployments and their workers for this folder, until Ctrl-C.
+
+    The forms in the UI start from the settings given here. Schedules start paused; switch them on in the UI.
+    Other verbs in this folder use the same server.
+
+    Ctrl-C cancels the active runs. A training saves a checkpoint first, and a retry continues from it.
+
+    Example: gpt2 serve --port 4300
+    Next: open the printed address, or run gpt2 demo in another terminal.
+
+    Args:
+        port: The port of Prefect's UI on this host.
+    """
+    from flows.platform.serve import check_port, platform, wait_for_end
+
+    config = settings.load()
+    check_port(port)
+    with ExitStack() as stack:
+        with console.status("starting Prefect's server, deployments and workers"):
+            processes = stack.enter_context(platform(port, config))
+        say("UI", f"http://127.0.0.1:{port}")
+        say("one click", f"http://127.0.0.1:{port}/deployments: pretrain, demo, train, evaluate, dataset-refresh")
+        say("or", "in another terminal: gpt2 demo, gpt2 pretrain, …   Ctrl-C stops")
+        wait_for_end(processes)
+        say("stopping", "active runs are cancelled; a retry continues from the store")
+    say("stopped", "")
+
+
+@app.command(group=SERVICE)
+def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
+    """Register pools, deployments and automations with the Prefect server at PREFECT_API_URL. Idempotent.
+
+    The forms in the UI start from the settings given here. What people paused or changed by hand stays.
+
+    Example: gpt2 bootstrap --notify slack-webhook/team sends a message for each failed run
+
+    Args:
+        notify: The Prefect notification block to send failures to, as TYPE/NAME.
+    """
+    from flows.platform.server import named_server
+
+    config = settings.load()
+    if not named_server():
+        raise ValueError(
+            "bootstrap: PREFECT_API_URL is not set. Set it to the server's address, http://HOST:4200/api, or start "
+            "a server with its deployments here: gpt2 serve"
+        )
+    with prefect(verbose=False):
+        from flows.platform.bootstrap import bootstrap as register
+
+        for line in register(config, block=notify):
+            say("bootstrap", line)
