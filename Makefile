@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # Found: the first of these that is new enough. PYTHON=/path/to/python3.12 names another.
 FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
-# Four workers at most: each has a Prefect server and S3 servers of its own, about 2 GB. A file's tests share one worker,
-# so that what they share is set up once; the long ones come first.
-PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One worker more than cores, since tests wait for processes a third of the time, and four at most: each has a Prefect
+# server and S3 servers of its own, about 2 GB. The tests of a file share a worker, so that what they share is set up once.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # MinIO's last source, with the fix of conditional puts. It builds in 3 minutes, so the program is kept by its version.
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
 KEPT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gpt2-pipeline/tools/$(lastword $(subst @, ,$(MINIO)))

@@ -23,7 +23,7 @@ CONFIG = RunConfig(name="given", store_url="./given")
 @pytest.fixture(scope="module", autouse=True)
 def registered(api: str) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(automations, "RESTART_SECONDS", 5)  # 20 s are for a worker's second report, and none runs here
+        patch.setattr(automations, "RESTART_SECONDS", 10)  # Prefect's least; 20 s are for workers, and none runs here
         return list(bootstrap(CONFIG, scheduled=False))
 
 
