@@ -1,8 +1,8 @@
-# Every command that people and CI type. `make demo` needs Python 3.11 or newer and nothing else.
+# The commands for people and CI. `make demo` needs Python 3.11 or newer and nothing else.
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Found: the first of these that is new enough. PYTHON=/path/to/python3.12 names another.
+# The first of these interpreters with a supported version. PYTHON=/path/to/python3.12 replaces the list.
 FOUND := $(shell for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $$p && break; done)
 # One worker more than cores, since tests wait for processes a third of the time, and four at most: each has a Prefect
@@ -22,7 +22,7 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(PYTEST) -m "not full and not nightly"
 
-# The tests that need a real MinIO, or take long. CI runs both.
+# The tests that need a real MinIO, and the long tests. CI runs `test` and `test-full`.
 test-full: $(VENV)/.dev minio
 	$(PYTEST) -m "full and not nightly"
 
@@ -54,7 +54,7 @@ $(KEPT)/minio:
 	@command -v go >/dev/null || { echo "make minio builds a MinIO server from its Go module: go was not found. Install Go 1.24 or newer (https://go.dev)."; exit 2; }
 	CGO_ENABLED=0 GOTOOLCHAIN=auto GOBIN=$(KEPT) go install -trimpath -tags kqueue $(MINIO)
 
-# What docker-compose.yml needs: random secrets, a file each, and the settings. What is there already stays.
+# Writes random secrets, one file each, and the settings for docker-compose.yml. Existing files stay.
 env:
 	@umask 077; mkdir -p .secrets; for name in postgres s3_root s3_pipeline s3_trainer prefect; do \
 		[ -s .secrets/$$name ] || { value=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \
@@ -68,7 +68,7 @@ env:
 clean:
 	rm -rf $(VENV) .tools
 
-# The environment is made anew when its Python is gone or too old, and brought up to date when a lock is newer than it.
+# Recreates the environment when its Python is missing or too old; updates it when a lock file is newer.
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	@$(call install,requirements.lock)
 	@touch $@

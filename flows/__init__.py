@@ -2,7 +2,7 @@
 
     pretrain ─▶ download ─▶ tokenise ─▶ train ─▶ evaluate ─▶ report
 
-Each stage is a flow in a module of its own and asks the store what is done before it starts.
+Each stage is a flow in its own module and checks the store for finished work before it starts.
 
     console/      the `gpt2` command. A new verb goes here.
     runtime/      what stages share: task windows, child processes, progress, artifacts

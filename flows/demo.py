@@ -29,15 +29,15 @@ LEAST_WORDS = 8  # of a paragraph
 LEAST_COMMON = 0.2  # share of common words in a paragraph; tables and lists of options have fewer
 CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in it
 LEAST_TOKENS = 24  # of a document
-MINUTES = 3  # that the settings in deploy/configs/demo.toml take on 2 cores
-FIXED_MINUTES = 1  # of them: Prefect, the corpus, its shards, evaluation and report
+MINUTES = 3  # duration of deploy/configs/demo.toml on 2 cores
+FIXED_MINUTES = 1  # of MINUTES, for any number of steps: Prefect, corpus, shards, evaluation, report
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def lasting(config: RunConfig, minutes: int) -> RunConfig:
-    """The demo's configuration for about `minutes` minutes: another run with steps in proportion to its training time.
+    """Scale the demo's steps so that it takes about `minutes` minutes, as a run with another name.
 
-    Another name, because a finished run keeps its settings.
+    The name differs because a run is pinned to its settings.
     """
     if minutes == MINUTES:
         return config
@@ -70,7 +70,7 @@ def prose(text: str) -> str:
     """The paragraphs that are English sentences, each on one line."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     kept = "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
-    return kept.encode(errors="replace").decode()  # some docstrings show lone surrogates, which parquet cannot hold
+    return kept.encode(errors="replace").decode()  # some docstrings show lone surrogates, which parquet cannot store
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -105,7 +105,7 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 
 
 def _documentation(node: ast.AST) -> str:
-    """The prose of a module, class or function; that of a class includes its methods."""
+    """The prose of a module, class or function; a class includes its methods."""
     nodes = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
     paragraphs = [prose(ast.get_docstring(part) or "") for part in nodes if isinstance(part, Documented)]
     return "\n".join(filter(None, paragraphs))

@@ -1,6 +1,6 @@
-"""The first stage: find the source files, mirror those of the Hub into the store, and plan their shards.
+"""The first stage: find the source files, mirror Hub files into the store, and plan the shards.
 
-A file whose shards are all made is neither fetched nor read again: its plan is in the store.
+A file whose shards are all done is neither downloaded nor read again: its plan is in the store.
 """
 
 from collections import Counter
@@ -29,17 +29,17 @@ from storage.sources.mirror import list_source, locate, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
-FILES_AT_ONCE = 4  # connections to the Hub: it answers more with 429, and four fill a line of 1 Gbit/s
+FILES_AT_ONCE = 4  # connections to the Hub: more get status 429, and four saturate 1 Gbit/s
 RUNNER: TaskRunner[Any] = ThreadPoolTaskRunner(FILES_AT_ONCE)
-PLANS_AT_ONCE = 16  # from a bucket each is a round trip
+PLANS_AT_ONCE = 16  # reading a plan from a bucket takes a round trip
 
 
 @task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
 def list_files(data: DataConfig, store_url: str) -> Listing:
-    """List the source's files: one request to the Hub if nothing changed, else the digest of each local file."""
+    """List the source's files. An unchanged Hub dataset costs one request; local files are hashed."""
     listing, unavailable = list_source(open_store(store_url), data.source, data.config, data.revision, "train")
     if unavailable:
-        say("download", f"using the files of commit {listing.origin['commit'][:12]}, listed earlier: {unavailable}")
+        say("download", f"using the earlier listing of commit {listing.origin['commit'][:12]}: {unavailable}")
     return listing
 
 
@@ -63,7 +63,7 @@ def prepare_file(
 
 @flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False, task_runner=RUNNER)
 def download(config: RunConfig, with_items: bool = True) -> Downloaded:
-    """Find and plan the source files. A run pinned to a complete manifest needs none of them."""
+    """Find and plan the source files. A run pinned to a complete manifest needs no source files."""
     data = config.data
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
@@ -91,23 +91,23 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
     if not planned:
         filtered = " that data.filters keeps" if data.filters else ""
         raise ValueError(
-            f"data.source = {data.source!r}: found {len(plans)} files, but no row{filtered}. Use files that hold text."
+            f"data.source = {data.source!r}: its {len(plans)} files have no rows{filtered}. Use files with text."
         )
     if planned <= data.val_shards:
         raise ValueError(
             f"data.val_shards = {data.val_shards}: the source gives {planned} shards of up to {data.shard_tokens:,} "
-            f"tokens, so none would be left for training. Use fewer data.val_shards or smaller data.shard_tokens."
+            f"tokens, so no shard is left for training. Reduce data.val_shards or data.shard_tokens."
         )
 
 
 def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
-    """The plans of all files, prepared several at once, and why files failed. An unavailable file blocks no other."""
+    """Plan all files concurrently. Returns the plans and the errors; an unavailable file does not stop the others."""
     data, settings = config.data, config.data.spec(tokenizer.identity()).settings
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         stored = pool.map(lambda file: read_plan(store, data.dataset, file, settings), listing.files)
     plans = {plan.file: plan for plan in stored if plan}
     done: set[SourceFile] = set(plans)
-    if data.mirror and listing.origin:  # a mirrored file is needed again if one of its shards is
+    if data.mirror and listing.origin:  # a mirrored file is needed while one of its shards is missing
         recorded = recorded_shards(store, data.dataset)
         done = {file for file, plan in plans.items() if recorded.issuperset(plan.shard_ids)}
     to_prepare = [file for file in listing.files if file not in done]
@@ -133,7 +133,7 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
 
 
 def _plan_first(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
-    """The plans of the first files that hold `max_tokens`, one after the other: no further file is fetched."""
+    """Plan the files in order until they hold `max_tokens`; later files are not downloaded."""
     data = config.data
     settings = data.spec(tokenizer.identity()).settings
 

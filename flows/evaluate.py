@@ -1,4 +1,4 @@
-"""The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in a process of its own."""
+"""The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in its own process."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ Failure = tuple[str, Exception]  # the evaluation, and why it failed
 
 @task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
-    """Run one evaluation job in a process of its own. Returns its result as JSON."""
+    """Run one evaluation job in its own process. Returns its result as JSON."""
     store = open_store(store_url)
     stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
     if stored is None or stored.get("job") != job.job_id:
@@ -74,7 +74,7 @@ def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
 
 
 def chosen(store: Store, run: str, evaluation: EvaluationConfig) -> list[CheckpointRecord]:
-    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when there is none."""
+    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when it selects none."""
     records = checkpoints(store, run)
     if evaluation.checkpoint == "last":
         selected = records[-1:]
@@ -88,17 +88,17 @@ def chosen(store: Store, run: str, evaluation: EvaluationConfig) -> list[Checkpo
         raise ObjectMissing(f"run {run!r} has no checkpoint in store {store.url!r}. Train it first: gpt2 train")
     steps = ", ".join(f"{record.step:,}" for record in records)
     raise ObjectMissing(
-        f"run {run!r}: there is no checkpoint {evaluation.checkpoint!r} (evaluation.checkpoint) in store "
-        f"{store.url!r}, which has those of steps {steps}. Choose one of these."
+        f"evaluation.checkpoint = {evaluation.checkpoint!r}: run {run!r} in store {store.url!r} has only the "
+        f"checkpoints of steps {steps}. Choose one of these steps."
     )
 
 
 def _results(
     run: str, jobs: list[Job], futures: list[PrefectFuture[Any]], failures: list[Failure]
 ) -> list[EvaluationSummary]:
-    """The results of all jobs, also shown as a table in Prefect's UI.
+    """Return the results of all jobs, and show them as a table in Prefect's UI.
 
-    Raises JobFailed or JobRefused when a job failed, or when there were failures before the jobs.
+    Raises JobFailed or JobRefused when a job failed or `failures` is not empty.
     """
     rows = [{"evaluation": name, "step": "", "state": "Failed", "result": str(error)[:300]} for name, error in failures]
     results = []
@@ -126,24 +126,24 @@ def _results(
 
 
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
-    """The manifest to evaluate on and the key of the HellaSwag items; None for what is not at hand.
+    """The manifest to evaluate on and the key of the HellaSwag items; None for a missing input.
 
-    A run has both from the inputs it is pinned to. An imported model takes the newest version of the dataset.
+    A run uses the inputs that it is pinned to. An imported model uses the newest version of the dataset.
     """
     run = pinned_run(store, config)
     if run is not None:
         hellaswag = config.evaluation.hellaswag
-        # A local file is read again, since it may have been edited. If it is gone, the copy in the store serves.
+        # A local file is read again, since it may have been edited. If it is gone, the copy in the store is used.
         use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
         return run.manifest, run.items if use_pinned else None
     if differing := differences(config.model.model_dump(mode="json"), record.model):
-        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Use the settings that it was imported with.")
+        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Use the settings of the imported model.")
     newest = latest_manifest(store, config.data.dataset)
     if newest is None:
         say(
             "evaluate",
             f"dataset {config.data.dataset!r} has no version here, so there is no val loss. "
-            f"Build it with gpt2 dataset build, or name another with --set data.dataset=NAME",
+            f"Build one with gpt2 dataset build, or choose another dataset with --set data.dataset=NAME",
         )
         return None, None
     return newest.digest, None

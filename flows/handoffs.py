@@ -44,7 +44,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Reported:
-    """Facts of a run's report, its key, and the results of the evaluations before it."""
+    """The facts that a run's report shows, the report's key, and the evaluation results."""
 
     dataset: DatasetFacts | None
     training: TrainingFacts

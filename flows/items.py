@@ -1,4 +1,4 @@
-"""The file of HellaSwag items: a task that brings it into the store and checks it before anything needs it."""
+"""A task that copies the file of HellaSwag items into the store and validates it."""
 
 from contextlib import suppress
 from pathlib import Path

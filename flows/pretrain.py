@@ -1,6 +1,6 @@
-"""The whole pipeline as one flow of five stages, and its halves. Each stage asks the store what is done.
+"""The whole pipeline as one flow of five stages, and its parts as flows. Each stage checks the store for finished work.
 
-Each stage takes the very object that the stage before returned: Prefect tracks the dependency, and draws it, by
+Each stage receives the same object that the previous stage returned: Prefect tracks and draws dependencies by
 identity. (`wait_for` orders sub-flows too, but Prefect's UI draws no arrow for it.)
 """
 
@@ -28,10 +28,10 @@ from storage.stores.store import Store
 def pretrain(config: RunConfig) -> Reported:
     """Bring a run from source files to a report. Run again, it resumes."""
     store = open_store(config.store_url, create=True)
-    if pinned_run(store, config) is None:  # refuses other settings before they are kept
+    if pinned_run(store, config) is None:  # refuses changed settings before they are stored
         _check_binding(store, config)
     downloaded = download(config)
-    keep_request(store, RunKeys(config.name).request, config)  # not before: an unreadable source leaves nothing behind
+    keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
     version = tokenise(config, downloaded)
     trained = train(config, version)
     return _evaluate_and_report(config, trained)
@@ -68,7 +68,7 @@ def _check_binding(store: Store, config: RunConfig) -> None:
 
 
 def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported:
-    """Evaluate, then report. A failed evaluation fails the flow after the report was written with the others."""
+    """Evaluate, then report. A failed evaluation fails the flow, after the report on the others is written."""
     state = evaluate(config, trained)
     result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException) and not isinstance(result, JobFailed | JobRefused):

@@ -1,6 +1,6 @@
-"""The second stage: run the shard jobs that are missing as tasks, then seal the manifest.
+"""The second stage: run the missing shard jobs as tasks, then seal the manifest.
 
-What is missing and what a version is decides `storage/datasets/building.py`; this stage adds tasks, states and tables.
+`storage/datasets/building.py` decides what is missing and what a version contains. This stage adds tasks and tables.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,16 +42,16 @@ from storage.stores.store import Store
 
 IN_FLIGHT = 4  # tasks submitted per worker: enough to keep all busy, few enough to keep the flow small
 MOST_TASKS = 2_000  # per flow run: more slow down its page and Prefect's server
-MOST_LINES = 1_000  # of the table of shard jobs
+MOST_LINES = 1_000  # in the table of shard jobs
 MOST_POOLS = 3  # process pools started in a row, each after a worker process was killed
 
 
 @task(
-    task_run_name="{name}", cache_policy=NO_CACHE,  # Prefect's `Cached` may be of data that is gone; the record is true
+    task_run_name="{name}", cache_policy=NO_CACHE,  # Prefect's cache can outlive the data; the record decides
     retries=2, retry_delay_seconds=[2, 10], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
 )  # fmt: skip
 def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # its name
-    """Make shards of one source file and their records, unless they are done. A failed shard stops no other."""
+    """Make shards of one source file and their records, unless done. A failed shard does not stop the others."""
     store = open_store(store_url)
     made = 0
     errors: list[Exception] = []
@@ -62,13 +62,13 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
             note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(error))
             errors.append(error)
     if errors:
-        errors.sort(key=lambda error: not is_transient(error))  # a transient one first: Prefect then retries the task
+        errors.sort(key=lambda error: not is_transient(error))  # transient errors first: Prefect then retries the task
         raise errors[0]
-    return made if made else Completed(name="Skipped", message="the records were there")
+    return made if made else Completed(name="Skipped", message="already done")
 
 
 def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
-    """Make one shard. Returns False if it was done before."""
+    """Make one shard. Returns False if it was already done."""
     if is_finished(store, dataset, job.shard_id):
         return False
     record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
@@ -109,15 +109,15 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
         try:
             return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
         except BrokenExecutor:
-            say("tokenise", "a worker process was killed: new ones make what is missing")
+            say("tokenise", "a worker process was killed: starting new ones for the missing shards")
     raise JobFailed(
-        f"dataset {config.data.dataset!r}: a worker process was killed in each of {MOST_POOLS} process pools, as the "
-        f"system does when memory is short. Run fewer at once: --set resources.workers=1. Finished shards stay."
+        f"dataset {config.data.dataset!r}: a worker process was killed in each of {MOST_POOLS} process pools. "
+        f"Memory probably ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
     )
 
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
-    """What runs the shard jobs: the same tasks and the same bytes under each."""
+    """The task runner for the shard jobs. Every runner gives the same bytes."""
     workers = worker_count(resources)
     if resources.runner == "processes":
         return ProcessPoolTaskRunner(workers)
@@ -135,7 +135,7 @@ def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
 
 
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
-    """Make what the sources need and the store lacks, then seal. Nothing new gives no new version."""
+    """Make the missing shards, then seal. If nothing changed, no version is added."""
     dataset = config.data.dataset
     build = building.start_build(store, config.data.spec(tokenizer.identity()), downloaded.plans)
     _run_jobs(config, build.missing_jobs, len(build.missing), len(build.planned))
@@ -144,7 +144,7 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
             f"dataset {dataset!r}: {len(downloaded.failed):,} source files were unavailable; the shards of all others "
             f"are made. {downloaded.failed[0]}"
         )
-    quoted: Any = quote(build)  # or Prefect would search all plans for futures; the task gets the build itself
+    quoted: Any = quote(build)  # else Prefect searches all plans for futures; the task receives the build itself
     manifest = seal_dataset(dataset, quoted, downloaded.origin, config.store_url)
     pinned = f"manifest {manifest.digest[:12]}"
     is_new = build.parent is None or build.parent.digest != manifest.digest
@@ -153,7 +153,7 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
 
 
 def _repair(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> Manifest:
-    """Make again only the shards of the run's manifest that the store has lost. A pinned run gets no new version."""
+    """Rebuild only the shards of the run's manifest that the store lacks. A pinned run gets no new version."""
     manifest = read_manifest(store, run.dataset, run.manifest)
     lost = building.lost_shards(store, run.dataset, manifest, downloaded.plans)
     jobs = (job for plan in downloaded.plans for job in plan.jobs() if job.shard_id in lost)
@@ -208,7 +208,7 @@ def _retry_command(config: RunConfig) -> str:
     try:
         with get_client(sync_client=True) as client:
             root = client.read_flow_run(UUID(flow_run.root_flow_run_id))
-    except httpx.HTTPError:  # the table is for people only
+    except httpx.HTTPError:  # the command is only shown to people
         return f"gpt2 retry {config.data.dataset}"
     if root.deployment_id is not None:
         return f"prefect flow-run retry {root.id}"

@@ -1,4 +1,4 @@
-"""The third stage: pin the run, then train it in processes of its own, from its newest checkpoint."""
+"""The third stage: pin the run, then train it in separate processes, from its newest checkpoint."""
 
 import contextvars
 import threading
@@ -64,7 +64,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:
-    """The run of that name. A new one is pinned to the version, or to the dataset's newest."""
+    """The run that `config` names. A new run is pinned to `version`, or to the dataset's newest version."""
     if (run := pinned_run(store, config)) is not None:
         return run
     if version is None:
@@ -111,7 +111,7 @@ def _show_metrics(run: Run, metrics: list[StepMetrics]) -> None:
         return "" if number is None else f"{number:.4f}"
 
     every = max(len(metrics) // 20, 1)
-    indices = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, as validations have
+    indices = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, with validations
     rows = [
         {
             "step": line.step + 1,

@@ -42,14 +42,14 @@ class DataConfig(Section):
     revision: str = Field("main", description="Branch, tag or commit of the Hub dataset.")
     text_column: str = Field("text", description="Column that holds the text of a document.")
     shard_tokens: Positive = Field(10_000_000, description="Tokens per shard, at 2 bytes a token.")
-    val_shards: Positive = Field(10, description="Shards in the val split: the first ones of the first version.")
+    val_shards: Positive = Field(10, description="Shards in the val split, taken from the start of the first version.")
     filters: tuple[str, ...] = Field(
-        (), description="Keep only documents that meet every condition: 'int_score >= 4', 'length >= 200' (characters)."
+        (), description="Keep documents that meet all conditions, e.g. 'int_score >= 4', 'length >= 200' (characters)."
     )
     max_tokens: int = Field(0, ge=0, description="Use only the first N tokens of the source (0 = all).")
-    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store (off = read ranges).")
+    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store (off = read from the Hub).")
     on_bad_document: Literal["fail", "skip"] = Field(
-        "fail", description="If a document cannot be tokenised: fail the shard, or skip and count it."
+        "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
 
     @model_validator(mode="after")
@@ -107,9 +107,9 @@ class TrainingConfig(Section):
     min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine decay.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; biases and norms have none.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
-    clip: float = Field(1.0, gt=0, description="Gradient clipping: the largest gradient norm.")
+    clip: float = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
     skip_outlier_steps: int = Field(
-        0, ge=0, description="How many outlier steps (NaN, infinite or 10x the usual gradient norm) may be skipped."
+        0, ge=0, description="Maximum number of outlier steps (NaN, infinite or 10x the usual gradient norm) to skip."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -121,13 +121,13 @@ class TrainingConfig(Section):
         "", description="Start from the newest checkpoint of this run (empty = train from scratch)."
     )
     start_with: Literal["weights", "everything"] = Field(
-        "weights", description="What to load from that run: only the weights, or also the step and the optimizer state."
+        "weights", description="What to load from start_from: only the weights, or also the step and optimizer state."
     )
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
-    keep_every_steps: int = Field(5_000, ge=0, description="Steps between checkpoints kept for good (0 = none).")
-    validate_every_steps: int = Field(250, ge=0, description="Steps between validations in training (0 = none).")
-    validation_tokens: Positive = Field(10_485_760, description="Most tokens that a validation during training scores.")
+    keep_every_steps: int = Field(5_000, ge=0, description="Steps between checkpoints kept permanently (0 = none).")
+    validate_every_steps: int = Field(250, ge=0, description="Steps between validations during training (0 = none).")
+    validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation during training.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -170,24 +170,24 @@ class EvaluationConfig(Section):
     checkpoint: str = Field(
         "last",
         pattern="^(last|every|[0-9]+)$",
-        description="Checkpoint to evaluate: the last, every one that was kept, or the one of a step number.",
+        description="Checkpoint to evaluate: last, every (all that were kept) or a step number.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision of losses; bf16 is faster on a GPU and changes a few answers. Samples use fp32."
+        "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
     validation_tokens: int = Field(0, ge=0, description="Tokens of the val split to score (0 = all).")
     hellaswag: str = Field(
         "Rowan/hellaswag",
         description="Hub dataset or file of HellaSwag items (empty = use a completion set made of val documents).",
     )
-    completion_items: Positive = Field(200, description="Items in the completion set, used if HellaSwag is empty.")
+    completion_items: Positive = Field(200, description="Items in the completion set, used if hellaswag is empty.")
     prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
     samples: Positive = Field(2, description="Samples per prompt.")
     sample_tokens: Positive = Field(64, description="New tokens per sample.")
     temperature: float = Field(0.9, ge=0, description="Sampling temperature (0 = always the most likely token).")
     top_k: int = Field(50, ge=0, description="Sample from the k most likely tokens (0 = all).")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total probability (1 = all)."
+        1.0, gt=0, le=1, description="Nucleus sampling: total probability of the top tokens to sample from (1 = all)."
     )
 
 
@@ -203,8 +203,8 @@ class ResourcesConfig(Section):
         "auto", description="Device (auto = CUDA, else MPS, else CPU)."
     )
     processes: int = Field(0, ge=0, description="Training processes per host (0 = one per GPU, else 1).")
-    nodes: Positive = Field(1, description="Hosts that train together; run the printed command on each of them.")
-    rendezvous: str = Field("", description="HOST:PORT of the first host; needed with several hosts.")
+    nodes: Positive = Field(1, description="Hosts that train together; run the printed command on each other host.")
+    rendezvous: str = Field("", description="HOST:PORT of the first host; required with several hosts.")
     prefetch_batches: int = Field(4, ge=0, description="Micro-batches to prefetch (0 = none).")
     unsaved_minutes: float = Field(
         30.0, gt=0, description="Minutes to keep training while checkpoints cannot be saved."

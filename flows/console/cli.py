@@ -56,7 +56,7 @@ def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2))] = 3, ver
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
 
     Args:
-        minutes: Total time on 2 idle cores, about; sets the steps.
+        minutes: Approximate total time on 2 idle cores; sets the number of steps.
     """
     config = lasting(load_config(models.CONFIGS / "demo.toml", []), minutes)
     started = time.monotonic()
@@ -73,7 +73,7 @@ def pretrain(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None
     Run the same command again after a failure or Ctrl-C: it continues where it stopped.
     The project's own configurations are in deploy/configs/; model/config.py lists every setting.
 
-    Example: gpt2 pretrain --set name=mine --set data.dataset=mine --set data.source='texts/*.parquet'
+    Example: gpt2 pretrain --config mine.toml --set train.max_steps=200
     Next: gpt2 report, gpt2 generate --prompt "..."
     """
     _pretrain(settings.load(), verbose)
@@ -83,7 +83,7 @@ def pretrain(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None
 def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Repeat the last request for a run or dataset: only what failed or is missing is run.
 
-    The settings are those of that request. --config only names the store; --set changes a setting.
+    The settings come from that request; --set changes one. From --config, only store_url is used.
 
     Example: gpt2 retry gpt2-124m --set resources.workers=1
 
@@ -133,13 +133,13 @@ def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose 
 def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbose: Verbose = False) -> None:
     """Evaluate the newest checkpoint (validation loss, HellaSwag or a completion set, samples), then write the report.
 
-    --set evaluation.checkpoint=every evaluates every checkpoint that was kept, =5000 that of step 5000.
+    Every kept checkpoint: --set evaluation.checkpoint=every. That of step 5000: --set evaluation.checkpoint=5000.
 
     Example: gpt2 evaluate --model path/to/gpt2
     Next: gpt2 report
 
     Args:
-        model: Evaluate the GPT-2 in this folder of Hugging Face's layout, not a run.
+        model: A folder with a GPT-2 in Hugging Face format, to evaluate instead of a run.
     """
     config = settings.load()
     if model is not None:
@@ -158,7 +158,7 @@ def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -
     Example: gpt2 report small large --to both.html
 
     Args:
-        names: The runs; by default that of the configuration.
+        names: The runs; by default the run that the configuration names.
         to: The .html or .md file to write. By default the report goes into the store.
     """
     from flows.pages.run_report import write_page, write_report

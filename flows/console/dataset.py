@@ -40,7 +40,7 @@ def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
 
     Run the same command again after a failure or Ctrl-C: it builds only what is missing.
 
-    Example: gpt2 dataset build --set data.dataset=mine --set data.source='texts/*.parquet'
+    Example: gpt2 dataset build --set data.dataset=mine --set data.source=texts
     Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train
     """
     build_dataset(settings.load(), verbose)
@@ -67,7 +67,7 @@ def verify(
 ) -> int:
     """Prove that the dataset's newest version is intact. By default this reads every byte of it.
 
-    Exit code 0: intact. 1: damaged, and the command that repairs it is printed. 2: not checked.
+    Exit code 0: intact. 1: damaged, the repair command is printed. 2: not checked.
 
     Example: gpt2 dataset verify --deep 100
     Next, when something is damaged: gpt2 dataset verify --repair
@@ -78,7 +78,7 @@ def verify(
         repair: Rebuild the damaged shards.
     """
     if as_json and repair:
-        raise ValueError("--json and --repair exclude each other: a repair prints its progress. Give only one.")
+        raise ValueError("--json and --repair cannot be combined: a repair prints its progress. Give only one.")
     config, store = settings.load_with_store()
     manifest = newest_version(store, config.data.dataset)
     data, total = _at_commit_of(manifest, config.data), len(manifest.shard_ids)
@@ -89,7 +89,7 @@ def verify(
         damages = verify_dataset(
             store, data.dataset, manifest, eot=tokenizer.EOT, depth="quick" if quick else "full", on_progress=advance
         )
-    seed = secrets.randbits(32)  # other documents each time
+    seed = secrets.randbits(32)  # different documents each time
     compared = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
     damages += [damage for damage in compared if damage is not None]
     damaged_shards = {damage.name for damage in damages if damage.repairable}
@@ -141,9 +141,9 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
 def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Look for leaks: documents of val in train, duplicates in train, HellaSwag items in train.
 
-    The leak report is stored beside the manifest. HellaSwag is downloaded once.
+    The leak report is stored beside the manifest. HellaSwag is downloaded once, unless evaluation.hellaswag is a file.
 
-    Example, without a network: gpt2 dataset audit --set evaluation.hellaswag="" or a file of items
+    Example: gpt2 dataset audit --set evaluation.hellaswag=items.jsonl
     Next: gpt2 dataset show prints the leak report
     """
     config, _ = settings.load_with_store()

@@ -31,9 +31,9 @@ def generate(
     Example: gpt2 generate --prompt "The language" --samples 3
 
     Args:
-        prompt: How the text begins.
+        prompt: The text to continue.
         samples: Number of texts.
-        seed: The same seed gives the same text.
+        seed: Random seed (default 0): the same seed gives the same text.
     """
     config = settings.load()
     sampling = config.evaluation
@@ -67,7 +67,7 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
     Example: gpt2 import path/to/gpt2 --set name=imported
 
     Args:
-        folder: config.json and model.safetensors of a GPT-2.
+        folder: The folder with config.json and model.safetensors.
     """
     config = settings.load()
     _check_shape(folder, config.model, read_model_config(folder))
@@ -80,7 +80,7 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
 
 
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
-    """Import the folder, unless that was done before. Returns the configuration that evaluates it.
+    """Import the folder, unless it is already imported. Returns the configuration that evaluates it.
 
     The run is named after the folder when the configuration does not name it. Raises ValueError for a folder without a
     GPT-2, or when the run holds another model.
@@ -96,12 +96,12 @@ def imported_run(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _check_shape(folder: Path, configured: ModelConfig, imported: ModelConfig) -> None:
-    """Raise ValueError, with the options to give, when the folder's model does not have the configured shape."""
+    """Raise ValueError, with the options to use, when the folder's model does not have the configured shape."""
     differing = differences(configured.model_dump(), imported.model_dump())
     if differing:
         presets = [file for file in sorted(CONFIGS.glob("gpt2-*.toml")) if load_config(file, []).model == imported]
         fields = " ".join(f"--set model.{name}={value}" for name, value in imported.model_dump().items())
         options = " or ".join([*(f"--config {file}" for file in presets), fields])
         raise ValueError(
-            f"cannot import {folder}: its config.json differs: {'; '.join(differing)}. Give its shape: {options}"
+            f"cannot import {folder}: its config.json differs: {'; '.join(differing)}. Use its shape: {options}"
         )

@@ -1,4 +1,4 @@
-"""The verbs that look after a store (status, doctor, gc) and run the pipeline as a service (serve, bootstrap)."""
+"""The verbs that inspect or clean a store (status, doctor, gc) and run the pipeline as a service (serve, bootstrap)."""
 
 from contextlib import ExitStack
 from typing import Annotated
@@ -35,7 +35,7 @@ def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
 
 @app.command(group=INSPECT)
 def doctor(*, settings: Settings = DEFAULTS) -> int:
-    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; each line says what to do.
+    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; its line has the remedy.
 
     Example: gpt2 doctor --set store_url=s3://bucket/prefix
     """
@@ -64,7 +64,7 @@ def gc(
     Example: gpt2 gc --delete --grace-days 1
 
     Args:
-        delete: Delete it. Without this option nothing changes.
+        delete: Delete the listed objects. Without this option nothing changes.
         grace_days: Keep what was written within this many days.
     """
     _, store = settings.load_with_store()
@@ -118,10 +118,10 @@ def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
 
     The forms in the UI start from the settings given here. What people paused or changed by hand stays.
 
-    Example: gpt2 bootstrap --notify slack-webhook/team sends a message for each failed run
+    Example: gpt2 bootstrap --notify slack-webhook/team
 
     Args:
-        notify: The Prefect notification block to send failures to, as TYPE/NAME.
+        notify: The Prefect notification block (TYPE/NAME) that gets a message for each failed run.
     """
     from flows.platform.server import named_server
 

@@ -1,4 +1,4 @@
-"""Checks what a run needs; each verdict says what to do. Changes nothing but a probe object in the store."""
+"""Checks the installation, the store and this host. Writes nothing except a probe object in the store."""
 
 import platform
 import re
@@ -24,7 +24,7 @@ FREE_BYTES = 5 * 10**9  # three checkpoints of GPT-2 124M are 4.5 GB
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was checked, whether it is fine, and the facts or the remedy."""
+    """What was checked, whether it passed, and the facts or the remedy."""
 
     check: str
     ok: bool
@@ -32,7 +32,7 @@ class Verdict:
 
 
 def examine(store_url: str) -> Iterator[Verdict]:
-    """Yields one verdict after the other."""
+    """Yield a verdict for each check."""
     yield Verdict("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
     yield _packages()
     yield _attempt("tokenizer", lambda: f"gpt2, {len(tokenizer.encode('hello world'))} tokens in 'hello world'")
@@ -52,7 +52,7 @@ def _attempt(check: str, detail: Callable[[], str]) -> Verdict:
 
 
 def _packages() -> Verdict:
-    """Whether every dependency is installed, and the versions of the two that bug reports need."""
+    """Whether every dependency is installed, and the versions of torch and Prefect."""
     versions, missing = {}, []
     for requirement in requires("gpt2-pipeline") or []:
         if "extra ==" in requirement:
@@ -73,7 +73,7 @@ def _store(url: str) -> Iterator[Verdict]:
     """Access, conditional writes, checksums and clock. Stops at the first failure."""
     try:
         store = open_store(url, create=True)
-        yield Verdict("store", True, f"{url}: reads and writes with these credentials")
+        yield Verdict("store", True, f"{url}: readable and writable with these credentials")
         probe = store.probe()
         yield Verdict("conditions", True, f"{probe.server}: create-only put and compare-and-swap are honoured")
         damaged = "refused" if probe.refuses_damaged else "stored, and only detected when it is read: update the server"

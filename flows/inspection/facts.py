@@ -39,7 +39,7 @@ REFERENCES = (
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """How far a training is and what it learnt; of an imported model `max_steps` is 0 and the losses are None."""
+    """Steps and losses of a training. For an imported model `max_steps` is 0 and the losses are None."""
 
     steps: int
     max_steps: int
@@ -75,7 +75,7 @@ class RunFacts:
 
 
 def run_facts(store: Store, name: str) -> RunFacts:
-    """The facts of a run or of an imported model. Raises ObjectMissing when the store has neither of that name."""
+    """The facts of a run or of an imported model. Raises ObjectMissing for an unknown name."""
     records = checkpoints(store, name)
     run = find_run(store, name)
     if run is None and not records:
@@ -107,7 +107,7 @@ def run_facts(store: Store, name: str) -> RunFacts:
 def read_evaluations(store: Store, run: str) -> list[Evaluation]:
     """The evaluations of a run in the store, by step and name."""
     listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
-    values = (read_json(store, key) for key in listed_keys)  # None: deleted since, as its job is running again
+    values = (read_json(store, key) for key in listed_keys)  # None: deleted meanwhile, since its job runs again
     return [Evaluation.model_validate(value) for value in values if value is not None and "job" in value]
 
 
@@ -160,7 +160,7 @@ def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> Da
 def _lineage(
     run: Run | None, records: list[CheckpointRecord], dataset: DatasetFacts | None, evaluations: list[Evaluation]
 ) -> Iterator[tuple[str, str]]:
-    """What everything was made from, source to metrics, each by its digest."""
+    """The digests of source, manifest, training job, weights and evaluations."""
     if dataset:
         for field, value in dataset.version.origin.items():
             yield f"source {field}", str(value)
@@ -178,7 +178,7 @@ def _lineage(
 
 
 def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    """What ran on which machine: the training, once it is done, and the newest evaluations."""
+    """The machine of the finished training and of the newest evaluations."""
     names_by_machine: dict[str, list[str]] = defaultdict(list)
     trained = read_result(store, training_job(run)) if run else None
     if trained and "environment" in trained:

@@ -23,12 +23,12 @@ from storage.errors import Conflict
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.store import Stat, Store, clock, read_json
 
-SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, its record, and the note of a failure
+SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, record and failure note
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """The kind, name and size of one thing that nothing refers to."""
+    """The kind, name and size of an unreferenced object or file."""
 
     kind: str
     name: str
@@ -56,7 +56,7 @@ def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
 
 
 def _beside_shards(store: Store, before: float, *, remove: bool) -> Iterator[Garbage]:
-    """All garbage but shards: of runs, probes, unfinished writes and this host's cache."""
+    """All garbage except shards: from runs, probes, unfinished writes and this host's cache."""
     for kind, listed in _dead_objects(store, before):
         if remove:
             store.delete(listed.key)
@@ -64,7 +64,7 @@ def _beside_shards(store: Store, before: float, *, remove: bool) -> Iterator[Gar
     for upload in store.unfinished(before, remove=remove):
         yield Garbage("unfinished", upload, 0)
     for path in host.HostCache(host.FOLDER, 0).quarantined():
-        with suppress(FileNotFoundError):  # another collector on this host was faster
+        with suppress(FileNotFoundError):  # another gpt2 gc on this host deleted it
             stat = path.stat()
             if stat.st_ctime < before:
                 if remove:
@@ -78,7 +78,7 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
     try:
         for dead in _records_first(_dead_shards(store, dataset, before, leased=True)):
             if not holds(store, dataset, lease):
-                raise Conflict(f"dataset {dataset!r}: a build took over. Run gpt2 gc again when it has ended.")
+                raise Conflict(f"dataset {dataset!r}: a build took over. Run gpt2 gc again when the build has ended.")
             store.delete(dead.key)
             yield Garbage("shard", dead.key, dead.size)
     finally:
@@ -87,7 +87,7 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
 
 def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = False) -> list[Stat]:
     """The objects of shards that no version lists; none while a build may still use them."""
-    listed_shards = list(store.list(DatasetKeys(dataset).shards))  # before the manifests: a seal meanwhile adds none
+    listed_shards = list(store.list(DatasetKeys(dataset).shards))  # before the manifests, in case of a concurrent seal
     live: set[str] = set()
     for digest in version_digests(store, dataset):
         version = read_manifest(store, dataset, digest)
@@ -101,7 +101,7 @@ def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = Fa
 
 
 def _dead_objects(store: Store, before: float) -> Iterator[tuple[str, Stat]]:
-    """The dead objects of each run, listed one run at a time, and those that probes left; each with its kind."""
+    """Each dead object of a run or probe, with its kind. Lists one run at a time."""
     for name in run_names(store):
         yield from (("run", listed) for listed in _dead_run_objects(store, name, before))
     yield from (("probe", listed) for listed in _old(store, keys.TEMPORARY, before))
@@ -111,7 +111,7 @@ def _dead_run_objects(store: Store, name: str, before: float) -> list[Stat]:
     """Checkpoints beyond retention, files of killed attempts, and metrics that no kept checkpoint lists."""
     run = find_run(store, name)
     if run is None:
-        return []  # an imported model: one checkpoint, and no training that left anything
+        return []  # an imported model has one checkpoint and no training
     job: Any = read_json(store, training_job(run).key) or {}
     train = run.config["train"] | job.get("how", {}).get("train", {})  # retention as last requested
     old = [*_old(store, RunKeys(name).checkpoints, before), *_old(store, RunKeys(name).metrics, before)]
@@ -124,7 +124,7 @@ def _dead_run_objects(store: Store, name: str, before: float) -> list[Stat]:
 
 
 def _records_first(dead: Iterable[Stat]) -> list[Stat]:
-    """A record goes before its data, so that no record ever lacks it."""
+    """Sort records before data, so that no record ever refers to deleted data."""
     return sorted(dead, key=lambda listed: not listed.key.endswith(".json"))
 
 

@@ -1,4 +1,4 @@
-"""What is done, what is missing and what failed, read from the store alone: works without Prefect."""
+"""What is done, what is missing and what failed, read from the store alone, without Prefect."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,7 +119,7 @@ def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
 
 
 def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]) -> dict[Evaluation, str]:
-    """The last error of each evaluation that was not written after it failed, by whichever job."""
+    """The last error of each evaluation, unless a later job has written the evaluation."""
     errors = {}
     for listed in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
         job_key = keys.failed_job(listed.key)

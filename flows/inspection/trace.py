@@ -1,4 +1,4 @@
-"""Lineage for people: the source documents behind a training window or step. Changes nothing."""
+"""Finds the source documents of a training window or step. Read-only."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +23,7 @@ from storage.stores.store import Store
 
 @dataclass(frozen=True)
 class TraceTarget:
-    """The dataset version whose windows are traced, the source that it was made from, and the training settings."""
+    """The dataset version whose windows are traced, its source, and the training settings."""
 
     manifest: Manifest
     data: DataConfig
@@ -35,7 +35,7 @@ class TraceTarget:
 
 
 def trace_target(store: Store, config: RunConfig) -> TraceTarget:
-    """The started run of the configuration's name, or else its settings on the dataset's newest version.
+    """The version and settings of the run, if it was started; else the dataset's newest version and `config`.
 
     Raises ObjectMissing when neither the run nor the dataset exists.
     """
@@ -49,7 +49,7 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
 
 
 def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
-    """First window and number of windows of one window or one training step. Raises ValueError unless one is given."""
+    """The first window and the number of windows. Raises ValueError unless either `window` or `step` is given."""
     if (window is None) == (step is None):
         raise ValueError("give either --window K or --step N, as in: gpt2 dataset trace --split train --window 0")
     if window is not None:
@@ -92,7 +92,7 @@ def _source_files(store: Store, target: TraceTarget) -> dict[str, SourceFile]:
     data = target.data
     files = lineage.hub_files(target.manifest)
     if not files:
-        with suppress(ValueError, StorageError):  # the source moved or is gone: show what the store holds
+        with suppress(ValueError, StorageError):  # the source has moved or is gone: show what the store has
             listing, _ = list_source(store, data.source, data.config, data.revision, "train")
             files = {file.digest: file for file in listing.files}
     return files

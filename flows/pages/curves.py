@@ -10,7 +10,7 @@ from flows.pages.drawing import LINE, MARK, draw
 from model.checkpoints.metrics import StepMetrics
 
 COLOURS = (LINE, MARK, "#3f9e6e", "#b0599e", "#8a7a2d", "#c4524a")  # legible on white and on black
-MAXIMUM_POINTS = 1_000  # of a line: 19,073 steps would be 400 kB each
+MAXIMUM_POINTS = 1_000  # per line: 19,073 points take 400 kB
 TRAINING_PLOTS = {  # title: name in the metrics log, unit
     "Learning rate": ("learning_rate", ""),
     "Gradient norm": ("gradient_norm", ""),
@@ -21,10 +21,10 @@ Point = tuple[int, float, float]  # step, value, standard error
 
 
 class Series(NamedTuple):
-    """Points under one label, joined by a line or drawn with a marker each."""
+    """Labelled points, drawn as a line or as markers."""
 
     label: str
-    run: int  # its index: several runs have a colour each
+    run: int  # its index: with several runs, each has a colour
     points: list[Point]
     marker: str = ""
 
@@ -70,7 +70,7 @@ def _training_losses(metrics: list[StepMetrics], run: int, label: str, val_label
 
 
 def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
-    """A number of the metrics log at the steps that have it."""
+    """One column of the metrics log, without the steps that lack it."""
     values = ((line.step, getattr(line, name)) for line in metrics)
     return [(step + 1, value, 0.0) for step, value in values if value is not None]
 
@@ -88,7 +88,7 @@ def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:
 
 
 def _family(metric: str) -> str:
-    """Metrics of one plot: accuracies of one convention, losses whatever the window length."""
+    """The name of a metric's plot: accuracies of one convention share a plot, as do losses of all window lengths."""
     return metric.partition("_acc")[0].partition("_t")[0]
 
 
@@ -106,7 +106,7 @@ def _published(runs: list[RunFacts], family: str) -> dict[str, float]:
 
 
 def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:
-    """The plot as inline SVG, or "" when there is no point to draw."""
+    """The plot as inline SVG, or "" when no series has points."""
     series = [one for one in series if one.points]
     if not series:
         return ""

@@ -1,4 +1,4 @@
-"""The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` counts."""
+"""The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` computes it."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,7 +19,7 @@ COUNTS = ("shards", "documents", "tokens", "skipped")
 def print_card(console: Console, card: DatasetSummary) -> None:
     """Print the card on a terminal."""
     origin = card.origin
-    source = "files of this host or a bucket"
+    source = "files on this host or in a bucket"
     if "dataset" in origin:
         source = f"{origin['dataset']} ({origin['config']})"
     if origin:
@@ -30,7 +30,7 @@ def print_card(console: Console, card: DatasetSummary) -> None:
         ("source", source),
         ("tokenizer", f"{card.tokenizer['name']}, sha256 {card.tokenizer['sha256'][:12]}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in card.recipe.items() if name != "tokenizer")),
-        ("left out", f"{card.filtered:,} of {card.rows:,} rows ({card.filtered_share:.1%})"),
+        ("filtered", f"{card.filtered:,} of {card.rows:,} rows ({card.filtered_share:.1%})"),
         ("leaks", leak_line(card.audit)),
     ]
     for name, text in lines:
@@ -58,21 +58,21 @@ def page(card: DatasetSummary) -> bytes:
 
 
 def _lengths(card: DatasetSummary) -> dict[str, int]:
-    """Documents by length in powers of two, from the shortest document on."""
+    """Documents by length in powers of two, starting at the shortest document."""
     shortest = next((power for power, count in enumerate(card.lengths) if count), 0)
     return {f"{1 << power:,}+": count for power, count in enumerate(card.lengths) if power >= shortest}
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Mapping[str, int]]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column(title, overflow="fold")  # names of a crawl's files differ at their ends
+    table.add_column(title, overflow="fold")  # file names of a crawl differ only at the end
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     rows = list(rows)
     for name, counts in rows[:MAXIMUM_LINES]:
         table.add_row(Text(name), *(f"{counts[column]:,}" for column in columns))
     if len(rows) > MAXIMUM_LINES:
-        table.add_row(f"and {len(rows) - MAXIMUM_LINES:,} more: --json and --html have them all")
+        table.add_row(f"and {len(rows) - MAXIMUM_LINES:,} more: --json and --html show all")
     return table
 
 

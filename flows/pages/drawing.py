@@ -8,12 +8,12 @@ from typing import Any
 
 import jinja2
 
-TEXT_COLOUR = "#010203"  # stands for the page's own text colour, which replaces it in the finished SVG
+TEXT_COLOUR = "#010203"  # placeholder for the page's text colour in the finished SVG
 LINE, MARK = "#3b82c4", "#d9822b"
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this folder, filled in; values in an .html template are escaped."""
+    """Render a template of this folder; an .html template escapes its values."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("flows", "pages"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -25,7 +25,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
-    """What `plot` draws on matplotlib axes, as an inline SVG; the same bytes for the same plot."""
+    """Draw with `plot` on matplotlib axes. Returns inline SVG, the same bytes for the same plot."""
     import matplotlib as mpl  # 1 s to import, so only when a page is drawn
     from matplotlib.figure import Figure
 
@@ -34,7 +34,7 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 10,
-        "text.parse_math": False,  # a file may be called $x$.parquet
+        "text.parse_math": False,  # a file name may contain $
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(7.2, height), layout="constrained")

@@ -39,12 +39,12 @@ def page(runs: list[RunFacts], plots: dict[str, str]) -> bytes:
 
 
 def markdown(runs: list[RunFacts]) -> str:
-    """The same as Markdown, without the plots."""
+    """The report as Markdown, without plots."""
     return render("report.md.j2", runs=runs, rows=metric_rows(runs), differing=differing(runs))
 
 
 def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
-    """A row for each metric that one of the runs has."""
+    """A row for each metric of any run."""
     newest_by_run = [{metric: one for one in newest(run.evaluations) for metric in one.metrics} for run in runs]
     rows = []
     for metric in dict.fromkeys(chain.from_iterable(newest_by_run)):
@@ -66,7 +66,7 @@ def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
 
 
 def differing(runs: list[RunFacts]) -> list[str]:
-    """The settings in which the other runs differ from the first one."""
+    """The settings in which the other runs differ from the first run."""
     first = runs[0].config
     return [
         f"{run.name}: {line}"
@@ -87,9 +87,9 @@ def _provenance(evaluation: Evaluation) -> str:
 
 
 def write_page(store: Store, names: list[str], path: Path) -> None:
-    """Write one .html or .md page about these runs. Raises ValueError for another suffix, or if unwritable."""
+    """Write one .html or .md page about these runs. Raises ValueError for another suffix or an unwritable path."""
     if path.suffix not in (".html", ".md"):
-        raise ValueError(f"--to {path}: expected a file name ending in .html or .md.")
+        raise ValueError(f"--to {path}: give a file name that ends in .html or .md.")
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
     body = markdown(runs).encode() if path.suffix == ".md" else page(runs, curves(runs))
     try:

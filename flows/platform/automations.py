@@ -1,6 +1,6 @@
 """Automations of Prefect's server: mark dead runs as crashed, restart crashed runs, notify about failures.
 
-They apply only to runs tagged TAG, as our deployments tag theirs: the server may be shared with other projects.
+They apply only to runs with the TAG of our deployments, since the server may be shared with other projects.
 """
 
 from datetime import timedelta
@@ -14,7 +14,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 TAG = "gpt2"
 HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
 RESTART_SECONDS = 20  # a worker reports a crash twice; the second report must not hit the restarted run
-MAX_CRASHES, CRASH_MINUTES = 8, 15  # covers runs that crash at once; one that is found by its heartbeat takes 2 minutes
+MAX_CRASHES, CRASH_MINUTES = 8, 15  # for runs that crash at once: a missing heartbeat takes 2 minutes to detect
 
 MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
 RESTART = "gpt2: restart crashed runs"
@@ -29,7 +29,7 @@ FORMER_NAMES = {  # on servers of version 0.1.0; bootstrap renames these automat
 
 
 def mark_crashed() -> AutomationCore:
-    """A run whose worker and process died cannot report it. Without a heartbeat it becomes Crashed, its slot free."""
+    """Mark a run without a heartbeat as Crashed, which frees its slot. A dead worker cannot report the crash."""
     reason = f"No heartbeat for {HEARTBEAT_LIMIT_SECONDS} s: the run's worker and process died."
     return AutomationCore(
         name=MARK_CRASHED,
@@ -40,7 +40,7 @@ def mark_crashed() -> AutomationCore:
 
 
 def restart() -> AutomationCore:
-    """A crashed run is scheduled again. A cancelled or failed one is not: that was a decision or a result."""
+    """Schedule a crashed run again. Cancelled and failed runs are left alone."""
     message = "The run crashed; it is restarted and resumes from the store."
     return AutomationCore(
         name=RESTART,
@@ -52,7 +52,7 @@ def restart() -> AutomationCore:
 
 
 def pause_restarts(restart_id: UUID) -> AutomationCore:
-    """Repeated crashes pause the automation `restart`, so that no run is restarted forever."""
+    """Pause the automation `restart` after repeated crashes, so that no run is restarted forever."""
     return AutomationCore(
         name=PAUSE_RESTARTS,
         description=f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart. Fix the cause of "
@@ -65,7 +65,7 @@ def pause_restarts(restart_id: UUID) -> AutomationCore:
 
 
 def notify(block_id: UUID) -> AutomationCore:
-    """Each failed or crashed run sends a message through a notification block."""
+    """Send a message for each failed or crashed run through a notification block."""
     return AutomationCore(
         name=NOTIFY,
         description="Sends a message for each failed or crashed run.",
@@ -86,7 +86,7 @@ def notify(block_id: UUID) -> AutomationCore:
 
 
 def _silence_after(event: str, seconds: int) -> EventTrigger:
-    """Fires when no other event of a run follows this one in time."""
+    """Fires when no other event of the run follows `event` within `seconds`."""
     return _trigger(
         posture=Posture.Proactive,
         after={event},

@@ -24,14 +24,14 @@ from model.config_file import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POOLS = {"data": None, "train": 1}  # concurrent runs: one training uses all GPUs and cores of its host
-OWN_CONFIGS = {"demo": DEPLOY / "configs" / "demo.toml"}  # deployments whose form has a configuration of its own
+OWN_CONFIGS = {"demo": DEPLOY / "configs" / "demo.toml"}  # deployments whose form has its own configuration
 
 
 def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
     """Register everything on the server at PREFECT_API_URL. Yields a line for each object.
 
     `config` fills the deployments' forms. Failures are sent to the notification `block`, such as "slack-webhook/team".
-    Unless `scheduled`, new schedules start paused. Raises ValueError.
+    Unless `scheduled`, new schedules start paused. Raises ValueError when a registration fails.
     """
     with get_client(sync_client=True) as client:
         block_id = _block_id(client, block) if block else None
@@ -74,7 +74,7 @@ def _deployments(client: SyncPrefectClient, config: RunConfig, *, scheduled: boo
 
 
 def _deploy(project: str) -> None:
-    """Register the deployments of this YAML with `prefect deploy`. Raises ValueError."""
+    """Register the deployments of this YAML with `prefect deploy`. Raises ValueError when it fails."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(project)
         file.flush()
@@ -109,6 +109,6 @@ def _block_id(client: SyncPrefectClient, name: str) -> UUID:
         return client.read_block_document_by_name(document, block_type).id
     except ObjectNotFound as error:
         raise ValueError(
-            f"--notify {name}: the server has no such notification block; the form is TYPE/NAME. Create one in the UI "
+            f"--notify {name}: the server has no such notification block (TYPE/NAME). Create one in the UI "
             f"under Blocks (Slack, e-mail, webhook …); prefect block ls lists the blocks."
         ) from error

@@ -1,8 +1,8 @@
-"""Works around a fault of Prefect's server (3.8): after a restart, automations see some events 15 minutes late.
+"""Works around a bug of Prefect's server (3.8): after a restart, automations see some events 15 minutes late.
 
-An event may name a preceding event, of the last 5 minutes; the server then delays it, for at most 15 minutes, until it
-has seen the preceding one. It remembers in memory only what it has seen. So an event that follows one from before the
-restart waited the full 15 minutes. Here it does not wait. PREFECT_SERVER_EVENTS_CAUSAL_ORDERING names this module.
+An event may name a preceding event of the last 5 minutes. The server delays the event until it has seen the preceding
+one, for at most 15 minutes. It keeps the seen events in memory only, so after a restart an event whose predecessor is
+older waits the full 15 minutes; here it does not wait. PREFECT_SERVER_EVENTS_CAUSAL_ORDERING selects this module.
 """
 
 import time
@@ -31,5 +31,5 @@ class CausalOrdering(memory.CausalOrdering):
 
 
 def created_milliseconds(event_id: UUID) -> int:
-    """Creation time since 1970, from a UUID of version 7 (RFC 9562 section 5.7). For other versions: now."""
+    """Creation time (Unix epoch), from a UUID of version 7 (RFC 9562 section 5.7). For other versions: now."""
     return event_id.int >> 80 if event_id.version == 7 else STARTED_MILLISECONDS

@@ -24,7 +24,7 @@ def check_port(port: int) -> None:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         raise ValueError(
-            f"serve: {error.strerror}. Stop the process that uses it, or choose another port: --port {port + 1}"
+            f"serve: {error.strerror}. Stop the process that uses port {port}, or choose another: --port {port + 1}"
         ) from error
 
 
@@ -32,7 +32,7 @@ def check_port(port: int) -> None:
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Run everything that the deployments need while the block lasts. Yields the processes by name.
 
-    `config` fills the deployments' forms. At the end runs are cancelled: a training saves, and a retry resumes it.
+    `config` fills the deployments' forms. Leaving the block cancels active runs; a retry resumes them.
     """
     with server.serving(port) as server_process:
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported

@@ -34,7 +34,7 @@ def prefect_environment(port: int | None = None) -> dict[str, str]:
 def prefect_server() -> Iterator[str]:
     """Choose a Prefect server and set PREFECT_API_URL to its address. Yields the address. Raises ValueError.
 
-    The first of: the server of PREFECT_API_URL, that of `gpt2 serve`, a new one that runs while the block lasts.
+    In this order: the server at PREFECT_API_URL, the server of `gpt2 serve`, a new server for the block.
     """
     if url := os.environ.get("PREFECT_API_URL"):
         _check_named(url)
@@ -57,7 +57,7 @@ def _check_named(url: str) -> None:
     except httpx.HTTPError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"PREFECT_API_URL = {url!r}: no Prefect server can be used there: {reason}. Start the server, set "
+            f"PREFECT_API_URL = {url!r}: this Prefect server cannot be used: {reason}. Start the server, set "
             f"PREFECT_API_AUTH_STRING=user:password if it requires one, or unset PREFECT_API_URL."
         ) from error
 
@@ -118,7 +118,7 @@ def start(name: str, port: int, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def log_path(name: str) -> Path:
-    """The log of a process that was started under this name."""
+    """The log file of the process with this name."""
     return HOME.absolute() / f"{name}.log"
 
 

@@ -1,6 +1,6 @@
 """Artifacts of a flow run in Prefect's UI: tables, text, pictures, links.
 
-A server that is down, as during a restart, is retried for a minute. After that the flow goes on without the artifact.
+While the server is down, as during a restart, a call is retried for a minute. Then the flow continues without it.
 """
 
 import os
@@ -38,7 +38,7 @@ def show(create: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def replace(artifact: UUID | None, data: Any) -> None:
-    """Replace an artifact's data. An error is ignored, since the next update follows soon."""
+    """Replace an artifact's data. Errors are ignored, since the next update follows soon."""
     if artifact is not None:
         with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
             client.update_artifact(artifact, ArtifactUpdate(data=data))
@@ -52,7 +52,7 @@ def show_links(store: Store, title: str, links: dict[str, str]) -> None:
 
 
 class Picture:
-    """A picture that is redrawn during a flow. It is one artifact, since each new artifact stays in the database."""
+    """A picture that is redrawn during a flow. It updates one artifact, since every artifact stays in the database."""
 
     def __init__(self, key: str, description: str) -> None:
         self._key, self._description = key, description

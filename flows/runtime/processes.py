@@ -1,4 +1,4 @@
-"""Starts, logs and stops the training and evaluation processes of a flow run. Knows nothing of what a job computes.
+"""Starts, logs and stops the training and evaluation processes of a flow run, whatever the job computes.
 
     task's thread: run_job ──▶ Processes.run ──▶ python -m model STORE JOB ──▶ result in the store
     main thread:   with Processes(…): wait for the tasks; leaving the block stops every process
@@ -31,7 +31,7 @@ LOG_SECONDS = 10.0  # each logged line is a row in Prefect's database: about 2,0
 
 
 class Processes:
-    """The processes of one flow run. Leaving the block stops those still running, each with its process group."""
+    """The processes of one flow run. Leaving the block stops the running processes and their groups."""
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
@@ -77,7 +77,7 @@ class Processes:
 
 
 def run_job(store: Store, job: Job, processes: Processes) -> Any:
-    """Run a job in a process of its own and return its result; a job that is already done is Skipped.
+    """Run a job in its own process and return its result; a job that is already done is Skipped.
 
     Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
     """
@@ -86,7 +86,7 @@ def run_job(store: Store, job: Job, processes: Processes) -> Any:
     try:
         processes.run(put_job(store, job), get_run_logger().info)
         if (result := read_result(store, job)) is None:
-            raise JobFailed(f"job {job.job_id!r} was stopped by a SIGTERM. Run the same command again to resume it.")
+            raise JobFailed(f"job {job.job_id!r} was stopped by SIGTERM. Run the same command again to resume it.")
     except (JobFailed, ValueError) as error:
         note_failure(store, RunKeys(job.run).result(job.job_id), str(error))
         raise
@@ -101,9 +101,9 @@ def _start(argv: list[str]) -> subprocess.Popen[str]:
 
 
 def _environment() -> dict[str, str]:
-    """If TRAINER_* names an identity, the process gets it, without the flow's identity and Prefect's password.
+    """The environment of a process. TRAINER_* credentials, if set, replace the flow's; Prefect's password is removed.
 
-    The trainer's identity may write its run and read the rest; the flow's writes shards.
+    The trainer's credentials write runs and read the rest; the flow's also write shards.
     """
     if "TRAINER_ACCESS_KEY_ID" not in os.environ:
         return dict(os.environ)
@@ -113,7 +113,7 @@ def _environment() -> dict[str, str]:
 
 
 def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list[str], list[str]]:
-    """Log a process's output, but of its step lines only one per LOG_SECONDS. Returns its last lines and its errors."""
+    """Log a process's output, with at most one step line per LOG_SECONDS. Returns its last lines and its errors."""
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     errors: dict[str, None] = {}  # a dict drops repetitions: every rank may print the same error
     logged_at = 0.0
@@ -129,5 +129,5 @@ def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list
 
 def _signal_group(process: subprocess.Popen[str], signum: signal.Signals) -> None:
     if process.poll() is None:
-        with suppress(ProcessLookupError):  # the task's thread may have seen it end in this moment
+        with suppress(ProcessLookupError):  # the process may just have ended
             os.killpg(process.pid, signum)

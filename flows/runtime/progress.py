@@ -16,7 +16,7 @@ from flows.runtime import artifacts
 UPDATE_SECONDS = 1.0  # each update of an artifact is one call of Prefect's API
 LINE_SECONDS = 15.0  # between plain lines
 
-_bars: ContextVar[Progress | None] = ContextVar("bars", default=None)  # None under a worker: nobody reads a console
+_bars: ContextVar[Progress | None] = ContextVar("bars", default=None)  # None under a worker, which has no console
 
 
 @contextmanager
@@ -59,7 +59,7 @@ class Bar:
         self._artifact = artifacts.show(
             create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {unit}"
         )
-        self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer, and the stage does not wait
+        self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer; the stage does not wait
         self._sending: Future[None] | None = None
         self._bars = _bars.get() or Progress(console=Console(quiet=True))
         self._task = self._bars.add_task(stage, total=total, note=unit)
@@ -83,6 +83,6 @@ class Bar:
         self.to(self._done + 1)
 
     def close(self) -> None:
-        """Remove the bar from the terminal, once the last update is sent."""
+        """Wait until the last update is sent, then remove the bar from the terminal."""
         self._sender.shutdown()
         self._bars.remove_task(self._task)

@@ -1,4 +1,4 @@
-"""Waits until Prefect has recorded every task run: its server writes them from events, some seconds after the fact."""
+"""Waits until Prefect has recorded every task run: its server writes them from events, some seconds later."""
 
 import time
 from datetime import datetime
@@ -14,8 +14,8 @@ PAGE_SIZE = 200  # the API's largest page
 
 
 def wait_for_task_runs(since: datetime, limit_seconds: float) -> None:
-    """Return when the task runs of all flows started since then have ended and no more appear, or at the limit."""
-    APILogHandler().flush()  # otherwise sent at exit: when the server has already stopped, that is 70 s of retries
+    """Wait until all task runs of flows started after `since` have ended, for at most `limit_seconds`."""
+    APILogHandler().flush()  # else sent at exit, after the server has stopped: 70 s of retries
     deadline = time.monotonic() + limit_seconds
     previous_count, settled_polls = -1, 0
     while settled_polls < SETTLED_POLLS and time.monotonic() < deadline:

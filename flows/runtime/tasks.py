@@ -1,4 +1,4 @@
-"""Submits many tasks of one kind with a bounded number in flight, and tells which failures are worth a retry."""
+"""Submits many tasks of one kind with a bounded number in flight, and decides which failures are retried."""
 
 import os
 from collections import deque
@@ -22,7 +22,7 @@ def worker_count(resources: ResourcesConfig) -> int:
 
 
 def is_transient(error: object) -> bool:
-    """Whether an error may go away on a retry: a disk or network error does, bad data does not."""
+    """Whether an error is transient: disk and network errors are, bad data is not."""
     return isinstance(error, OSError | StoreUnavailable | SourceUnavailable)
 
 
