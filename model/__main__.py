@@ -74,7 +74,7 @@ def _out_of_memory(error: torch.OutOfMemoryError, kind: str) -> str:
 
 
 def start_job(store_url: str, job_key: str, processes: int | None) -> int:
-    """Run the job here, or start `processes` ranks for it (None: as the job says). Returns the exit code."""
+    """Run the job here, or start `processes` ranks for it (None: the job's own number). Returns the exit code."""
     job = read_job(open_store(store_url), job_key)
     resources = job.how.resources
     if job.kind != "train":
@@ -89,7 +89,7 @@ def start_job(store_url: str, job_key: str, processes: int | None) -> int:
 
 
 def main() -> int:
-    """Parse the arguments; be one rank, or start the ranks. Returns the exit code."""
+    """Parse the arguments, then run as one rank or start the ranks. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
     parser.add_argument("store_url", help="the store: ./data or s3://bucket/prefix")
     parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
@@ -104,7 +104,7 @@ def main() -> int:
         code = run_job(args.store_url, args.job_key)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # in rare cases a thread of gloo aborts an orderly exit
+        os._exit(code)  # a gloo thread sometimes aborts a normal exit
     try:
         return start_job(args.store_url, args.job_key, args.processes)
     except (ValueError, StorageError) as error:

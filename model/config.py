@@ -1,4 +1,4 @@
-"""The configuration: frozen pydantic models, one field a setting, validated once. Opens no store, imports no torch.
+"""The configuration: frozen pydantic models, one field per setting, validated once. Opens no store, imports no torch.
 
 *What is computed* (`data`, `model`, `train`, `evaluation`) enters recipes; *how it runs* (`resources`, `store_url`)
 never does. Secrets and endpoints are environment variables.
@@ -17,7 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _form(schema: dict[str, Any]) -> None:
-    """Add a title and a `position` to each field: Prefect's form sorts by it, PostgreSQL's JSON loses the order."""
+    """Add a title and a `position` to each field: Prefect's form sorts by it, as PostgreSQL's JSON loses the order."""
     for position, (name, field) in enumerate(schema["properties"].items()):
         field |= {"title": name.replace("_", " ").capitalize(), "position": position}
 
@@ -192,7 +192,7 @@ class EvaluationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """Where and how it runs. Never part of a recipe, free to change from one command to the next."""
+    """Where and how jobs run. Never part of a recipe; may change with every command."""
 
     runner: Literal["threads", "processes", "dask"] = Field("threads", description="How shard jobs run in parallel.")
     workers: int = Field(0, ge=0, description="Shard jobs at once (0 = one per core).")
@@ -250,7 +250,7 @@ class RunConfig(Section):
             self.train.micro_batches(self.resources.processes * self.resources.nodes)
         if self.resources.nodes > 1 and not self.resources.rendezvous:
             raise ValueError(
-                f"resources.nodes = {self.resources.nodes}: the hosts need the address of the first one. Set it: "
+                f"resources.nodes = {self.resources.nodes}: the hosts need the address of the first host. Set it: "
                 f"--set resources.rendezvous=HOST:29500"
             )
         return self
@@ -266,15 +266,14 @@ class RunConfig(Section):
         )
 
     def how(self) -> How:
-        """How it runs."""
         return How(train=self.train.model_dump(include=set(TrainingConfig.HOW)), resources=self.resources)
 
 
 def differences(requested: object, pinned: object, name: str = "") -> list[str]:
-    """One line for each field in which two configurations of the same shape differ, sorted; in `name` if a section."""
+    """One line per field that differs between two configurations of the same shape, sorted; `name` is a section."""
     if isinstance(requested, dict) and isinstance(pinned, dict):
         prefix = f"{name}." if name else ""
         return sorted(
             line for field in requested for line in differences(requested[field], pinned[field], f"{prefix}{field}")
         )
-    return [] if requested == pinned else [f"{name} is {pinned!r}, asked for {requested!r}"]
+    return [] if requested == pinned else [f"{name} is {pinned!r}, not {requested!r}"]

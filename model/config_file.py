@@ -51,7 +51,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ErrorDetails) -> str:
-    """One of pydantic's errors as a sentence; our own messages are left as they are."""
+    """A pydantic error as a sentence; our own messages stay unchanged."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     name, value = ".".join(str(part) for part in error["loc"]), error["input"]
@@ -59,8 +59,8 @@ def _explain(error: ErrorDetails) -> str:
         if isinstance(value, dict) and value:
             name = f"{name}.{next(iter(value))}"
         close = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.5)
-        remedy = f"Did you mean {close[0]}?" if close else "gpt2 pretrain --help says where they are listed."
-        return f"there is no setting {name}. {remedy}"
+        remedy = f"Did you mean {close[0]}?" if close else "model/config.py lists every setting."
+        return f"unknown setting {name}. {remedy}"
     message = error["msg"]
     return f"{name} = {value!r}: {message[0].lower()}{message[1:]}. Give another value."
 

@@ -1,8 +1,8 @@
-"""GPT-2: pre-norm transformer blocks between an embedding and a tied head. Knows no batches, files or ranks.
+"""GPT-2: pre-norm transformer blocks between an embedding and a tied head. Independent of files and ranks.
 
     token ids ─▶ token + position embedding ─▶ L x (attention ─▶ MLP) ─▶ layer norm ─▶ head ─▶ V logits
 
-Parameters have the names of the published weights (transformer.wte, h.0.attn.c_attn, …), so those load as they are.
+Parameters have the names of the published weights (transformer.wte, h.0.attn.c_attn, …), which load unchanged.
 Shapes: B batch, T time, C channels (width), H heads, D channels of a head, V vocabulary, N rows (B*T), S cache size.
 """
 
@@ -20,7 +20,7 @@ EMBEDDING = "transformer.wte.weight"
 
 
 class KeyValues:
-    """The key-value cache of one block: what B texts of up to S positions need of their earlier tokens."""
+    """The key-value cache of one block: keys and values of the earlier tokens of B texts, up to S positions each."""
 
     def __init__(self, config: ModelConfig, texts: int, positions: int, like: Tensor) -> None:
         shape_BHSD = (texts, config.heads, positions, config.width // config.heads)
@@ -132,7 +132,7 @@ class GPT(nn.Module):
 
     The head is tied: the logit of a token is the dot product of the stream with that token's embedding.
     One matrix therefore serves as input and output: 38.6M of the 124.4M parameters.
-    Its 47 padding rows belong to no token and stay 0: their logits are -inf, so they get no gradient.
+    The matrix has 47 padding rows, which belong to no token and stay 0: their logits are -inf, so they get no gradient.
     """
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's initial weights: the 2 L projections into the stream are smaller, as their results add up."""
+        """GPT-2's initial weights: the 2 L projections into the stream are smaller, because their results add up."""
         nn.init.zeros_(self.transformer.wte.weight)
         for name, padded in self.named_parameters():
             weight = unpadded(name, padded)
@@ -182,7 +182,7 @@ class GPT(nn.Module):
         )
 
     def no_past(self, texts: int, positions: int) -> list[KeyValues]:
-        """Empty caches to generate this many texts of this many positions with: 74 kB a token for the 124M model."""
+        """Empty caches for `texts` texts of up to `positions` tokens: 74 kB per token for the 124M model."""
         return [KeyValues(self.config, texts, positions, self.head_VC) for _ in range(self.config.layers)]
 
 
@@ -194,6 +194,6 @@ def unpadded(name: str, tensor: Tensor) -> Tensor:
 def chunk_rows(rows: int) -> int:
     """Rows of logits to compute at once on a CPU. The logits of 1,024 rows take 206 MB.
 
-    On 2 cores, 256 to 1,024 rows at once were 1.05 to 1.15 times as fast as all of them; torch's "auto" 4 times slower.
+    On 2 cores, 256 to 1,024 rows were 1.05 to 1.15 times as fast as all rows; torch's "auto" was 4 times slower.
     """
     return min(max(rows // 4, 256), 1_024)

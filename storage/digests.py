@@ -1,4 +1,4 @@
-"""One spelling for a value, so that its digest can name it. Knows no key and no store."""
+"""Canonical JSON and SHA-256 digests, which name recipes and objects."""
 
 import hashlib
 import json
@@ -17,5 +17,5 @@ def sha256(body: bytes | bytearray | memoryview) -> str:
 
 
 def digest(value: Any) -> str:
-    """The sha256 of the value's canonical JSON, in hex: the name of whatever the value decides."""
+    """The sha256 of the value's canonical JSON, in hex: the name of the output that the value decides."""
     return sha256(canonical_json(value))

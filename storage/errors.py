@@ -17,11 +17,11 @@ class AlreadyExists(StorageError):
 
 
 class Conflict(StorageError):
-    """A compare-and-swap failed because the object has changed since it was read."""
+    """The object has changed since it was read, or another process holds the dataset's lease."""
 
 
 class ObjectCorrupt(StorageError):
-    """The bytes of an object are damaged, or more than such an object can have."""
+    """The bytes of an object are damaged, or exceed its size limit."""
 
 
 class StoreUnusable(StorageError):

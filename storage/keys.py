@@ -1,7 +1,7 @@
-"""Every key in the store is spelled here and nowhere else.
+"""Every key in the store is defined here and nowhere else.
 
-Beside the keys below there are `FORMAT` (the layout number; a reader refuses a higher one) and, beside a record or
-result, `X.failure.json` (why its job last failed). Plural names are prefixes, which end in "/".
+`FORMAT` holds the layout number; a reader refuses a higher number. `X.failure.json`, beside a record or result, holds
+the reason why its job last failed. Plural names are prefixes, which end in "/".
 """
 
 import re
@@ -116,14 +116,14 @@ class RunKeys:
         self.config = f"{self.prefix}config.json"  # what the run is pinned to; create-only
         self.request = f"{self.prefix}asked.json"  # the last request for the run
         self.latest = f"{self.prefix}latest.json"
-        self.progress = f"{self.prefix}progress.json"  # how far the training is, swapped
+        self.progress = f"{self.prefix}progress.json"  # steps done, swapped
 
     def job(self, job_id: str) -> str:
-        """What one process is asked."""
+        """The request to one process."""
         return f"{self.jobs}{check_name('job', job_id)}.json"
 
     def result(self, job_id: str) -> str:
-        """What that process answered."""
+        """The result of that process."""
         return f"{self.jobs}{check_name('job', job_id)}.result.json"
 
     def checkpoint_file(self, step: int, attempt: str, file: str) -> str:

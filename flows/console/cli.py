@@ -5,12 +5,13 @@ flows inside the function: Prefect takes 3 s and reads its settings from the env
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.validators import Number
 
 from flows.console import models, operations, versions  # noqa: F401  # importing them registers their verbs
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the console. Exit code 2 with a message for what a user can fix, 1 for a failed job, 130 for Ctrl-C."""
     try:
         sys.exit(app(sys.argv[1:] if argv is None else argv) or 0)
+    except UnusedCliTokensError as error:
+        message, code = f"error: unexpected arguments: {shlex.join(error.unused_tokens or [])}. See gpt2 --help.", 2
     except (ValueError, StorageError, CycloptsError) as error:
         message, code = f"error: {error}", 2
     except JobFailed as error:

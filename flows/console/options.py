@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ app = App(
     help="Pretrain GPT-2 from scratch: text to token shards, training, evaluation and report as one pipeline.\n\n"
     "Start with: gpt2 demo",
     help_format="plaintext",
-    version_flags=(),
+    version=version("gpt2-pipeline"),
     default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
     exit_on_error=False,
     print_error=False,

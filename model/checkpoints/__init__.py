@@ -1,1 +1,1 @@
-"""Checkpoints: the record that makes one count, its weights and optimizer state, and Hugging Face's layout."""
+"""Checkpoints: records, weights, optimizer state, import from and export to Hugging Face."""

@@ -139,7 +139,7 @@ def _small_files(record: CheckpointRecord) -> dict[str, bytes]:
 
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of such a model, as transformers stores it."""
+    """The shape of every tensor of the model, as transformers stores it."""
     C = model.width
     block: dict[str, tuple[int, ...]]
     block = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
@@ -212,7 +212,7 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The one safetensors file, or those in the index, always inside the folder. Raises ValueError without them."""
+    """The single safetensors file, or the indexed files, always inside the folder. Raises ValueError if missing."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / f"{WEIGHTS}.index.json").exists():

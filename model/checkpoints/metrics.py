@@ -18,13 +18,13 @@ class StepMetrics(BaseModel):
     tokens_per_second: float = 0.0
     mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)
     data_seconds: float = 0.0  # waiting for batches
-    metrics_seconds: float = 0.0  # spent after the step before, like checkpoint_seconds
+    metrics_seconds: float = 0.0  # spent after the previous step, like checkpoint_seconds
     checkpoint_seconds: float = 0.0
     memory_bytes: int = 0
 
 
 class Progress(BaseModel):
-    """The run's live progress: steps done, steps in all, and the metrics since the last checkpoint."""
+    """The run's live progress: steps done, total steps, and the metrics since the last checkpoint."""
 
     step: int
     max_steps: int

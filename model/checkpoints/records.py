@@ -1,6 +1,6 @@
-"""What a run left in the store: checkpoint records and metrics. Loads no weights, imports no torch.
+"""The checkpoint records and metrics of a run in the store. Loads no weights, imports no torch.
 
-A checkpoint counts from the moment its record exists. Files that no record names come from killed attempts.
+A checkpoint counts from the moment its record exists. Files without a record come from killed attempts.
 """
 
 import json
@@ -34,7 +34,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a training stands in the global window order: the next window, and what decides the order."""
+    """A training's position in the global window order: the next window, and what decides the order."""
 
     dataset: str
     manifest: str
@@ -86,13 +86,13 @@ def newest_checkpoint(store: Store, run: str) -> CheckpointRecord:
 
 
 def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name: str) -> bytes:
-    """One file of a checkpoint. Raises CheckpointInvalid if its digest is not the recorded one."""
+    """One file of a checkpoint. Raises CheckpointInvalid if its digest differs from the recorded digest."""
     key, recorded = RunKeys(run).checkpoint_file(record.step, record.attempt, name), record.files[name]
     stored = store.read(key, recorded.size_bytes)
     if stored.sha256 != recorded.sha256:
         raise CheckpointInvalid(
             f"run {run!r}: {key!r} should have sha256 {recorded.sha256}, found {stored.sha256}. Delete "
-            f"{RunKeys(run).checkpoint_record(record.step)!r} and run the command again: it uses the checkpoint before."
+            f"{RunKeys(run).checkpoint_record(record.step)!r} and run the command again to use the previous checkpoint."
         )
     return bytes(stored.body)
 
@@ -100,7 +100,7 @@ def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name:
 def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: CheckpointRecord) -> CheckpointRecord:
     """Put the files, then the record, then point `latest` at it. Returns the stored record.
 
-    If it is killed anywhere, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
+    If the process is killed, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
     where the failed try stopped. Raises CheckpointInvalid if another process has saved this step of the run.
     """
     attempt = record.attempt or secrets.token_hex(6)
@@ -115,7 +115,7 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
 
 
 def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
-    """Create the record. Returns the stored one, which an earlier try has put if its reply was lost."""
+    """Create the record. Returns the stored record, which may come from an earlier try whose reply was lost."""
     key, values = RunKeys(run).checkpoint_record(record.step), asdict(record)
     body = canonical_json(values | {"cursor": values["cursor"] or {}})
     try:
@@ -125,7 +125,7 @@ def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointR
         stored = next((other for other in checkpoints(store, run) if other.step == record.step), None)
         if stored is not None and stored.attempt != record.attempt:
             raise CheckpointInvalid(
-                f"run {run!r}: another process has saved step {record.step:,} meanwhile. Train a run in one place at a "
+                f"run {run!r}: another process has already saved step {record.step:,}. Train a run in one place at a "
                 f"time. To continue from the newest checkpoint, run the command again."
             ) from error
     if stored is None:  # its files are missing or truncated, so that record never counted
@@ -137,7 +137,7 @@ def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointR
 def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
     """The checkpoints to keep: the newest `keep_last`, and the first at or after each multiple of `keep_every_steps`.
 
-    It can be after the multiple because a save waits for the one before. With 0, only the newest are kept.
+    A checkpoint can come after the multiple, because a save waits for the previous save. 0 keeps only the newest.
     """
     kept, passed = [], 0
     for index, record in enumerate(records):

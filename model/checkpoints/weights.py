@@ -21,7 +21,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 class Snapshot:
     """A checkpoint's files in memory. Buffers are reused: at 124M a copy into new memory took twice as long.
 
-    The training stands still for the time of a copy.
+    Training pauses during a copy.
     """
 
     def __init__(self) -> None:
@@ -87,14 +87,14 @@ def load_optimizer(
     """Load the checkpoint's optimizer state. Raises CheckpointInvalid if it is damaged or missing."""
     if OPTIMIZER not in record.files:
         raise CheckpointInvalid(
-            f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state, as it was imported. "
+            f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state: it was imported. "
             f"Start another run from its weights: --set name=… --set train.start_from={run}"
         )
     tensors = load(read_checkpoint_file(store, run, record, OPTIMIZER))
     for name, weight in model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in tensors:
             continue  # saved before its first update
-        kept = {field: tensors[f"{name}.{field}"].to(weight.device) for field in MOMENTS}  # as fused AdamW wants them
+        kept = {field: tensors[f"{name}.{field}"].to(weight.device) for field in MOMENTS}  # as fused AdamW needs them
         padded = {field: torch.zeros_like(weight) if value.dim() else value for field, value in kept.items()}
         for field, value in kept.items():
             unpadded(name, padded[field]).copy_(value)

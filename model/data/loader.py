@@ -30,7 +30,7 @@ class DataLoader:
         self.order = WindowOrder([row.tokens for row in self._rows], sequence_tokens, seed)
 
     def windows(self, first: int, count: int) -> np.ndarray:
-        """Windows `first` to `first + count` of the stream, uint16, count x (T + 1)."""
+        """`count` windows of the stream from `first` on, uint16, count x (T + 1)."""
         upcoming = self.order.upcoming_shards(first)
         if upcoming != self._prefetched and self._cache.prefetch([self._rows[shard] for shard in upcoming]):
             self._prefetched = upcoming
@@ -41,7 +41,7 @@ class DataLoader:
         return self._gather(*self.order.in_file_order(chosen))
 
     def shards_of(self, first: int, count: int) -> list[str]:
-        """The ids of the shards that hold windows `first` to `first + count` of the stream."""
+        """The ids of the shards that hold `count` windows of the stream from `first` on."""
         shard_of, _ = self.order.locate(first, count)
         return [self._rows[shard].shard_id for shard in np.unique(shard_of)]
 
@@ -58,7 +58,7 @@ class DataLoader:
 class MicroBatches:
     """One rank's endless stream of micro-batches from a step on. A background thread prefetches `ahead` of them.
 
-    A rank takes the same slice of every step's batch. A resume reads again what was prefetched but not used.
+    A rank takes the same slice of every step's batch. A resume reads unused prefetched micro-batches again.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class MicroBatches:
         self._closed.set()
         with suppress(queue.Empty):
             while True:
-                self._ready.get_nowait()  # the thread may be waiting for room
+                self._ready.get_nowait()  # the thread may be waiting for space
 
     def _read(self, step: int, first: int) -> Iterator[Tensor]:
         while True:
@@ -105,7 +105,7 @@ class MicroBatches:
 
 
 def widened(windows: np.ndarray, device: torch.device) -> Tensor:
-    """The windows as int64, which an embedding needs. For a GPU in pinned memory, so that copies run in background."""
+    """The windows as int64, which an embedding needs. For a GPU in pinned memory, for background copies."""
     tokens = torch.from_numpy(windows.astype(np.int64))
     return tokens.pin_memory() if device.type == "cuda" else tokens
 

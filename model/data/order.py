@@ -1,7 +1,7 @@
-"""The global window order: which T + 1 tokens the training sees when. Opens no shard, imports no torch.
+"""The global window order: which windows of tokens each step reads. Opens no shard, imports no torch.
 
 A shard is cut into windows of T + 1 tokens that start T apart. An epoch is a seeded order of all windows of the split.
-Step k takes the next G windows whatever the number of ranks, so its batch is the same for 1 rank or 8. The whole state
+Step k takes the next windows of the order, whatever the number of ranks: 1 rank and 8 see the same batch. The state
 is (manifest, seed, next window):
 
     window index ─▶ epoch, place ─▶ group of shards ─▶ shard, start ─▶ T + 1 tokens
@@ -32,7 +32,7 @@ class WindowOrder:
             )
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and window in that shard for windows `first` to `first + count` of the stream."""
+        """Shard and window in that shard for `count` windows of the stream from `first` on."""
         shard_of, window_of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count:
             epoch, place = divmod(first, self.epoch_windows)

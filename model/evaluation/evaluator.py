@@ -27,7 +27,7 @@ HEAD_POSITIONS, HEAD_TOKENS = 512, 1_024  # logits computed at once: rows, and c
 
 @dataclass(frozen=True)
 class ValLoss:
-    """The mean loss of a split's windows, in nats a token, and which of its tokens were scored."""
+    """The mean loss of a split's windows, in nats per token, and how many tokens were scored."""
 
     loss: float
     tokens: int
@@ -36,7 +36,7 @@ class ValLoss:
 
 
 class Evaluator:
-    """Scores a model on its device and leaves its weights as they are."""
+    """Scores a model on its device. Leaves its weights unchanged."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Evaluator:
         precision: str = "auto",
         on_progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """`on_progress` is called with how much of this rank's share is scored, and with the whole share."""
+        """`on_progress` receives the scored part of this rank's share, and the size of the share."""
         self.model, self.ddp, self.on_progress = model, ddp, on_progress
         self._sums_on = "cuda" if ddp.device.type == "cuda" else "cpu"  # float64 sums: MPS has no float64
         has_bf16 = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -36,10 +36,10 @@ def sample_texts(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Seq
 def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequence[int]) -> Iterator[list[int]]:
     """Yields the next token id of every text, `sample_tokens` times or until all texts have ended.
 
-    A text that has ended goes on as `<|endoftext|>`. A text depends on its seed only, not on its neighbours (but for
-    the rounding of matrix products). An empty prompt starts a new document. When a text fills the model's context, the
-    last half of it becomes the new context: positions are learnt, so keys and values have to be computed again, but
-    only once in half a context. Raises ValueError for a prompt that is longer than the context.
+    A text that has ended continues with `<|endoftext|>`. A text depends only on its seed, not on its neighbours (except
+    for rounding in matrix products). An empty prompt starts a new document. When a text fills the model's context, its
+    last half becomes the new context: positions are learnt, so keys and values are computed again, once per half
+    context. Raises ValueError for a prompt that is longer than the context.
     """
     if not seeds:  # a rank without a sample
         return
@@ -49,7 +49,7 @@ def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequenc
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(ids) for _ in seeds]
     past = model.no_past(len(seeds), min(len(ids) + settings.sample_tokens, context_tokens))
-    fed_BT = torch.tensor([ids], device=device)  # all texts begin alike, so one row will do
+    fed_BT = torch.tensor([ids], device=device)  # all texts start the same, so one row suffices
     ended = [False] * len(seeds)
     for _ in range(settings.sample_tokens):
         x_BC = model.transformer(fed_BT, past=past)[:, -1]
@@ -81,7 +81,7 @@ def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
 
 
 def next_tokens(logits_BV: Tensor, settings: EvaluationConfig, uniform_B: Tensor) -> Tensor:
-    """One token id a row: the likeliest at temperature 0, else sampled with a number in [0, 1) from top k and top p."""
+    """One token id per row: the likeliest at temperature 0, else drawn with a number in [0, 1) from top k and top p."""
     if settings.temperature == 0:
         return logits_BV.argmax(-1).cpu()
     ids_BV: Tensor | None = None

@@ -1,10 +1,10 @@
 """HellaSwag (Zellers et al., 2019): reads a file of its items and lays them out in the two common conventions.
 
-    file ─▶ Question ─┬▶ completion style: raw text, ending tokenised apart, acc_norm by the mean loss a token
-                      └▶ harness style: activity and cleaned text, tokenised together, acc_norm by the loss a character
+    file ─▶ Question ─┬▶ completion style: raw text, ending tokenised separately, acc_norm by mean loss per token
+                      └▶ harness style: activity and cleaned text, tokenised together, acc_norm by loss per character
 
 nanoGPT and llm.c use the first, EleutherAI's lm-evaluation-harness (task version 1.0) the second. Their numbers differ,
-so the metrics' names say which one it is. Imports no model.
+so the metrics' names contain the convention. Imports no model.
 """
 
 import re
@@ -54,14 +54,14 @@ def questions(body: bytes | bytearray, name: str) -> list[Question]:
 
 
 def completion_style(question: Question) -> Item:
-    """The raw context, and each ending tokenised apart with a space before it."""
+    """The raw context, and each ending tokenised separately with a space before it."""
     endings = [tokenizer.encode(f" {ending}").tolist() for ending in question.endings]
     context = tokenizer.encode(question.ctx).tolist()
     return Item(context, endings, question.label, [len(ending) for ending in endings])
 
 
 def harness_style(question: Question) -> Item:
-    """The activity before the cleaned context, each cleaned ending tokenised together with it."""
+    """The activity and the cleaned context. Each cleaned ending is tokenised together with them."""
     text = _cleaned(f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}")
     context = text.rstrip()  # GPT-2's tokens begin with a space, so a trailing space belongs to the endings
     spaces = text[len(context) :]

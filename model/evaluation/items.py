@@ -32,9 +32,9 @@ class Item:
 def document_items(
     store: Store, dataset: str, manifest: Manifest, count: int, seed: int, cache_bytes: int = LIMIT_BYTES
 ) -> list[Item]:
-    """Up to `count` items from val documents: the true ending among those of three other documents, seeded.
+    """Up to `count` items from val documents: the true ending and three endings of other documents, seeded.
 
-    Raises ValueError when the val split has fewer than four documents that are long enough.
+    Raises ValueError if the val split has fewer than four documents that are long enough.
     """
     openings = list(_openings(ShardCache(store, dataset, cache_bytes), manifest))
     if len(openings) < ENDINGS:
@@ -55,7 +55,7 @@ def document_items(
 
 
 def _openings(cache: ShardCache, manifest: Manifest) -> Iterator[list[int]]:
-    """The first ITEM_TOKENS tokens of each val document that has as many."""
+    """The first ITEM_TOKENS tokens of each val document that is long enough."""
     for row in manifest.rows("val"):
         ids = cache.open(row)
         starts = np.flatnonzero(ids == tokenizer.EOT) + 1

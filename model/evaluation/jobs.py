@@ -1,7 +1,7 @@
 """The evaluation jobs: one function for each kind, listed in KINDS.
 
-A metric's name holds what its value depends on (`val_loss_t512`, `hellaswag_harness_acc_norm`), so that only like is
-compared with like. The ranks share the work; the main rank writes to the store.
+A metric's name holds what its value depends on (`val_loss_t512`, `hellaswag_harness_acc_norm`), so that values of
+one name are comparable. The ranks share the work; the main rank writes to the store.
 """
 
 import io
@@ -99,7 +99,7 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
 
 
 def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
-    """Texts that the model writes after each prompt."""
+    """Texts that the model generates after each prompt."""
     seed, ddp = job.recipe["seed"], evaluator.ddp
     settings = EvaluationConfig.model_validate(
         {name: job.recipe[name] for name in EvaluationConfig.model_fields if name in job.recipe}
@@ -124,9 +124,9 @@ KINDS = {"val_loss": val_loss, "completion": completion, "hellaswag": hellaswag,
 
 
 def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
-    """Do an evaluation job as this rank and put the evaluation into the store. Returns the job's result.
+    """Run an evaluation job as this rank and put the evaluation into the store. Returns the job's result.
 
-    Raises ObjectMissing when the checkpoint is gone, and ValueError when its losses are not finite.
+    Raises ObjectMissing if the checkpoint is missing, and ValueError if the losses are not finite.
     """
     on_progress = _progress_line(job.kind) if ddp.is_main else lambda *_: None
     model = _evaluated_model(store, job).to(ddp.device)
@@ -145,7 +145,7 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
     key = RunKeys(job.run).evaluation(evaluation.step, job.kind)
     if ddp.is_main:
         if answers is not None:
-            store.delete(key)  # it may be of a job with other settings, whose answers are about to be overwritten
+            store.delete(key)  # a job with other settings may have written it, and its answers are overwritten next
             overwrite(store, RunKeys(job.run).evaluation_items(evaluation.step, job.kind), answers)
         overwrite(store, key, canonical_json(evaluation.model_dump(exclude_none=True)))
     return EvaluationSummary(job.kind, evaluation.step, evaluation.metrics, key)
@@ -178,7 +178,7 @@ def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], st
 
 
 def _check_finite(job: Job, losses: np.ndarray) -> None:
-    """Raise ValueError for a loss that is NaN or infinite: an accuracy over NaN losses would be that of ending 1."""
+    """Raise ValueError for a loss that is NaN or infinite: argmin would choose the ending with NaN."""
     wrong = losses[~np.isfinite(losses)]
     if wrong.size:
         raise ValueError(

@@ -49,7 +49,7 @@ def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
     """One row for each item, the longest first; one for each ending where an item does not fit into one row.
 
     A context that is too long is cut on the left, as lm-evaluation-harness does: the last `context_tokens` + 1 tokens
-    of context and ending stay. Raises ValueError for an ending that leaves no room for its context.
+    of context and ending stay. Raises ValueError for an ending that is longer than the model's context.
     """
     rows = []
     for number, item in enumerate(items):
@@ -68,7 +68,7 @@ def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
 
 
 def batch_rows(sorted_rows: Sequence[Row], maximum_tokens: int) -> Iterator[list[Row]]:
-    """Batches of neighbours of about equal length: up to `maximum_tokens` with their padding, or a single row."""
+    """Batches of consecutive rows of similar length: up to `maximum_tokens` with padding, or a single longer row."""
     batch: list[Row] = []
     for row in sorted_rows:
         if batch and (len(batch) == MAXIMUM_ROWS or (len(batch) + 1) * batch[0].tokens > maximum_tokens):

@@ -1,4 +1,4 @@
-"""What an evaluation answers, as models of the JSON in the store. Imports no torch.
+"""The results of evaluations, as models of the JSON in the store. Imports no torch.
 
 runs/RUN/evaluations/STEP/KIND.json    Evaluation: everything that a report shows
 runs/RUN/jobs/JOB.result.json          EvaluationSummary: the job is done, and where its evaluation is

@@ -1,1 +1,1 @@
-"""Ranks and devices, the torchrun launcher, ending with a parent process, one Kubernetes pod."""
+"""Ranks and devices, the torchrun launcher, parent watch, one Kubernetes pod."""

@@ -28,7 +28,7 @@ class DDPConfig:
     def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
         """Read torchrun's variables and choose the device. "auto" is CUDA, else MPS (one process only), else the CPU.
 
-        Raises ValueError when the device is not available, or when there are more processes than GPUs.
+        Raises ValueError if the device is not available, or if the host has more processes than GPUs.
         """
         rank = int(environment.get("RANK", "0"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
@@ -49,7 +49,7 @@ class DDPConfig:
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise ValueError(
-                f"process {local_rank} of this host has no GPU of its own: there are {gpus}. Start at most one process "
+                f"process {local_rank} of this host has no GPU: the host has {gpus}. Start at most one process "
                 f"per GPU: --set resources.processes={gpus} (for evaluations: resources.evaluation_processes)"
             )
         torch.cuda.set_device(local_rank)
@@ -57,7 +57,7 @@ class DDPConfig:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0  # the only one that writes and logs
+        return self.rank == 0  # the only rank that writes and logs
 
     @property
     def device_name(self) -> str:
@@ -82,7 +82,7 @@ class DDPConfig:
         """Join the group of all ranks while the block lasts. Does nothing for a single rank.
 
         A collective times out after `last_save` and ten minutes: the main rank may be storing the last checkpoint.
-        A rank that dies is noticed at once.
+        The other ranks fail at once if a rank dies.
         """
         if self.ranks == 1:
             yield
@@ -91,7 +91,7 @@ class DDPConfig:
         dist.init_process_group(backend, timeout=last_save + timedelta(minutes=10))
         yield
         dist.barrier()  # no rank leaves while the main rank still writes
-        # Not in a `finally`: after an error NCCL would wait here for ranks that wait for this one.
+        # Not in a `finally`: after an error NCCL would wait here for ranks that wait for this rank.
         dist.destroy_process_group()
 
     def agree(self, value: int) -> bool:

@@ -12,7 +12,7 @@ POLL_SECONDS = 0.5
 
 
 def end_with_parent(parent: int, signum: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process `signum` when the process `parent` that started it dies. Exits at once if it is already dead.
+    """Send this process `signum` when the process `parent` that started it dies. Exits at once if `parent` is dead.
 
     The child calls this itself, since a `preexec_fn` may deadlock in a parent that has threads.
     """

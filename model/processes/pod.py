@@ -2,7 +2,7 @@
 
     python -m model.processes.pod STORE_URL JOB_KEY      reads JOB_COMPLETION_INDEX and POD_IP
 
-torchrun alone waits one minute for the first host, and ignores SIGTERM meanwhile; a node may take hours to come up.
+torchrun waits only one minute for the first host and ignores SIGTERM while it waits; a node may take hours to start.
 The exit code tells the Kubernetes Job what to do: 0 the job has its result, 2 a user must fix something, 1 run again.
 """
 
@@ -24,7 +24,7 @@ POLL_SECONDS = 1.0
 
 
 def run(store_url: str, job_key: str, index: int, address: str) -> int:
-    """Be the pod of this index and IP address. Returns the exit code; raises ValueError or StorageError."""
+    """Run as the pod with this index and IP address. Returns the exit code; raises ValueError or StorageError."""
     store = open_store(store_url)
     job = read_job(store, job_key)
     resources = job.how.resources
@@ -60,7 +60,7 @@ def ready(hosts: list[str], rendezvous: str, index: int, address: str) -> bool:
 
 
 def train(store_url: str, job_key: str) -> int:
-    """Run the job on this host; a SIGTERM is passed on, so that every host saves and ends. Returns the exit code."""
+    """Run the job on this host and forward a SIGTERM, so that every host saves and ends. Returns the exit code."""
     argv = [sys.executable, "-m", "model", store_url, job_key, "--parent", str(os.getpid())]
     with subprocess.Popen(argv) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -68,7 +68,7 @@ def train(store_url: str, job_key: str) -> int:
 
 
 def main() -> int:
-    """Parse the arguments and be one pod. Returns the exit code."""
+    """Parse the arguments and run as one pod. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model.processes.pod", description="Run a job on several hosts.")
     parser.add_argument("store_url")
     parser.add_argument("job_key", help="printed by gpt2 train --ask")

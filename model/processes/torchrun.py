@@ -19,7 +19,7 @@ SHUTDOWN_SECONDS = 30  # torchrun's own default, on top of the time for a last c
 def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int) -> int:
     """Run the job on `ranks` processes of this host. Returns the exit code.
 
-    Hosts that do not meet, or lose each other, return 1. Raises ValueError when resources.rendezvous is malformed.
+    Returns 1 if the hosts cannot connect or lose each other. Raises ValueError if resources.rendezvous is malformed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))  # torchrun's default is 1, with a warning
@@ -37,13 +37,13 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
         torchrun([*hosts, *argv])
     except ChildFailedError as error:  # the rank has printed its own error
         return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
-    except SignalException as error:  # torchrun has passed the signal on; ranks save a checkpoint at SIGTERM only
+    except SignalException as error:  # torchrun has forwarded the signal; ranks save a checkpoint at SIGTERM only
         return 0 if error.sigval == signal.SIGTERM else 1
     except RendezvousError as error:
         message = (
-            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not meet, or lost each "
-            f"other: {str(error).rstrip('.')}. Give the first host's address as the others reach it, and start the "
-            f"same command on each host within a minute, the first host first."
+            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or lost "
+            f"each other: {str(error).rstrip('.')}. Give an address of the first host that the others reach, and start "
+            f"the same command on each host within a minute, the first host first."
         )
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 1
@@ -53,8 +53,8 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
 def local_address(rendezvous: str) -> tuple[str, bool]:
     """This host's address on the network of the first host, and whether this is the first host.
 
-    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises ValueError when
-    `rendezvous` is malformed, and RendezvousError when its host is unknown or unreachable.
+    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises ValueError if
+    `rendezvous` is malformed, and RendezvousError if its host is unknown or unreachable.
     """
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal():

@@ -22,11 +22,11 @@ USER_ERROR = 2  # exit code of a process that failed because of something a user
 
 
 class JobFailed(Exception):
-    """A process ended without a result. The message holds its last lines."""
+    """A process ended without a result. The message holds the last lines of its output."""
 
 
 class JobRefused(ValueError):
-    """A process ended with an error that the user can fix. The message is its own."""
+    """A process ended with an error that the user can fix. The message is the process's own."""
 
 
 @dataclass(frozen=True)

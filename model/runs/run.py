@@ -33,7 +33,7 @@ class Run:
     """
 
     name: str
-    config: dict[str, Any]  # as its first start wrote it: a later version may know other settings
+    config: dict[str, Any]  # as its first start wrote it: a later version may have other settings
     commit: str | None
     manifest: str
     items: str | None
@@ -63,7 +63,7 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run of that name, pinned now unless it was before. Raises ObjectMissing if `train.start_from` has nothing."""
+    """The run of that name; its first start pins it. Raises ObjectMissing if `train.start_from` has no checkpoint."""
     start = _start(store, config.train.start_from) if config.train.start_from else None
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
@@ -93,7 +93,7 @@ def keep_request(store: Store, key: str, config: RunConfig) -> None:
 
 
 def find_run(store: Store, name: str) -> Run | None:
-    """The run of that name, or None if it was never started. An imported model was not."""
+    """The run of that name, or None if it was never started. An imported model was never started."""
     return TypeAdapter(Run | None).validate_python(read_json(store, RunKeys(name).config))
 
 

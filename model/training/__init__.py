@@ -1,1 +1,1 @@
-"""Training: `trainer.py` assembles the other parts and is the loop."""
+"""Training: `trainer.py` assembles the other parts and runs the loop."""

@@ -1,6 +1,6 @@
 """The metrics of each step: printed, kept until a checkpoint stores them, and shown live in the store and TensorBoard.
 
-Only the main rank has a log. It computes nothing, and the training never waits for the store.
+Only the main rank has a log. The log computes nothing, and training never waits for the store.
 """
 
 import json
@@ -22,7 +22,7 @@ DRAWN = ("loss", "val_loss", "learning_rate", "gradient_norm", "tokens_per_secon
 
 
 class MetricsLog:
-    """The metrics since the last checkpoint, and the keys of the segments that are stored already."""
+    """The metrics since the last checkpoint, and the keys of the stored segments."""
 
     def __init__(
         self, store: Store, run: str, max_steps: int, segments: list[str], *, tensorboard: str = "", step: int = 0
@@ -48,7 +48,6 @@ class MetricsLog:
             self._progress_thread.start()
 
     def unsaved(self) -> list[StepMetrics]:
-        """The metrics since the last checkpoint."""
         return list(self._unsaved)
 
     def put_segment(self, metrics: list[StepMetrics]) -> list[str]:
@@ -61,7 +60,7 @@ class MetricsLog:
         return [*self._segments, key]
 
     def saved(self, count: int, segments: list[str]) -> None:
-        """Note that a checkpoint has these segments, and in them the first `count` unsaved metrics."""
+        """Drop the first `count` unsaved metrics, which a checkpoint has stored in these segments."""
         self._show_progress(self._unsaved[:count])
         del self._unsaved[:count]  # in place: the training thread appends meanwhile
         self._segments = segments
@@ -91,7 +90,7 @@ def _line(metrics: StepMetrics) -> str:
 
 
 def _event_file(folder: str, run: str, step: int) -> Any:
-    """TensorBoard's writer. It hides what an earlier process drew beyond `step`."""
+    """TensorBoard's writer. It hides an earlier process's points beyond `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

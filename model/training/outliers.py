@@ -1,6 +1,6 @@
 """Decides which optimizer steps to skip: NaN or infinite loss, or a gradient norm 10 times the recent median.
 
-The decision depends only on earlier gradient norms, which the metrics hold, so a resumed run decides alike.
+The decision depends only on earlier gradient norms, which the metrics hold, so a resumed run makes the same decisions.
 """
 
 from collections import deque
@@ -11,19 +11,19 @@ from model.checkpoints.records import read_segments
 from storage.stores.store import Store
 
 MEMORY_STEPS = 128
-FEWEST_STEPS = 32  # no norm is an outlier before: gradients shrink fast at the beginning
+FEWEST_STEPS = 32  # before that, no norm is an outlier: gradients shrink fast at the beginning
 FACTOR = 10.0  # times the median of the last MEMORY_STEPS norms; one spike already moves the z-scores of llm.c
 
 
 class Outliers:
-    """The recent gradient norms, and how many steps were skipped so far of how many allowed."""
+    """The recent gradient norms, and the numbers of skipped and of allowed steps."""
 
     def __init__(self, allowed: int, norms: list[float], skipped: int) -> None:
         self.allowed, self.skipped = allowed, skipped
         self._norms = deque(norms, maxlen=MEMORY_STEPS)
 
     def skip(self, loss: float, norm: float) -> bool:
-        """Whether to skip the step of this loss and gradient norm. Counts it."""
+        """Whether to skip the step of this loss and gradient norm. Counts a skipped step."""
         if self.allowed == 0 or not self.judge(loss, norm) or self.skipped >= self.allowed:
             return False
         self.skipped += 1
@@ -40,7 +40,7 @@ class Outliers:
 
 
 def past_outliers(store: Store, segments: list[str], allowed: int) -> Outliers:
-    """The outliers as the steps in these segments left them. Reads those only if steps may be skipped."""
+    """The outliers after the steps in these segments. Reads the segments only if steps may be skipped."""
     steps = read_segments(store, segments) if allowed else []
     norms = [step.gradient_norm for step in steps if step.gradient_norm is not None and not step.skipped]
     return Outliers(allowed, norms, sum(step.skipped for step in steps))

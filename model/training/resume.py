@@ -22,7 +22,7 @@ def resume(
 ) -> tuple[int, list[str]]:
     """Load the checkpoint to start from. Returns its step, and the keys of the metrics that this run has so far.
 
-    Raises CheckpointInvalid if the checkpoint is damaged or belongs to something else, ObjectMissing if it was deleted,
+    Raises CheckpointInvalid if the checkpoint is damaged or belongs to another run, ObjectMissing if it was deleted,
     and ValueError if it is not the same on all ranks.
     """
     records = checkpoints(store, job.run)
@@ -62,8 +62,8 @@ def _start(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer)
         return 0
     if record.step >= train["max_steps"]:
         raise ValueError(
-            f"train.max_steps = {train['max_steps']:,}: run {job.run!r} starts with everything of step "
-            f"{record.step:,} of run {start['run']!r}, so no step is left. Choose another name and more steps."
+            f"train.max_steps = {train['max_steps']:,}: run {job.run!r} continues from step "
+            f"{record.step:,} of run {start['run']!r}, so it has no steps left. Choose another name and more steps."
         )
     load_optimizer(store, start["run"], record, model, optimizer)
     return record.step
@@ -77,7 +77,7 @@ def _check(job: Job, record: CheckpointRecord) -> None:
     if differing := differences(expected, saved):
         raise CheckpointInvalid(
             f"run {job.run!r}: the checkpoint of step {record.step:,} does not belong to this run: "
-            f"{'; '.join(differing)}. Choose another name with --set name=…, or delete the run's checkpoints. To go "
-            f"on from it with other settings: --set name=… --set train.start_from={job.run} "
+            f"{'; '.join(differing)}. Choose another name with --set name=…, or delete the run's checkpoints. To "
+            f"continue from it with other settings: --set name=… --set train.start_from={job.run} "
             f"--set train.start_with=everything"
         )

@@ -1,10 +1,10 @@
-"""Saves checkpoints in the background while the training goes on: one at a time, retried until it is stored.
+"""Saves checkpoints in the background while training continues: one at a time, retried until it is stored.
 
-    main thread:        snapshot ─▶ next step ─▶ …            stands still only for the copy in memory
+    main thread:        snapshot ─▶ next step ─▶ …            pauses only for the copy in memory
     saving thread:      metrics ─▶ files ─▶ record ─▶ latest ─▶ retention      ─┐
                         └──────────── the store fails: wait, retry ◀────────────┘
 
-A checkpoint that cannot be stored gives way to a newer one. The training ends when none was stored for too long.
+A checkpoint that cannot be stored is dropped for a newer one. If none can be stored for too long, training ends.
 """
 
 import secrets
@@ -23,11 +23,11 @@ from model.training.metrics import MetricsLog
 from storage.errors import CheckpointInvalid, StorageError, StoreUnavailable
 from storage.stores.store import Body, Store
 
-RETRY_SECONDS = 10.0  # between two tries, each of which repeats its requests for a minute
+RETRY_SECONDS = 10.0  # between two tries; each try repeats its requests for a minute
 
 
 class Saver:
-    """The checkpoints of one run on their way into the store.
+    """Stores the checkpoints of one run.
 
     `save`, `finish` and `check` raise StoreUnavailable if no checkpoint could be stored for too long, and
     CheckpointInvalid if another process trains the same run.
@@ -47,7 +47,7 @@ class Saver:
     ) -> bool:
         """Take a snapshot and store it in the background. The log's metrics, files and attempt complete the record.
 
-        Waits at most `wait_seconds` for the save before. Returns False, and saves nothing, if that is still running.
+        Waits at most `wait_seconds` for the previous save. Returns False, and saves nothing, if that save still runs.
         """
         if not self._is_free(wait_seconds):
             return False
@@ -78,7 +78,7 @@ class Saver:
             self._thread.join()
 
     def _is_free(self, seconds: float) -> bool:
-        """Whether the save before has ended within `seconds`. If it fails, it gives way."""
+        """Whether the previous save ends within `seconds`. Stops a save that is failing."""
         deadline = time.monotonic() + seconds
         while self._thread.is_alive():
             if self._failing_since is not None:
@@ -100,7 +100,7 @@ class Saver:
             self._error = error
 
     def _try(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> bool:
-        """Try to store it once. Raises CheckpointInvalid, and StoreUnavailable after too long."""
+        """Try once to store the checkpoint. Raises CheckpointInvalid, and StoreUnavailable after `unsaved_minutes`."""
         try:
             segments = self._log.put_segment(metrics)
             stored = put_checkpoint(self._store, self._run, bodies, replace(record, metrics=segments))

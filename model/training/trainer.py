@@ -1,8 +1,8 @@
 """The trainer: assembled from its parts, then the loop of steps, validations and checkpoints.
 
-    batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint now and then
+    batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint if one is due
 
-Knows no Prefect, command line or environment.
+Independent of Prefect, the command line and the environment.
 """
 
 import signal
@@ -35,7 +35,7 @@ from model.training.saver import Saver
 from storage.datasets.manifest import read_manifest
 from storage.stores.store import Store
 
-SAVE_WAIT_SECONDS = 1.0  # shortest wait for the save before; usually a save waits as long as a step takes
+SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save waits as long as a step takes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainingResult:
 
 
 class Trainer:
-    """One rank of one training, at its run's newest checkpoint. `fit` brings the run to its last step.
+    """One rank of one training, at its run's newest checkpoint. `fit` trains to the last step.
 
     Raises ValueError if the settings do not fit the dataset, CheckpointInvalid or ObjectMissing for a bad checkpoint.
     """
@@ -201,14 +201,14 @@ class Trainer:
     def _log_and_save(self, metrics: StepMetrics, *, stopping: bool) -> None:
         """On the main rank: log the metrics, and save a checkpoint if one is due.
 
-        A save waits for the one before as long as a step takes. If that is still running, the next step tries again.
+        A save waits for the previous save for as long as a step takes. If that still runs, the next step tries again.
         """
         metrics.memory_bytes = self.ddp.memory_bytes()
         started = time.perf_counter()
         self.log.add(metrics)
         logged = time.perf_counter()
         self._metrics_seconds = logged - started
-        self.saver.check()  # ends a training whose saves fail for good at once, not when the next is due
+        self.saver.check()  # if saves fail permanently, end now and not at the next save
         ending = stopping or self.step == self.config.max_steps
         self._save_due |= ending or self._is_due(self.config.checkpoint_every_steps)
         if self._save_due:

@@ -35,9 +35,9 @@ class HostCache:
         return self._path(sha256).exists()
 
     def open(self, sha256: str, fetch: Callable[[], Body]) -> BinaryIO:
-        """The file of that sha256, fetched if it is not cached. It is kept while it, or a map of it, is open.
+        """The file with that sha256, fetched if it is not cached. Open or mapped files are not evicted.
 
-        Its bytes are not checked. Raises StoreUnusable if the folder cannot be written, and what `fetch` raises.
+        Does not verify the bytes. Raises StoreUnusable if the folder cannot be written, and what `fetch` raises.
         """
         path = self._path(sha256)
         try:
@@ -45,7 +45,7 @@ class HostCache:
         except OSError as error:
             raise StoreUnusable(
                 f"cache {self._folder}: {error.strerror or error}. Free some space, lower resources.cache_bytes, or "
-                f"set HOME to a folder that can be written."
+                f"set HOME to a writable folder."
             ) from error
 
     def quarantine(self, sha256: str) -> None:
@@ -67,7 +67,7 @@ class HostCache:
 
     def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):  # other processes wait here for the one that fetches
+        with _locked(path.parent):  # other processes wait here for the download
             file = _open_locked(path)
             if file is not None:
                 return file
@@ -113,7 +113,7 @@ def _open_locked(path: Path) -> BinaryIO | None:
 
 def _write(path: Path, body: Body) -> BinaryIO:
     """The new file, open and locked before it is renamed, so that it cannot be evicted in between."""
-    part = path.with_name("part")  # one writer a folder: the part of a killed one is overwritten
+    part = path.with_name("part")  # one writer per folder, which overwrites the part of a killed writer
     file = part.open("w+b")
     try:
         file.write(body)

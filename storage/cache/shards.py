@@ -1,7 +1,6 @@
-"""Opens shards for reading: verified when a process opens them first, mapped afterwards.
+"""Opens shards for reading: verified the first time a process opens them, then memory-mapped.
 
-Shards of a store that keeps its objects as local files are mapped in place. Those of any other store come through the
-host's cache.
+Shards of a store that keeps its objects as local files are mapped in place; others are cached on this host.
 """
 
 import logging
@@ -38,7 +37,7 @@ class ShardCache:
         self._prefetching = threading.Thread()
 
     def open(self, row: ShardRow) -> np.ndarray:
-        """The shard's token ids, uint16, mapped. Raises ShardCorrupt if its bytes are not those of the manifest."""
+        """The shard's token ids, uint16, mapped. Raises ShardCorrupt if the bytes do not match the manifest."""
         return self._open(row)
 
     def prefetch(self, rows: list[ShardRow]) -> bool:
@@ -59,10 +58,10 @@ class ShardCache:
             self._host.quarantine(row.sha256)
             tokens = self._mapped(row)
         if tokens is None:
-            self._read(row)  # raises if the store's copy is damaged, too
+            self._read(row)  # raises if the store's copy is also damaged
             raise ShardCorrupt(
                 f"shard {row.shard_id!r} of dataset {self._dataset!r}: intact in the store, but this host's disk "
-                f"returns other bytes. Check that disk, or set HOME to a folder on another one."
+                f"returns other bytes. Check that disk, or set HOME to a folder on another disk."
             )
         return tokens
 
@@ -90,5 +89,5 @@ class ShardCache:
             try:
                 self._host.open(row.sha256, partial(self._read, row)).close()
             except StorageError as error:
-                log.info("cache: %s", error)  # `open` raises it
+                log.info("cache: %s", error)  # `open` tries again and raises the error
                 return

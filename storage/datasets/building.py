@@ -1,4 +1,4 @@
-"""Building a dataset: find what the store lacks, make it, seal it. Knows no Prefect.
+"""Builds a dataset: finds and builds the missing shards, then seals a version. Independent of Prefect.
 
 start_build ─▶ Build.missing_jobs ─▶ build_shard, in any order, by any number of workers ─▶ finish_build
 """
@@ -21,7 +21,7 @@ from storage.stores.store import Store
 
 @dataclass(frozen=True)
 class Build:
-    """One build: the plans of the source files, their shards, those that the store lacks, and the version before."""
+    """One build: the plans of the source files, their shards, the missing shards, and the previous version."""
 
     spec: DatasetSpec
     plans: Sequence[FilePlan]
@@ -35,9 +35,9 @@ class Build:
 
 
 def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Build:
-    """Claim the dataset and find what is missing. Raises DatasetMismatch, and Conflict while gc deletes there."""
+    """Claim the dataset and find its missing shards. Raises DatasetMismatch, and Conflict while gc runs."""
     check_binding(store, spec)
-    claim(store, spec.name, "build")  # before counting on any stored shard
+    claim(store, spec.name, "build")  # before relying on any stored shard
     parent = latest_manifest(store, spec.name)
     planned = [shard_id for plan in plans for shard_id in plan.shard_ids]
     finished = finished_shards(store, spec.name, planned, parent.rows_by_id if parent else {})
@@ -45,7 +45,7 @@ def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> B
 
 
 def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
-    """Seal the build once its missing shards are made, and forget earlier failures. Raises what `seal` raises."""
+    """Seal the build after its missing shards are built, and delete notes of failures. Raises what `seal` raises."""
     dataset = build.spec.name
     if build.parent:
         check_rebuilt(store, dataset, build.parent, build.missing)
@@ -58,7 +58,7 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
 
 
 def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode) -> Manifest:
-    """Plan, make what is missing, and seal, in this process and thread."""
+    """Plan, build the missing shards and seal, all in this thread."""
     plans = list(plan_files(store, spec.name, listing.files, spec.settings))
     build = start_build(store, spec, plans)
     for job in build.missing_jobs:
@@ -67,14 +67,14 @@ def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Enc
 
 
 def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan]) -> set[str]:
-    """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans do not give all of them."""
+    """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans lack any of them."""
     finished = finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
     lost = set(manifest.shard_ids) - finished.keys()
     recoverable = lost.intersection(shard_id for plan in plans for shard_id in plan.shard_ids)
     if len(recoverable) < len(lost):
         raise DatasetMismatch(
-            f"dataset {dataset!r}: manifest {manifest.digest[:12]} has lost {len(lost):,} shards, and the source now "
-            f"gives {len(recoverable):,} of them: it has changed. Put the old source files back, or start a run with "
+            f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are lost, and the changed "
+            f"source gives only {len(recoverable):,} of them. Put the old source files back, or start a run with "
             f"another name."
         )
     return lost

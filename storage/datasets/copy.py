@@ -1,6 +1,6 @@
 """Copies every version of a dataset to another store: shards, records, the split, manifests, `latest`.
 
-The order is a build's: what is named is copied before what names it, so a killed copy is just unfinished.
+As in a build, each object is copied before the object that names it, so a killed copy is only incomplete.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
 
 class Copied(NamedTuple):
-    """The newest version, its number of shards over all versions, and how many were copied now."""
+    """The newest version, the number of shards in all versions, and how many of them this call copied."""
 
     manifest: Manifest
     shards: int
@@ -32,10 +32,10 @@ class Copied(NamedTuple):
 def copy_dataset(
     source: Store, target: Store, dataset: str, on_progress: Callable[[int, int], None] = lambda *_: None
 ) -> Copied:
-    """Copy what the target store lacks, each shard verified. Idempotent: run again, it resumes.
+    """Copy what the target store lacks and verify each shard. Idempotent: a second call resumes.
 
-    `on_progress` is called with copied shards and shards to copy. Raises ObjectMissing if the dataset was never sealed,
-    DatasetMismatch if the target holds another dataset of that name, ShardCorrupt.
+    `on_progress` receives the counts of copied shards and of shards to copy. Raises ObjectMissing if the dataset was
+    never sealed, DatasetMismatch if the target holds another dataset of that name, ShardCorrupt.
     """
     versions = list(history(source, dataset))
     _check_target(source, target, dataset, versions)
@@ -71,7 +71,7 @@ def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Ma
 
 
 def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
-    """The digest that the target's `latest` names. Raises DatasetMismatch unless it and the split are the source's."""
+    """The digest in the target's `latest`. Raises DatasetMismatch unless digest and split match the source's."""
     dataset_keys = DatasetKeys(dataset)
     pointer = read_json(target, dataset_keys.latest)
     latest = str(pointer["manifest"]) if pointer else None
@@ -80,7 +80,7 @@ def _check_target(source: Store, target: Store, dataset: str, versions: list[Man
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
         raise DatasetMismatch(
             f"dataset {dataset!r}: {target.url!r} holds another dataset of this name (manifest {latest}), which "
-            f"{source.url!r} does not know. Copy to another store or prefix."
+            f"{source.url!r} does not have. Copy to another store or prefix."
         )
     return latest
 

@@ -1,7 +1,6 @@
 """Writes a dataset as other trainers read it: nanoGPT's two files, or llm.c's shards with their header.
 
-Shards are verified as they are read. The files are written into a folder beside the target, which gets its name last:
-an export is there whole or not at all.
+Verifies shards as it reads them. Writes to a temporary folder and renames it last: an export is complete or absent.
 """
 
 import os
@@ -19,9 +18,9 @@ from storage.datasets.shards import read_shard
 from storage.errors import StoreUnusable
 from storage.stores.store import Store
 
-# llm.c, dev/data/data_common.py and llmc/dataloader.h: 256 int32, of which the first three are magic, version, tokens
+# llm.c, dev/data/data_common.py and llmc/dataloader.h: 256 int32: magic, version, tokens, then zeros
 LLMC_HEADER, LLMC_MAGIC, LLMC_VERSION = 256, 20240520, 1
-LLMC_TOKENS = 100_000_000  # about this many tokens a file, as its own dev/data/fineweb.py writes them
+LLMC_TOKENS = 100_000_000  # about this many tokens per file, as in llm.c's dev/data/fineweb.py
 
 
 class Part(NamedTuple):
@@ -37,16 +36,16 @@ class Part(NamedTuple):
 def export(
     store: Store, dataset: str, manifest: Manifest, folder: Path, layout: str, on_progress: Callable[[int], None]
 ) -> list[Path]:
-    """Write both splits into a new or empty folder. Returns its files; `on_progress` is called with tokens written.
+    """Write both splits into a new or empty folder. Returns its files. `on_progress` receives the tokens of each write.
 
-    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder holds something or cannot be written.
+    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder is not empty or not writable.
     """
     parts = [part for split in ("train", "val") for part in _parts(manifest, dataset, split, layout)]
     unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")
     try:
         if folder.exists() and any(folder.iterdir()):
             raise StoreUnusable(f"folder {folder} should be new or empty, but holds files. Give another folder.")
-        shutil.rmtree(unfinished, ignore_errors=True)  # a killed export's
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed export
         unfinished.mkdir(parents=True)
         for part in parts:
             with (unfinished / part.name).open("wb") as file:
@@ -70,7 +69,7 @@ def _parts(manifest: Manifest, dataset: str, split: str, layout: str) -> Iterato
     if layout == "nanogpt":
         yield Part(f"{split}.bin", split, b"", 0, total)
         return
-    # llm.c globs for the split's name, and needs a batch of all ranks in each file: so all are equally long.
+    # llm.c globs for the split's name, and each file must hold a batch for all ranks, so all files are equally long.
     count = max(round(total / LLMC_TOKENS), 1)
     for number in range(count):
         first, last = number * total // count, (number + 1) * total // count

@@ -1,7 +1,7 @@
-"""The lease of a dataset: builds and garbage collection never run on it at once.
+"""The lease of a dataset: builds and garbage collection never run on one dataset at the same time.
 
-A build counts on shards that earlier builds left; a collector deletes such shards. Both first swap one small object, so
-neither starts unseen by the other. Times are the store's own clock.
+A build relies on shards of earlier builds, and a collector deletes such shards. Both first swap one small object, so
+each detects the other. Times are from the store's clock.
 """
 
 import json
@@ -21,7 +21,7 @@ Holder = Literal["build", "collector"]
 def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> str:
     """Take the lease; any number of builds may share it. Returns its etag.
 
-    Raises Conflict while a collector is at work, and for a collector if a build started after `idle_since`.
+    Raises Conflict while a collector runs, and for a collector if a build started after `idle_since`.
     """
     key = DatasetKeys(dataset).lease
     while True:
@@ -46,7 +46,7 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
 
 
 def holds(store: Store, dataset: str, etag: str) -> bool:
-    """Whether the lease with that etag still stands."""
+    """Whether the lease with that etag is still held."""
     try:
         return store.read(DatasetKeys(dataset).lease).etag == etag
     except ObjectMissing:
@@ -60,7 +60,7 @@ def release(store: Store, dataset: str, etag: str) -> None:
 
 
 def last_build(store: Store, dataset: str) -> float:
-    """When the lease was last taken, by a build unless a collector is at work. Unix seconds of the store; 0: never."""
+    """When a build (or a running collector) last took the lease, in Unix seconds of the store; 0 if never."""
     try:
         return store.stat(DatasetKeys(dataset).lease).modified
     except ObjectMissing:

@@ -1,7 +1,7 @@
 """A manifest: one immutable version of a dataset, named by the sha256 of its bytes.
 
-It is a pure function of the records and of the manifest before it, so any number of workers in any order, with any
-retries, seal the same one.
+It is a pure function of the records and of the previous manifest, so any number of workers, in any order and with any
+retries, seal the same manifest.
 """
 
 import json
@@ -23,7 +23,7 @@ FILE_COLUMNS = ("name", "digest", "size_bytes")  # of source files
 
 
 class ShardRow(NamedTuple):
-    """One shard as a manifest lists it; one that no manifest lists yet counts as train.
+    """One shard as a manifest lists it. A shard that is in no manifest yet counts as train.
 
     The values become keys, file names and sizes, so `read_manifest` checks the constraints.
     """
@@ -39,9 +39,9 @@ class ShardRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """One version of a dataset: what made it, where its text came from, and its shards in order as columns.
+    """One version of a dataset: its settings, the origin of its text, and its shards in order as columns.
 
-    `origin` is that of a Hub dataset (dataset, config, commit, licence). `source_files` are columns too.
+    `origin` describes a Hub dataset (dataset, config, commit, licence). `source_files` are columns too.
     `empty` lists shards whose every document was filtered or skipped.
     """
 
@@ -104,7 +104,7 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         )
     try:
         value = json.loads(body)
-        if value["schema"] > SCHEMA:  # before its columns, which may be others
+        if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
             raise StoreUnusable(
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}; this version reads up to "
                 f"{SCHEMA}. Update gpt2-pipeline."
@@ -119,7 +119,7 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectCorrupt(
             f"manifest {digest} of dataset {dataset!r}: expected columns of shard names, digests and sizes, found "
-            f"{' '.join(str(error).split())[:160]}. Do not use it: gpt2 dataset build seals another."
+            f"{' '.join(str(error).split())[:160]}. Seal a new manifest: gpt2 dataset build"
         ) from error
 
 
@@ -130,7 +130,7 @@ def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     if pointer is None:
         return None
     if "manifest" not in pointer:
-        raise ObjectCorrupt(f"object {key!r} of store {store.url!r} names no manifest. Delete it and run again.")
+        raise ObjectCorrupt(f"object {key!r} of store {store.url!r} does not name a manifest. Delete it and run again.")
     try:
         return read_manifest(store, dataset, str(pointer["manifest"]))
     except ObjectMissing:  # damaged and deleted, as its error advised: the next build seals it again from the records

@@ -1,6 +1,6 @@
 """The plan: which rows of which source file become which shard. Tokenises nothing.
 
-No shard crosses a file border, so a new or changed file affects only its own shards. A file's plan is a pure function
+A shard never spans two files, so a new or changed file affects only its own shards. A file's plan is a pure function
 of the file and the settings, and is kept in the store: the next build does not read an unchanged file again.
 """
 
@@ -26,7 +26,7 @@ PlanFile = Callable[[SourceFile, int], "FilePlan"]
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to make: its recipe, and where its rows are read. `start_byte` is the first row's, for JSON lines."""
+    """One shard to build: its recipe and its source file. In JSON lines, the first row starts at `start_byte`."""
 
     shard_id: str
     recipe: ShardRecipe
@@ -36,9 +36,9 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """The shards of one source file, as the row after the last of each.
+    """The shards of one source file. `row_ends` holds the row after the last row of each shard.
 
-    `start_bytes` says where each shard begins in a JSON lines file. `limited`: `max_tokens` cut the file short.
+    `start_bytes` is where each shard begins in a JSON lines file. `limited` is true if `max_tokens` cut the file short.
     """
 
     file: SourceFile
@@ -73,7 +73,7 @@ _PLAN = TypeAdapter(FilePlan)
 
 
 def plan_file(file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0) -> FilePlan:
-    """Cut one file into shards; with a limit, only its first rows of that many tokens. Raises SourceInvalid."""
+    """Cut one file into shards; with a limit, only the first rows with that many tokens. Raises SourceInvalid."""
     rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
     tokens = rows.tokens
     if limit_tokens:
@@ -107,9 +107,9 @@ def plan_files(
     settings: DatasetSettings,
     make_plan: PlanFile | None = None,
 ) -> Iterator[FilePlan]:
-    """The plans of a dataset's files in order; with `max_tokens`, of no more files than hold that many tokens.
+    """The plans of a dataset's files in order; with `max_tokens`, only until they hold that many tokens.
 
-    A plan that an earlier build kept is read; `make_plan(file, limit_tokens)` makes the others.
+    Plans that an earlier build stored are read. `make_plan(file, limit_tokens)` makes the others.
     """
 
     def plan_here(file: SourceFile, limit_tokens: int) -> FilePlan:
@@ -130,7 +130,7 @@ def plan_files(
 def read_plan(
     store: Store, dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0
 ) -> FilePlan | None:
-    """The file's plan if an earlier build kept it. Raises ObjectCorrupt."""
+    """The file's plan if an earlier build stored it. Raises ObjectCorrupt."""
     key = _key(dataset, file, settings, limit_tokens)
     value = read_json(store, key)
     if value is None:
@@ -144,10 +144,10 @@ def read_plan(
 
 
 def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) -> None:
-    """Keep the plan for the next build."""
+    """Store the plan for the next build."""
     key = _key(dataset, plan.file, plan.settings, limit_tokens)
     value = {name: getattr(plan, name) for name in ("row_ends", "start_bytes", "tokens", "limited")}
-    with suppress(AlreadyExists):  # a pure function of what its key names
+    with suppress(AlreadyExists):  # the key is a digest of everything that decides the plan
         store.put_new(key, canonical_json(value | {"file": plan.file.name}))
 
 

@@ -1,15 +1,15 @@
-"""What decides the bytes of a shard and of a dataset: their recipes.
+"""Recipes: what decides the bytes of a shard and of a dataset.
 
 A recipe holds inputs and settings, never paths, hosts or worker counts. A setting enters it only when it differs from
-its default, so adding a setting renames no earlier work.
+its default, so a new setting does not rename earlier outputs.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from typing_extensions import TypedDict  # pydantic models hold it, and need this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this TypedDict before Python 3.12
 
-FORMAT = 1  # raised by hand when the same recipe would give other bytes
+FORMAT = 1  # raise it when the same recipe would produce other bytes
 FIXED = {"format": FORMAT, "eot": "before", "dtype": "<u2"}  # the same in every shard recipe of this format
 
 
@@ -71,7 +71,7 @@ class ShardRecipe:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """The recipe of a record. Raises TypeError for one that this version does not know."""
+        """The recipe of a record. Raises TypeError for a field that this version does not have."""
         settings = {name: setting for name, setting in value.items() if name not in FIXED}
         return cls(**(settings | {"filters": tuple(value.get("filters", ()))}))
 

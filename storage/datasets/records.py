@@ -16,7 +16,7 @@ from storage.keys import DatasetKeys, failure
 from storage.stores.store import Store, overwrite, read_json
 
 DTYPE = np.dtype("<u2")  # of token ids: gpt2's 50,257 fit 16 bits; little-endian on every host
-RECORDS_AT_ONCE = 16  # from a bucket each is a round trip of 3 ms or more
+RECORDS_AT_ONCE = 16  # each read from a bucket is a round trip of 3 ms or more
 RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
 
 
@@ -71,7 +71,7 @@ def read_record(store: Store, dataset: str, shard_id: str) -> Record:
 
 
 def put_record(store: Store, dataset: str, record: Record) -> None:
-    """Put a record. An unreadable one is replaced. Raises ShardCorrupt if one with another sha256 is stored."""
+    """Put a record, or replace an unreadable record. Raises ShardCorrupt if the stored record has another sha256."""
     key, body = DatasetKeys(dataset).record(record.shard_id), canonical_json(record.to_json())
     try:
         store.put_new(key, body)
@@ -87,7 +87,7 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
 def finished_shards(
     store: Store, dataset: str, shard_ids: Sequence[str], known: Mapping[str, ShardRow]
 ) -> dict[str, ShardRow]:
-    """The shards that are done: the record is stored, and the shard has the size that it states.
+    """The shards that are done: the record is stored, and the shard has the recorded size.
 
     Costs one listing. Records are read only for shards that are not `known` from a manifest.
     """
@@ -127,7 +127,7 @@ def delete_shard(store: Store, dataset: str, shard_id: str) -> None:
 
 
 def failures(store: Store, dataset: str) -> dict[str, str]:
-    """Why each shard job that last failed did so, by shard_id."""
+    """The reason of each failed shard job, by shard_id."""
     prefix, suffix = DatasetKeys(dataset).shards, failure("")
     failed_keys = sorted(listed.key for listed in store.list(prefix) if listed.key.endswith(suffix))
     reasons = {key: read_json(store, key) or {} for key in failed_keys}

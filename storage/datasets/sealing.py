@@ -22,11 +22,11 @@ from storage.stores.store import Store, read_json
 
 
 def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) -> Manifest:
-    """Write the manifest of the planned shards and point `latest` at it. Nothing new gives no new version.
+    """Write the manifest of the planned shards and point `latest` at it. If nothing changed, return the parent.
 
     The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever happens to
-    their source. A shard without a document is done, but in no version. Raises ObjectMissing if a shard is not done,
-    DatasetMismatch if the name is bound to other settings, Conflict if another builder sealed meanwhile.
+    their source. A shard without documents is listed only in `empty`. Raises ObjectMissing if a shard is not done,
+    DatasetMismatch if the name is bound to other settings, Conflict if another builder sealed first.
     """
     pinned = check_binding(store, spec)
     pointer: Any = read_json(store, DatasetKeys(spec.name).latest) or {}
@@ -51,7 +51,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     )
     body = canonical_json(manifest.to_json())
     manifest = replace(manifest, digest=sha256(body))
-    with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same
+    with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same manifest
         store.put_new(DatasetKeys(spec.name).manifest(manifest.digest), body)
     update_latest(store, spec.name, manifest, pointer.get("manifest"))
     return manifest
@@ -60,7 +60,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
 def update_latest(store: Store, dataset: str, manifest: Manifest, expected: object) -> None:
     """Swap `latest` from the digest `expected` to the manifest; succeeds if `latest` already descends from it.
 
-    Raises Conflict if another builder moved it elsewhere.
+    Raises Conflict if another builder moved `latest` elsewhere.
     """
     key, digest = DatasetKeys(dataset).latest, manifest.digest
     etag: str | None = None
@@ -81,11 +81,11 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
             return
         except Conflict:
             pointer = read_json(store, key) or pointer
-    # Another builder sealed the same, or the reply to our swap was lost; others may have sealed on top of it.
+    # Another builder sealed the same manifest, or the reply to our swap was lost; others may have sealed after it.
     if not any(version.digest == digest for version in ancestors(store, dataset, pointer["manifest"])):
         raise Conflict(
             f"dataset {dataset!r}: another builder sealed {pointer['manifest']} while this one sealed {digest}. "
-            f"Run the command again: it seals on top of that."
+            f"Run the command again: it seals a version that follows the other."
         )
 
 
@@ -101,7 +101,7 @@ def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: Colle
 
 
 def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
-    """Return the val shards that the first seal pinned, None before it.
+    """Return the val shards that the first seal pinned, or None before the first seal.
 
     Raises DatasetMismatch if the dataset's name is bound to other settings.
     """
@@ -142,7 +142,7 @@ def _finished_rows(
     finished = finished_shards(store, dataset, listed, parent.rows_by_id if parent else {})
     missing = [shard_id for shard_id in listed if shard_id not in finished]
     if missing:
-        remedy = "Run gpt2 dataset build again: it makes only those."
+        remedy = "Run gpt2 dataset build again: it builds only the missing shards."
         if missing[0] not in in_plan:
             remedy = "It belongs to the pinned val split, but its source file is gone: put that file back."
         raise ObjectMissing(

@@ -1,7 +1,7 @@
 """A shard: the token ids of whole documents in one object of about `shard_tokens` tokens.
 
-A job puts the shard first and its record last, both create-only. Killed in between, it runs again and writes the same
-bytes to the same keys. The tokenizer is passed in as a function.
+A job puts the shard first and its record last, both create-only. If it is killed in between, it runs again and writes
+the same bytes to the same keys. The tokenizer is passed in as a function.
 """
 
 import platform
@@ -111,7 +111,7 @@ def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encoded(file: SourceFile, job: ShardJob, encode: Encode) -> Iterator[tuple[Row, np.ndarray | None]]:
-    """The documents of a job and their token ids, None for a document that is skipped."""
+    """The documents of a job and their token ids, or None for a skipped document."""
     recipe = job.recipe
     for row in documents.documents(
         file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
@@ -128,12 +128,12 @@ def _encoded(file: SourceFile, job: ShardJob, encode: Encode) -> Iterator[tuple[
 
 
 def _histogram(lengths: list[int]) -> list[int]:
-    """Counts of documents by the power of two of their tokens."""
+    """Document counts by length: entry n counts documents of 2**n to 2**(n+1) - 1 tokens."""
     return np.bincount(np.log2(np.array(lengths, np.int64)).astype(np.int64)).tolist() if lengths else []
 
 
 @cache
 def _versions() -> dict[str, str]:
-    """The versions that made a shard. Cached: reading package metadata takes 9 ms, as long as 30,000 tokens."""
+    """The versions that built a shard. Cached: reading package metadata takes 9 ms, as long as 30,000 tokens."""
     packages = {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")}
     return {"python": platform.python_version()} | packages

@@ -28,9 +28,9 @@ class FileChanges(BaseModel, frozen=True):
 
 
 class Difference(BaseModel, frozen=True):
-    """What a version adds to an older one and what it removes, as `gpt2 dataset diff --json` prints it.
+    """What a version adds to an older version and removes from it, as `gpt2 dataset diff --json` prints it.
 
-    `settings` names those that differ.
+    `settings` lists the names of settings that differ.
     """
 
     files: FileChanges
@@ -61,7 +61,7 @@ def sealed_at(store: Store, dataset: str, version: Manifest) -> float:
 
 
 def version_digests(store: Store, dataset: str) -> list[str]:
-    """Every stored version, also those that `latest` does not descend from, in no order."""
+    """The digests of all stored versions, unordered, including those that `latest` does not descend from."""
     prefix = DatasetKeys(dataset).manifests
     return [listed.key.removeprefix(prefix).removesuffix(".json") for listed in store.list(prefix)]
 
@@ -69,7 +69,7 @@ def version_digests(store: Store, dataset: str) -> list[str]:
 def find_version(store: Store, dataset: str, name: str) -> Manifest:
     """The version whose digest starts with `name`, or the newest for "latest".
 
-    Raises ObjectMissing if none matches, ValueError if several do.
+    Raises ObjectMissing if no version matches, ValueError if several match.
     """
     if name == "latest":
         return newest_version(store, dataset)

@@ -1,6 +1,6 @@
 """The leak report: val documents that are also in train, train documents that repeat, test items that train contains.
 
-A document takes 24 bytes of memory, and 76 while they are sorted: 1.2 and 3.8 GB for 50 million documents, five times
+A document takes 24 bytes of memory, and 76 during the sort: 1.2 and 3.8 GB for 50 million documents, five times
 FineWeb-Edu's sample-10BT. The function that decodes a document is passed in.
 """
 
@@ -34,8 +34,8 @@ SEEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("document",
 class Repeats(NamedTuple):
     """Documents whose normalised text occurs more than once.
 
-    `train` counts documents of train that repeat an earlier one of train; `leaks` are all documents of val that are
-    also in train. `pairs` has examples of both: a document, and the first one of train that it equals.
+    `train` counts train documents that repeat an earlier train document; `leaks` lists the val documents that are also
+    in train. `pairs` has examples of both: a document and the first train document with the same text.
     """
 
     train: int
@@ -46,7 +46,7 @@ class Repeats(NamedTuple):
 class ItemOverlap(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
     """Test items that share an n-gram with train: through their context, or only through an ending.
 
-    Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists those of each kind.
+    Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists items by kind.
     """
 
     contexts: int
@@ -58,7 +58,7 @@ class ItemOverlap(BaseModel, frozen=True, populate_by_name=True, serialize_by_al
 
 
 class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
-    """The leak report of one version. `items_key` is the key of the test items that train was searched for, if any."""
+    """The leak report of one version. `items_key` is the key of the test items, if any were searched."""
 
     items_key: str | None = Field(alias="asked")
     dataset: str
@@ -71,7 +71,7 @@ class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_ali
 
 
 def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakReport | None:
-    """The leak report of a version, None if it was never made. Raises ObjectCorrupt."""
+    """The leak report of a version, or None if it was never written. Raises ObjectCorrupt."""
     key = DatasetKeys(dataset).leaks(manifest_digest)
     value = read_json(store, key)
     try:
@@ -109,14 +109,14 @@ def find_repeats(
                 hits = np.union1d(hits, shard_hits)
             on_progress()
     seen = np.concatenate(parts)
-    parts.clear()  # 24 bytes a document less while they are sorted
+    parts.clear()  # saves 24 bytes per document during the sort
     return _repeats(seen, rows), hits
 
 
 def _scan_shard(
     store_url: str, dataset: str, decode: Decode, hashes: np.ndarray, row: ShardRow
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's documents as SEEN, without those that have no words, and the hashes whose n-grams occur in them."""
+    """A shard's documents that contain words, as SEEN, and the `hashes` that occur in them."""
     store, searched = open_store(store_url), HashSet(hashes)
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
     seen, hits = [], [np.empty(0, np.uint64)]
@@ -131,12 +131,12 @@ def _scan_shard(
 def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
     """The repeats among all documents, which are in the dataset's order."""
     train = np.array([row.split == "train" for row in rows], bool)[seen["shard"]]
-    # Equal documents become neighbours, train's first. The sort is stable: within a split they stay in order.
+    # Equal documents become neighbours, train first. The sort is stable, so each split keeps its order.
     order = np.lexsort((~train, seen["low"], seen["high"]))
     seen, train = seen[order], train[order]
-    repeated = np.zeros(len(seen), bool)  # equal to the document before
+    repeated = np.zeros(len(seen), bool)  # equal to the previous document
     repeated[1:] = (seen["high"][1:] == seen["high"][:-1]) & (seen["low"][1:] == seen["low"][:-1])
-    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(seen))))  # of its equals
+    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(seen))))  # of the equal documents
     repeats, leaks = repeated & train, repeated & ~train & train[first]
 
     def named(index: Any) -> Document:

@@ -1,4 +1,4 @@
-"""Traces token ids back to text: which row of which source file a document of a shard was made from."""
+"""Traces token ids back to text: which row of which source file a document of a shard came from."""
 
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -16,7 +16,7 @@ from storage.sources.mirror import locate
 from storage.sources.rows import ID, URL, Row
 from storage.stores.store import Store
 
-Span = tuple[int, int]  # of a shard's tokens: the first, and the one after the last
+Span = tuple[int, int]  # tokens of a shard: the first, and the last + 1
 
 
 class Traced(NamedTuple):
@@ -39,14 +39,14 @@ class Traced(NamedTuple):
 def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
     """The source rows of some documents of a shard, by document number and in order.
 
-    Raises SourceInvalid if the file is not the one that the shard was made from.
+    Raises SourceInvalid if the shard was made from another file.
     """
     if not numbers:
         return
     recipe = record.recipe
     row_from, row_to = recipe.row_from, recipe.row_to
     first = 0  # the first document that is read
-    if not (record.filtered or record.skipped_rows):  # each row is a document: read only the rows in question
+    if not (record.filtered or record.skipped_rows):  # each row is a document: read only the requested rows
         first = min(numbers)
         row_from, row_to = row_from + first, row_from + max(numbers) + 1
     rows = documents.documents(
@@ -64,7 +64,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
 
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
-    """The source files of a version made from a Hub dataset, by digest, at the commit that it was made from."""
+    """The source files of a version of a Hub dataset, at the version's commit, by digest."""
     origin, files = manifest.origin, manifest.source_files
     if "commit" not in origin:
         return {}

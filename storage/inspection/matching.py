@@ -26,7 +26,7 @@ def normalised(text: bytes) -> bytes:
 
 
 def text_digest(words: bytes) -> bytes:
-    """The digest of a normalised text: 16 bytes, so that no two of 10**12 texts have the same."""
+    """The digest of a normalised text: 16 bytes, so that no two of 10**12 texts share a digest."""
     return hashlib.blake2b(words, digest_size=DIGEST_BYTES).digest()
 
 
@@ -69,7 +69,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 class HashSet:
-    """A set of hashes that is intersected with many arrays, most of which have few of them."""
+    """A set of hashes to intersect with many arrays. Most arrays contain few of the hashes."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._sorted = np.unique(hashes)

@@ -17,7 +17,7 @@ COUNTED = ("tokens", "documents", "skipped", "filtered", "text_bytes")
 
 
 class FileSummary(BaseModel, frozen=True):
-    """The part of one source file."""
+    """The counts of one source file."""
 
     name: str
     shards: int
@@ -31,8 +31,8 @@ class FileSummary(BaseModel, frozen=True):
 class DatasetSummary(BaseModel, frozen=True):
     """A version in numbers, as `gpt2 dataset show --json` prints it.
 
-    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens. `rows` are those of the version's shards, `filtered`
-    those of them that filters dropped; a file of which a filter keeps no row has no shard and is not counted.
+    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens. `rows` counts the source rows of the version's
+    shards, and `filtered` the rows that filters dropped. A file without any kept row has no shard and is not counted.
     `audit` is the leak report.
     """
 
@@ -53,7 +53,7 @@ class DatasetSummary(BaseModel, frozen=True):
 
 
 def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
-    """Read the record of every shard. Raises ObjectMissing if one is gone."""
+    """Read the record of every shard. Raises ObjectMissing if a record is missing."""
     counts: dict[str, Counter[str]] = {}
     dumps: Counter[str] = Counter()
     lengths: list[int] = []

@@ -1,4 +1,4 @@
-"""Proves that a version of a dataset is what its manifest says. Changes nothing.
+"""Checks a version of a dataset against its manifest. Changes nothing.
 
 Three depths: `quick` trusts the store's listing and its checksums, `full` reads every byte, and `check_documents`
 tokenises some documents of the source again and compares them with the shards.
@@ -23,7 +23,7 @@ from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.stores.store import Store
 
-SHARDS_AT_ONCE = 4  # the store answers for one shard while another is hashed
+SHARDS_AT_ONCE = 4  # one shard is read while another is hashed
 Encode = Callable[[str], np.ndarray]
 
 
@@ -47,9 +47,9 @@ def verify_dataset(
     depth: Literal["quick", "full"],
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Damage]:
-    """The damaged shards of a version, in order; if `full`, then what is wrong with its ancestors and its val split.
+    """The damaged shards of a version, in order; if `full`, then damage in its ancestors and its val split.
 
-    Calls `on_progress` after each shard. Raises what a store raises that cannot be read at all.
+    Calls `on_progress` after each shard. Raises StorageError if the store cannot be read.
     """
     check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
     damages: list[Damage] = []
@@ -64,7 +64,7 @@ def verify_dataset(
 
 
 def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
-    """What the shard's size, the store's checksum of it, or a missing record show, without reading the shard."""
+    """Check the shard's size, its stored checksum, and that it has a record. Does not read the shard."""
     try:
         status = store.stat(DatasetKeys(dataset).shard(row.shard_id))
         store.stat(DatasetKeys(dataset).record(row.shard_id))
@@ -79,7 +79,7 @@ def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
 
 
 def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage | None:
-    """What reading every byte shows: the sha256, the record, one `eot` for each document, no id above `eot`."""
+    """Read every byte. Check the sha256, the record, one `eot` for each document, and no id above `eot`."""
     try:
         ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
         record = read_record(store, dataset, row.shard_id)
@@ -88,7 +88,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
     for name in (*COUNTS, "sha256"):
         listed, recorded = getattr(row, name), getattr(record, name)
         if listed != recorded:
-            return _damaged(row, f"{name}: the manifest says {listed}, its record {recorded}")
+            return _damaged(row, f"{name}: the manifest has {listed}, the record {recorded}")
     documents = int(np.count_nonzero(ids == eot))
     if (len(ids), documents) != (row.tokens, row.documents):
         expected = f"{row.tokens:,} tokens in {row.documents:,} documents"
@@ -120,9 +120,9 @@ def check_documents(
     count: int,
     seed: int,
 ) -> Iterator[Damage | None]:
-    """Tokenise `count` random documents of the source again and compare: a Damage, or None, for each of them.
+    """Tokenise `count` random documents of the source again and compare: yields a Damage or None for each.
 
-    A shard that cannot be compared gives one Damage in place of its documents.
+    A shard that cannot be compared yields one Damage in place of its documents.
     """
     files_by_digest = {file.digest: file for file in files}
     rows = list(manifest.rows())
@@ -149,7 +149,7 @@ def _compared(
         return
     file = files.get(record.recipe.source)
     if file is None:
-        yield Damage(row.shard_id, f"its source file {record.source} is no longer among the source's files")
+        yield Damage(row.shard_id, f"its source file {record.source} is no longer part of the source")
         return
     for number, source_row in source_rows(locate(store, file), record, numbers):
         stored = ids[starts[number] + 1 : stops[number]]
@@ -162,11 +162,11 @@ def _damaged(row: ShardRow, wrong: str) -> Damage:
 
 
 def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """Shards of train that share rows of a source file with one of val. Reads the records of those files only."""
+    """Train shards that share source rows with a val shard. Reads only the records of files with val shards."""
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
         val.setdefault(recipe.source, []).append((shard_id, recipe.row_from, recipe.row_to))
-    names = (name for name, digest in manifest.files.items() if digest in val)  # also of a file that was renamed
+    names = (name for name, digest in manifest.files.items() if digest in val)  # renamed files included
     stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in names}
     candidates = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
     for shard_id, recipe in _recipes(store, dataset, candidates):

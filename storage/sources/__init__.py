@@ -1,5 +1,5 @@
-"""Source files: found and identified wherever they are published, then read as documents.
+"""Source files: finds, identifies and mirrors them, and reads their documents.
 
-A new file format is a reader module beside `parquet.py` and `jsonl.py`, a line in `documents.READERS` and its suffix in
-`files.SUFFIXES`.
+A new file format is a module that implements `documents.Reader`, as `parquet.py` and `jsonl.py` do. List it in
+`documents.READERS`, and its suffix in `files.SUFFIXES` and in the help of `data.source` (`model/config.py`).
 """

@@ -1,6 +1,6 @@
 """The documents of a source file in any format: tokens of all rows for a plan, text of some rows for a shard.
 
-Filters decide by columns which rows count. Text is read only when a shard is made. The tokenizer is not known here.
+Filters on columns decide which rows count. Text is read only when a shard is built. Tokenises nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,15 @@ from storage.sources.rows import DUMP, ID, URL, Row, RowTokens
 
 
 class Reader(Protocol):
-    """What a module that reads one format offers; both functions raise SourceInvalid."""
+    """The functions of a module that reads one format. Both raise SourceInvalid."""
 
     def count_tokens(self, file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
-        """As `rows`, for filters that need no text."""
+        """Tokens of each row, as `rows` returns them. The filters need no text."""
 
     def read_rows(
         self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int
     ) -> Iterator[dict[str, object]]:
-        """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text and those of the `others` that it has.
+        """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text column, and the `others` that the file has.
 
         `start_byte` is where `row_from` starts, for formats without an index; 0 if unknown.
         """
@@ -34,8 +34,8 @@ READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffi
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
     """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
 
-    Raises SourceInvalid for missing columns or a text column of another type. If `strict` and no filter may drop the
-    row, also for null text.
+    Raises SourceInvalid for missing columns or a text column of another type. If `strict` and no filter is on a
+    column, also for null text.
     """
     by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
     return _reader(file).count_tokens(file, text_column, by_column, strict=strict and not by_column)
@@ -52,9 +52,9 @@ def documents(
     skip_rows: frozenset[int] = frozenset(),
     names: tuple[str, ...] = (DUMP, ID),
 ) -> Iterator[Row]:
-    """The rows `row_from` to `row_to - 1` that pass the filters, with the `names` columns; not those in `skip_rows`.
+    """The rows `row_from` to `row_to - 1` that pass the filters, with the `names` columns; without `skip_rows`.
 
-    `start_byte` is where row `row_from` starts in a JSON lines file; without it the lines before are read, too.
+    `start_byte` is where row `row_from` starts in a JSON lines file; without it, the earlier lines are read too.
     Raises SourceInvalid if the file ends before `row_to`.
     """
     conditions = [parse(text) for text in filters]
@@ -68,7 +68,7 @@ def documents(
             yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
         raise SourceInvalid(
-            f"{file.place}: planned with {row_to:,} rows or more, it now ends after {number + 1:,}. "
+            f"{file.place}: the plan needs at least {row_to:,} rows, but the file now ends after {number + 1:,}. "
             f"Run the command again."
         )
 

@@ -1,4 +1,4 @@
-"""Source files: a path, a folder or a glob of them, on this host or in a bucket. Reads none."""
+"""Finds source files by path, folder or glob, on this host or in a bucket. Reads none of them."""
 
 import glob
 import os
@@ -31,7 +31,7 @@ class SourceFile:
 
     @property
     def stem(self) -> str:
-        """The name without folder and suffix, as it can be part of a key."""
+        """The name without folder and suffix, in the characters that a key may have."""
         return keys.as_name(PurePosixPath(self.name).stem)[:120] or "source"
 
     @property
@@ -48,7 +48,7 @@ class Listing:
 
 
 def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
-    """The files; if two have the same name, each is named by its path below the folder that holds them all."""
+    """The files; if two have the same name, each is named by its path below their common folder."""
     if len({file.name for file in files}) == len(files):
         return tuple(files)
     common = os.path.commonpath([PurePosixPath(file.place).parent for file in files])
@@ -67,14 +67,14 @@ def check_distinct(files: Sequence[SourceFile]) -> None:
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a source names a Hub dataset: it is spelled `owner/name`, and no local file has that path."""
+    """Whether a source names a Hub dataset: it has the form `owner/name`, and no local file has that path."""
     return bool(HUB_NAME.fullmatch(source)) and Path(source).suffix not in SUFFIXES and not Path(source).exists()
 
 
 def find_files(source: str) -> list[str]:
     """The places of the source files that a path, a folder or a glob names, sorted.
 
-    Raises ValueError if there are none, or if one has another suffix.
+    Raises ValueError if no file matches, or if a file has another suffix.
     """
     places = _in_bucket(source) if BUCKET.match(source) else _on_host(source)
     if not places:

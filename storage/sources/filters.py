@@ -34,11 +34,11 @@ class Filter(NamedTuple):
     operand: Any
 
     def __str__(self) -> str:
-        """The canonical spelling, as a recipe holds it."""
+        """The canonical form, as a recipe holds it."""
         return f"{self.column} {self.comparison} {self.operand!r}"
 
     def keeps(self, value: Any) -> bool:
-        """Whether a row with this value passes; null never does. Raises SourceInvalid for values of another type."""
+        """Whether a row with this value passes; null never passes. Raises SourceInvalid for values of another type."""
         if value is None:
             return False
         try:
@@ -51,7 +51,7 @@ class Filter(NamedTuple):
 
 
 def parse(text: str) -> Filter:
-    """The filter that the text spells. Raises ValueError."""
+    """Parse a filter. Raises ValueError."""
     match = CONDITION.fullmatch(text)
     if match is None:
         raise _unreadable(text)
@@ -59,7 +59,7 @@ def parse(text: str) -> Filter:
     try:
         operand = ast.literal_eval(match[3])
         if isinstance(operand, list | tuple | set) and comparison.endswith("in"):
-            operand = sorted(set(operand))  # one spelling for the recipe
+            operand = sorted(set(operand))  # one canonical form for the recipe
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise _unreadable(text) from None
     is_list = isinstance(operand, list)

@@ -1,8 +1,8 @@
-"""The Hugging Face Hub: the files of a dataset at one commit, and their bytes. Knows no store.
+"""The Hugging Face Hub: the files of a dataset at one commit, and their bytes. Independent of stores.
 
 `datasets` resolves a name, a configuration and a revision, so the files are those that `load_dataset` would use.
 The Hub client reads HF_TOKEN and HF_ENDPOINT. The token is sent only to the endpoint.
-Downloads are ours: `hf_hub_download` deletes a partial file on failure and does not verify digests.
+`hf_hub_download` is not used: it deletes a partial file on failure and does not verify digests.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, RepoFile, errors, get_session, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # lazily there
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
 
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.sources.files import SUFFIXES, SourceFile
@@ -87,7 +87,7 @@ def read_range(place: str, start: int, length: int) -> bytes:
 
 
 def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
-    """Download a file into `body`, continuing from its end, until its digest is the published one.
+    """Download a file into `body`, continuing from its end, until its digest matches the published digest.
 
     `on_progress` receives the number of bytes in `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests.
     """
@@ -137,7 +137,7 @@ def _clear(body: BinaryIO) -> None:
 
 @contextmanager
 def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
-    """The Hub's response for a file. It redirects to another host, which does not get the token."""
+    """The Hub's response for a file. The Hub redirects to another host, which does not receive the token."""
     dataset, commit, name = _parse_place(place)
     url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}

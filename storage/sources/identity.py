@@ -1,6 +1,6 @@
 """Identifies source files by the sha256 of their content, wherever they are.
 
-A digest is remembered with a fingerprint of the file (path, size, times and inode; in a bucket: key, size and time), so
+A digest is cached with a fingerprint of the file (path, size, times and inode; in a bucket: key, size and time), so
 an unchanged file is hashed once.
 """
 
@@ -43,24 +43,24 @@ def _identify_object(place: str) -> SourceFile:
     try:
         status = store.stat(key)
     except ObjectMissing as error:
-        raise SourceInvalid(f"{place}: was listed, is gone now. Put it back, or run the command again.") from error
+        raise SourceInvalid(f"{place}: deleted since it was listed. Put it back, or run the command again.") from error
     pieces = (store.read_range(key, start, REQUEST_BYTES) for start in range(0, status.size, REQUEST_BYTES))
     sha256 = status.sha256 or _sha256(digest([place, status.size, status.modified]), pieces)
     return SourceFile(PurePosixPath(key).name, status.size, sha256, place)
 
 
 def _sha256(fingerprint: str, pieces: Iterator[bytes]) -> str:
-    """The sha256 noted for the fingerprint, or else that of the pieces, which is noted."""
+    """The cached sha256 of the fingerprint. If it is missing, hash the pieces and cache the result."""
     note = REMEMBERED / fingerprint[:2] / fingerprint
     with suppress(OSError, ValueError):
         sha256, _, checksum = note.read_text().partition(" ")
-        if checksum == digest([fingerprint, sha256]):  # a power cut may leave a part of a note
+        if checksum == digest([fingerprint, sha256]):  # a power cut may leave a partial note
             return sha256
     hasher = hashlib.sha256()
     for piece in pieces:
         hasher.update(piece)
     sha256 = hasher.hexdigest()
-    with suppress(OSError):  # a home that is read-only costs time, not correctness
+    with suppress(OSError):  # with a read-only home, every build hashes again
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(f"{sha256} {digest([fingerprint, sha256])}")
     return sha256

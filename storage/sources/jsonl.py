@@ -1,4 +1,4 @@
-"""JSON lines: one object a line. Blank lines are not rows. There is no index: a row is found by its first byte."""
+"""JSON lines: one object per line. Blank lines are not rows. Without an index, a row is located by its first byte."""
 
 import io
 import json
@@ -18,7 +18,7 @@ BUFFER_BYTES = 1 << 20  # over a network each refill is a request
 
 
 def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> rows.RowTokens:
-    """Tokens of every row, of `token_count` if all rows have one, else estimated from texts. Raises SourceInvalid."""
+    """Tokens of every row, from `token_count` if every row has it, else from text sizes. Raises SourceInvalid."""
     counts, text_bytes, starts = list[int](), list[int](), list[int]()
     kept, names = list[bool](), set[str]()
     for number, (start, item) in enumerate(_lines(file, text_column, 0, 0)):

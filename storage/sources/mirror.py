@@ -1,7 +1,7 @@
 """Copies of Hub files in the store: each is downloaded once and stored under its published digest.
 
 A download goes to a folder on this host first and stays there if the process is killed, so the next one resumes it.
-A file enters the store only with its published digest, so the Hub is not asked again.
+Only a file with its published digest enters the store, so it is not downloaded again.
 """
 
 import fcntl
@@ -29,9 +29,9 @@ FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
 def list_source(store: Store, source: str, config: str, revision: str, split: str) -> tuple[Listing, str]:
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
-    A Hub dataset costs one request while its revision is the same commit: the store remembers the files of a commit.
-    If the Hub does not respond, the remembered listing is returned with the reason.
-    Raises ValueError if the source does not exist, SourceUnavailable if the Hub does not respond and never did.
+    A Hub dataset costs one request while its revision is the same commit: the store keeps the listing of a commit.
+    If the Hub does not respond, the stored listing is returned with the reason.
+    Raises ValueError if the source does not exist, SourceUnavailable if the Hub does not respond and no listing exists.
     """
     if not is_on_hub(source):
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -57,7 +57,7 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
 
 
 def locate(store: Store, file: SourceFile) -> SourceFile:
-    """The file at the best place to read it: its copy in the store if there is one."""
+    """The file with the best place to read it: its copy in the store, if the store has one."""
     if not file.place.startswith(hub.SCHEME):
         return file
     try:
@@ -70,7 +70,7 @@ def locate(store: Store, file: SourceFile) -> SourceFile:
 
 
 def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None) -> SourceFile:
-    """Copy a Hub file into the store unless it is there already, and return it with its new place.
+    """Copy a Hub file into the store if it is missing there, and return the file with its new place.
 
     `on_progress` receives the number of bytes downloaded so far. Raises StoreUnusable if this host's disk is full,
     SourceInvalid and SourceUnavailable as `hub.fetch`.
@@ -100,6 +100,6 @@ def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int
             with suppress(ObjectMissing):
                 if store.stat(file.key).size != file.size_bytes:  # the key names the content: the object is damaged
                     store.delete(file.key)
-            with suppress(AlreadyExists):  # of a builder on another host
+            with suppress(AlreadyExists):  # a builder on another host stored it first
                 store.put_new(file.key, np.memmap(path, np.uint8, "r").data if file.size_bytes else b"")
         path.unlink(missing_ok=True)

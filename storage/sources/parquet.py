@@ -14,18 +14,18 @@ from storage.sources.filters import Filter, check_columns, keeps_row
 from storage.sources.reading import open_source
 from storage.sources.rows import COUNT_COLUMN, EOT_TOKENS, MOST_TOKENS, RowTokens, estimated_tokens
 
-ROWS_AT_ONCE = 250  # of a row group of 1,000 or more: 1,000 at once take 30 MB more a worker and save no time
+ROWS_AT_ONCE = 250  # of a row group of 1,000 or more: 1,000 at once take 30 MB more per worker and save no time
 
 
 def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
-    """Tokens of every row, of the `token_count` column or estimated from the footer. Raises SourceInvalid."""
+    """Tokens of every row, from the `token_count` column or estimated from the footer. Raises SourceInvalid."""
     with _opened(file, text_column) as parquet:
         check_columns(filters, parquet.schema_arrow.names, file.place)
         chunks = _text_chunks(parquet.metadata, text_column)
         if strict:
             _check_no_null(chunks, file.place, text_column)
         tokens = _counted(parquet)
-        if tokens is None:  # by the mean size of the texts of a row group
+        if tokens is None:  # estimated from the mean text size of each row group
             sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64)
             counts = np.array([chunk.num_values for chunk in chunks], np.int64)
             tokens = np.repeat(estimated_tokens(-(-sizes // np.maximum(counts, 1))), counts)
@@ -42,7 +42,7 @@ def read_rows(
     others: list[str],
     row_from: int,
     row_to: int,
-    start_byte: int,  # noqa: ARG001  # the footer says where each row group starts
+    start_byte: int,  # noqa: ARG001  # the footer states where each row group starts
 ) -> Iterator[dict[str, object]]:
     """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
     with _opened(file, text_column) as parquet:
@@ -64,7 +64,7 @@ def read_rows(
 
 @contextmanager
 def _opened(file: SourceFile, text_column: str) -> Iterator[pq.ParquetFile]:
-    """Raises SourceInvalid for another text column, and for what pyarrow cannot read, also within the block."""
+    """Open the file. Raises SourceInvalid for a wrong text column and for pyarrow's errors, also inside the block."""
     source = open_source(file)
     try:
         with pq.ParquetFile(source) as parquet:
@@ -91,19 +91,19 @@ def _check_no_null(chunks: list[pq.ColumnChunkMetaData], place: str, text_column
         if chunk.statistics is not None and chunk.statistics.null_count:
             raise SourceInvalid(
                 f"{place}: column {text_column!r} should hold text in every row, found {chunk.statistics.null_count} "
-                f"null in row group {group}. Delete those rows, or skip them: --set data.on_bad_document=skip"
+                f"nulls in row group {group}. Delete those rows, or skip them: --set data.on_bad_document=skip"
             )
 
 
 def _text_chunks(footer: pq.FileMetaData, text_column: str) -> list[pq.ColumnChunkMetaData]:
-    """The text column's part of each row group. Its index is not the schema's: a nested column has several leaves."""
+    """The text column's chunk of each row group, by its path: nested columns shift the schema's indices."""
     groups = (footer.row_group(group) for group in range(footer.num_row_groups))
     chunks = (group.column(leaf) for group in groups for leaf in range(group.num_columns))
     return [chunk for chunk in chunks if chunk.path_in_schema == text_column]
 
 
 def _counted(parquet: pq.ParquetFile) -> np.ndarray | None:
-    """Tokens of each row by the `token_count` column; None if it is missing, not of integers, or has a null."""
+    """Tokens of each row from the `token_count` column; None if it is missing, not of integers, or has a null."""
     schema = parquet.schema_arrow
     if COUNT_COLUMN not in schema.names or not pa.types.is_integer(schema.field(COUNT_COLUMN).type):
         return None

@@ -1,4 +1,4 @@
-"""Opens a source file wherever it is stored: on this host, in a bucket or on the Hub. Knows no format."""
+"""Opens a source file on this host, in a bucket or on the Hub. Independent of the format."""
 
 import io
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from storage.sources.files import SourceFile
 COUNT_COLUMN = "token_count"  # the column with the gpt2 tokens of each document, where a dataset has one
 DUMP, ID, URL = "dump", "id", "url"  # columns with a document's crawl, its name, and where it was published
 BYTES_PER_TOKEN = 4  # English web text has about 4.4; with 4, estimated shards stay just below their limit
-MOST_TOKENS = 1 << 31  # the largest token_count believed; a larger one is bad data and would overflow sums
+MOST_TOKENS = 1 << 31  # the largest token_count accepted; a larger value is bad data and would overflow sums
 EOT_TOKENS = 1  # each document costs one more token than its text
 
 

@@ -1,4 +1,4 @@
-"""A store in a plain folder: each object is the file at its key. Knows no dataset and no run.
+"""A store in a plain folder: each object is the file at its key. Independent of datasets and runs.
 
 A new object is first written to `.store/tmp`, synced and then hard-linked to its key. `link` fails if the name exists,
 so exactly one of several racing writers wins, and a killed process leaves at most a file in `.store/tmp`.
@@ -107,7 +107,7 @@ class FolderStore(Store):
     def local_path(self, key: str) -> Path:
         return self._folder / keys.check_key(key)
 
-    def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # a bucket needs it
+    def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # only a bucket needs it
         return self.local_path(key).as_uri()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Opens a store by its URL and checks its layout version. Knows no dataset and no run."""
+"""Opens a store by its URL and checks its layout version. Independent of datasets and runs."""
 
 import json
 import re
@@ -15,10 +15,10 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
-    """A store of a supported layout at `url`: a folder (`./data` or `file:///…`) or `s3://bucket/prefix`.
+    """Open the store at `url`: a folder (`./data` or `file:///…`) or `s3://bucket/prefix`.
 
     `s3+http://` permits a plain http endpoint on another host. Raises ObjectMissing if the store does not exist,
-    unless `create` is set. Raises StoreUnusable for an invalid place and for a newer layout.
+    unless `create` is set. Raises StoreUnusable for an invalid URL and for a newer layout.
     """
     store = _store_at(url)
     try:

@@ -1,4 +1,4 @@
-"""Retries of requests: exponential backoff with jitter, and a deadline. Knows no server."""
+"""Retries of requests: exponential backoff with jitter, and a deadline. Independent of the server."""
 
 import random
 import time
@@ -10,7 +10,7 @@ MAX_WAIT_SECONDS = 10.0
 
 
 class Transient(Exception):
-    """A response that a retry may improve: incomplete, damaged or superseded."""
+    """A failure that a retry may fix: an incomplete, damaged or outdated response."""
 
 
 class Backoff:
@@ -33,7 +33,7 @@ class Backoff:
             self.tries, self._last_progress, self._received_bytes = 0, now, received_bytes
         retry_after_seconds = min(retry_after_seconds, self._max_retry_after_seconds)
         max_wait_seconds = min(FIRST_WAIT_SECONDS * 2**self.tries, MAX_WAIT_SECONDS)
-        jittered_seconds = random.uniform(0, max_wait_seconds)  # noqa: S311  # spreads retries, keeps no secret
+        jittered_seconds = random.uniform(0, max_wait_seconds)  # noqa: S311  # jitter needs no secure generator
         wait_seconds = max(jittered_seconds, retry_after_seconds)
         deadline_seconds = max(RETRY_SECONDS, retry_after_seconds + 1) if retry_after_seconds else RETRY_SECONDS
         self.tries += 1

@@ -1,6 +1,6 @@
-"""A store in an S3 bucket: MinIO, SeaweedFS, AWS and compatible servers. Knows no dataset and no run.
+"""A store in an S3 bucket: MinIO, SeaweedFS, AWS and compatible servers. Independent of datasets and runs.
 
-Every put carries its SHA-256 and a condition. Every body is hashed while it streams, and resumed if it is cut.
+Every put carries its SHA-256 and a condition. Every body is hashed while it streams, and resumed if a connection drops.
 A write whose response was lost is recognised by reading the object back: writers that must differ store a commit_id.
 """
 
@@ -52,7 +52,7 @@ class S3Store(Store):
                 return Object(received.body, received.etag, digest)
         raise ObjectCorrupt(
             f"object {key!r} of store {self.url!r}: its bytes have sha256 {digest}, the store recorded "
-            f"{received.stored_sha256}. It is damaged in the store: delete it, then run the command that made it again."
+            f"{received.stored_sha256}. The object is damaged: delete it, then repeat the command that wrote it."
         )
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
@@ -77,7 +77,7 @@ class S3Store(Store):
 
     def list(self, prefix: str) -> Iterator[Stat]:
         if prefix and not self._foreign and not keys.is_key(prefix.removesuffix("/")):
-            return  # MinIO refuses such a prefix, SeaweedFS reads it as another one
+            return  # MinIO refuses such a prefix, SeaweedFS reads it as another prefix
         for entry in self._listed(f"list {prefix!r}", "list_objects_v2", "Contents", prefix):
             key = entry["Key"].removeprefix(self._prefix)
             if self._foreign or keys.is_key(key):  # other programs may keep their own objects in the bucket
@@ -172,7 +172,7 @@ class S3Store(Store):
         return None
 
     def _check_conditions(self) -> str:
-        """Refuse a server that ignores conditions; return the name that it gives itself, and its endpoint."""
+        """Refuse a server that ignores conditions; return the server's own name and its endpoint."""
         response = with_retries(self.url, "reach the bucket", partial(own_client().head_bucket, Bucket=self._bucket))
         name = response["ResponseMetadata"]["HTTPHeaders"].get("server", "an unnamed server")
         server = f"{name} at {self._endpoint}"

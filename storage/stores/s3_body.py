@@ -1,7 +1,7 @@
-"""An S3 response body: hashed while it streams, resumed where the connection dropped. Knows no key and no retry.
+"""An S3 response body: hashed while it streams, resumed where the connection dropped. Does not retry.
 
-boto3 neither retries nor verifies the reading of a body. A first response of ordinary size is read at once, which is
-fastest. Later and larger ones are read in pieces, which survive a dropped connection.
+boto3 neither retries nor verifies body reads. A first response of ordinary size is read at once, which is
+fastest. Later and larger responses are read in pieces, which survive a dropped connection.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class ResumableBody:
         self.received_bytes = self._size_bytes = 0
 
     def _request_parameters(self) -> dict[str, str]:
-        """Everything, or the missing bytes of the same object."""
+        """Parameters for the whole body, or for the missing bytes of the same object."""
         start = self._start or 0
         if self.received_bytes:
             byte_range = f"bytes={start + self.received_bytes}-{start + self._size_bytes - 1}"
@@ -67,7 +67,7 @@ class ResumableBody:
             if self._in_pieces or self._size_bytes > AT_ONCE_BYTES:
                 self._read_pieces(stream)
             else:
-                self._in_pieces = True  # from the next response on, if this one is cut
+                self._in_pieces = True  # from the next response on, if this connection drops
                 self.body = stream.read()
                 self.hasher.update(self.body)
         return self
@@ -79,7 +79,7 @@ class ResumableBody:
         while self.received_bytes < self._size_bytes:
             count = stream.readinto(view[self.received_bytes : self.received_bytes + PIECE_BYTES])
             if not count:
-                raise Transient(f"the body was cut after {self.received_bytes:,} of {self._size_bytes:,} bytes")
+                raise Transient(f"the connection dropped after {self.received_bytes:,} of {self._size_bytes:,} bytes")
             self.hasher.update(view[self.received_bytes : self.received_bytes + count])
             self.received_bytes += count
 
@@ -93,5 +93,5 @@ def stored_sha256(response: Any) -> str | None:
 
 
 def base64_sha256(body: Body) -> str:
-    """The sha256 in the form of S3 headers."""
+    """The sha256 in base64, the form of S3 headers."""
     return b64encode(hashlib.sha256(body).digest()).decode()

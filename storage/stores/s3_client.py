@@ -1,8 +1,8 @@
-"""The connection to an S3 server: client settings, retries, error messages. Knows no object.
+"""The connection to an S3 server: client settings, retries, error messages.
 
 Endpoint, region and credentials come only from the standard `AWS_*` variables and files. boto3's own retries are off:
 they hide that a write was sent twice, ignore Retry-After and have no limit on their total time.
-Its transfer manager is never used, because its CRT client ignores the endpoint.
+boto3's transfer manager is never used, because its CRT client ignores the endpoint.
 """
 
 import logging
@@ -63,8 +63,8 @@ def client(_process_id: int) -> Any:
             read_timeout=READ_SECONDS,
             tcp_keepalive=True,
             max_pool_connections=CONNECTIONS,
-            request_checksum_calculation="when_required",  # every put brings its SHA-256, so no trailer is sent
-            response_checksum_validation="when_required",  # every read is hashed by us, so no second checksum
+            request_checksum_calculation="when_required",  # every put carries its SHA-256, so no trailer is sent
+            response_checksum_validation="when_required",  # `s3_body` hashes every read, so no second checksum
             user_agent_extra="gpt2-pipeline",
         ),
     )
@@ -102,7 +102,7 @@ def with_retries(
 ) -> Result:
     """The result of `request`, retried after time-outs, resets, 429 and 5xx until RETRY_SECONDS pass without progress.
 
-    More `received_bytes` are progress. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
+    An increase of `received_bytes` counts as progress. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
     """
     backoff = retries.Backoff(retries.MAX_WAIT_SECONDS)
     what = f"store {url!r}: {action}"
@@ -114,7 +114,7 @@ def with_retries(
             if not backoff.wait(retry_after_seconds, received_bytes()):
                 raise StoreUnavailable(
                     f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {error}. "
-                    f"Check that the server runs and that AWS_ENDPOINT_URL names it, then run the same command again."
+                    f"Check that the server runs and AWS_ENDPOINT_URL is its address, then run the same command again."
                 ) from error
             if backoff.tries == WARN_AFTER_TRIES:
                 log.warning("%s: %s; retrying for up to %.0f s", what, error, retries.RETRY_SECONDS)

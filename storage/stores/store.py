@@ -1,4 +1,4 @@
-"""The interface of a store: objects at keys. Knows no dataset, no run and no kind of store.
+"""The interface of a store: objects at keys. Independent of datasets, runs and kinds of store.
 
 Every write is atomic: afterwards the key holds either all of the new bytes or what it held before.
 """
@@ -27,7 +27,7 @@ class Object(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """What a store knows of an object without reading it."""
+    """The metadata of an object."""
 
     key: str
     size: int  # bytes
@@ -38,12 +38,12 @@ class Stat(NamedTuple):
 class Capabilities(NamedTuple):
     """The result of a probe."""
 
-    server: str  # the name that the server gives itself, and its endpoint
+    server: str  # the server's own name, and its endpoint
     refuses_damaged: bool  # whether it rejects a body that was damaged in transit
 
 
 class Store(Protocol):
-    """What every kind of store does; `tests/storage/stores/test_store.py` is the contract."""
+    """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract."""
 
     url: str
 
@@ -82,7 +82,7 @@ class Store(Protocol):
         """The object's file, if the store keeps its objects as files on this host."""
 
     def link(self, key: str, endpoint: str = "") -> str:
-        """A URL that lets a browser read this object alone for LINK_SECONDS, in a bucket by way of `endpoint`."""
+        """A URL with which a browser can read only this object, for LINK_SECONDS; in a bucket, through `endpoint`."""
 
 
 def check_conditions(store: Store, server: str) -> None:
@@ -111,7 +111,7 @@ def check_size(name: str, size_bytes: int, limit_bytes: int) -> None:
     if size_bytes > limit_bytes:
         raise ObjectCorrupt(
             f"{name} has {size_bytes:,} bytes, at most {limit_bytes:,} were expected. "
-            f"Delete it, then run the command that made it again."
+            f"Delete it, then repeat the command that wrote it."
         )
 
 
@@ -149,6 +149,6 @@ def overwrite(store: Store, key: str, body: Body) -> None:
         etag = None
         with suppress(ObjectMissing):
             etag = store.read(key).etag
-        with suppress(Conflict):  # another writer came in between
+        with suppress(Conflict):  # another writer was faster
             store.swap(key, body, etag)
             return

@@ -23,10 +23,10 @@ from tests.model.training_runs import SHORT, STEPS, House, copy_checkpoints, eve
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.layers=2", ("model.layers is 1, asked for 2",)),
-        ("train.learning_rate=2e-2", ("train.learning_rate is 0.01, asked for 0.02",)),
-        ("train.seed=5", ("seed is 1337, asked for 5",)),
-        ("data.dataset=other", ("dataset is 'small', asked for 'other'", "manifest is")),
+        ("model.layers=2", ("model.layers is 1, not 2",)),
+        ("train.learning_rate=2e-2", ("train.learning_rate is 0.01, not 0.02",)),
+        ("train.seed=5", ("seed is 1337, not 5",)),
+        ("data.dataset=other", ("dataset is 'small', not 'other'", "manifest is")),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(
