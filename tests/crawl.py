@@ -1,6 +1,6 @@
-"""Source files as a crawl publishes them (id, url, dump, score), and what a dataset must hold of them.
+"""Source files with the columns of a crawl (id, url, dump, score), and the expected contents of their dataset.
 
-What is expected is found from the rows alone, in plain Python: it shares nothing with plans, records and shards.
+The expectation is computed from the rows in plain Python. It shares no code with plans, records and shards.
 """
 
 import json
@@ -29,11 +29,11 @@ FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 GOOD, LONG = (f'data.filters=["{text}"]' for text in FILTERS)
 SKIPPING = "data.on_bad_document=skip"
-BARE = "data.text_column=body"  # of a file that has no other column
+BARE = "data.text_column=body"  # for files that have no other column
 
 
 class Kept(NamedTuple):
-    """A row that counts: its source file's name, its number there, and its columns."""
+    """A row that passes the filters: its source file's name, its row number, and its columns."""
 
     source: str
     row: int
@@ -41,7 +41,7 @@ class Kept(NamedTuple):
 
     @property
     def text(self) -> Any:
-        """The document, or what stands there instead."""
+        """The document, or None for a bad row."""
         return self.columns["body" if "body" in self.columns else "text"]
 
     @property
@@ -51,11 +51,11 @@ class Kept(NamedTuple):
 
 
 def crawled(file: int, number: int, *, bad: bool = False) -> dict[str, Any]:
-    """A row: no two hold the same text, lengths spread over several powers of two, when `bad` some hold none."""
-    words = [WORDS[(file + number * 7 + place * place) % len(WORDS)] for place in range(1 + number * 37 % 120)]
+    """A row. Texts differ and their lengths span several powers of two; with `bad`, some rows have no text."""
+    chosen = [WORDS[(file + number * 7 + place * place) % len(WORDS)] for place in range(1 + number * 37 % 120)]
     return {
         "id": f"<urn:{file}:{number}>",
-        "text": None if bad and number % 9 == 4 else f"Page {number} of {file}: żółć " + " ".join(words),
+        "text": None if bad and number % 9 == 4 else f"Page {number} of {file}: żółć " + " ".join(chosen),
         "url": f"https://example.org/{file}/{number}",
         "dump": DUMPS[number % len(DUMPS)],
         "int_score": number % 7,
@@ -63,7 +63,7 @@ def crawled(file: int, number: int, *, bad: bool = False) -> dict[str, Any]:
 
 
 def write_crawl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """The rows as a parquet file of several row groups, or as JSON lines with blank lines between."""
+    """Write the rows as parquet with several row groups, or as JSON lines with blank lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
@@ -73,7 +73,7 @@ def write_crawl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 class Crawl:
-    """Some source files with their rows, the configuration of a dataset of them, and its store."""
+    """Source files with their rows, and the configuration and store of their dataset."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Crawl:
             self.write(f"{name}.{kind}", [{"body": row["text"]} for row in rows] if BARE in settings else rows)
 
     def write(self, name: str, rows: list[dict[str, Any]] | None) -> None:
-        """Let the file hold these rows; None: let it be gone."""
+        """Write the file with these rows; None deletes it."""
         if rows is None:
             del self.rows[name]
             (self.source / name).unlink()
@@ -102,20 +102,20 @@ class Crawl:
             write_crawl(self.source / name, rows)
 
     def build(self) -> Manifest:
-        """Make what is missing and seal the dataset."""
+        """Build the missing shards and seal the dataset."""
         data = self.config.data
         listing, _ = list_source(self.store, data.source, data.config, data.revision, "train")
         return building.build_dataset(self.store, data.spec(tokenizer.identity()), listing, tokenizer.encode)
 
     def kept(self) -> list[Kept]:
         """The documents that the dataset must hold, in order."""
-        return [one for one in self._counting() if one.text is not None]
+        return [row for row in self._filtered() if row.text is not None]
 
     def skipped(self) -> list[Kept]:
-        """The rows that count and hold no text."""
-        return [one for one in self._counting() if one.text is None]
+        """The rows that pass the filters and have no text."""
+        return [row for row in self._filtered() if row.text is None]
 
-    def _counting(self) -> list[Kept]:
+    def _filtered(self) -> list[Kept]:
         filters = [FILTERS[text] for text in self.config.data.filters]
         return [
             Kept(Path(name).name, number, row)
@@ -125,12 +125,12 @@ class Crawl:
         ]
 
     def shard_documents(self, manifest: Manifest) -> dict[str, list[Kept]]:
-        """The documents of each shard of a first version: the manifest says only how many."""
-        kept, found = iter(self.kept()), {}
-        for row in manifest.rows():
-            found[row.shard_id] = [next(kept) for _ in range(row.documents)]
+        """The documents of each shard of a first version. The manifest gives only their number."""
+        kept, documents = iter(self.kept()), {}
+        for shard in manifest.rows():
+            documents[shard.shard_id] = [next(kept) for _ in range(shard.documents)]
         assert next(kept, None) is None
-        return found
+        return documents
 
     def ids(self, manifest: Manifest, split: str) -> np.ndarray:
         """The tokens of a split in order, read from the files of its shards."""

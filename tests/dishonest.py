@@ -42,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def handle(self) -> None:
-        with suppress(OSError):  # a client that does not trust our certificate disconnects
+        with suppress(OSError):  # a client that distrusts the certificate disconnects
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.ports import free_port
+
 Fault = Literal[
     "429",  # too many requests
     "429 later",  # with Retry-After: 1
@@ -30,9 +32,7 @@ Fault = Literal[
     "whole",  # the range is ignored
     "hang",  # half of the body, then nothing until `release`
 ]
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    PORT: int = probe.getsockname()[1]
+PORT = free_port()
 ENDPOINT = f"http://127.0.0.1:{PORT}"
 PAGE_ENTRIES = 3  # of a listing; with the real 1,000 no test would need a second page
 TOKEN = "hf_" + "x" * 34  # the tests' access token
@@ -100,7 +100,7 @@ class Hub:
         self.repositories[name] = repository
         return repository
 
-    def spoil(self, path: str, *faults: Fault) -> None:
+    def inject(self, path: str, *faults: Fault) -> None:
         """Inject one fault each into the next requests whose path matches the pattern."""
         self.faults += [(path, fault) for fault in faults]
 

@@ -1,7 +1,6 @@
-"""The expected leaks: words by a regular expression, every document compared with every other.
+"""The expected leaks: words by regular expression, and every document compared with every other.
 
-Shares nothing with the code under test: no digests, hashes, plans or records. A version's documents are its shards,
-decoded.
+Shares no code with the leak search: no digests, hashes, plans or records. The documents are decoded from the shards.
 """
 
 import random
@@ -17,11 +16,11 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 Words = tuple[bytes, ...]
-RUN = 13
+NGRAM_WORDS = 13
 
 
 class Document(NamedTuple):
-    """One document of a version: its split, its place, its text, and the words that it is compared by."""
+    """A document of a version: its split, shard, number and text, and the words by which it is compared."""
 
     split: str
     shard_id: str
@@ -31,7 +30,7 @@ class Document(NamedTuple):
 
     @property
     def name(self) -> tuple[str, int]:
-        """Shard and number."""
+        """The document's shard and number."""
         return self.shard_id, self.number
 
 
@@ -39,23 +38,23 @@ def words_of(text: bytes) -> Words:
     return tuple(re.findall(rb"[0-9a-z\x80-\xff]+", text.lower()))
 
 
-def runs_of(words: Words) -> set[Words]:
-    """Every run of 13 words."""
-    return {words[place : place + RUN] for place in range(len(words) - RUN + 1)}
+def ngrams_of(words: Words) -> set[Words]:
+    """Every n-gram of 13 words."""
+    return {words[place : place + NGRAM_WORDS] for place in range(len(words) - NGRAM_WORDS + 1)}
 
 
 def story(number: int, words: int = 30) -> str:
-    """A text, the same in every process, that shares no run of words with that of another number."""
+    """A deterministic text that shares no n-gram with the text of another number."""
     drawn = random.Random(number)
     return f"Story {number}: " + " ".join(f"w{drawn.randrange(2_000)}" for _ in range(words)) + "."
 
 
-def shouted(text: str) -> str:
-    """The same words with other case, spaces and punctuation."""
+def restyled(text: str) -> str:
+    """The same words with different case, spaces and punctuation."""
     return '"' + text.upper().replace(" ", " \n--  ").replace(":", ";") + '!"'
 
 
-def one_word_other(text: str) -> str:
+def reworded(text: str) -> str:
     first, _, rest = text.rpartition(" ")
     return f"{first} other{rest}"
 
@@ -73,14 +72,14 @@ def documents(store: Store, dataset: str, manifest: Manifest) -> list[Document]:
 
 
 def repeats_of(all_documents: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
-    """Documents of train that repeat an earlier one of train, each with the first of them."""
+    """Train documents that repeat an earlier train document, each with the first such document."""
     train = [document for document in all_documents if document.split == "train" and document.words]
     firsts = {document.name: next(other for other in train if other.words == document.words) for document in train}
     return {name: first.name for name, first in firsts.items() if first.name != name}
 
 
 def leaks_of(all_documents: list[Document]) -> dict[tuple[str, int], tuple[str, int]]:
-    """Documents of val that are also in train, each with the first of train that it equals."""
+    """Val documents that are also in train, each with the first equal train document."""
     train = [document for document in all_documents if document.split == "train"]
     pairs = {
         document.name: next((other for other in train if other.words == document.words), None)

@@ -1,4 +1,4 @@
-"""What tests are made of: texts, source files, a tiny configuration, a dataset built without Prefect."""
+"""Builders of test inputs: texts, source files, a tiny configuration, and a dataset built without Prefect."""
 
 import json
 from functools import cache
@@ -36,7 +36,7 @@ def write_parquet(path: Path, texts: list[str], *, counted: bool = True, row_gro
 
 
 def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
-    """A run that trains in a second: 12 steps of 256 tokens, a checkpoint every 4."""
+    """A run that trains in a second: 12 steps of 256 tokens, a checkpoint every 4 steps."""
     settings = [
         f"store_url={store_url}", f"data.source={source}", "name=tiny", "data.dataset=small",
         "data.shard_tokens=1000", "data.val_shards=2",
@@ -50,7 +50,7 @@ def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
 
 
 def build_dataset(config: RunConfig) -> Manifest:
-    """What `gpt2 dataset build` leaves, without its seconds of Prefect."""
+    """Build and seal the dataset as `gpt2 dataset build` does, without Prefect."""
     store, data = open_store(config.store_url, create=True), config.data
     listing, _ = list_source(store, data.source, data.config, data.revision, "train")
     return building.build_dataset(store, data.spec(tokenizer.identity()), listing, tokenizer.encode)
@@ -58,12 +58,12 @@ def build_dataset(config: RunConfig) -> Manifest:
 
 @cache
 def published() -> tiktoken.Encoding:
-    """gpt2 with the pattern that tiktoken publishes: what this project's encoding is compared with."""
+    """tiktoken's own gpt2 encoding: the reference for this project's encoding."""
     specials = {"<|endoftext|>": tokenizer.EOT}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=tokenizer.ranks(), special_tokens=specials)
 
 
-def words(config: RunConfig) -> list[str]:
-    """The settings as they are written after --set."""
+def settings_of(config: RunConfig) -> list[str]:
+    """The store and data settings as arguments of --set."""
     data = config.data.model_dump(mode="json", exclude={"mirror", "revision"})
     return [f"store_url={config.store_url}", *(f"data.{name}={json.dumps(value)}" for name, value in data.items())]

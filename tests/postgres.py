@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from model.processes.parent import end_with_parent
-from tests.flows.client import poll
-from tests.servers import ROOT, START_SECONDS, free_port
+from tests.polling import poll
+from tests.ports import free_port
+from tests.servers import ROOT, START_SECONDS
 
 USER = "prefect"  # in the database, not on this host
-UNSAFE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}  # no data outlives a test
+UNSAFE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}  # the data are deleted after the test
 
 
 @dataclass
@@ -95,4 +96,4 @@ if __name__ == "__main__":
         os.setgid(entry.pw_gid)
         os.setuid(entry.pw_uid)
     end_with_parent(int(sys.argv[1]), signal.SIGQUIT)  # after setuid, which clears PDEATHSIG
-    os.execv(sys.argv[3], sys.argv[3:])  # noqa: S606  # a command of ours
+    os.execv(sys.argv[3], sys.argv[3:])  # noqa: S606  # argv comes from `_start`

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def matching(condition: Callable[[Path], bool]) -> list[int]:
-    """The processes whose folder in /proc satisfies the condition, except those that end meanwhile."""
+    """The processes whose folder in /proc satisfies the condition; processes that end meanwhile are skipped."""
     pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -24,7 +24,7 @@ def with_arguments(*arguments: str) -> list[int]:
 
 
 def parent(folder: Path) -> int:
-    """The parent of the process with that folder in /proc."""
+    """The parent of the process with this folder in /proc."""
     return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -33,7 +33,7 @@ def children(pid: int) -> list[int]:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all its descendants, also those in other sessions."""
+    """The process and all its descendants, in any session."""
     members = [pid]
     for known in members:
         members += children(known)

@@ -44,7 +44,7 @@ Plan = Callable[[Request], Fault | None]
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Forwards to `server`. `plan` chooses each request's fault, `seen` has all requests, `spoilt` all faults."""
+    """Forwards to `server`. `plan` chooses each request's fault; `requests` and `injected` record both."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -53,8 +53,8 @@ class Proxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(server)
         self.plan = plan
-        self.seen: list[Request] = []
-        self.spoilt: list[Fault] = []
+        self.requests: list[Request] = []
+        self.injected: list[Fault] = []
         self.ended = threading.Event()
         self._lock = threading.Lock()
 
@@ -64,10 +64,10 @@ class Proxy(socketserver.ThreadingTCPServer):
 
     def choose_fault(self, method: str, path: str, headers: dict[str, str]) -> Fault | None:
         with self._lock:
-            request = Request(len(self.seen), method, path, headers)
-            self.seen.append(request)
+            request = Request(len(self.requests), method, path, headers)
+            self.requests.append(request)
             if (fault := self.plan(request)) is not None:
-                self.spoilt.append(fault)
+                self.injected.append(fault)
             return fault
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -75,7 +75,7 @@ class Proxy(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def spoiling(server: str, plan: Plan) -> Iterator[Proxy]:
+def running_proxy(server: str, plan: Plan) -> Iterator[Proxy]:
     """A running proxy in front of the server."""
     with Proxy(server, plan) as proxy:
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -132,9 +132,9 @@ class _Handler(socketserver.StreamRequestHandler):
             return b"".join(iter(lambda: upstream.recv(1 << 20), b""))
 
     def _refuse(self, fault: str) -> None:
-        body = f"<Error><Code>{ERROR_CODES[fault]}</Code><Message>spoilt</Message></Error>".encode()
+        body = f"<Error><Code>{ERROR_CODES[fault]}</Code><Message>injected</Message></Error>".encode()
         later = "Retry-After: 1\r\n" if fault == "503 later" else ""
-        head = f"HTTP/1.1 {fault[:3]} Spoilt\r\nContent-Length: {len(body)}\r\n{later}Connection: close\r\n\r\n"
+        head = f"HTTP/1.1 {fault[:3]} Injected\r\nContent-Length: {len(body)}\r\n{later}Connection: close\r\n\r\n"
         self.wfile.write(head.encode() + body)
 
     def _reset(self) -> None:

@@ -1,8 +1,8 @@
-"""The compose stack rehearsed, by hand, where Docker is: up from nothing, one click, every service killed, down.
+"""A manual rehearsal of the compose stack, with Docker: start it, start a run, kill every service, remove it.
 
 python tests/rehearse_stack.py [--compose "docker compose"] [--steps 600]
 
-Takes about ten minutes and prints what it saw; an assertion that fails leaves the stack as it is, to be looked at.
+Takes about ten minutes and prints each step. After a failed assertion the stack stays up for inspection.
 """
 
 import argparse
@@ -18,47 +18,47 @@ import yaml
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from tests.flows.client import poll
+from tests.polling import poll
 
 ROOT = Path(__file__).parent.parent
 API = "http://127.0.0.1:4200/api"
 S3 = "http://127.0.0.1:9000"
-# Whose main process is killed, one after the other: the trainer after the server, whose new one must still act on that.
-TURN = ("server", "train", "postgres", "s3", "data")
-GAP_SECONDS = 45.0  # between two kills: all that was killed is up again
+# The services to kill, in this order. The trainer follows the server: the restarted server must still notice its death.
+KILL_ORDER = ("server", "train", "postgres", "s3", "data")
+GAP_SECONDS = 45.0  # between two kills, so that the killed service is up again
 BUCKET = "gpt2"
 
 
 class Stack:
-    """The stack as its user has it: the compose command, the password, the API."""
+    """The running stack: its compose command, secrets and API."""
 
     def __init__(self, compose: str) -> None:
-        self._words = shlex.split(compose)
+        self._command = shlex.split(compose)
         self.began = time.monotonic()
 
-    def say(self, *what: object) -> None:
-        print(f"{time.monotonic() - self.began:6.0f} s ", *what, flush=True)
+    def log(self, *values: object) -> None:
+        print(f"{time.monotonic() - self.began:6.0f} s ", *values, flush=True)
 
-    def compose(self, *words: str) -> str:
-        done = subprocess.run([*self._words, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def compose(self, *argv: str) -> str:
+        ended = subprocess.run([*self._command, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
 
     def secret(self, name: str) -> str:
         return (ROOT / ".secrets" / name).read_text()
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """The API's answer; a server that is being killed is asked again."""
+    def call_api(self, method: str, path: str, body: Any = None) -> Any:
+        """The API's response. Repeats the request while the server is down."""
         user, _, password = self.secret("prefect").partition(":")
 
-        def answered() -> httpx.Response | None:
+        def response_or_none() -> httpx.Response | None:
             try:
                 answer = httpx.request(method, f"{API}{path}", json=body, auth=(user, password), timeout=30)
             except httpx.HTTPError:
                 return None
             return answer if answer.status_code < 500 else None
 
-        answer = poll(answered, 120, every_seconds=1)
+        answer = poll(response_or_none, 120, every_seconds=1)
         answer.raise_for_status()
         return answer.json()
 
@@ -72,43 +72,43 @@ class Stack:
 
     def click(self, name: str, steps: int) -> str:
         """Start the deployment `demo` under a run's name. Returns the flow run's id."""
-        asked = {"deployments": {"name": {"any_": ["demo"]}}}
-        [deployment] = self.ask("POST", "/deployments/filter", asked)
+        query = {"deployments": {"name": {"any_": ["demo"]}}}
+        [deployment] = self.call_api("POST", "/deployments/filter", query)
         config = deployment["parameters"]["config"]
         config["name"], config["train"]["max_steps"] = name, steps
         body = {"parameters": {"config": config}}
-        return str(self.ask("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
+        return str(self.call_api("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
 
     def kill(self, service: str) -> None:
-        """kill -9 of a service's main process: its restart policy brings it back, as after a crash."""
+        """kill -9 a service's main process. Its restart policy restarts it, as after a crash."""
         container = self.compose("ps", "--quiet", service).strip()
-        words = ["docker", "inspect", "--format", "{{.State.Pid}}", container]
-        pid = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        argv = ["docker", "inspect", "--format", "{{.State.Pid}}", container]
+        pid = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
         subprocess.run(["kill", "-9", pid], check=True)
-        self.say("killed", service)
+        self.log("killed", service)
 
-    def finish(self, flow_run: str, turn: list[str]) -> None:
-        """Wait until the run has completed, killing meanwhile one service after the other, while it runs."""
+    def finish(self, flow_run: str, services: list[str]) -> None:
+        """Wait until the run has completed, and kill the services one after the other while it runs."""
         killed_at, last = time.monotonic(), ""
 
         def completed() -> bool:
             nonlocal killed_at, last
-            state = self.ask("GET", f"/flow_runs/{flow_run}")["state"]
+            state = self.call_api("GET", f"/flow_runs/{flow_run}")["state"]
             if state["name"] != last:
-                self.say(flow_run, state["name"])
+                self.log(flow_run, state["name"])
                 last = state["name"]
             assert last not in ("Failed", "Cancelled"), state["message"]
-            if turn and last == "Running" and time.monotonic() - killed_at > GAP_SECONDS:
-                self.kill(turn.pop(0))
+            if services and last == "Running" and time.monotonic() - killed_at > GAP_SECONDS:
+                self.kill(services.pop(0))
                 killed_at = time.monotonic()
             return last == "Completed"
 
         poll(completed, 3_600, every_seconds=1)
-        assert not turn, f"the run was over before {turn} could be killed: give more --steps"
+        assert not services, f"the run ended before {services} could be killed: give more --steps"
 
 
 def refused(client: Any, key: str) -> bool:
-    """Whether this identity may not write this object."""
+    """Whether the server refuses this identity's write of the object."""
     try:
         client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
     except ClientError as error:
@@ -119,30 +119,30 @@ def refused(client: Any, key: str) -> bool:
 def shards(stack: Stack) -> dict[str, Any]:
     """When each shard was written."""
     listed = stack.bucket("pipeline").list_objects_v2(Bucket=BUCKET, Prefix="datasets/python-docs/shards/")
-    return {found["Key"]: found["LastModified"] for found in listed["Contents"]}
+    return {entry["Key"]: entry["LastModified"] for entry in listed["Contents"]}
 
 
 def main() -> None:
-    """Rehearse."""
+    """Run the rehearsal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compose", default="docker compose", help="how compose is called here")
-    parser.add_argument("--up", default="", help="how the stack is brought up, where another way than `up --wait`")
-    parser.add_argument("--steps", type=int, default=600, help="of the training, during which services are killed")
-    asked = parser.parse_args()
-    stack = Stack(asked.compose)
-    up = shlex.split(asked.up) or [*shlex.split(asked.compose), "up", "--wait"]
+    parser.add_argument("--compose", default="docker compose", help="the compose command on this host")
+    parser.add_argument("--up", default="", help="the command that starts the stack, if not `up --wait`")
+    parser.add_argument("--steps", type=int, default=600, help="training steps, during which services are killed")
+    options = parser.parse_args()
+    stack = Stack(options.compose)
+    up = shlex.split(options.up) or [*shlex.split(options.compose), "up", "--wait"]
 
     subprocess.run(["make", "env"], cwd=ROOT, check=True)
     subprocess.run(up, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    stack.say("up and healthy")
-    shown = stack.compose("config")
-    assert not [path.name for path in (ROOT / ".secrets").iterdir() if path.read_text().strip() in shown]
+    stack.log("up and healthy")
+    config = stack.compose("config")
+    assert not [path.name for path in (ROOT / ".secrets").iterdir() if path.read_text().strip() in config]
     assert httpx.post(f"{API}/flow_runs/filter", json={}).status_code == 401
     listening = subprocess.run(["ss", "-Hltn"], check=True, capture_output=True, text=True).stdout
     places = [line.split()[3] for line in listening.splitlines()]
     ours = {place for place in places if place.endswith((":4200", ":9000", ":9001", ":5432", ":8080"))}
     assert ours == {"127.0.0.1:4200", "127.0.0.1:9000", "127.0.0.1:9001"}
-    stack.say("`config` shows no secret, the API wants its password, nothing listens beyond 127.0.0.1")
+    stack.log("`config` shows no secret, the API requires its password, nothing listens beyond 127.0.0.1")
 
     trainer, pipeline = stack.bucket("trainer"), stack.bucket("pipeline")
     assert refused(trainer, "datasets/python-docs/shards/forged.bin")
@@ -152,26 +152,26 @@ def main() -> None:
     assert not refused(pipeline, "datasets/rehearsal/shards/x.bin")
     for key in ("runs/rehearsal/x", "datasets/rehearsal/shards/x.bin"):
         pipeline.delete_object(Bucket=BUCKET, Key=key)
-    stack.say("the trainer's identity is refused (403) where it has nothing to write")
+    stack.log("the trainer's identity is refused (403) outside its own prefix")
 
     name = f"rehearsal-{int(time.time())}"
-    stack.finish(stack.click(name, asked.steps), list(TURN))
-    made = shards(stack)
+    stack.finish(stack.click(name, options.steps), list(KILL_ORDER))
+    shards_before = shards(stack)
     stack.compose("rm", "--stop", "--force", "postgres", "server", "bootstrap", "data", "train")
     project = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["name"]
     subprocess.run(["docker", "volume", "rm", f"{project}_postgres"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(up, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    stack.say("up again with a new database")
-    again = time.monotonic()
-    stack.finish(stack.click(name, asked.steps), [])
-    assert shards(stack) == made
-    stack.say(f"the same run was found done in {time.monotonic() - again:.0f} s, no shard was written")
+    stack.log("up again with a new database")
+    restarted_at = time.monotonic()
+    stack.finish(stack.click(name, options.steps), [])
+    assert shards(stack) == shards_before
+    stack.log(f"the same run took {time.monotonic() - restarted_at:.0f} s: already done, no shard was written")
 
     stack.compose("down", "--volumes")
     for kind in ("ps --all --quiet", "volume ls --quiet", "network ls --quiet"):
-        words = ["docker", *kind.split(), "--filter", f"label=com.docker.compose.project={project}"]
-        assert not subprocess.run(words, check=True, capture_output=True, text=True).stdout, kind
-    stack.say("down, nothing is left")
+        argv = ["docker", *kind.split(), "--filter", f"label=com.docker.compose.project={project}"]
+        assert not subprocess.run(argv, check=True, capture_output=True, text=True).stdout, kind
+    stack.log("down, nothing is left")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real S3 servers as child processes: SeaweedFS from its wheel, MinIO if `make minio` built it."""
+"""Real S3 servers as child processes: SeaweedFS from its wheel, and MinIO if `make minio` has built it."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from urllib.request import urlopen
 
 import boto3
 from botocore.config import Config
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 BUCKET = "contract"
@@ -64,12 +66,6 @@ def start(kind: str, folder: Path) -> Server:
     client.create_bucket(Bucket=BUCKET)
     client.close()
     return server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _minio(folder: Path) -> Server:
@@ -125,7 +121,7 @@ def _started(argv: list[str], settings: dict[str, str], folder: Path, port: int,
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            with urlopen(f"{server.endpoint}/{page}", timeout=2):  # noqa: S310  # http, ours
+            with urlopen(f"{server.endpoint}/{page}", timeout=2):  # noqa: S310  # http on this host
                 return server
         except (URLError, OSError):
             if process.poll() is not None or time.monotonic() > deadline:

@@ -1,9 +1,9 @@
-"""Random faults between the pipeline and a real S3 server, over builds and trainings, until enough have happened.
+"""Random faults between the pipeline and a real S3 server, during builds and trainings.
 
     python tests/stress.py --faults 500 --server minio        (make stress)
 
-Each round builds a dataset and trains on it in a new store. Afterwards, read without the proxy, everything must be what
-an undisturbed folder store holds, and the number of requests must be bounded by the number of faults.
+Each round builds a dataset and trains on it in a new store. Afterwards the store, read without the proxy, must equal an
+undisturbed folder store, and the number of requests must be bounded by the number of faults.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from storage.stores.store import Store
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training_runs import final_weights, history
-from tests.proxy import Fault, Proxy, Request, spoiling
+from tests.proxy import Fault, Proxy, Request, running_proxy
 
 ANYWHERE: tuple[Fault, ...] = (
     "503", "503 later", "429", "500", "reset", "lost", "stall", "cut", "stall in body", "flip",
 )  # fmt: skip
 ON_PUTS: tuple[Fault, ...] = ("409", "flip up")
 RATE = 0.1
-REQUESTS_A_FAULT = 5  # the fault's own request again, a look at the key, a read-back, and a fault in one of these
-READ_SECONDS = 0.5  # in which a stalled answer is given up
+REQUESTS_A_FAULT = 5  # the retried request, a stat, a read-back, and a fault in one of these
+READ_SECONDS = 0.5  # after which a stalled response times out
 
 
 class Outcome(NamedTuple):
-    """What a round leaves, in bytes that two rounds can be compared by."""
+    """The results of a round, comparable with those of another."""
 
     manifest: str
     metrics: list[dict[str, object]]
@@ -54,58 +54,58 @@ class Outcome(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What happened."""
+    """The counts of a stress run."""
 
     rounds: int
     requests: int
-    calm_requests: int
+    undisturbed_requests: int
     faults: Counter[str]
 
 
 def stress(server: servers.Server, folder: Path, faults: int, seed: int) -> Figures:
-    """Run rounds until so many faults have happened. Fails when anything is lost, wrong or unbounded."""
+    """Run rounds until this many faults were injected. Fails when data are lost or wrong, or requests are unbounded."""
     chance = random.Random(seed)
     source = folder / "source"
     for index in range(2):
         write_parquet(source / f"file_{index}.parquet", [document(index * 40 + number) for number in range(40)])
-    expected = _round(str(folder / "calm"), source)
-    counting: list[int] = []
+    expected = _round(str(folder / "undisturbed"), source)
+    counted_requests: list[int] = []
 
     def plan(request: Request) -> Fault | None:
-        if len(counting) == 1 and chance.random() < RATE:
+        if len(counted_requests) == 1 and chance.random() < RATE:
             conditional = request.method == "PUT" and "if-none-match" in request.headers
             return chance.choice(ANYWHERE + ON_PUTS * conditional)
         return None
 
-    with spoiling(server.endpoint, plan) as proxy:
-        assert _on_server(server, proxy, folder, source, "calm") == expected
-        calm = len(proxy.seen)
-        counting.append(calm)
+    with running_proxy(server.endpoint, plan) as proxy:
+        assert _on_server(server, proxy, folder, source, "undisturbed") == expected
+        baseline = len(proxy.requests)
+        counted_requests.append(baseline)
         rounds = 0
-        while len(proxy.spoilt) < faults:
+        while len(proxy.injected) < faults:
             rounds += 1
             assert _on_server(server, proxy, folder, source, f"{seed}-{rounds}") == expected
-        requests, happened = len(proxy.seen) - calm, Counter(proxy.spoilt)
-    assert requests <= rounds * calm + REQUESTS_A_FAULT * happened.total(), (requests, calm, happened)
-    return Figures(rounds, requests, calm, happened)
+        requests, injected = len(proxy.requests) - baseline, Counter(proxy.injected)
+    assert requests <= rounds * baseline + REQUESTS_A_FAULT * injected.total(), (requests, baseline, injected)
+    return Figures(rounds, requests, baseline, injected)
 
 
 def _on_server(server: servers.Server, proxy: Proxy, folder: Path, source: Path, name: str) -> Outcome:
-    """One round through the proxy, with a cold cache, then everything proved without it."""
+    """Run one round through the proxy with a cold cache, then verify its store without the proxy."""
     shutil.rmtree(host_cache.FOLDER, ignore_errors=True)
     os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
     _forget_client()
     url = f"s3://{servers.BUCKET}/stress-{folder.name}-{name}"
-    found = _round(url, source)
+    outcome = _round(url, source)
     os.environ["AWS_ENDPOINT_URL_S3"] = server.endpoint
     _forget_client()
     store = open_store(url)
-    assert found == _outcome(store, build_dataset(tiny_config(url, f"{source}/*.parquet")))
-    return found
+    assert outcome == _outcome(store, build_dataset(tiny_config(url, f"{source}/*.parquet")))
+    return outcome
 
 
 def _round(url: str, source: Path) -> Outcome:
-    """Build the dataset, train on it, and say what came of it."""
+    """Build the dataset and train on it."""
     config = tiny_config(url, f"{source}/*.parquet")
     manifest = build_dataset(config)
     store = open_store(url)
@@ -126,25 +126,25 @@ def _forget_client() -> None:
 
 
 def main() -> None:
-    """Start a server, put it under stress, print the figures."""
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--faults", type=int, default=500)
-    asked.add_argument("--server", choices=["seaweedfs", "minio"], default="seaweedfs")
-    asked.add_argument("--seed", type=int, default=int(time.time()))
-    words = asked.parse_args()
+    """Run the stress test against a new server and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=500)
+    parser.add_argument("--server", choices=["seaweedfs", "minio"], default="seaweedfs")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
     s3_client.READ_SECONDS = READ_SECONDS
     with tempfile.TemporaryDirectory() as name:
         host_cache.FOLDER = Path(name) / "cache"
-        server = servers.start(words.server, Path(name) / "server")
+        server = servers.start(options.server, Path(name) / "server")
         os.environ |= server.environment
         try:
             started = time.monotonic()
-            found = stress(server, Path(name), words.faults, words.seed)
+            figures = stress(server, Path(name), options.faults, options.seed)
         finally:
             server.stop()
-    print(f"{words.server}, seed {words.seed}: {found.faults.total()} faults in {found.requests:,} requests of "
-          f"{found.rounds} rounds ({found.calm_requests} requests undisturbed), {time.monotonic() - started:.0f} s; "
-          f"nothing lost, nothing wrong: {dict(found.faults)}")  # fmt: skip
+    print(f"{options.server}, seed {options.seed}: {figures.faults.total()} faults in {figures.requests:,} requests of "
+          f"{figures.rounds} rounds ({figures.undisturbed_requests} undisturbed), {time.monotonic() - started:.0f} s; "
+          f"no data lost or wrong: {dict(figures.faults)}")  # fmt: skip
 
 
 if __name__ == "__main__":

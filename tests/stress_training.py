@@ -1,10 +1,10 @@
-"""One training of two ranks over a real S3 server, killed a hundred times, and the proof that nothing of it is lost.
+"""One training of two ranks over a real S3 server that survives a hundred SIGKILLs without loss.
 
     python tests/stress_training.py --kills 100 --server seaweedfs        (make stress)
 
-Each SIGKILL has a target and a moment that are drawn, from the start of the processes to the n-th write of a save;
-afterwards the same command goes on. After every kill what the run is known by must be whole and no process be left; in
-the end all numbers, the weights and the optimizer's state must be those of a run that nobody has disturbed.
+The target and the moment of each SIGKILL are random, from the start of the processes to the n-th write of a save. Then
+the same command resumes the run. After every kill the stored run must be intact and no process may be left. In the end
+the metrics, the weights and the optimizer's state must equal those of an undisturbed run.
 """
 
 import argparse
@@ -35,25 +35,26 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
-from tests.model.training_runs import House, Training, history, processes_of, training, until
-from tests.proxy import Proxy, spoiling
+from tests.model.training_runs import StoredDataset, Training, history, processes_of, training
+from tests.polling import poll
+from tests.proxy import Proxy, running_proxy
 
 RANKS = 2
-RUN, CALM = "stressed", "undisturbed"
+RUN, UNDISTURBED = "stressed", "undisturbed"
 TARGETS = ("one rank", "all at once", "the launcher", "the upload")
-STARTING_SECONDS = 6.0  # in which the processes start on two cores
+STARTING_SECONDS = 6.0  # time to start the processes on two cores
 EVERY_STEPS = 5
 KEEP_LAST = 2
-FURTHER_STEPS = 3 * EVERY_STEPS  # which a process makes at most before it is killed
-STEPS_A_KILL = 2 * EVERY_STEPS  # and no more on average, or the run would end too early
-STARTING = 0.25  # of the kills come while the processes start
-WRITES = 5 + 3  # of a save: metrics, weights, optimizer, record, latest; and an old checkpoint's three objects go
-END_SECONDS = 60.0  # in which all processes of a job are gone after a kill of one
+FURTHER_STEPS = 3 * EVERY_STEPS  # at most, before a process is killed
+STEPS_A_KILL = 2 * EVERY_STEPS  # on average at most, or the run would end too early
+STARTING = 0.25  # share of the kills that hit while the processes start
+WRITES = 5 + 3  # of a save: metrics, weights, optimizer, record, latest; then an old checkpoint's three deletions
+END_SECONDS = 60.0  # until all processes of a job have ended after a kill of one
 REST_SECONDS = 1200.0
 
 
 class Figures(NamedTuple):
-    """What happened."""
+    """The counts of a stress run."""
 
     kills: Counter[str]
     cut_saves: int  # kills that left files of a checkpoint without its record
@@ -62,8 +63,8 @@ class Figures(NamedTuple):
     made_steps: int
 
 
-class Proof:
-    """What must hold after every kill; remembers the segments of metrics, which never change."""
+class Invariants:
+    """Checks what must hold after every kill. Caches the metrics segments, which never change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -73,15 +74,15 @@ class Proof:
         self.cut_saves = self.stale = 0
 
     def check(self) -> None:
-        """The newest checkpoint, and that which `latest` names, can be loaded, with all numbers up to it."""
-        there = checkpoints(self._store, RUN)
-        steps = [record.step for record in there]
-        assert (steps or [0])[-1] >= self.step, f"step {self.step} was saved, the newest is now of {steps}"
+        """The newest checkpoint and the one that `latest` names can be loaded, with all metrics up to it."""
+        records = checkpoints(self._store, RUN)
+        steps = [record.step for record in records]
+        assert (steps or [0])[-1] >= self.step, f"step {self.step} was saved, the checkpoints are now of steps {steps}"
         latest: dict[str, Any] | None = read_json(self._store, RunKeys(RUN).latest)  # type: ignore[assignment]
-        assert latest is not None or len(there) <= 1, f"no latest, but checkpoints of {steps}"
-        if there:
+        assert latest is not None or len(records) <= 1, f"no latest, but checkpoints of {steps}"
+        if records:
             self.step = steps[-1]
-            self._load(there[-1])
+            self._load(records[-1])
         if latest is not None and latest["step"] != self.step:
             self.stale += 1
             assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
@@ -89,10 +90,10 @@ class Proof:
         names = {
             listed.key.removeprefix(RunKeys(RUN).checkpoints) for listed in self._store.list(RunKeys(RUN).checkpoints)
         }
-        begun = {name.rpartition("/")[0] for name in names if "/" in name}  # 000005/0123456789ab
-        assert len(there) == sum("/" not in name for name in names), f"a record without its files: {names}"
-        self.cut_saves += any(int(attempt[:6]) > self.step for attempt in begun - self._attempts)
-        self._attempts |= begun
+        attempts = {name.rpartition("/")[0] for name in names if "/" in name}  # 000005/0123456789ab
+        assert len(records) == sum("/" not in name for name in names), f"a record without its files: {names}"
+        self.cut_saves += any(int(attempt[:6]) > self.step for attempt in attempts - self._attempts)
+        self._attempts |= attempts
 
     def _load(self, record: CheckpointRecord) -> None:
         for name, stated in record.files.items():
@@ -104,31 +105,31 @@ class Proof:
             if segment not in self._segments:
                 self._segments[segment] = read_segments(self._store, [segment])
         lines = [line.step for segment in record.metrics for line in self._segments[segment]]
-        assert lines == list(range(record.step)), f"step {record.step} has the numbers of steps {lines}"
+        assert lines == list(range(record.step)), f"step {record.step} has the metrics of steps {lines}"
 
 
 class Killer:
-    """Waits for a moment in a job's life and kills a part of it."""
+    """Kills a process of a job at a random moment."""
 
     def __init__(self, store: Store, key: str, proxy: Proxy, chance: random.Random) -> None:
         self._store, self._key, self._proxy, self._chance = store, key, proxy, chance
 
     def kill(self, process: Training, last_step: int, began_at: int) -> str:
-        """Kill once, at a moment not after `last_step` or little later. Returns what was killed."""
+        """Kill once, at about `last_step` or earlier. Returns the target."""
         chance = self._chance
         target = chance.choice(TARGETS)
         further = min(chance.randint(0, FURTHER_STEPS), last_step - began_at)
-        wanted = began_at + max(further, 1)
+        target_step = began_at + max(further, 1)
         starting = target != "the upload" and (further < 0 or chance.random() < STARTING)
         moment = time.monotonic() + chance.uniform(0, STARTING_SECONDS)
-        process.until(lambda: process.steps()[-1:] >= [wanted] or (starting and time.monotonic() >= moment))
+        process.wait_until(lambda: process.steps()[-1:] >= [target_step] or (starting and time.monotonic() >= moment))
         if target == "the upload":
-            ranks, writes, first = self._ranks(), chance.randint(1, WRITES), len(self._proxy.seen)
-            process.until(lambda: self._writes_since(first) >= writes)
+            ranks, writes, first = self._ranks(), chance.randint(1, WRITES), len(self._proxy.requests)
+            process.wait_until(lambda: self._writes_since(first) >= writes)
             _kill(ranks[0])
         elif target == "one rank":
             rank = chance.randrange(RANKS)
-            process.until(lambda: rank in self._ranks())
+            process.wait_until(lambda: rank in self._ranks())
             _kill(self._ranks()[rank])
         elif target == "the launcher":
             _kill(*set(processes_of(self._store, self._key)) - set(self._ranks().values()))
@@ -137,80 +138,80 @@ class Killer:
         return target
 
     def _ranks(self) -> dict[int, int]:
-        """The process of each rank, by the environment that torchrun has given it."""
-        found = {}
+        """The pid of each rank, from the environment variables that torchrun sets."""
+        pids = {}
         for process in processes_of(self._store, self._key):
             with suppress(OSError):
-                words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-                found |= {int(word[5:]): process for word in words if word.startswith(b"RANK=")}
-        return found
+                variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+                pids |= {int(variable[5:]): process for variable in variables if variable.startswith(b"RANK=")}
+        return pids
 
     def _writes_since(self, first: int) -> int:
-        """How many writes of saves were begun."""
+        """The number of write requests of saves since then."""
         return sum(
             request.method in ("PUT", "DELETE")
             and RunKeys(RUN).prefix in request.path
             and RunKeys(RUN).progress not in request.path
-            for request in self._proxy.seen[first:]
+            for request in self._proxy.requests[first:]
         )
 
 
 def stress(server: servers.Server, folder: Path, kills: int, seed: int) -> Figures:
-    """Train a run while it is killed so often. Fails when anything is lost, wrong or left behind."""
+    """Train a run and kill it this many times. Fails when data are lost or wrong, or a process is left."""
     chance = random.Random(seed)
-    house = _house(server, folder)
+    dataset = _put_dataset(server, folder)
     steps = STEPS_A_KILL * kills + 4 * FURTHER_STEPS
     settings = (
         f"train.max_steps={steps}", "train.batch_tokens=128", "train.micro_batch_sequences=1",  # two a rank
         "train.validate_every_steps=50",
     )  # fmt: skip
-    calm = house.ask(CALM, *settings, "train.checkpoint_every_steps=1000")
-    key = house.ask(
+    undisturbed_key = dataset.put_job(UNDISTURBED, *settings, "train.checkpoint_every_steps=1000")
+    key = dataset.put_job(
         RUN, *settings, f"train.checkpoint_every_steps={EVERY_STEPS}", f"train.keep_last={KEEP_LAST}",
         "train.keep_every_steps=0",
     )  # fmt: skip
-    happened, proof, made = Counter[str](), Proof(house.store), 0
-    with training(house.store, calm, RANKS, folder / "undisturbed") as process:
-        _to_the_end(house.store, calm, process)
-    with spoiling(server.endpoint, lambda _: None) as proxy:
-        killer = Killer(house.store, key, proxy, chance)
+    kills_of, invariants, made_steps = Counter[str](), Invariants(dataset.store), 0
+    with training(dataset.store, undisturbed_key, RANKS, folder / "undisturbed") as process:
+        _wait_until_done(dataset.store, undisturbed_key, process)
+    with running_proxy(server.endpoint, lambda _: None) as proxy:
+        killer = Killer(dataset.store, key, proxy, chance)
         for number in range(kills + 1):
             place = folder / f"attempt-{number}"
             with (
-                mock.patch.dict(os.environ, AWS_ENDPOINT_URL_S3=proxy.endpoint),  # the processes', not this one's
-                training(house.store, key, RANKS, place) as process,
+                mock.patch.dict(os.environ, AWS_ENDPOINT_URL_S3=proxy.endpoint),  # for the child processes only
+                training(dataset.store, key, RANKS, place) as process,
             ):
                 if number == kills:
-                    _to_the_end(house.store, key, process)
+                    _wait_until_done(dataset.store, key, process)
                 else:
-                    happened[killer.kill(process, STEPS_A_KILL * (number + 1), proof.step)] += 1
-                    _gone(house.store, key)
-                    assert process.wait() != 0, process.said()
-                made += len(process.steps())
-            proof.check()
-    _gone(house.store, key)
-    _compare(house.store, steps)
-    return Figures(happened, proof.cut_saves, proof.stale, steps, made)
+                    kills_of[killer.kill(process, STEPS_A_KILL * (number + 1), invariants.step)] += 1
+                    _wait_until_gone(dataset.store, key)
+                    assert process.wait() != 0, process.output()
+                made_steps += len(process.steps())
+            invariants.check()
+    _wait_until_gone(dataset.store, key)
+    _compare(dataset.store, steps)
+    return Figures(kills_of, invariants.cut_saves, invariants.stale, steps, made_steps)
 
 
-def _house(server: servers.Server, folder: Path) -> House:
-    """A new store on the server, with a dataset."""
+def _put_dataset(server: servers.Server, folder: Path) -> StoredDataset:
+    """Create a store with a dataset on the server."""
     for index in range(2):
         write_parquet(folder / "source" / f"file_{index}.parquet", [document(index * 40 + at) for at in range(40)])
     source = str(folder / "source" / "*.parquet")
     url = f"s3://{servers.BUCKET}/training-{folder.name}"
-    return House(open_store(url, create=True), source, build_dataset(tiny_config(url, source)))
+    return StoredDataset(open_store(url, create=True), source, build_dataset(tiny_config(url, source)))
 
 
-def _to_the_end(store: Store, key: str, process: Training) -> None:
+def _wait_until_done(store: Store, key: str, process: Training) -> None:
     """Wait until the job is done."""
     job = read_job(store, key)
-    until(lambda: read_result(store, job) or not processes_of(store, key), "it does not end", REST_SECONDS)
-    assert process.wait() == 0, process.said()
+    poll(lambda: read_result(store, job) or not processes_of(store, key), REST_SECONDS, failure="the job is not done")
+    assert process.wait() == 0, process.output()
 
 
-def _gone(store: Store, key: str) -> None:
-    until(lambda: not processes_of(store, key), f"a process outlives a kill of another: {key}", END_SECONDS)
+def _wait_until_gone(store: Store, key: str) -> None:
+    poll(lambda: not processes_of(store, key), END_SECONDS, failure=f"a process outlives a killed one: {key}")
 
 
 def _kill(*processes: int) -> None:
@@ -219,11 +220,11 @@ def _kill(*processes: int) -> None:
 
 
 def _compare(store: Store, steps: int) -> None:
-    """The run is finished, and is the undisturbed one in all its numbers and in every bit of its last checkpoint."""
-    for run in (RUN, CALM):
+    """Assert that the run has finished and equals the undisturbed one in its metrics and last checkpoint."""
+    for run in (RUN, UNDISTURBED):
         assert [line["step"] for line in history(store, run)] == list(range(steps))
-    assert history(store, RUN) == history(store, CALM)
-    ours, theirs = checkpoints(store, RUN), checkpoints(store, CALM)
+    assert history(store, RUN) == history(store, UNDISTURBED)
+    ours, theirs = checkpoints(store, RUN), checkpoints(store, UNDISTURBED)
     assert ours[-1].step == theirs[-1].step == steps
     assert ours[-1].files == theirs[-1].files  # names, sizes and sha256s
     assert (read_json(store, RunKeys(RUN).latest) or {})["step"] == steps
@@ -231,25 +232,25 @@ def _compare(store: Store, steps: int) -> None:
 
 
 def main() -> None:
-    """Start a server, train on it under kills, print the figures."""
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--kills", type=int, default=100)
-    asked.add_argument("--server", choices=["seaweedfs", "minio"], default="seaweedfs")
-    asked.add_argument("--seed", type=int, default=int(time.time()))
-    words = asked.parse_args()
+    """Run the stress test against a new server and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--server", choices=["seaweedfs", "minio"], default="seaweedfs")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         host_cache.FOLDER, identity.REMEMBERED = Path(name) / "cache", Path(name) / "digests"
-        server = servers.start(words.server, Path(name) / "server")
+        server = servers.start(options.server, Path(name) / "server")
         os.environ |= server.environment | {"HOME": name}
         try:
             started = time.monotonic()
-            found = stress(server, Path(name), words.kills, words.seed)
+            figures = stress(server, Path(name), options.kills, options.seed)
         finally:
             server.stop()
-    print(f"{words.server}, seed {words.seed}: {found.kills.total()} kills of a run of {found.steps:,} steps on "
-          f"{RANKS} ranks ({found.made_steps:,} steps made), {found.cut_saves} of them within a save's files, "
-          f"{found.stale} before latest, {time.monotonic() - started:.0f} s; "
-          f"nothing lost, nothing wrong: {dict(found.kills)}")  # fmt: skip
+    print(f"{options.server}, seed {options.seed}: {figures.kills.total()} kills of a run of {figures.steps:,} steps "
+          f"on {RANKS} ranks ({figures.made_steps:,} steps run), {figures.cut_saves} between the files of a save, "
+          f"{figures.stale} before latest, {time.monotonic() - started:.0f} s; "
+          f"no data lost or wrong: {dict(figures.kills)}")  # fmt: skip
 
 
 if __name__ == "__main__":

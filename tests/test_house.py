@@ -1,4 +1,4 @@
-"""The rules of the house that imports cannot say, and that each of them can fail."""
+"""House rules that import-linter cannot express. Each is also tested on a file that breaks it."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ VAGUE_IDENTIFIERS = {
     "words",
     "wanted",
     "made",
-}  # of anything that outlives a function
+}  # as names of modules' and classes' attributes
 MOST_LINES, MOST_TEST_LINES = 350, 400
 MOST_FILES = 13  # in a folder
 MOST_WORDS = 30  # in a sentence of a docstring
@@ -47,7 +47,7 @@ def without_docstring(_: str, text: str) -> bool:
     return not ast.get_docstring(ast.parse(text))
 
 
-def spells_a_key(name: str, text: str) -> bool:
+def contains_a_key(name: str, text: str) -> bool:
     if name == "storage/keys.py":
         return False
     return any(KEY_LITERAL.search(value) for value in string_literals(ast.parse(text)))
@@ -78,8 +78,8 @@ def unpickles(_: str, text: str) -> bool:
     return bool(names & {"pickle", "cloudpickle", "dill", "shelve"}) or "torch.load(" in text
 
 
-def names_something_vaguely(_: str, text: str) -> bool:
-    """Whether a module or a class binds a name that does not say what it holds."""
+def binds_a_vague_name(_: str, text: str) -> bool:
+    """Whether a module or a class binds a name that does not state what it holds."""
     tree = ast.parse(text)
     scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
     bound = {name for scope in scopes for node in scope.body for name in names_bound_by(node)}
@@ -94,8 +94,8 @@ def names_bound_by(node: ast.stmt) -> Iterator[str]:
         yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
-def rambles(_: str, text: str) -> bool:
-    """Whether a docstring has a sentence of too many words. Indented lines are drawings and code."""
+def has_a_long_sentence(_: str, text: str) -> bool:
+    """Whether a docstring has a sentence of too many words. Indented lines are diagrams and code."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     docstrings = (ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
     return any(len(sentence.split()) > MOST_WORDS for docstring in docstrings for sentence in sentences(docstring))
@@ -108,7 +108,7 @@ def sentences(prose: str) -> list[str]:
 
 
 def string_literals(tree: ast.Module) -> Iterator[str]:
-    """Strings of the code, and the beginnings of f-strings; docstrings are prose."""
+    """The string literals and the beginnings of f-strings, without docstrings."""
     prose = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -124,12 +124,12 @@ def string_literals(tree: ast.Module) -> Iterator[str]:
 Rule = Callable[[str, str], bool]
 RULES: list[tuple[Rule, str, str]] = [  # the rule, and a file that must break it
     (too_long, "model/long.py", '"""Long."""\n' * (MOST_LINES + 1)),
-    (names_something_vaguely, "model/vague.py", '"""Doc."""\n\n\ndef found() -> None: ...\n'),
-    (names_something_vaguely, "model/vague.py", '"""Doc."""\n\n\nclass Thing:\n    asked: int = 0\n'),
-    (rambles, "model/prose.py", f'"""{"word " * (MOST_WORDS + 1)}."""\n'),
+    (binds_a_vague_name, "model/vague.py", '"""Doc."""\n\n\ndef found() -> None: ...\n'),
+    (binds_a_vague_name, "model/vague.py", '"""Doc."""\n\n\nclass Thing:\n    asked: int = 0\n'),
+    (has_a_long_sentence, "model/prose.py", f'"""{"word " * (MOST_WORDS + 1)}."""\n'),
     (without_docstring, "model/bare.py", "x = 1\n"),
-    (spells_a_key, "model/stray.py", '"""Doc."""\nkey = f"runs/{1}/config.json"\n'),
-    (spells_a_key, "flows/stray.py", '"""Doc."""\nkey = "latest.json"\n'),
+    (contains_a_key, "model/stray.py", '"""Doc."""\nkey = f"runs/{1}/config.json"\n'),
+    (contains_a_key, "flows/stray.py", '"""Doc."""\nkey = "latest.json"\n'),
     (reads_the_environment, "storage/env.py", '"""Doc."""\nimport os\nx = os.environ["HOME"]\n'),
     (reads_the_environment, "flows/env.py", '"""Doc."""\nimport os\nx = os.getenv("HOME")\n'),
     (has_a_vague_name, "storage/shard_utils.py", ""),
@@ -154,17 +154,17 @@ def test_the_rule_can_fail(rule: Rule, name: str, text: str) -> None:
     assert rule(name, text)
 
 
-def test_nothing_else_stands_at_the_top() -> None:
+def test_the_root_folder_holds_only_listed_files() -> None:
     assert {path.name for path in ROOT.iterdir() if not path.name.startswith(".")} - TOP - {
         "gpt2_pipeline.egg-info"
     } == set()
 
 
-def test_tests_have_no_init_that_would_shadow_the_packages() -> None:
+def test_no_init_file_in_tests_shadows_a_package() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
 
 
-def test_test_files_are_short_too() -> None:
+def test_test_files_are_short() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
     assert {name: count for name, count in lines.items() if count > MOST_TEST_LINES} == {}
 
@@ -188,7 +188,7 @@ def test_lines_of_markdown_fit_a_screen() -> None:
     assert too_wide == []
 
 
-def test_locks_name_no_address() -> None:
+def test_locks_contain_no_address() -> None:
     for lock in ("requirements.lock", "requirements-dev.lock"):
         text = (ROOT / lock).read_text()
         assert "--hash=sha256:" in text
@@ -201,8 +201,8 @@ def test_the_readme_of_a_package_shows_its_tree(package: str) -> None:
     """Every module is in its package's README, under its folder, and the tree names no other module."""
     folder, shown = "", set()
     for line in (ROOT / package / "README.md").read_text().splitlines():
-        if found := re.match(r"(│? *)[├└]── (\w+/|\w+\.py)", line):
-            indent, name = found.groups()
+        if match := re.match(r"(│? *)[├└]── (\w+/|\w+\.py)", line):
+            indent, name = match.groups()
             if name.endswith("/"):
                 folder = name
             else:

@@ -20,6 +20,7 @@ from flows.platform import server as prefect
 from tests import hub as stand_in
 from tests import servers
 from tests.making import document, write_parquet
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1200)]
 
@@ -109,7 +110,7 @@ def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 "PYTHONPATH": str(folder), "HF_ENDPOINT": stand_in.ENDPOINT, "HF_HOME": str(folder / "hf"),
                 "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
             }  # fmt: skip
-            port = servers.free_port()
+            port = free_port()
             with prefect.running_server(port):  # or each command would start one, 10 s
                 yield kept | prefect.prefect_environment(port)
     finally:

@@ -1,4 +1,4 @@
-"""A dozen random faults over a build and a training, as `make stress` makes them by the hundred."""
+"""A dozen random faults during a build and a training; `make stress` injects hundreds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_a_dozen_faults_lose_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    s3_url(kind)  # this process talks to the server, until the test ends
+    s3_url(kind)  # points this process to the server until the test ends
     monkeypatch.setattr(s3_client, "READ_SECONDS", READ_SECONDS)
     assert stress(running(kind), tmp_path, faults=12, seed=1).faults.total() >= 12
 

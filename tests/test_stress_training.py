@@ -1,4 +1,4 @@
-"""Six kills of one training, as `make stress` makes them by the hundred; stores are told apart elsewhere."""
+"""Six kills of one training; `make stress` kills it a hundred times."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.stress_training import stress
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)  # a minute and a half where nobody else computes
+@pytest.mark.timeout(900)  # 90 s on an idle machine
 def test_six_kills_lose_nothing(running: Callable[[str], servers.Server], s3_url: S3Url, tmp_path: Path) -> None:
-    s3_url("seaweedfs")  # this process talks to the server, until the test ends
+    s3_url("seaweedfs")  # points this process to the server until the test ends
     assert stress(running("seaweedfs"), tmp_path, kills=6, seed=1).kills.total() == 6

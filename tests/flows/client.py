@@ -1,18 +1,17 @@
-"""The console as a process, Prefect's API, and polling, for tests that look at the flows from outside."""
+"""The console as a process, and Prefect's API, for tests that use the flows from outside."""
 
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.polling import poll
 
-def ask(api: str, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
+
+def call_api(api: str, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
     """Send a request: POST with a body, GET without one, or another method. Returns the decoded JSON.
 
     A 503 (SQLite is busy) is retried, as in Prefect's own clients.
@@ -29,25 +28,16 @@ def ask(api: str, path: str, body: dict[str, Any] | None = None, method: str = "
 
 
 def shard_runs(api: str, flow_runs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shard task runs of these flow runs. A filter is needed: those of earlier flow runs may be recorded late."""
+    """The shard task runs of these flow runs. The filter is needed: Prefect may record those of earlier runs late."""
     body = {"flow_runs": flow_runs, "task_runs": {"name": {"like_": "shard-"}}}
-    runs: list[dict[str, Any]] = ask(api, "/task_runs/filter", body)
+    runs: list[dict[str, Any]] = call_api(api, "/task_runs/filter", body)
     return runs
-
-
-def poll(condition: Callable[[], Any], seconds: float = 60.0, every_seconds: float = 0.05) -> Any:
-    """Call the condition until it returns something true. Returns that; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"timed out after {seconds} s"
-        threading.Event().wait(every_seconds)
-    return value
 
 
 def gpt2(
     *arguments: str, cwd: Path, api: str | None = None, password: str = "", **options: Any
 ) -> subprocess.Popen[str]:
-    """Start the console as a process in a session of its own."""
+    """Start the console as a process in its own session."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"DO_NOT_TRACK": "1"} | ({"PREFECT_API_URL": api} if api else {})
     environment |= {"PREFECT_API_AUTH_STRING": password} if password else {}

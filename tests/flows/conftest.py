@@ -10,16 +10,16 @@ import pytest
 
 from flows.platform import server
 
-# Prefect reads its settings when it is imported, which the tests' own imports do: so here, before them.
+# Prefect reads its settings at import, so they are set before the tests import it.
 server.HOME = Path(mkdtemp(prefix="prefect-"))
 PORT = server.free_port()
 os.environ.update(server.prefect_environment(PORT))
-os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # 60 s, a test of a schedule would wait
+os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # default: 60
 
 
 @pytest.fixture(scope="session")
 def api() -> Iterator[str]:
-    """The address of a server of the tests' own, for flows in this process and for processes that inherit it."""
+    """The API address of the tests' server, for flows in this process and in child processes."""
     from flows.runtime import settle
 
     since = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Calls of Prefect's API that its UI makes: deployments, automations, flow runs and their states; and a worker."""
+"""The API calls of Prefect's UI (deployments, automations, flow runs and their states), and a worker."""
 
 import os
 import subprocess
@@ -9,34 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from model.config import RunConfig
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
+from tests.polling import poll
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
 def deployment(api: str, name: str) -> dict[str, Any]:
-    [match] = ask(api, "/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
+    [match] = call_api(api, "/deployments/filter", {"deployments": {"name": {"any_": [name]}}})
     return dict(match)
 
 
 def automation(api: str, name: str) -> dict[str, Any]:
-    [match] = [entry for entry in ask(api, "/automations/filter", {}) if entry["name"] == name]
+    [match] = [entry for entry in call_api(api, "/automations/filter", {}) if entry["name"] == name]
     return dict(match)
 
 
 def start(api: str, name: str, config: RunConfig) -> str:
     """Start a run of the deployment. Returns its id."""
     body = {"parameters": {"config": config.model_dump(mode="json")}}
-    return str(ask(api, f"/deployments/{deployment(api, name)['id']}/create_flow_run", body)["id"])
+    return str(call_api(api, f"/deployments/{deployment(api, name)['id']}/create_flow_run", body)["id"])
 
 
 def set_state(api: str, flow_run: str, kind: str, name: str | None = None) -> dict[str, Any]:
     state = {"type": kind, "name": name or kind.capitalize()}
-    return dict(ask(api, f"/flow_runs/{flow_run}/set_state", {"state": state, "force": kind in FINAL}))
+    return dict(call_api(api, f"/flow_runs/{flow_run}/set_state", {"state": state, "force": kind in FINAL}))
 
 
 def run(api: str, flow_run: str) -> dict[str, Any]:
-    return dict(ask(api, f"/flow_runs/{flow_run}"))
+    return dict(call_api(api, f"/flow_runs/{flow_run}"))
 
 
 def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 180) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 180) -> di
 
 def states(api: str, flow_run: str) -> list[str]:
     """The names of all states of the run, oldest first."""
-    return [state["name"] for state in ask(api, f"/flow_run_states/?flow_run_id={flow_run}")]
+    return [state["name"] for state in call_api(api, f"/flow_run_states/?flow_run_id={flow_run}")]
 
 
 @contextmanager

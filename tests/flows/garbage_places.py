@@ -1,4 +1,4 @@
-"""Shared by the tests of garbage collection: a store whose objects can be aged, with orphan shards in it."""
+"""For the tests of garbage collection: a store with orphan shards, whose objects can be aged."""
 
 import os
 import time
@@ -20,7 +20,7 @@ HOUR = 3600.0
 class Place:
     """A store with the sealed dataset `small` and orphan shards, and a grace period that aged objects exceed.
 
-    Objects of a folder are aged by their file times. Those of S3 cannot be, so there the grace period is negative.
+    In a folder, objects are aged by their file times. In S3 that is impossible, so there the grace period is negative.
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
@@ -70,7 +70,7 @@ def holder(store: Store) -> object:
 
 
 def build(store: Store, *paths: Path, before_seal: Callable[[], object] = lambda: None) -> Manifest:
-    """What `gpt2 dataset build` does, without Prefect: claim, build what is missing, seal."""
+    """Build as `gpt2 dataset build` does, without Prefect: claim, build the missing shards, seal."""
     lease.claim(store, "small", "build")
     jobs = jobs_of(*paths)
     finished = records.finished_shards(store, "small", [job.shard_id for job in jobs], {})

@@ -1,4 +1,4 @@
-"""Which shard jobs a build runs, counted where the flow hands them over: nothing is waited for, none is missed."""
+"""Records the shard jobs that a build submits, and makes a shard job fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,33 +6,36 @@ from typing import Any
 
 import pytest
 
-from flows.pretrain import build_dataset
 from flows.tokenise import tokenise_shards
-from model.config import RunConfig
+from storage.datasets.recipe import ShardRecipe
+from storage.datasets.records import Record
+from storage.digests import canonical_json
+from storage.keys import DatasetKeys
+from storage.stores.store import Store
 
 
 class Jobs:
-    """The shards that tasks were asked to make, in this process."""
+    """The shards of the submitted jobs."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def made_by(self, config: RunConfig) -> tuple[str, list[str]]:
-        """What one more build seals, and the shards that it runs a job for, sorted."""
-        before = len(self.asked)
-        digest = build_dataset(config)
-        return digest, sorted(self.asked[before:])
+        self.shard_ids: list[str] = []
 
 
 @contextmanager
-def counted() -> Iterator[Jobs]:
-    """Note the jobs of every flow of this process while the block lasts."""
+def counting_jobs() -> Iterator[Jobs]:
+    """Record the jobs that flows in this process submit while the block runs."""
     jobs, submit = Jobs(), tokenise_shards.submit
 
-    def noted(name: str, asked: list[Any], *rest: Any) -> Any:
-        jobs.asked += [job.shard_id for job in asked]
-        return submit(name, asked, *rest)
+    def submit_and_note(name: str, submitted: list[Any], *rest: Any) -> Any:
+        jobs.shard_ids += [job.shard_id for job in submitted]
+        return submit(name, submitted, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenise_shards, "submit", noted)
+        patch.setattr(tokenise_shards, "submit", submit_and_note)
         yield jobs
+
+
+def put_wrong_record(store: Store, dataset: str, shard_id: str) -> None:
+    """Store a record with a wrong checksum, so that the shard's job fails until the record is deleted."""
+    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", ShardRecipe("x", 0, 1, "x"), {})
+    store.put_new(DatasetKeys(dataset).record(shard_id), canonical_json(record.to_json()))

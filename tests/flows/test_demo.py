@@ -1,4 +1,4 @@
-"""The demo: its corpus is the same prose each time, and a longer demo is another run of the same kind."""
+"""The demo: its corpus is deterministic, and a longer demo is a separate run."""
 
 import sysconfig
 from pathlib import Path
@@ -28,7 +28,7 @@ TOPICS = "topics = {{'if': {!r}, 'tables': '----- ----- a=1 b=2'}}"
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of 30 modules of documentation, one of them wrong on purpose."""
+    """A standard library of 30 modules of documentation, one of them invalid."""
     library = tmp_path / "library"
     for folder in ("pydoc_data", "test"):
         (library / folder).mkdir(parents=True)
@@ -56,7 +56,7 @@ def test_the_corpus_holds_each_document_once_and_is_the_same_each_time(tmp_path:
     assert sorted(path.name for path in again) == sorted(path.name for path in (tmp_path / "again").iterdir())
 
 
-def test_a_corpus_that_exists_is_left_alone(tmp_path: Path, library: Path) -> None:
+def test_an_existing_corpus_is_kept(tmp_path: Path, library: Path) -> None:
     paths = write_corpus(tmp_path / "corpus")
     before = [path.stat().st_mtime_ns for path in paths]
     (library / "new.py").write_text(MODULE.format(*[SENTENCE.format("new")] * 3))
@@ -72,7 +72,7 @@ def test_prose_is_whole_sentences_without_code_tables_and_line_breaks() -> None:
     assert prose("Raise an error if the name of the file is a lone \ud800 in this text.").endswith("? in this text.")
 
 
-def test_a_longer_demo_is_a_run_of_its_own_with_steps_in_proportion() -> None:
+def test_a_longer_demo_is_a_separate_run_with_proportionally_more_steps() -> None:
     demo = load_config(CONFIGS / "demo.toml", [])
     assert lasting(demo, 3) == demo
     longer = lasting(demo, 15)

@@ -32,12 +32,13 @@ from storage.errors import ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
 from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.polling import poll
 
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).with_name("prefect"))
-# A job's process that kills itself in its validation
+# A job's process that kills itself during validation
 KILLED = """
 import os, signal, sys
 from datetime import UTC, datetime
@@ -66,11 +67,11 @@ def trained(folder: Path, *overrides: str) -> tuple[RunConfig, Manifest]:
 
 
 def newest_task(api: str, task: str, state: str) -> dict[str, Any]:
-    """The newest run of the task, once it is in that state."""
+    """The newest run of the task, once it has this state."""
     query = {"task_runs": {"name": {"any_": [task]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
 
     def task_run() -> dict[str, Any] | None:
-        [newest] = ask(api, "/task_runs/filter", query)
+        [newest] = call_api(api, "/task_runs/filter", query)
         return newest if newest["state_name"] == state else None
 
     newest: dict[str, Any] = poll(task_run)
@@ -95,38 +96,40 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.mark.full
-def test_every_kept_checkpoint_is_evaluated_and_makes_a_curve(api: str, run: RunConfig, tmp_path: Path) -> None:
-    """The run is not pinned to HellaSwag items, since only training has run: the evaluation mirrors them."""
+def test_every_kept_checkpoint_is_evaluated_and_plotted(api: str, run: RunConfig, tmp_path: Path) -> None:
+    """The run is not pinned to HellaSwag items, because it was only trained: the evaluation mirrors them."""
     config = changed(run, checkpoint="every", hellaswag=items(tmp_path / "items.jsonl"))
     reported = evaluate_and_report(config)
     store = open_store(run.store_url)
     listed_names = {listed.key.rpartition("evaluations/")[2] for listed in store.list(RunKeys("tiny").evaluations)}
     names = ("val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json")
     assert listed_names == {f"{step:06d}/{name}" for step in (4, 8, 12) for name in names}
-    assert [one.step for one in reported.evaluations if one.name == "hellaswag"] == [4, 8, 12]
+    assert [evaluation.step for evaluation in reported.evaluations if evaluation.name == "hellaswag"] == [4, 8, 12]
     facts = run_facts(store, "tiny")
-    assert [one.step for one in facts.evaluations if one.name == "hellaswag"] == [4, 8, 12]
-    assert [one.step for one in facts.samples] == [12, 8, 4]
+    assert [evaluation.step for evaluation in facts.evaluations if evaluation.name == "hellaswag"] == [4, 8, 12]
+    assert [evaluation.step for evaluation in facts.samples] == [12, 8, 4]
     text = store.read(RunKeys("tiny").report("html")).body.decode()
     for part in ("hellaswag_harness", "step 4,", "step 8,", "6 items, 5 of them repeated", "0.3114", "harness style"):
         assert part in text
-    assert "3.2924" not in text  # the value of another window length
+    assert "3.2924" not in text  # the published value for another window length
     lines = {line.what.strip(): line.state for line in run_status(store, "tiny")}
     assert lines["hellaswag"] == lines["val_loss"] == "done, of 2 earlier checkpoints too"
 
 
 def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api: str, run: RunConfig) -> None:
     reported = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
-    assert [one.step for one in reported.evaluations if "val_loss_t32_of_320" in one.metrics] == [8]
+    assert [evaluation.step for evaluation in reported.evaluations if "val_loss_t32_of_320" in evaluation.metrics] == [
+        8
+    ]
     with pytest.raises(ObjectMissing, match=r"checkpoint '5'.*steps 4, 8, 12"):
         evaluate_and_report(changed(run, checkpoint="5"))
 
 
-def test_changed_settings_are_evaluated_again_and_so_are_the_first_ones_after_them(api: str, run: RunConfig) -> None:
+def test_an_evaluation_reruns_when_settings_change_and_when_they_change_back(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
         evaluate_and_report(config)
         stored = read_json(open_store(run.store_url), RunKeys("tiny").evaluation(12, "samples")) or {}
-        return {one["prompt"] for one in stored["samples"]}  # type: ignore[union-attr,index,call-overload]
+        return {sample["prompt"] for sample in stored["samples"]}  # type: ignore[union-attr,index,call-overload]
 
     first, other = changed(run, prompts=("One",)), changed(run, prompts=("Two", ""))
     assert [prompts(config) for config in (first, other, first)] == [{"One"}, {"Two", ""}, {"One"}]
@@ -147,7 +150,7 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
 
     monkeypatch.setattr(processes, "_start", start_killed)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
-    before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # of another test with other settings, or None
+    before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # from another test, or None
     with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu") as failed:
         evaluate_and_report(config)
     killed_at = re.search(r"killed at (\S+)", str(failed.value))
@@ -158,12 +161,12 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
     assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=10)
     body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
-    [newest, *_] = ask(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
+    [newest, *_] = call_api(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
     assert newest["state_type"] == "FAILED"
     arguments = ["flow-run", "retry", newest["id"], "--entrypoint", "flows/pretrain.py:evaluate_and_report"]
     retried = subprocess.run([PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
     assert retried.returncode == 0, retried.stdout + retried.stderr
-    assert ask(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
+    assert call_api(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
     assert {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"] == ""
     assert newest_task(api, "val_loss-4", "Completed")["end_time"] > ended.isoformat()
     stored = read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) or {}
@@ -221,7 +224,7 @@ def published(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp_path: Path) -> None:
+def test_an_imported_model_is_evaluated_without_a_dataset(api: str, gpt2: Gpt2, tmp_path: Path) -> None:
     folder = published(tmp_path / "my model", 1)
     settings = [f"store_url={tmp_path / 'store'}", f"evaluation.hellaswag={items(tmp_path / 'items.jsonl')}",
                 "evaluation.samples=1", "evaluation.sample_tokens=3"]  # fmt: skip
@@ -246,7 +249,7 @@ def test_any_gpt2_is_evaluated_with_no_dataset_at_hand(api: str, gpt2: Gpt2, tmp
 # Reports
 
 
-def test_two_runs_stand_side_by_side_on_one_page_and_ask_for_nothing(
+def test_two_runs_share_one_page_that_loads_nothing(
     run: RunConfig, gpt2: Gpt2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(run.store_url)

@@ -1,4 +1,4 @@
-"""More machines than one: a Dask cluster that loses a worker, a server whose records are in PostgreSQL."""
+"""Several machines: a Dask cluster that loses a worker, and a Prefect server on PostgreSQL."""
 
 import os
 import subprocess
@@ -14,10 +14,11 @@ from flows.pretrain import build_dataset
 from storage.datasets.manifest import read_manifest
 from storage.stores.opening import open_store
 from tests import postgres
-from tests.flows.client import ask, poll, run_gpt2
+from tests.flows.client import call_api, run_gpt2
 from tests.flows.deployments import deployment, ended, start, worker
-from tests.making import document, tiny_config, words, write_parquet
-from tests.servers import free_port
+from tests.making import document, settings_of, tiny_config, write_parquet
+from tests.polling import poll
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -34,7 +35,7 @@ def dask(log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_a_standing_dask_cluster_makes_the_same_and_outlives_a_killed_worker(tmp_path: Path, api: str) -> None:
+def test_a_dask_cluster_builds_the_same_dataset_despite_a_killed_worker(tmp_path: Path, api: str) -> None:
     texts = [document(number, 2_000) for number in range(400)]
     source = write_parquet(tmp_path / "source" / "file.parquet", texts)
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -61,7 +62,7 @@ def test_a_standing_dask_cluster_makes_the_same_and_outlives_a_killed_worker(tmp
         folder = tmp_path / "store" / "datasets" / "small" / "shards"
         flow = subprocess.Popen(
             [sys.executable, "-m", "flows.console.cli", "dataset", "build"]
-            + [word for setting in [*words(config), *settings] for word in ("--set", setting)],
+            + [word for setting in [*settings_of(config), *settings] for word in ("--set", setting)],
             env=os.environ | {"PREFECT_API_URL": api},
         )
         poll(lambda: len(list(folder.glob("*.json"))) > 5, 180)
@@ -74,7 +75,7 @@ def test_a_standing_dask_cluster_makes_the_same_and_outlives_a_killed_worker(tmp
 
 @pytest.fixture
 def on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a Prefect server that keeps its records in PostgreSQL."""
+    """The API address of a Prefect server on PostgreSQL."""
     database = postgres.start(tmp_path / "postgres")
     try:
         for name, value in database.environment.items():
@@ -88,13 +89,13 @@ def on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         database.stop()
 
 
-def test_the_control_room_on_postgresql(on_postgresql: str, tmp_path: Path) -> None:
+def test_deployments_run_on_postgresql(on_postgresql: str, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     config = tiny_config(str(tmp_path / "store"), str(source))
     for _ in range(2):
-        code, said = run_gpt2("bootstrap", cwd=tmp_path, api=on_postgresql)
-        assert code == 0, said
-    assert "made" not in said
+        code, output = run_gpt2("bootstrap", cwd=tmp_path, api=on_postgresql)
+        assert code == 0, output
+    assert "made" not in output
     fields = deployment(on_postgresql, "pretrain")["parameter_openapi_schema"]["definitions"]["DataConfig"][
         "properties"
     ]
@@ -102,7 +103,7 @@ def test_the_control_room_on_postgresql(on_postgresql: str, tmp_path: Path) -> N
     with worker("train", tmp_path / "worker.log"):
         flow_run = start(on_postgresql, "pretrain", config)
         assert ended(on_postgresql, flow_run)["state_name"] == "Completed"
-    stages = ask(on_postgresql, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
+    stages = call_api(on_postgresql, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
     assert {stage["name"].partition("-")[0] for stage in stages} == {
         "download", "tokenise", "train", "evaluate", "report",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A dataset of the Hub under Prefect: only what changed is fetched, and what came is made whatever else fails."""
+"""A Hub dataset under Prefect: only changed files are fetched, and available files are tokenised."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from storage.keys import DatasetKeys
 from storage.stores import retries
 from storage.stores.opening import open_store
 from tests.hub import Hub
-from tests.making import document, tiny_config, words, write_parquet
+from tests.making import document, settings_of, tiny_config, write_parquet
 
 pytestmark = pytest.mark.usefixtures("api")
 
@@ -33,18 +33,18 @@ def body_of(folder: Path, number: int, documents: int = 40) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request has a second, a task no second try: its delays of 5 and 30 seconds are Prefect's to prove."""
+def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request deadline of one second, and no retries of tasks, whose delays are 5 and 30 seconds."""
     monkeypatch.setattr(retries, "RETRY_SECONDS", 1.0)
     monkeypatch.setattr(download, "prepare_file", download.prepare_file.with_options(retries=0))
 
 
 @pytest.fixture
 def files(tmp_path: Path, hub: Hub) -> dict[str, bytes]:
-    """What is published: three files, at the first commit of org/edu."""
-    made = {f"data/part-{number}.parquet": body_of(tmp_path, number) for number in range(3)}
-    hub.dataset("org/edu", made)
-    return made
+    """Three files, published as the first commit of org/edu."""
+    published = {f"data/part-{number}.parquet": body_of(tmp_path, number) for number in range(3)}
+    hub.dataset("org/edu", published)
+    return published
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def sealed(config: RunConfig) -> Manifest:
 
 
 def stored(hub: Hub) -> list[str]:
-    """The files whose bytes were asked for."""
+    """The files that were downloaded."""
     return [request.path.rpartition("/")[2] for request in hub.received("/stored/*")]
 
 
@@ -73,20 +73,20 @@ def shard_ids(manifest: Manifest) -> set[str]:
 def test_a_hub_dataset_gives_the_shards_of_its_files(
     tmp_path: Path, config: RunConfig, files: dict[str, bytes]
 ) -> None:
-    found = sealed(config)
+    from_hub = sealed(config)
     folder = tmp_path / "local"
     folder.mkdir()
     for name, body in files.items():
         (folder / Path(name).name).write_bytes(body)
     local = sealed(tiny_config(str(tmp_path / "other"), str(folder), "data.shard_tokens=600"))
-    assert local.columns == found.columns
-    assert found.origin["dataset"] == "org/edu"
-    assert found.origin["licence"] == "odc-by"
-    assert found.source_files["name"] == list(files)
-    assert local.source_files["digest"] == found.source_files["digest"]
+    assert local.columns == from_hub.columns
+    assert from_hub.origin["dataset"] == "org/edu"
+    assert from_hub.origin["licence"] == "odc-by"
+    assert from_hub.source_files["name"] == list(files)
+    assert local.source_files["digest"] == from_hub.source_files["digest"]
 
 
-def test_a_mirror_or_none_gives_the_same_manifest(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
+def test_the_manifest_is_the_same_with_and_without_a_mirror(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
     digest = build_dataset(config)
     assert sorted(stored(hub)) == ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
     hub.requests.clear()
@@ -94,15 +94,15 @@ def test_a_mirror_or_none_gives_the_same_manifest(tmp_path: Path, config: RunCon
     assert build_dataset(other) == digest
     assert {request.headers["range"][:6] for request in hub.received("/stored/*")} == {"bytes="}
     assert list(open_store(other.store_url).list("sources/")) != []  # the listing
-    assert [found for found in open_store(other.store_url).list("sources/") if found.key.endswith("parquet")] == []
+    assert [listed for listed in open_store(other.store_url).list("sources/") if listed.key.endswith("parquet")] == []
 
 
-def test_a_refresh_without_a_change_is_one_request(config: RunConfig, hub: Hub) -> None:
+def test_a_refresh_of_an_unchanged_dataset_is_one_request(config: RunConfig, hub: Hub) -> None:
     digest = build_dataset(config)
     store = open_store(config.store_url)
-    for found in store.list("sources/"):
-        if found.key.endswith(".parquet"):
-            store.delete(found.key)  # nobody will miss them
+    for listed in store.list("sources/"):
+        if listed.key.endswith(".parquet"):
+            store.delete(listed.key)  # not needed for the refresh
     hub.requests.clear()
     assert build_dataset(config) == digest
     assert [(request.method, request.path) for request in hub.requests] == [
@@ -110,23 +110,21 @@ def test_a_refresh_without_a_change_is_one_request(config: RunConfig, hub: Hub) 
     ]
 
 
-def test_a_repair_reads_the_commit_that_the_version_was_made_of(
-    config: RunConfig, hub: Hub, files: dict[str, bytes]
-) -> None:
-    """Whatever came since: the file of the damaged shard is gone from the Hub's main."""
+def test_a_repair_reads_the_commit_of_the_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
+    """The file of the damaged shard has been deleted from the Hub's main since."""
     before = sealed(config)
     store, lost = open_store(config.store_url), before.shard_ids[-1]
     hub.repositories["org/edu"].commit({name: body for name, body in files.items() if "part-2" not in name})
-    for found in store.list("sources/"):
-        store.delete(found.key)
+    for listed in store.list("sources/"):
+        store.delete(listed.key)
     records.delete_shard(store, "small", lost)
-    verify(settings=Settings(None, tuple(words(config))), repair=True, verbose=True)
+    verify(settings=Settings(None, tuple(settings_of(config))), repair=True, verbose=True)
     assert latest_manifest(store, "small") == before
     assert records.is_finished(store, "small", lost)
 
 
-def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) -> None:
-    """Of a job that nobody asks for any more, as after a mended file or with bad documents skipped."""
+def test_failures_are_deleted_when_a_version_is_sealed(config: RunConfig) -> None:
+    """Also those of jobs that are no longer planned, for example after the file was fixed."""
     store = open_store(config.store_url, create=True)
     note_failure(store, DatasetKeys("small").record("part-0-00000-000000000000"), "row 3: no text")
     assert "failed" in {line.state for line in dataset_status(store, "small")}
@@ -134,7 +132,7 @@ def test_a_failure_is_forgotten_when_its_version_is_sealed(config: RunConfig) ->
     assert records.failures(store, "small") == {}
 
 
-def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
+def test_a_changed_card_gives_no_new_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
     digest = build_dataset(config)
     hub.repositories["org/edu"].commit(files | {"notes.txt": b"new"})
     hub.requests.clear()
@@ -143,7 +141,7 @@ def test_a_card_that_changed_makes_no_version(config: RunConfig, hub: Hub, files
 
 
 @pytest.mark.parametrize("how", ["new", "changed", pytest.param("removed", marks=pytest.mark.full)])
-def test_a_refresh_makes_the_shards_of_what_changed(
+def test_a_refresh_builds_only_the_shards_of_changed_files(
     tmp_path: Path, config: RunConfig, hub: Hub, files: dict[str, bytes], how: str
 ) -> None:
     first = sealed(config)
@@ -159,23 +157,23 @@ def test_a_refresh_makes_the_shards_of_what_changed(
     assert list(second.rows("val")) == list(first.rows("val"))
     fetched = {"new": ["part-3.parquet"], "changed": ["part-1.parquet"], "removed": []}
     assert stored(hub) == fetched[how]
-    of = {
-        name: {one for one in shard_ids(first) | shard_ids(second) if one.startswith(name)}
+    shards_of = {
+        name: {shard_id for shard_id in shard_ids(first) | shard_ids(second) if shard_id.startswith(name)}
         for name in ("part-1", "part-3")
     }
     if how == "new":
-        assert shard_ids(second) - shard_ids(first) == of["part-3"] != set()
+        assert shard_ids(second) - shard_ids(first) == shards_of["part-3"] != set()
     else:
-        assert shard_ids(first) ^ shard_ids(second) == of["part-1"] != set()
+        assert shard_ids(first) ^ shard_ids(second) == shards_of["part-1"] != set()
 
 
-def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub: Hub) -> None:
-    hub.spoil("/stored/*/data/part-1.parquet", *["500"] * 1_000)  # type: ignore[arg-type]
+def test_available_files_are_tokenised_and_nothing_is_sealed(config: RunConfig, hub: Hub) -> None:
+    hub.inject("/stored/*/data/part-1.parquet", *["500"] * 1_000)  # type: ignore[arg-type]
     with pytest.raises(SourceUnavailable, match=r"'small': 1 source files were unavailable.*part-1"):
         build_dataset(config)
     store = open_store(config.store_url)
-    made = {found.key.rpartition("/")[2][:6] for found in store.list(DatasetKeys("small").shards)}
-    assert made == {"part-0", "part-2"}
+    files_with_shards = {listed.key.rpartition("/")[2][:6] for listed in store.list(DatasetKeys("small").shards)}
+    assert files_with_shards == {"part-0", "part-2"}
     assert latest_manifest(store, "small") is None
     hub.faults.clear()
     hub.requests.clear()
@@ -183,35 +181,33 @@ def test_what_could_be_had_is_made_and_nothing_is_sealed(config: RunConfig, hub:
     assert stored(hub) == ["part-1.parquet"]
 
 
-def test_a_hub_that_went_away_leaves_what_was_mirrored(
-    config: RunConfig, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_from_the_mirror_needs_no_hub(config: RunConfig, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = build_dataset(config)
     store = open_store(config.store_url)
-    for found in list(store.list(DatasetKeys("small").prefix)):
-        store.delete(found.key)
-    hub.spoil("*", *["reset"] * 10_000)  # type: ignore[arg-type]
-    items = config.evaluation.model_copy(update={"hellaswag": "org/swag"})  # a dataset alone needs none
+    for listed in list(store.list(DatasetKeys("small").prefix)):
+        store.delete(listed.key)
+    hub.inject("*", *["reset"] * 10_000)  # type: ignore[arg-type]
+    items = config.evaluation.model_copy(update={"hellaswag": "org/swag"})  # not needed for the dataset
     assert build_dataset(config.model_copy(update={"evaluation": items})) == digest
 
 
-def test_a_limit_fetches_no_more_files_than_it_needs(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
+def test_a_token_limit_fetches_only_the_needed_files(tmp_path: Path, config: RunConfig, hub: Hub) -> None:
     few = changed(config, max_tokens=2_000, dataset="few")
-    found = read_manifest(open_store(config.store_url, create=True), "few", build_dataset(few))
+    limited = read_manifest(open_store(config.store_url, create=True), "few", build_dataset(few))
     assert stored(hub) == ["part-0.parquet"]
-    assert found.source_files["name"] == ["data/part-0.parquet"]
-    assert 1_800 < sum(row.tokens for row in found.rows()) <= 2_000
+    assert limited.source_files["name"] == ["data/part-0.parquet"]
+    assert 1_800 < sum(row.tokens for row in limited.rows()) <= 2_000
     more = changed(config, max_tokens=4_000, dataset="more")
     build_dataset(more)
     assert stored(hub) == ["part-0.parquet", "part-1.parquet"]
-    assert build_dataset(few) == found.digest
+    assert build_dataset(few) == limited.digest
 
 
-def test_a_file_that_is_no_parquet_stops_the_build_at_once(
+def test_an_invalid_parquet_file_stops_the_build_before_any_shard(
     config: RunConfig, hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repositories["org/edu"].commit(files | {"data/part-1.parquet": b"PAR1 not"})
-    monkeypatch.setattr(tokenise_shards, "submit", lambda *_: pytest.fail("shards were made"))
+    monkeypatch.setattr(tokenise_shards, "submit", lambda *_: pytest.fail("shards were built"))
     with pytest.raises(SourceInvalid, match=r"part-1\.parquet"):
         build_dataset(config)
 
@@ -228,8 +224,10 @@ def test_hellaswag_of_the_hub_is_mirrored(tmp_path: Path, config: RunConfig, hub
     pq.write_table(pa.Table.from_pylist([item]), tmp_path / "items.parquet")
     body = (tmp_path / "items.parquet").read_bytes()
     hub.dataset("org/swag", {"data/validation-0.parquet": body}, configs={"default": {"validation": "data/v*"}})
-    asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"hellaswag": "org/swag"})})
-    found = download.download(asked)
-    assert found.items is not None
-    assert found.items.endswith("/validation-0.parquet")
-    assert open_store(config.store_url).read(found.items).body == body
+    with_hellaswag = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"hellaswag": "org/swag"})}
+    )
+    downloaded = download.download(with_hellaswag)
+    assert downloaded.items is not None
+    assert downloaded.items.endswith("/validation-0.parquet")
+    assert open_store(config.store_url).read(downloaded.items).body == body

@@ -13,8 +13,9 @@ from storage.datasets.manifest import latest_manifest
 from storage.digests import sha256
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
-from tests.flows.client import gpt2, poll, run_gpt2
+from tests.flows.client import gpt2, run_gpt2
 from tests.making import document, write_parquet
+from tests.polling import poll
 from tests.processes import family, kill
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]

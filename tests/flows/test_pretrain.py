@@ -19,36 +19,37 @@ from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
 from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.polling import poll
 
 
 def newest_run(api: str, name: str) -> str:
     """The id of the newest flow run of that name."""
     body = {"flow_runs": {"name": {"any_": [name]}}, "sort": "START_TIME_DESC", "limit": 1}
-    return str(ask(api, "/flow_runs/filter", body)[0]["id"])
+    return str(call_api(api, "/flow_runs/filter", body)[0]["id"])
 
 
 def children(api: str, flow_run: str) -> list[dict[str, Any]]:
     """The nodes of a run's graph, in the order they started."""
-    return [node for _, node in ask(api, f"/flow_runs/{flow_run}/graph-v2")["nodes"]]
+    return [node for _, node in call_api(api, f"/flow_runs/{flow_run}/graph-v2")["nodes"]]
 
 
 def task_states(api: str, flow_run: str) -> dict[str, str]:
     """State names of a flow run's tasks, once all have ended."""
 
     def ended() -> dict[str, str] | None:
-        runs = ask(api, "/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200})
+        runs = call_api(api, "/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200})
         final = all((run["state"] or {}).get("type") in {"COMPLETED", "FAILED", "CRASHED"} for run in runs)
         return {run["name"]: run["state"]["name"] for run in runs} if runs and final else None
 
-    found: dict[str, str] = poll(ended)
-    return found
+    names: dict[str, str] = poll(ended)
+    return names
 
 
 @pytest.fixture(scope="module")
 def finished(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, Reported]]:
-    """A run that was brought to its end once, and what the flow answered."""
+    """A finished run, and the result of its flow."""
     folder = tmp_path_factory.mktemp("finished")
     for index in range(2):
         write_parquet(folder / "source" / f"file_{index}.parquet", [document(index * 40 + n, 90) for n in range(40)])
@@ -58,33 +59,33 @@ def finished(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     yield config, pretrain(config)
 
 
-def test_the_graph_is_five_stages_each_after_the_one_before(api: str, finished: tuple[RunConfig, Any]) -> None:
+def test_the_graph_is_a_chain_of_five_stages(api: str, finished: tuple[RunConfig, Any]) -> None:
     nodes = children(api, newest_run(api, "pretrain-tiny"))
     assert [node["label"].split(" / ")[0] for node in nodes] == ["download", "tokenise", "train", "evaluate", "report"]
     for before, after in pairwise(nodes):
         assert before["id"] in {parent["id"] for parent in after["parents"]}, after["label"]
 
 
-def test_shards_and_evaluations_are_tasks_of_their_own(api: str, finished: tuple[RunConfig, Any]) -> None:
+def test_each_shard_and_each_evaluation_is_a_task(api: str, finished: tuple[RunConfig, Any]) -> None:
     stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
     tokenised = task_states(api, stages["tokenise"])
     store = open_store(finished[0].store_url)
-    made = [listed.key for listed in store.list(DatasetKeys("small").shards) if listed.key.endswith(".bin")]
-    assert sum(name.startswith("shard-") for name in tokenised) == len(made) > 5
+    shard_keys = [listed.key for listed in store.list(DatasetKeys("small").shards) if listed.key.endswith(".bin")]
+    assert sum(name.startswith("shard-") for name in tokenised) == len(shard_keys) > 5
     assert set(task_states(api, stages["evaluate"])) == {"val_loss-12", "completion-12", "samples-12"}
     assert set(tokenised.values()) == {"Completed"}
 
 
 def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[RunConfig, Any]) -> None:
-    found = {artifact["key"]: artifact for artifact in ask(api, "/artifacts/latest/filter", {})}
+    artifacts = {artifact["key"]: artifact for artifact in call_api(api, "/artifacts/latest/filter", {})}
     assert {"tokenise-progress", "shard-status", "dataset-manifest", "train-metrics", "evaluations", "report"} <= set(
-        found
+        artifacts
     )
-    assert found["tokenise-progress"]["data"] == 100
-    assert {found[key]["type"] for key in ("shard-status", "evaluations", "train-metrics")} == {"table"}
+    assert artifacts["tokenise-progress"]["data"] == 100
+    assert {artifacts[key]["type"] for key in ("shard-status", "evaluations", "train-metrics")} == {"table"}
 
 
-def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig, Reported]) -> None:
+def test_the_report_is_one_page_that_loads_nothing(finished: tuple[RunConfig, Reported]) -> None:
     config, reported = finished
     page = open_store(config.store_url).read(RunKeys("tiny").report("html")).body.decode()
     for title in ("Loss", "Learning rate", "Gradient norm", "Speed", "completion", "bits_per_byte"):
@@ -93,12 +94,12 @@ def test_the_report_is_one_page_that_asks_for_nothing(finished: tuple[RunConfig,
     assert reported.dataset is not None
     assert reported.dataset.version.digest in page
     loaded = [part for part in page.split('"') if part.startswith(("http://", "https://"))]
-    assert [address for address in loaded if "w3.org" not in address] == []  # names of namespaces
+    assert [address for address in loaded if "w3.org" not in address] == []  # XML namespaces
     assert "<script" not in page
     assert "completion_acc_norm" in open_store(config.store_url).read(RunKeys("tiny").report("md")).body.decode()
 
 
-def test_the_same_run_again_does_nothing_and_says_the_same(api: str, finished: tuple[RunConfig, Any]) -> None:
+def test_a_repeated_run_does_nothing_and_returns_the_same_result(api: str, finished: tuple[RunConfig, Any]) -> None:
     config, reported = finished
     assert pretrain(config) == reported
     stages = {node["label"].split(" / ")[0]: node["id"] for node in children(api, newest_run(api, "pretrain-tiny"))}
@@ -121,7 +122,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
     assert states.items() >= expected.items()
     assert "val_loss_t32" in store.read(RunKeys("short").report("html")).body.decode()
     assert [line.what.strip() for line in run_status(store, "short") if line.error] == ["completion"]
-    with pytest.raises(JobRefused):  # again: only the failed one is tried
+    with pytest.raises(JobRefused):  # only the failed evaluation is repeated
         evaluate_and_report(config)
     again = task_states(api, newest_run(api, "evaluate-short"))
     assert again.items() >= {"val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped"}.items()
@@ -142,12 +143,12 @@ def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: 
     assert {listed.key.rpartition("/")[2] for listed in store.list(RunKeys("tiny").evaluations + f"{12:06d}/")} == {
         "val_loss.json", "hellaswag.json", "hellaswag.items.parquet", "samples.json",
     }  # fmt: skip
-    (tmp_path / "items.jsonl").write_text(item * 2)  # mended in its place
+    (tmp_path / "items.jsonl").write_text(item * 2)  # corrected in place
     pretrain(config)
     kept = read_json(store, RunKeys("tiny").evaluation(12, "hellaswag")) or {}
     assert kept["items"] == 2
-    (tmp_path / "items.jsonl").unlink()  # the run goes on from what it mirrored
+    (tmp_path / "items.jsonl").unlink()  # the run uses its mirror
     assert pretrain(config) == reported
     (tmp_path / "items.jsonl").write_text(item[:-9])
-    with pytest.raises(SourceInvalid, match="line 1 should be a HellaSwag item"):  # before anything is trained
+    with pytest.raises(SourceInvalid, match="line 1 should be a HellaSwag item"):  # before training
         pretrain(config.model_copy(update={"name": "other"}))

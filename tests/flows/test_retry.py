@@ -1,4 +1,4 @@
-"""Shard jobs that failed are run again alone, by every way to ask for it of a deployment's run."""
+"""Every way to retry a deployment's run reruns only the failed shard jobs."""
 
 import json
 import os
@@ -13,15 +13,14 @@ import pytest
 from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
 from storage.datasets.manifest import latest_manifest
-from storage.datasets.recipe import ShardRecipe
-from storage.datasets.records import Record
-from storage.digests import canonical_json
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.flows.client import ask, poll, shard_runs
+from tests.flows.client import call_api, shard_runs
 from tests.flows.deployments import ended, set_state, start, worker
+from tests.flows.jobs import put_wrong_record
 from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.polling import poll
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -29,12 +28,12 @@ ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
-def prefect(*words: str, **environment: str) -> str:
-    done = subprocess.run(
-        [PREFECT, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+def prefect(*arguments: str, **environment: str) -> str:
+    ended = subprocess.run(
+        [PREFECT, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,31 +53,25 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def completed(api: str, since: datetime) -> dict[str, str]:
-    """The names of the shard tasks that ended well, by id, of the flows started since then."""
-    found = shard_runs(api, {"start_time": {"after_": since.isoformat()}})
-    return {run["id"]: run["name"] for run in found if run["state_type"] == "COMPLETED"}
+    """The names of the completed shard tasks, by id, of the flows started since then."""
+    runs = shard_runs(api, {"start_time": {"after_": since.isoformat()}})
+    return {run["id"]: run["name"] for run in runs if run["state_type"] == "COMPLETED"}
 
 
-def spoil(store: Store, shard_id: str) -> None:
-    """Let a record say other bytes than its job makes: the job fails for good."""
-    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", ShardRecipe("x", 0, 1, "x"), {})
-    store.put_new(DatasetKeys("small").record(shard_id), canonical_json(record.to_json()))
-
-
-def mend(store: Store, shard_ids: list[str]) -> None:
+def delete_records(store: Store, shard_ids: list[str]) -> None:
     for shard_id in shard_ids:
         store.delete(DatasetKeys("small").record(shard_id))
 
 
 def shown_as_failed(api: str, flow_run: str) -> set[str]:
-    """What the table of the tokenise stage names as failed, each with its reason and the command to type."""
-    [stage] = ask(
+    """The failed shards in the table of the tokenise stage. Asserts that each row has its reason and command."""
+    [stage] = call_api(
         api,
         "/flow_runs/filter",
         {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}, "name": {"like_": "tokenise"}}},
     )
-    asked = {"artifacts": {"flow_run_id": {"any_": [stage["id"]]}, "key": {"any_": ["shard-status"]}}}
-    [table] = ask(api, "/artifacts/filter", asked)
+    query = {"artifacts": {"flow_run_id": {"any_": [stage["id"]]}, "key": {"any_": ["shard-status"]}}}
+    [table] = call_api(api, "/artifacts/filter", query)
     rows = [row for row in json.loads(table["data"]) if row["state"] == "Failed"]
     assert all(row["why"] and row["to run it again"] == f"prefect flow-run retry {flow_run}" for row in rows)
     return {row["shards"] for row in rows}
@@ -88,7 +81,7 @@ def shown_as_failed(api: str, flow_run: str) -> set[str]:
     ("how", "name", "runner"),
     [("ui", "pretrain", "threads"), ("command", "dataset-refresh", "processes"), ("ui", "dataset-refresh", "dask")],
 )
-def test_a_retry_runs_what_failed(
+def test_a_retry_reruns_only_failed_jobs(
     api: str, config: RunConfig, tmp_path: Path, how: str, name: str, runner: str
 ) -> None:
     config = config.model_copy(update={"resources": ResourcesConfig(runner=runner, workers=2)})  # type: ignore[arg-type]
@@ -97,22 +90,26 @@ def test_a_retry_runs_what_failed(
     failing = expected.shard_ids[3::10]  # one of ten
     assert len(failing) >= 2
     for shard_id in failing:
-        spoil(store, shard_id)
+        put_wrong_record(store, "small", shard_id)
     since = datetime.now(UTC)
     flow_run = start(api, name, config)
     assert ended(api, flow_run)["state_type"] == "FAILED"
     assert latest_manifest(store, "small") is None
     assert shown_as_failed(api, flow_run) == {f"shard-{shard_id}" for shard_id in failing}
     poll(lambda: len(completed(api, since)) == len(expected.shard_ids) - len(failing))
-    mend(store, failing)
+    delete_records(store, failing)
     before = completed(api, since)
-    if how == "ui":  # what its button sends
+    if how == "ui":  # the request of the UI's button
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     else:
         prefect("flow-run", "retry", flow_run)
     assert ended(api, flow_run, 2, 300)["state_type"] == "COMPLETED"
     expected_runs = sorted(f"shard-{shard_id}" for shard_id in failing)
-    poll(lambda: sorted(name for one, name in completed(api, since).items() if one not in before) == expected_runs)
+    poll(
+        lambda: (
+            sorted(name for task_run, name in completed(api, since).items() if task_run not in before) == expected_runs
+        )
+    )
     sealed = latest_manifest(store, "small")
     assert sealed is not None
     assert sealed.digest == expected.digest

@@ -1,4 +1,4 @@
-"""Tokenising under Prefect: the same bytes under every runner, and only what is missing is run."""
+"""Tokenising under Prefect: the same bytes under every runner, and only missing shards are built."""
 
 import os
 import threading
@@ -25,9 +25,10 @@ from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.flows.client import poll, shard_runs
+from tests.flows.client import shard_runs
 from tests.making import build_dataset as build_without_prefect
 from tests.making import document, published, tiny_config, write_parquet
+from tests.polling import poll
 from tests.processes import kill, matching, parent
 
 pytestmark = pytest.mark.usefixtures("api")
@@ -37,8 +38,8 @@ def opened(config: RunConfig) -> Store:
     return open_store(config.store_url)
 
 
-def runs_made_by(api: str, config: RunConfig) -> int:
-    """How many shard tasks one more build starts, by what Prefect has written down of its flows alone."""
+def shard_tasks_of_next_build(api: str, config: RunConfig) -> int:
+    """The number of shard tasks that one more build starts, from Prefect's records of its flow."""
     since = datetime.now(UTC)
     build_dataset(config)
     settle.wait_for_task_runs(since, 60)
@@ -54,7 +55,7 @@ def runs_made_by(api: str, config: RunConfig) -> int:
         ("dask", 2),
     ],
 )
-def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str, runner: str, workers: int) -> None:
+def test_every_runner_gives_the_same_token_stream(tmp_path: Path, source: str, runner: str, workers: int) -> None:
     config = tiny_config(str(tmp_path / "store"), source, f"resources.runner={runner}", f"resources.workers={workers}")
     store, digest = open_store(config.store_url, create=True), build_dataset(config)
     manifest = read_manifest(store, "small", digest)
@@ -66,18 +67,18 @@ def test_every_runner_makes_the_stream_of_documents(tmp_path: Path, source: str,
     assert build_without_prefect(tiny_config(str(tmp_path / "serial"), source)).digest == digest
 
 
-def test_a_second_build_runs_no_job_and_makes_no_version(api: str, config: RunConfig) -> None:
+def test_a_second_build_runs_no_job_and_seals_no_version(api: str, config: RunConfig) -> None:
     build_dataset(config)
     pointer = opened(config).read(DatasetKeys("small").latest)
-    assert runs_made_by(api, config) == 0
+    assert shard_tasks_of_next_build(api, config) == 0
     assert opened(config).read(DatasetKeys("small").latest) == pointer
 
 
-def test_one_lost_shard_is_one_job(api: str, config: RunConfig) -> None:
+def test_one_lost_record_is_one_job(api: str, config: RunConfig) -> None:
     digest = build_dataset(config)
     store = opened(config)
     store.delete(DatasetKeys("small").record(read_manifest(store, "small", digest).shard_ids[3]))
-    assert runs_made_by(api, config) == 1
+    assert shard_tasks_of_next_build(api, config) == 1
     assert build_dataset(config) == digest
 
 
@@ -85,7 +86,7 @@ def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, ap
     texts: list[str | None] = [document(number) for number in range(60)]
     texts[31] = None
     path = tmp_path / "bad.parquet"
-    pq.write_table(pa.table({"text": texts}), path, write_statistics=False)  # no footer gives it away
+    pq.write_table(pa.table({"text": texts}), path, write_statistics=False)  # so that no footer shows the null
     config = tiny_config(str(tmp_path / "store"), str(path))
     with pytest.raises(SourceInvalid, match="row 31"):
         build_dataset(config)
@@ -96,9 +97,9 @@ def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, ap
     assert list(store.list(DatasetKeys("small").prefix + "manifests/")) == []
 
 
-def test_groups_of_shards_make_the_same(api: str, tmp_path: Path, source: str) -> None:
+def test_grouped_shards_give_the_same_manifest(api: str, tmp_path: Path, source: str) -> None:
     grouped = tiny_config(str(tmp_path / "store"), source, "resources.shards_per_task=2")
-    assert runs_made_by(api, grouped) == 4  # two of each file, which has three shards
+    assert shard_tasks_of_next_build(api, grouped) == 4  # two of each file, which has three shards
     single = build_without_prefect(tiny_config(str(tmp_path / "single"), source))
     assert build_dataset(grouped) == single.digest
 
@@ -109,38 +110,38 @@ def test_too_few_shards_for_the_split_is_refused(tmp_path: Path, source: str) ->
 
 
 @pytest.mark.parametrize(("error", "tries"), [(OSError("the disk"), 3), (SourceInvalid("the data"), 1)])
-def test_what_may_pass_is_tried_again_and_bad_data_is_not(
+def test_transient_errors_are_retried_and_bad_data_is_not(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
 ) -> None:
-    asked: Counter[str] = Counter()
-    make = tokenise._make_shard
+    tries_of: Counter[str] = Counter()
+    make_shard = tokenise._make_shard
 
     def failing(store: Store, dataset: str, job: ShardJob) -> bool:
-        asked[job.shard_id] += 1
-        if job.shard_id == min(asked):
+        tries_of[job.shard_id] += 1
+        if job.shard_id == min(tries_of):
             raise error
-        return make(store, dataset, job)
+        return make_shard(store, dataset, job)
 
     monkeypatch.setattr(tokenise, "_make_shard", failing)
     at_once = tokenise.tokenise_shards.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(tokenise, "tokenise_shards", at_once)
     with pytest.raises(type(error)):
         build_dataset(config.model_copy(update={"resources": ResourcesConfig(workers=1)}))
-    assert asked.pop(min(asked)) == tries
-    assert set(asked.values()) == {1}
+    assert tries_of.pop(min(tries_of)) == tries
+    assert set(tries_of.values()) == {1}
 
 
 def spawned(folder: Path) -> bool:
-    """Whether the process is one of a pool of ours: a child that multiprocessing started to work."""
+    """Whether the process is a worker of one of this process's pools."""
     return parent(folder) == os.getpid() and b"spawn_main" in (folder / "cmdline").read_bytes()
 
 
 @pytest.mark.full
-def test_a_killed_worker_process_costs_what_it_had_in_hand_alone(tmp_path: Path) -> None:
+def test_a_killed_worker_process_costs_only_its_current_shard(tmp_path: Path) -> None:
     texts = [document(number, 2_000) for number in range(300)]
     source = write_parquet(tmp_path / "source" / "file.parquet", texts)
-    words = ("resources.runner=processes", "resources.workers=2", "data.shard_tokens=5000")
-    config = tiny_config(str(tmp_path / "store"), str(source), *words)
+    settings = ("resources.runner=processes", "resources.workers=2", "data.shard_tokens=5000")
+    config = tiny_config(str(tmp_path / "store"), str(source), *settings)
     folder = tmp_path / "store" / "datasets" / "small" / "shards"
     before: dict[Path, int] = {}
 
@@ -159,7 +160,7 @@ def test_a_killed_worker_process_costs_what_it_had_in_hand_alone(tmp_path: Path)
     assert build_without_prefect(serial).digest == digest
 
 
-def test_pools_that_break_again_and_again_end_with_a_remedy(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pools_that_keep_breaking_fail_with_a_remedy(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise BrokenProcessPool("a child process terminated abruptly")
 

@@ -1,4 +1,4 @@
-"""What is seen of a training while it goes on."""
+"""The live view of a training in Prefect, and a training job that is only stored."""
 
 import threading
 from pathlib import Path
@@ -18,14 +18,14 @@ from storage.stores.store import Store
 from tests.making import build_dataset, tiny_config
 
 
-def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
+def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended, said = threading.Event(), []
+    ended, shown = threading.Event(), []
 
     class Bar:
         def to(self, done: int, text: str) -> None:
-            said.append((done, text))
+            shown.append((done, text))
             ended.set()
 
     line = {"step": 2, "loss": None, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 7.0}
@@ -34,17 +34,17 @@ def test_the_bar_outlives_a_store_that_fails_and_a_loss_that_is_no_number(
     drawn: list[str] = []
 
     def read(*_: object) -> Any:
-        if isinstance(found := answers.pop(), Exception):
-            raise found
-        return found
+        if isinstance(answer := answers.pop(), Exception):
+            raise answer
+        return answer
 
     monkeypatch.setattr(train, "read_json", read)
     monkeypatch.setattr(train, "read_metrics", lambda *_: [StepMetrics(**line | {"step": 1, "loss": 5.0})])
     monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
-    assert said == [(3, "loss NaN  7 tokens/s")]
-    assert len(drawn) == 1  # with the step before it was started again
+    assert shown == [(3, "loss NaN  7 tokens/s")]
+    assert len(drawn) == 1  # with the steps from before the restart
     assert "nats a token" in drawn[0]
 
 
@@ -70,16 +70,16 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     assert "-" not in rows[0].values()
 
 
-def test_a_training_can_be_asked_for_without_being_run(
+def test_a_training_job_can_be_stored_without_running_it(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(str(tmp_path / "store"), source)
     store, version = open_store(config.store_url, create=True), build_dataset(config)
     monkeypatch.setattr(Settings, "load_with_store", lambda _: (config, store))
-    for _ in range(2):  # a run that is pinned already is asked for as it is
+    for _ in range(2):  # the second time the run is already pinned
         cli.train(ask=True)
-        words = capsys.readouterr().out.split()
-        assert words[-4:-1] == ["-m", "model", config.store_url]
-        job = read_job(store, words[-1])
+        argv = capsys.readouterr().out.split()
+        assert argv[-4:-1] == ["-m", "model", config.store_url]
+        job = read_job(store, argv[-1])
         assert (job.kind, job.recipe["manifest"]) == ("train", version.digest)
         assert read_result(store, job) is None

@@ -1,4 +1,4 @@
-"""A dataset that all trainings of the tests share, and the undisturbed runs that the others are held against."""
+"""The dataset that all trainings share, and the undisturbed runs that other runs must equal."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,12 +8,12 @@ import pytest
 from storage.sources import identity
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
-from tests.model.training_runs import House, training
+from tests.model.training_runs import StoredDataset, training
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    folder = tmp_path_factory.mktemp("house")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> StoredDataset:
+    folder = tmp_path_factory.mktemp("dataset")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
         for index in range(2):
@@ -21,18 +21,18 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
             write_parquet(folder / "source" / f"file_{index}.parquet", texts)
         store = open_store(str(folder / "store"), create=True)
         source = str(folder / "source" / "*.parquet")
-        return House(store, source, build_dataset(tiny_config(store.url, source)))
+        return StoredDataset(store, source, build_dataset(tiny_config(store.url, source)))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(house: House, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """The name of a run that so many ranks trained from its first to its last step, in processes of their own."""
+def undisturbed(dataset: StoredDataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """A function that trains a run on this number of ranks, without interruption. Returns its name."""
 
     @cache
     def trained(ranks: int) -> str:
         run = f"undisturbed-{ranks}"
-        with training(house.store, house.ask(run), ranks, tmp_path_factory.mktemp(run)) as process:
-            assert process.wait() == 0, process.said()
+        with training(dataset.store, dataset.put_job(run), ranks, tmp_path_factory.mktemp(run)) as process:
+            assert process.wait() == 0, process.output()
         return run
 
     return trained

@@ -1,9 +1,8 @@
-"""The ranks of a small training as processes of their own, in a real process group of gloo, watched from inside."""
+"""The ranks of a small training as child processes in a real gloo process group, with their batches recorded."""
 
 import hashlib
 import multiprocessing
 import os
-import socket
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ from model.runs.job import read_job
 from model.training import trainer
 from model.training.trainer import Trainer
 from storage.stores.opening import open_store
+from tests.ports import free_port
 
 STUCK_SECONDS = 120
 
 
-class Asked(NamedTuple):
-    """A training, and the step before which it is asked to stop, if any; `gradients` asks for those of step 0 alone."""
+class TrainingRequest(NamedTuple):
+    """A training, the step before which it stops, if any, and whether to return the gradients of step 0."""
 
     store_url: str
     job_key: str
@@ -30,26 +30,24 @@ class Asked(NamedTuple):
     gradients: bool = False
 
 
-class Seen(NamedTuple):
-    """What a training took: the windows of each step in the order of the ranks, hashed, and its first gradients."""
+class ObservedTraining(NamedTuple):
+    """The windows of each step, hashed and in the order of the ranks, and the gradients of step 0."""
 
     steps: dict[int, list[str]]
     gradients: np.ndarray | None
 
 
 def hashes(windows: np.ndarray) -> list[str]:
-    """A digest of each window, whatever the type of its ids."""
+    """A digest of each window, independent of the dtype of its ids."""
     return [hashlib.sha256(window.astype("<i8").tobytes()).hexdigest() for window in windows]
 
 
-def train(trainings: list[Asked], ranks: int) -> list[Seen]:
-    """Let so many ranks do one training after the other, each until its end or its stop.
+def train(trainings: list[TrainingRequest], ranks: int) -> list[ObservedTraining]:
+    """Run the trainings one after the other, each to its end or stop, on this number of ranks.
 
-    The ranks are processes with one group for all trainings: to import torch takes each of them 4 s.
+    The ranks are started once for all trainings, because importing torch takes each of them 4 s.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(ranks)]
     processes = [
@@ -59,60 +57,60 @@ def train(trainings: list[Asked], ranks: int) -> list[Seen]:
     for process in processes:
         process.start()
     try:
-        return [_together([ours for ours, _ in pipes]) for _ in trainings]
+        return [_gather([ours for ours, _ in pipes]) for _ in trainings]
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _together(lines: list[Connection]) -> Seen:
-    """What all ranks say of one training."""
-    answers = [line.recv() if line.poll(STUCK_SECONDS) else "no answer" for line in lines]
-    assert all(isinstance(answer, Seen) for answer in answers), answers
-    steps = {step: [one for answer in answers for one in answer.steps[step]] for step in answers[0].steps}
+def _gather(connections: list[Connection]) -> ObservedTraining:
+    """Collect one training from all ranks."""
+    answers = [connection.recv() if connection.poll(STUCK_SECONDS) else "no answer" for connection in connections]
+    assert all(isinstance(answer, ObservedTraining) for answer in answers), answers
+    steps = {step: [window for answer in answers for window in answer.steps[step]] for step in answers[0].steps}
     assert all(set(answer.steps) == set(steps) for answer in answers)
-    return Seen(steps, answers[0].gradients)
+    return ObservedTraining(steps, answers[0].gradients)
 
 
-def _serve(line: Connection, trainings: list[Asked], rank: int, ranks: int, port: int) -> None:
+def _serve(connection: Connection, trainings: list[TrainingRequest], rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ddp = DDPConfig.detect(os.environ, "cpu")
     try:
         with ddp.process_group(timedelta(minutes=1)):
-            for asked in trainings:
-                line.send(_one(asked, ddp))
-                ddp.sum(torch.zeros(1))  # nobody begins the next one while the main rank still saves
+            for request in trainings:
+                connection.send(_observe(request, ddp))
+                ddp.sum(torch.zeros(1))  # no rank starts the next training while the main rank still saves
     except Exception as error:
-        line.send(repr(error))
+        connection.send(repr(error))
 
 
-def _one(asked: Asked, ddp: DDPConfig) -> Seen:
-    store = open_store(asked.store_url)
+def _observe(request: TrainingRequest, ddp: DDPConfig) -> ObservedTraining:
+    store = open_store(request.store_url)
     steps: dict[int, list[str]] = {}
     first: list[torch.Tensor] = []
     take, clip = MicroBatches.next, torch.nn.utils.clip_grad_norm_
 
-    def noting(self: MicroBatches) -> Any:
+    def recording(self: MicroBatches) -> Any:
         tokens_BT, targets_BT = take(self)
         hashed = steps.setdefault(training.step, [])
         hashed += hashes(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy())
         return tokens_BT, targets_BT
 
-    def keeping(parameters: Any, most: float) -> torch.Tensor:
+    def clipping(parameters: Any, most: float) -> torch.Tensor:
         weights = list(parameters)
-        if asked.gradients and not first:
+        if request.gradients and not first:
             first.append(torch.cat([weight.grad.flatten() for weight in weights]))
-        if training.step == asked.stop_at:
+        if training.step == request.stop_at:
             training._on_sigterm(0, None)
         return clip(weights, most)
 
-    MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = noting, keeping  # type: ignore[method-assign,assignment]
+    MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]
     try:
-        training = Trainer(store, read_job(store, asked.job_key), ddp)
+        training = Trainer(store, read_job(store, request.job_key), ddp)
         training.fit()
     finally:
         MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]
-    return Seen(steps, first[0].numpy() if first and ddp.is_main else None)
+    return ObservedTraining(steps, first[0].numpy() if first and ddp.is_main else None)

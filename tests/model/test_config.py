@@ -1,4 +1,4 @@
-"""The configuration: every field is explained, every override typed, every impossible combination refused in words."""
+"""The configuration: every field is described, overrides are typed, and impossible combinations are refused."""
 
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
 def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as it is written after --set."""
+    """Every field by its name in --set."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from fields(field.annotation, f"{prefix}{name}.")
@@ -25,27 +25,27 @@ def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[t
 
 
 def value_of(config: RunConfig, name: str) -> Any:
-    found: Any = config
+    value: Any = config
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def refused(*overrides: str, facts: list[str]) -> str:
-    """The message with which the settings are refused, which holds every fact."""
-    with pytest.raises(ValueError) as found:
+    """Assert that the settings are refused with all these facts. Returns the message."""
+    with pytest.raises(ValueError) as caught:
         load_config(None, list(overrides))
-    assert not isinstance(found.value, ValidationError), "words for people, not pydantic's"
+    assert not isinstance(caught.value, ValidationError), "pydantic's own message"
     for fact in facts:
-        assert fact in str(found.value), fact
-    return str(found.value)
+        assert fact in str(caught.value), fact
+    return str(caught.value)
 
 
 # Fields
 
 
 @pytest.mark.parametrize(("name", "field"), list(fields()), ids=[name for name, _ in fields()])
-def test_every_field_says_what_it_is(name: str, field: FieldInfo) -> None:
+def test_every_field_has_a_description(name: str, field: FieldInfo) -> None:
     assert field.description and field.description.endswith("."), name
 
 
@@ -72,12 +72,12 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_config_that_is_shipped_loads(file: Path) -> None:
+def test_every_shipped_config_loads(file: Path) -> None:
     config = load_config(file, [])
     for section, values in tomllib.loads(file.read_text()).items():
         for name, value in values.items() if isinstance(values, dict) else [(None, values)]:
-            found = value_of(config, f"{section}.{name}" if name else section)
-            assert (list(found) if isinstance(found, tuple) else found) == value
+            loaded = value_of(config, f"{section}.{name}" if name else section)
+            assert (list(loaded) if isinstance(loaded, tuple) else loaded) == value
 
 
 def test_configs_are_shipped() -> None:
@@ -100,7 +100,7 @@ def test_the_models_have_gpt2s_shapes(name: str, layers: int, heads: int, width:
     assert (model.layers, model.heads, model.width, model.context_tokens) == (layers, heads, width, 1024)
 
 
-def test_what_is_computed_holds_nothing_of_how_it_runs() -> None:
+def test_computed_settings_exclude_resources_store_and_name() -> None:
     plain, other = load_config(None, []), load_config(None, ["resources.workers=7", "store_url=/x", "name=other"])
     assert plain.computed() == other.computed()
     assert set(plain.computed()) == {"data", "model", "train", "evaluation"}
@@ -134,9 +134,9 @@ def test_what_is_computed_holds_nothing_of_how_it_runs() -> None:
     ],
 )
 def test_an_override_sets_its_field(override: str, value: object) -> None:
-    found = value_of(load_config(None, [override]), override.partition("=")[0].strip())
-    assert found == value
-    assert type(found) is type(value)
+    loaded = value_of(load_config(None, [override]), override.partition("=")[0].strip())
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
 def test_an_override_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
@@ -160,18 +160,18 @@ def test_an_override_wins_over_the_file_and_the_last_over_the_first(tmp_path: Pa
         ("store-url=x", "store_url"),
     ],
 )
-def test_an_unknown_name_offers_the_nearest(override: str, nearest: str) -> None:
+def test_an_unknown_name_suggests_the_nearest(override: str, nearest: str) -> None:
     refused(override, facts=[override.partition("=")[0], nearest])
 
 
-def test_an_unknown_name_of_a_file_offers_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_name_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text("[train]\nmax_stepz = 3\n")
     with pytest.raises(ValueError, match=r"train\.max_stepz.*train\.max_steps"):
         load_config(file, [])
 
 
-def test_an_unknown_name_like_nothing_is_refused() -> None:
+def test_an_unknown_name_without_a_near_match_is_refused() -> None:
     refused("qqqq=1", facts=["qqqq"])
     refused("zz.qqqq.xx=1", facts=["zz"])
 
@@ -205,7 +205,7 @@ def test_an_unknown_name_like_nothing_is_refused() -> None:
         ("data.dataset=.hidden", ["data.dataset", ".hidden"]),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_name(override: str, facts: list[str]) -> None:
+def test_an_invalid_value_is_refused_by_name(override: str, facts: list[str]) -> None:
     refused(override, facts=facts)
 
 
@@ -217,7 +217,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(override: str, facts: list[st
         "train.betas=[2, 3]",
     ],
 )  # fmt: skip
-def test_a_number_that_no_training_can_use_is_refused(override: str) -> None:
+def test_a_number_out_of_range_is_refused(override: str) -> None:
     refused(override, facts=[override.partition("=")[0]])
 
 
@@ -225,10 +225,10 @@ def test_a_number_that_no_training_can_use_is_refused(override: str) -> None:
 
 
 def follow(message: str, *overrides: str) -> RunConfig:
-    """The configuration that the message's advice (`field = value`, the last one in it) leads to."""
-    words = message.replace(",", "").rstrip(".").split()
-    place = len(words) - 1 - words[::-1].index("=")
-    return load_config(None, [*overrides, f"{words[place - 1]}={words[place + 1]}"])
+    """The configuration after the last advice (`field = value`) of the message."""
+    parts = message.replace(",", "").rstrip(".").split()
+    place = len(parts) - 1 - parts[::-1].index("=")
+    return load_config(None, [*overrides, f"{parts[place - 1]}={parts[place + 1]}"])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def follow(message: str, *overrides: str) -> RunConfig:
         (["train.sequence_tokens=1000"], ["524,288", "8,000", "1,000", "528000"]),
     ],
 )
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(overrides: list[str], facts: list[str]) -> None:
+def test_an_indivisible_batch_is_refused_with_a_divisible_one(overrides: list[str], facts: list[str]) -> None:
     message = refused(
         *overrides, facts=["train.batch_tokens", "train.micro_batch_sequences", "train.sequence_tokens", *facts]
     )
@@ -272,7 +272,7 @@ def test_a_width_that_the_heads_do_not_divide_is_refused(width: int, heads: int,
 
 
 @pytest.mark.parametrize("ranks", [3, 7, 256])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(ranks: int) -> None:
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(ranks: int) -> None:
     facts = ["train.batch_tokens", "524,288", str(ranks), "4,096", "resources.processes"]
     refused(f"resources.processes={ranks}", facts=facts)
     with pytest.raises(ValueError, match=rf"524,288.*{ranks}"):
@@ -287,21 +287,21 @@ def test_ranks_share_a_batch_in_whole_micro_batches(ranks: int) -> None:
     )
 
 
-def test_every_wrong_value_is_told_at_once() -> None:
+def test_all_invalid_values_are_reported_at_once() -> None:
     refused("train.max_steps=0", "model.layers=x", facts=["train.max_steps", "model.layers"])
 
 
 # Files
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for place in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(ValueError, match=str(place)):
             load_config(place, [])
 
 
 @pytest.mark.parametrize("body", [b"[train\nx", b"name = ", b"\xff\xfe", b"[train]\nseed = 1\nseed = 2\n"])
-def test_a_file_that_is_no_toml_is_named(tmp_path: Path, body: bytes) -> None:
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "a.toml").write_bytes(body)
     with pytest.raises(ValueError, match=r"a\.toml"):
         load_config(tmp_path / "a.toml", [])
@@ -312,10 +312,10 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, body: bytes) -> None:
 
 def test_differences_name_the_fields_and_both_values() -> None:
     ours, theirs = RunConfig(), load_config(None, ["train.seed=9", "model.layers=3", "evaluation.prompts=[]"])
-    found = differences(ours.computed(), theirs.computed())
-    assert len(found) == 3
+    lines = differences(ours.computed(), theirs.computed())
+    assert len(lines) == 3
     for line, facts in zip(
-        found, [("evaluation.prompts",), ("model.layers", "12", "3"), ("train.seed", "1337", "9")], strict=True
+        lines, [("evaluation.prompts",), ("model.layers", "12", "3"), ("train.seed", "1337", "9")], strict=True
     ):
         assert all(fact in line for fact in facts)
     assert differences(ours.computed(), RunConfig().computed()) == []

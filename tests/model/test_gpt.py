@@ -1,4 +1,4 @@
-"""GPT-2 is GPT-2: sizes, names, causality, logits, loss and initial weights, beside a plain forward written here."""
+"""The model is GPT-2: sizes, names, causality, logits, loss and initial weights, against a plain forward pass."""
 
 import math
 from pathlib import Path
@@ -45,7 +45,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens_BT: Tensor) -> Tensor:
-    """GPT-2 as its paper has it: one head at a time, softmax written out, nothing shared with the model's code."""
+    """GPT-2 written out: one head at a time, explicit softmax, no code shared with the model."""
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -91,7 +91,7 @@ def test_presets_have_the_sizes_of_the_published_models(file: str, parameters: i
     assert model.parameter_count == parameters
 
 
-def test_rows_that_are_no_token_are_zero_and_stay_so() -> None:
+def test_padding_rows_of_the_embedding_stay_zero() -> None:
     model = GPT(SMALL).train()
     padding = model.head_VC[VOCABULARY:]
     assert len(model.head_VC) == PADDED_VOCABULARY == 50_304
@@ -127,13 +127,13 @@ def test_no_position_depends_on_a_later_token() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 24])
-def test_logits_are_those_of_a_plain_forward(tokens: int) -> None:
+def test_logits_equal_those_of_a_plain_forward_pass(tokens: int) -> None:
     model = small_model()
     tokens_BT, _ = batch(rows=3, tokens=tokens)
     with torch.no_grad():
         expected = plain_logits(dict(model.named_parameters()), SMALL, tokens_BT)
-        found = model.logits(model.transformer(tokens_BT))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        logits = model.logits(model.transformer(tokens_BT))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -150,7 +150,7 @@ def test_loss_is_the_summed_cross_entropy_of_the_logits(
 
 
 @pytest.mark.parametrize("chunk_rows", [47, 16, 1])
-def test_gradients_of_the_chunked_loss_are_those_of_the_plain_loss(
+def test_gradients_of_the_chunked_loss_equal_those_of_the_plain_loss(
     chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpt, "chunk_rows", lambda _: chunk_rows)
@@ -160,12 +160,12 @@ def test_gradients_of_the_chunked_loss_are_those_of_the_plain_loss(
     plain = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
     weights = list(model.parameters())
     expected = torch.autograd.grad(plain / 48, weights)
-    found = torch.autograd.grad(model(tokens_BT, targets_BT) / 48, weights)
-    for ours, theirs in zip(found, expected, strict=True):
+    gradients = torch.autograd.grad(model(tokens_BT, targets_BT) / 48, weights)
+    for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_dropout_is_drawn_in_training_only() -> None:
+def test_dropout_applies_in_training_only() -> None:
     model = small_model(dropout=0.5)
     tokens_BT, targets_BT = batch()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_dropout_is_drawn_in_training_only() -> None:
         assert model.eval()(tokens_BT, targets_BT) == small_model().eval()(tokens_BT, targets_BT)
 
 
-def test_initial_weights_have_the_spread_of_gpt2() -> None:
+def test_initial_weights_have_the_standard_deviations_of_gpt2() -> None:
     torch.manual_seed(1)
     config = ModelConfig(layers=3, heads=2, width=128, context_tokens=256)
     for name, weight in GPT(config).named_parameters():
@@ -187,7 +187,7 @@ def test_initial_weights_have_the_spread_of_gpt2() -> None:
             assert abs(weight.mean().item()) < 0.03 * spread, name
 
 
-def test_a_fresh_model_is_as_unsure_as_gpt2_was() -> None:
+def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
     torch.manual_seed(2)
     model = GPT(ModelConfig(layers=1, context_tokens=256)).eval()
     tokens_BT, targets_BT = batch(rows=4, tokens=256)

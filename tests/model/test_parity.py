@@ -1,4 +1,4 @@
-"""This model is the GPT-2 of Hugging Face's transformers: logits, loss, gradients and ten steps of an optimizer."""
+"""The model equals GPT-2 in Hugging Face's transformers: logits, loss, gradients and ten optimizer steps."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from model.gpt import GPT, unpadded
 from model.tokenizer import VOCABULARY
 from model.training.optimizer import make_optimizer
 
-PRESETS = [  # the shape, and which of transformers' two forms of attention it is held against
+PRESETS = [  # the shape, and the attention implementation of transformers to compare with
     ("fineweb-edu-10b", 12, 768, "eager"),
     ("gpt2-medium", 16, 1_024, "sdpa"),
     ("gpt2-large", 20, 1_280, "eager"),
@@ -25,13 +25,13 @@ PRESETS = [  # the shape, and which of transformers' two forms of attention it i
 
 
 def theirs_of(ours: GPT) -> GPT2LMHeadModel:
-    """transformers' model with the same weights, whose linear layers it keeps the other way round."""
+    """transformers' model with the same weights; its linear layers are transposed."""
     shape = ours.config
     config = GPT2Config(
         n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, n_positions=shape.context_tokens,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    with no_init_weights():  # 3 s of the largest one, for numbers that are replaced
+    with no_init_weights():  # saves 3 s for the largest model: the weights are replaced
         theirs = GPT2LMHeadModel(config)
     theirs.tie_weights()
     with torch.no_grad():
@@ -41,16 +41,16 @@ def theirs_of(ours: GPT) -> GPT2LMHeadModel:
 
 
 def pairs(ours: GPT, theirs: GPT2LMHeadModel, *, gradients: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every parameter of both by its name, or its gradient, as views of the same shape."""
-    turned = {f"{name}.weight" for name, module in theirs.named_modules() if isinstance(module, Conv1D)}
+    """Every parameter (or gradient) of both models by name, as views of the same shape."""
+    transposed = {f"{name}.weight" for name, module in theirs.named_modules() if isinstance(module, Conv1D)}
     own = dict(ours.named_parameters())
-    found = {}
+    tensors = {}
     assert own.keys() == dict(theirs.named_parameters()).keys()
     for name, weight in theirs.named_parameters():
         mine, other = (own[name].grad, weight.grad) if gradients else (own[name], weight)
         assert mine is not None and other is not None, name
-        found[name] = unpadded(name, mine), other.T if name in turned else other
-    return found
+        tensors[name] = unpadded(name, mine), other.T if name in transposed else other
+    return tensors
 
 
 def random_model(shape: ModelConfig, spread: float) -> GPT:
@@ -74,16 +74,16 @@ def mean_loss(model: GPT, ids_BT: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("preset", "heads", "width", "attention"), PRESETS)
-def test_logits_loss_and_gradients_are_those_of_transformers(
+def test_logits_loss_and_gradients_equal_those_of_transformers(
     preset: str, heads: int, width: int, attention: str
 ) -> None:
-    asked = load_config(Path(f"deploy/configs/{preset}.toml"), []).model
-    assert (asked.heads, asked.width) == (heads, width)
-    ours = random_model(asked.model_copy(update={"layers": 2, "context_tokens": 20}), 0.04).train()
+    shape = load_config(Path(f"deploy/configs/{preset}.toml"), []).model
+    assert (shape.heads, shape.width) == (heads, width)
+    ours = random_model(shape.model_copy(update={"layers": 2, "context_tokens": 20}), 0.04).train()
     theirs = theirs_of(ours).train()
     theirs.set_attn_implementation(attention)
     ids_BT = batch(2, 20)
-    answer = theirs(input_ids=ids_BT, labels=ids_BT)  # it shifts them itself
+    answer = theirs(input_ids=ids_BT, labels=ids_BT)  # transformers shifts the labels
     logits_BTV = ours.logits(ours.transformer(ids_BT))
     assert logits_BTV.std() > 1  # far from a fresh model's
     torch.testing.assert_close(logits_BTV, answer.logits, rtol=0, atol=1e-4)
@@ -97,7 +97,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(
         assert apart.norm() <= 1e-4 * other.norm(), name
 
 
-def test_ten_steps_of_the_optimizer_are_those_of_adamw_on_transformers() -> None:
+def test_ten_optimizer_steps_equal_those_of_adamw_on_transformers() -> None:
     shape = ModelConfig(layers=4, heads=4, width=64, context_tokens=64)
     settings = TrainingConfig(learning_rate=3e-3, weight_decay=0.5, betas=(0.9, 0.95), clip=1.0)
     ours = random_model(shape, 0.02).train()
@@ -107,7 +107,7 @@ def test_ten_steps_of_the_optimizer_are_those_of_adamw_on_transformers() -> None
     groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
     plain = AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, fused=False, foreach=False)
     optimizer = make_optimizer(ours, settings)
-    ids_BT = batch(4, 64) % 500  # of few tokens, so that there is something to learn
+    ids_BT = batch(4, 64) % 500  # few distinct tokens, so that the model can learn
     losses: list[tuple[float, float]] = []
     norms = []
     for _ in range(10):

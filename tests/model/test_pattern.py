@@ -1,4 +1,4 @@
-"""Our two patterns give the ids of the published one, whatever the text."""
+"""The two patterns give the same ids as the published one for any text."""
 
 import random
 import sys
@@ -31,15 +31,15 @@ SURROGATES = ["\ud800", "\udfff", "\ude42\ud83d", "\ud83d"]
 
 def by_category() -> dict[str, list[str]]:
     """Some characters of each Unicode category."""
-    found: dict[str, list[str]] = {}
+    characters_of: dict[str, list[str]] = {}
     for code in range(sys.maxunicode + 1):
         if not 0xD800 <= code < 0xE000:
-            found.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
-    return {name: characters[:: max(len(characters) // 300, 1)] for name, characters in found.items()}
+            characters_of.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
+    return {name: characters[:: max(len(characters) // 300, 1)] for name, characters in characters_of.items()}
 
 
 def generated(count: int) -> Iterator[str]:
-    """Short strings of all that the pattern tells apart, and of what it might confuse; now and then a long run."""
+    """Short strings of everything that the pattern distinguishes or might confuse, and some long repetitions."""
     drawn = random.Random(7)
     categories = list(by_category().values())
     anything: list[Callable[[], str]] = [
@@ -54,14 +54,15 @@ def generated(count: int) -> Iterator[str]:
         if number % 50 == 0:
             parts.insert(drawn.randrange(len(parts)), drawn.choice(SURROGATES))
         if number % 200 == 1:
-            one, other = drawn.choice(PIECES), drawn.choice(drawn.choice(categories))
-            run = drawn.choices([one, one, other], k=drawn.randrange(100, 2_000)) if number % 400 == 1 else [one] * 900
+            piece, other = drawn.choice(PIECES), drawn.choice(drawn.choice(categories))
+            mixed = number % 400 == 1
+            run = drawn.choices([piece, piece, other], k=drawn.randrange(100, 2_000)) if mixed else [piece] * 900
             parts.insert(drawn.randrange(len(parts)), "".join(run))
         yield "".join(parts)
 
 
 def differing(texts: Iterable[str]) -> list[str]:
-    """The beginnings of texts that have other ids than the published pattern gives."""
+    """The beginnings of texts whose ids differ from those of the published pattern."""
     return [
         f"{len(text):,} characters: {text[:60]!a}"
         for text in texts
@@ -69,28 +70,28 @@ def differing(texts: Iterable[str]) -> list[str]:
     ]
 
 
-def test_ids_are_the_same_for_what_nobody_writes() -> None:
-    found = differing(generated(STRINGS))
-    assert found == [], len(found)
+def test_ids_are_the_same_for_random_strings() -> None:
+    different = differing(generated(STRINGS))
+    assert different == [], len(different)
 
 
-def test_ids_are_the_same_for_what_people_write() -> None:
-    """The language's help topics, and modules of the standard library with their documentation."""
+def test_ids_are_the_same_for_real_text() -> None:
+    """Python's help topics, and modules of the standard library with their docstrings."""
     library = Path(sysconfig.get_path("stdlib"))
     texts = [*topics.values(), *(path.read_text("utf-8") for path in sorted(library.glob("*.py"))[::2])]
     assert len(texts) > 150
     assert differing(texts) == []
 
 
-def test_ids_are_the_same_for_long_runs_of_one_kind() -> None:
-    """As a line of a table, a number, or a language that sets no spaces."""
-    runs = [one * (length_bytes // len(one.encode())) for one in RUNS for length_bytes in (501, 1_003, 20_001)]
+def test_ids_are_the_same_for_long_repetitions() -> None:
+    """Such as a table's rule, a number, or a language without spaces."""
+    runs = [piece * (length_bytes // len(piece.encode())) for piece in RUNS for length_bytes in (501, 1_003, 20_001)]
     assert differing([*runs, *(f"x {run} x" for run in runs)]) == []
 
 
 @pytest.mark.parametrize("white", [" ", "\n", "\u3000"])
-def test_the_same_documents_are_too_much(white: str) -> None:
-    """fancy-regex's stack holds a million characters of white space before a word; at a text's end it needs none."""
+def test_the_same_texts_overflow_both_regexes(white: str) -> None:
+    """fancy-regex's stack holds a million white-space characters before a word; at the end of a text it needs none."""
     run = white * 1_100_000
     assert differing([f"x{run}", f"{run[:900_000]}x"]) == []
     for encode in (tokenizer.encode, published().encode):
@@ -98,8 +99,8 @@ def test_the_same_documents_are_too_much(white: str) -> None:
             encode(f"{run}x")
 
 
-def test_every_thread_has_an_encoding_of_its_own() -> None:
-    """The regex of a shared one lets all but one thread wait."""
+def test_every_thread_has_its_own_encoding() -> None:
+    """Threads that share an encoding's regex run one at a time."""
     with ThreadPoolExecutor(2) as pool:
         both = threading.Barrier(2)
 

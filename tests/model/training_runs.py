@@ -1,4 +1,4 @@
-"""A training seen from outside: a store to train in, processes that are killed, and what a run leaves behind."""
+"""Trainings from outside: a store to train in, processes to kill, and what a run stores."""
 
 import os
 import re
@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +17,11 @@ from model.config import RunConfig
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage.datasets.manifest import Manifest
-from storage.digests import sha256
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.making import tiny_config
+from tests.polling import poll
 from tests.processes import kill, with_arguments
 
 STEPS = 12
@@ -32,8 +30,8 @@ BATCH_TOKENS = 256  # steps of about 0.05 s: long enough to be killed in the mid
 SHORT = ("train.batch_tokens=64", "train.validate_every_steps=0")
 
 
-class House(NamedTuple):
-    """A store with a dataset; every test trains a run of its own in it."""
+class StoredDataset(NamedTuple):
+    """A sealed dataset in a store. Every test trains a run of its own on it."""
 
     store: Store
     source: str
@@ -43,43 +41,35 @@ class House(NamedTuple):
         ours = [f"name={run}", f"train.batch_tokens={BATCH_TOKENS}", f"train.max_steps={STEPS}"]
         return tiny_config(self.store.url, self.source, *ours, *overrides)
 
-    def ask(self, run: str, *overrides: str) -> str:
-        """Pin a run and ask for its training. Returns the job's key."""
+    def put_job(self, run: str, *overrides: str) -> str:
+        """Pin a run and store its training job. Returns the job's key."""
         return put_job(
             self.store, training_job(pin_run(self.store, self.config(run, *overrides), self.manifest.digest, None))
         )
 
-    def trained_here(self, run: str, *overrides: str) -> str:
-        """A run that was trained in this very process."""
-        assert run_job(self.store.url, self.ask(run, *overrides)) == 0
+    def train(self, run: str, *overrides: str) -> str:
+        """Train a run in this process. Returns its name."""
+        assert run_job(self.store.url, self.put_job(run, *overrides)) == 0
         return run
 
-    def copy_without_runs(self, folder: Path) -> "House":
+    def copy_without_runs(self, folder: Path) -> "StoredDataset":
         shutil.copytree(self.store.url, folder, ignore=shutil.ignore_patterns("runs"))
-        return House(open_store(str(folder)), self.source, self.manifest)
-
-
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Poll for the condition; fail when it does not come true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        threading.Event().wait(0.001)
+        return StoredDataset(open_store(str(folder)), self.source, self.manifest)
 
 
 class Training:
-    """`python -m model` of one job, leader of its own session, with its output in files."""
+    """`python -m model` for one job, in its own session, with its output in files."""
 
     def __init__(self, store: Store, job_key: str, ranks: int, folder: Path) -> None:
         self._store, self._job_key, self._folder = store, job_key, folder
-        words = [sys.executable, "-m", "model", store.url, job_key, "--processes", str(ranks)]
+        argv = [sys.executable, "-m", "model", store.url, job_key, "--processes", str(ranks)]
         with self._file("out").open("w") as out, self._file("err").open("w") as err:
-            self._process = subprocess.Popen(words, stdout=out, stderr=err, cwd=folder, start_new_session=True)
+            self._process = subprocess.Popen(argv, stdout=out, stderr=err, cwd=folder, start_new_session=True)
 
     def _file(self, name: str) -> Path:
         return self._folder / name
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._file("out").read_text() + self._file("err").read_text()
 
     def errors(self) -> str:
@@ -91,16 +81,16 @@ class Training:
     def wait(self) -> int:
         return self._process.wait(timeout=120)
 
-    def until(self, condition: Callable[[], object]) -> None:
-        """Poll for the condition while the training goes on."""
-        until(lambda: condition() or self._process.poll() is not None, "the training neither came there nor ended")
-        assert self._process.poll() is None, self.said()
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Wait for the condition. Fails when the training ends first."""
+        poll(lambda: condition() or self._process.poll() is not None, every_seconds=0.001)
+        assert self._process.poll() is None, self.output()
 
     def terminate(self) -> None:
         os.killpg(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the group, and to the ranks, which torchrun gives sessions of their own."""
+        """SIGKILL the process group and the ranks, which torchrun starts in sessions of their own."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -118,17 +108,17 @@ def training(store: Store, job_key: str, ranks: int, folder: Path) -> Iterator[T
 
 
 def processes_of(store: Store, job_key: str) -> list[int]:
-    """The launcher and the ranks of a job, by the words they were started with."""
+    """The launcher and the ranks of a job, by their command-line arguments."""
     return with_arguments(store.url, job_key)
 
 
 def kill_all(store: Store, job_key: str) -> None:
     kill(processes_of(store, job_key))
-    until(lambda: not processes_of(store, job_key), "a killed process is still there")
+    poll(lambda: not processes_of(store, job_key), failure="a killed process still exists")
 
 
 def history(store: Store, run: str) -> list[dict[str, Any]]:
-    """All that was logged but for seconds, speed and memory, which no two runs share."""
+    """The run's metrics without times, speed and memory, which differ between equal runs."""
     lines = [line.model_dump(include=set(EXACT)) for line in read_metrics(store, run)]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return lines
@@ -150,7 +140,7 @@ def assert_equal_runs(store: Store, run: str, other: str) -> None:
 
 
 def copy_checkpoints(store: Store, run: str, other: str, last_step: int = STEPS) -> list[CheckpointRecord]:
-    """Put a run's checkpoints up to a step under the name of another run. Returns them."""
+    """Copy a run's checkpoints up to a step to another run. Returns the copies."""
     for listed in list(store.list(RunKeys(run).checkpoints)):
         name = listed.key.removeprefix(RunKeys(run).checkpoints)
         if int(name[:6]) <= last_step:
@@ -158,16 +148,5 @@ def copy_checkpoints(store: Store, run: str, other: str, last_step: int = STEPS)
     return checkpoints(store, other)
 
 
-def flip_a_byte(store: Store, key: str) -> tuple[str, str]:
-    """Damage an object but for its size. Returns its sha256 before and after."""
-    path = store.local_path(key)
-    assert path is not None
-    body = bytearray(path.read_bytes())
-    before = sha256(body)
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
-    return before, sha256(body)
-
-
-def everything(store: Store) -> dict[str, float]:
+def modification_times(store: Store) -> dict[str, float]:
     return {listed.key: listed.modified for listed in store.list("")}

@@ -12,9 +12,9 @@ from tests.storage.store_kinds import STORES, each
 
 @pytest.fixture(params=each(STORES))
 def url(request: pytest.FixtureRequest, tmp_path: Path, s3_url: S3Url) -> str:
-    found = str(tmp_path / "contract") if request.param == "folder" else s3_url(request.param)
-    open_store(found, create=True)
-    return found
+    store_url = str(tmp_path / "contract") if request.param == "folder" else s3_url(request.param)
+    open_store(store_url, create=True)
+    return store_url
 
 
 @pytest.fixture

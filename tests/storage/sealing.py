@@ -1,4 +1,4 @@
-"""What the tests of manifests seal: small source files, their shards, and a store that is watched meanwhile."""
+"""Builders of sealed datasets: small source files, their shards and manifests, and a recording store."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,24 +22,24 @@ NO_FILES = Listing((), {})
 
 
 def seal(store: Store, dataset: str, planned: list[str], source: Listing | None = None, **changes: Any) -> Manifest:
-    """Seal planned shards as `SPEC` says, with changes of it."""
+    """Seal planned shards under `SPEC`, with these fields changed."""
     return sealing.seal(store, replace(SPEC, name=dataset, **changes), planned, source or NO_FILES)
 
 
 def source_file(folder: Path, number: int, documents: int = 20) -> Path:
-    """A file of three to four shards."""
+    """Write a source file of three to four shards."""
     return write_parquet(
         folder / f"file_{number}.parquet", [document(number * 1_000 + row) for row in range(documents)]
     )
 
 
 def plans_of(*paths: Path | str, **settings: Any) -> list[FilePlan]:
-    """The plans of some files: shards of 500 tokens, with other settings where they are given."""
+    """The plans of the files: shards of 500 tokens, unless the settings differ."""
     return [plan_file(identity.identify(path), replace(SPEC.settings, **settings)) for path in paths]
 
 
 def jobs_of(*paths: Path, **settings: Any) -> list[ShardJob]:
-    return [job for one in plans_of(*paths, **settings) for job in one.jobs()]
+    return [job for plan in plans_of(*paths, **settings) for job in plan.jobs()]
 
 
 def rows_of(job: ShardJob) -> tuple[int, int]:
@@ -50,7 +50,7 @@ def rows_of(job: ShardJob) -> tuple[int, int]:
 def built(
     store: Store, *paths: Path, dataset: str = "small", order: Callable[[list[ShardJob]], None] | None = None
 ) -> list[str]:
-    """The planned shards of some files, made in any order."""
+    """Build the shards of the files, in any order. Returns their ids in the planned order."""
     jobs = jobs_of(*paths)
     planned = [job.shard_id for job in jobs]
     if order:
@@ -73,17 +73,17 @@ def record_key(shard_id: str) -> str:
 
 
 def pointer(store: Store, dataset: str = "small") -> dict[str, Any]:
-    found = read_json(store, DatasetKeys(dataset).latest)
-    assert found is not None
-    return found
+    latest = read_json(store, DatasetKeys(dataset).latest)
+    assert latest is not None
+    return latest
 
 
 def manifests(store: Store, dataset: str = "small") -> list[str]:
-    return [found.key for found in store.list(DatasetKeys(dataset).prefix + "manifests/")]
+    return [listed.key for listed in store.list(DatasetKeys(dataset).prefix + "manifests/")]
 
 
-class Spy:
-    """A store that notes what is read, and lets somebody else act just before the first swap."""
+class RecordingStore:
+    """A store that records the keys that are read, and calls `before_swap` before the first swap."""
 
     def __init__(self, store: Store, before_swap: Callable[[], object] | None = None) -> None:
         self._store, self._act, self.read_keys = store, before_swap, []  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""Source files that the tests write, and two ways to read one: as a plan does, and as a shard does."""
+"""Writers of source files, and two ways to read one: like a plan, and like a shard."""
 
 import json
 from collections.abc import Callable
@@ -20,12 +20,12 @@ Read = Callable[[Path], object]
 
 
 def rows(path: Path, column: str = "text", *filters: str, strict: bool = True) -> RowTokens:
-    """What a plan needs of the file."""
+    """The file as a plan reads it."""
     return documents.rows(identity.identify(path), column, filters, strict=strict)
 
 
 def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:
-    """The texts that a shard of these rows is made of."""
+    """The texts of a shard of these rows."""
     file = identity.identify(path)
     recipe = ShardRecipe(file.digest, row_from, row_to, tokenizer="", text_column=column)
     job = ShardJob("a", recipe, file, start_byte)

@@ -34,7 +34,8 @@ from flows.platform import server
 from tests import postgres
 from tests.benchmarks import contest
 from tests.benchmarks.tokenise.phases import megabytes
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
+from tests.polling import poll
 
 GOAL = 1.2
 EARLY_JOBS = 200  # memory is flat when it grows little from here to the last
@@ -134,7 +135,7 @@ def contend(kind: str, jobs: int, workers: int) -> None:
 
     def count(**filters: Any) -> int:
         asked = {"flow_runs": {"id": {"any_": [looks.flow_run]}}, "task_runs": filters}
-        return int(ask(os.environ["PREFECT_API_URL"], "/task_runs/count", asked))
+        return int(call_api(os.environ["PREFECT_API_URL"], "/task_runs/count", asked))
 
     def completed() -> int:
         return count(state={"type": {"any_": ["COMPLETED"]}})

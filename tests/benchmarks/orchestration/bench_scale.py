@@ -43,7 +43,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.benchmarks.tokenise import phases
 from tests.benchmarks.tokenise.phases import Phase, build_alone, surroundings
-from tests.flows.client import poll
+from tests.polling import poll
 
 DATASET, SOURCE = "edu", "org/edu"
 SHARD_TOKENS = 10_000_000

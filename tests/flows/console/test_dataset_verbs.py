@@ -17,13 +17,15 @@ from storage.datasets.manifest import Manifest, latest_manifest
 from storage.inspection.verify import check_fully
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
-from storage.stores.store import Store, overwrite
+from storage.stores.store import Store
 from tests import servers
 from tests.conftest import S3Url
+from tests.damage import flip_bit
 from tests.flows import client
 from tests.flows.in_process import Gpt2, Outcome
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training_runs import STEPS, final_weights, history
+from tests.polling import poll
 from tests.storage.store_kinds import SERVERS
 
 
@@ -57,11 +59,8 @@ class Built:
         return self._gpt2("dataset", "copy", to, *self.settings(url), cwd=self.folder)
 
     def flip(self, place: int) -> str:
-        """Change a byte of a shard. Returns the shard's id."""
-        key = DatasetKeys("small").shard(self.rows[place].shard_id)
-        body = bytearray(self.store.read(key).body)
-        body[10] ^= 1
-        overwrite(self.store, key, bytes(body))
+        """Damage a shard. Returns its id."""
+        flip_bit(self.store, DatasetKeys("small").shard(self.rows[place].shard_id), 10)
         return self.rows[place].shard_id
 
     def records(self) -> set[str]:
@@ -79,7 +78,7 @@ def built(gpt2: Gpt2, tmp_path: Path) -> Built:
 # Verify
 
 
-def test_a_whole_dataset_is_exit_code_0_at_every_depth(built: Built) -> None:
+def test_an_intact_dataset_is_exit_code_0_at_every_depth(built: Built) -> None:
     total = len(built.rows)
     for options in ([], ["--quick"]):
         outcome = built.verify(*options)
@@ -92,7 +91,7 @@ def test_a_whole_dataset_is_exit_code_0_at_every_depth(built: Built) -> None:
 
 
 def test_damage_is_exit_code_1_and_the_printed_command_repairs_only_that(api: str, built: Built) -> None:
-    """Printed by a real process, and typed as printed into another one."""
+    """A real process prints the command, and another one runs it as printed."""
     shard_id = built.flip(3)
     before = built.times()
     assert built.verify("--quick").code == 0  # a folder keeps no checksums
@@ -153,7 +152,7 @@ def test_json_and_repair_together_are_exit_code_2(built: Built) -> None:
     assert (outcome.code, outcome.out, "--json" in outcome.error) == (2, "", True)
 
 
-def test_what_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, built: Built) -> None:
+def test_a_store_or_source_that_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, built: Built) -> None:
     outcome = built.verify(url="nowhere")
     assert (outcome.code, "'nowhere'" in outcome.error) == (2, True)
     outcome = gpt2("dataset", "verify", "--set", "store_url=data", cwd=built.folder)
@@ -179,8 +178,8 @@ def test_a_store_that_keeps_checksums_shows_a_rewritten_shard_quickly(
 
 
 @pytest.fixture
-def stops(s3_url: S3Url, tmp_path: Path) -> Iterator[list[str]]:
-    """Two stores after the first one: SeaweedFS, then a folder."""
+def more_stores(s3_url: S3Url, tmp_path: Path) -> Iterator[list[str]]:
+    """Two more stores: SeaweedFS, then a folder."""
     yield [s3_url("seaweedfs"), str(tmp_path / "back")]
 
 
@@ -192,27 +191,29 @@ def training_outcome(url: str, built: Built) -> tuple[object, bytes | bytearray 
     return history(store, "tiny"), final_weights(store, "tiny")
 
 
-def test_a_copy_of_a_copy_is_the_same_version_and_trains_to_the_same_losses(built: Built, stops: list[str]) -> None:
+def test_a_copy_of_a_copy_is_the_same_version_and_trains_to_the_same_losses(
+    built: Built, more_stores: list[str]
+) -> None:
     texts = [document(number) for number in range(80, 100)]
     write_parquet(built.folder / "source" / "file_2.parquet", texts)
     built.manifest = built.build()  # a second version, whose parent is copied too
     url = str(built.folder / "data")
     total = len(built.manifest.shard_ids)
     expected = training_outcome(url, built)
-    for to in stops:
+    for to in more_stores:
         outcome = built.copy(url, to)
         assert (outcome.code, f"{total} of {total} shards copied now" in outcome.out) == (0, True), outcome
         assert latest_manifest(open_store(to), "small") == built.manifest
         assert built.verify("--deep", "3", url=to).code == 0
         url = to
-    assert training_outcome(stops[0], built) == expected
-    outcome = built.copy(stops[0], stops[1])
+    assert training_outcome(more_stores[0], built) == expected
+    outcome = built.copy(more_stores[0], more_stores[1])
     assert (outcome.code, f"0 of {total} shards copied now" in outcome.out) == (0, True), outcome
 
 
 @pytest.mark.full
 def test_a_copy_from_one_server_to_another_is_the_same_version(built: Built, s3_url: S3Url, tmp_path: Path) -> None:
-    """Through a folder: a process talks to one server, which AWS_ENDPOINT_URL_S3 names."""
+    """Through a folder: a process uses one server, that of AWS_ENDPOINT_URL_S3."""
     assert "minio" in SERVERS, "make minio"
     url = str(built.folder / "data")
     for number, kind in enumerate(["seaweedfs", "minio"]):
@@ -229,7 +230,7 @@ def sealed_in(url: str) -> Manifest | None:
     return latest_manifest(open_store(url), "small")
 
 
-def test_a_killed_copy_is_only_unfinished_and_continues(built: Built, s3_url: S3Url) -> None:
+def test_a_killed_copy_is_resumed(built: Built, s3_url: S3Url) -> None:
     to = s3_url("seaweedfs")
     target = open_store(to, create=True)
 
@@ -238,7 +239,7 @@ def test_a_killed_copy_is_only_unfinished_and_continues(built: Built, s3_url: S3
         return [key for key in listed_keys if key.endswith(".json")]
 
     process = client.gpt2("dataset", "copy", to, *built.settings(), cwd=built.folder)
-    client.poll(copied_records)
+    poll(copied_records)
     process.kill()
     process.communicate()
     assert sealed_in(to) in (None, built.manifest)
@@ -258,7 +259,7 @@ def _no_record_lacks_its_shard(store: Store) -> None:
     assert {key.removesuffix(".json") + ".bin" for key in shard_keys if key.endswith(".json")} <= shard_keys
 
 
-def test_another_dataset_of_that_name_is_left_alone(gpt2: Gpt2, built: Built, tmp_path: Path) -> None:
+def test_another_dataset_of_the_same_name_is_not_overwritten(gpt2: Gpt2, built: Built, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Built(gpt2, tmp_path / "other")
     with suppress(FileNotFoundError):

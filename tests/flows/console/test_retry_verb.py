@@ -17,25 +17,23 @@ from model.runs.job import JobFailed
 from model.runs.run import find_run, keep_request
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.recipe import ShardRecipe
-from storage.datasets.records import Record
-from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys, RunKeys
 from storage.sources import identity, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import making
-from tests.flows.client import poll, shard_runs
+from tests.flows.client import shard_runs
 from tests.flows.in_process import Gpt2
-from tests.flows.jobs import counted
+from tests.flows.jobs import counting_jobs, put_wrong_record
 from tests.making import document, tiny_config, write_parquet
+from tests.polling import poll
 
 DATASET = "failing"
 
 
 class Failed(NamedTuple):
-    """A build in which one job in ten failed, with the cause removed since, and the version it should seal."""
+    """A build in which one job in ten failed, and the version that it should seal."""
 
     config: RunConfig
     failed: list[str]
@@ -50,12 +48,6 @@ class Failed(NamedTuple):
 
     def sealed(self) -> Manifest | None:
         return latest_manifest(self.store, DATASET)
-
-
-def spoil(store: Store, shard_id: str) -> None:
-    """Write a record with a wrong checksum: from now on the job of its recipe fails."""
-    record = Record(shard_id, 3, 1, 0, 1, "0" * 64, "x", ShardRecipe("x", 0, 1, "x"), {})
-    store.put_new(DatasetKeys(DATASET).record(shard_id), canonical_json(record.to_json()))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +72,7 @@ def failed_once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
         store, failing = open_store(config.store_url, create=True), expected.shard_ids[4::12]
         assert (len(failing), len(expected.shard_ids) > 25) == (3, True)
         for shard_id in failing:
-            spoil(store, shard_id)
+            put_wrong_record(store, DATASET, shard_id)
         with pytest.raises(ShardCorrupt):
             build_dataset(config)
         return Failed(config, sorted(failing), expected)
@@ -88,7 +80,7 @@ def failed_once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
 
 @pytest.fixture
 def failed(failed_once: Failed, tmp_path: Path) -> Failed:
-    """A copy of it, with the cause of the failures removed."""
+    """A copy of `failed_once` in which the cause of the failures is removed."""
     url = str(shutil.copytree(failed_once.config.store_url, tmp_path / "store"))
     failed = failed_once._replace(config=failed_once.config.model_copy(update={"store_url": url}))
     for shard_id in failed_once.failed:
@@ -103,16 +95,16 @@ def completed(api: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("how", ["retry", "the same build again"])
-def test_only_what_failed_is_run_again(api: str, failed: Failed, how: str) -> None:
+def test_only_failed_jobs_are_rerun(api: str, failed: Failed, how: str) -> None:
     assert failed.sealed() is None
     poll(lambda: len(completed(api)) >= len(failed.expected.shard_ids) - len(failed.failed))
     before = completed(api)
-    with counted() as jobs:
+    with counting_jobs() as jobs:
         if how == "retry":
             failed.retry(DATASET, "resources.audit=true")
         else:
             build_dataset(failed.config)
-    assert sorted(jobs.asked) == failed.failed
+    assert sorted(jobs.shard_ids) == failed.failed
     assert failed.sealed() == failed.expected
     names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
     poll(lambda: sorted(name for task_run, name in completed(api).items() if task_run not in before) == names)
@@ -121,7 +113,7 @@ def test_only_what_failed_is_run_again(api: str, failed: Failed, how: str) -> No
 
 
 def stopped(_: RunConfig, version: DatasetVersion) -> None:
-    raise JobFailed(f"was asked to train on {version.manifest}")
+    raise JobFailed(f"trained on {version.manifest}")
 
 
 @pytest.mark.parametrize("to", ["train", pytest.param("the report", marks=pytest.mark.full)])
@@ -129,20 +121,20 @@ def test_a_run_whose_shards_failed_before_it_was_pinned_is_retried_by_its_name(
     failed: Failed, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     for shard_id in failed.failed:
-        spoil(failed.store, shard_id)
+        put_wrong_record(failed.store, DATASET, shard_id)
     with pytest.raises(ShardCorrupt):
         pretrain(failed.config)
     assert read_json(failed.store, RunKeys("tiny").config) is None
     for shard_id in failed.failed:
         failed.store.delete(DatasetKeys(DATASET).record(shard_id))
-    with counted() as jobs, monkeypatch.context() as patch:
+    with counting_jobs() as jobs, monkeypatch.context() as patch:
         if to == "train":  # which takes a minute
             patch.setattr(flow_module, "train", stopped)
             with pytest.raises(JobFailed, match=failed.expected.digest):
                 failed.retry("tiny")
         else:
             failed.retry("tiny")
-    assert sorted(jobs.asked) == failed.failed
+    assert sorted(jobs.shard_ids) == failed.failed
     assert failed.sealed() == failed.expected
     if to == "the report":
         assert find_run(failed.store, "tiny").manifest == failed.expected.digest

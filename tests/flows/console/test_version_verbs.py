@@ -21,7 +21,7 @@ from tests.flows.in_process import Gpt2, Outcome
 
 
 class Versions(NamedTuple):
-    """A dataset of two versions; in the second a file is new and one changed."""
+    """A dataset of two versions: the second has a new file and a changed one."""
 
     crawl: Crawl
     first: Manifest
@@ -45,18 +45,18 @@ def two_versions(folder: Path) -> Versions:
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
-    """For tests that change nothing."""
+    """Shared, for tests that change nothing."""
     folder = tmp_path_factory.mktemp("versions")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
         return two_versions(folder)
 
 
-Ask = Callable[..., Outcome]
+RunVerb = Callable[..., Outcome]
 
 
 @pytest.fixture
-def ask(gpt2: Gpt2, tmp_path: Path) -> Ask:
+def run_verb(gpt2: Gpt2, tmp_path: Path) -> RunVerb:
     """A function that runs a verb of `gpt2 dataset` with a dataset's settings and more arguments."""
 
     def run(versions: Versions, verb: str, *arguments: str) -> Outcome:
@@ -72,8 +72,8 @@ def tokens(manifest: Manifest) -> int:
 # Versions
 
 
-def test_log_lists_each_version_and_its_changes(versions: Versions, ask: Ask) -> None:
-    newest, oldest = ask(versions, "log", "--json").json_lines
+def test_log_lists_each_version_and_its_changes(versions: Versions, run_verb: RunVerb) -> None:
+    newest, oldest = run_verb(versions, "log", "--json").json_lines
     for line, manifest in ((newest, versions.second), (oldest, versions.first)):
         assert (line["manifest"], line["tokens"]) == (manifest.digest, tokens(manifest))
         assert (line["shards"], line["commit"]) == (len(manifest.shard_ids), None)
@@ -81,40 +81,40 @@ def test_log_lists_each_version_and_its_changes(versions: Versions, ask: Ask) ->
         assert datetime.fromisoformat(line["sealed"]) == datetime.fromtimestamp(int(at), UTC)
     assert newest["changes"] == difference(versions.first, versions.second).model_dump()
     assert oldest["changes"] is None
-    outcome = ask(versions, "log")
+    outcome = run_verb(versions, "log")
     assert outcome.code == 0
     assert outcome.out.index(versions.second.digest[:12]) < outcome.out.index(versions.first.digest[:12])
     assert f"{tokens(versions.second):,}" in outcome.out
 
 
-def test_diff_names_what_one_version_holds_and_the_other_does_not(versions: Versions, ask: Ask) -> None:
+def test_diff_names_the_files_that_differ(versions: Versions, run_verb: RunVerb) -> None:
     old, new = versions.first.digest[:12], versions.second.digest[:12]
-    forth, back = (
+    forward, backward = (
         difference(versions.first, versions.second).model_dump(),
         difference(versions.second, versions.first).model_dump(),
     )
     for arguments in ([old, new], [old]):
-        assert ask(versions, "diff", *arguments, "--json").json_lines == [forth]
-    assert ask(versions, "diff", new, old, "--json").json_lines == [back]
-    outcome = ask(versions, "diff", old)
+        assert run_verb(versions, "diff", *arguments, "--json").json_lines == [forward]
+    assert run_verb(versions, "diff", new, old, "--json").json_lines == [backward]
+    outcome = run_verb(versions, "diff", old)
     assert outcome.code == 0
-    for name in ("file_1.parquet", "file_2.parquet", f"{forth['tokens']['added']:,}"):
+    for name in ("file_1.parquet", "file_2.parquet", f"{forward['tokens']['added']:,}"):
         assert name in outcome.out
     assert "file_0.parquet" not in outcome.out
 
 
-def test_show_prints_the_card_or_writes_its_page(versions: Versions, ask: Ask, tmp_path: Path) -> None:
+def test_show_prints_the_card_or_writes_its_page(versions: Versions, run_verb: RunVerb, tmp_path: Path) -> None:
     newest, oldest = (
         summarise(versions.crawl.store, "small", version) for version in (versions.second, versions.first)
     )
-    assert ask(versions, "show", "--json").json_lines == [newest.model_dump(mode="json")]
-    oldest_card = ask(versions, "show", "--json", "--version", versions.first.digest[:12])
+    assert run_verb(versions, "show", "--json").json_lines == [newest.model_dump(mode="json")]
+    oldest_card = run_verb(versions, "show", "--json", "--version", versions.first.digest[:12])
     assert oldest_card.json_lines == [oldest.model_dump(mode="json")]
-    outcome = ask(versions, "show")
+    outcome = run_verb(versions, "show")
     assert (outcome.code, versions.second.digest in outcome.out, "file_2.parquet" in outcome.out) == (0, True, True)
-    assert ask(versions, "show", "--html", str(tmp_path / "card.html")).code == 0
+    assert run_verb(versions, "show", "--html", str(tmp_path / "card.html")).code == 0
     assert (tmp_path / "card.html").read_bytes() == page(newest)
-    outcome = ask(versions, "show", "--html", str(tmp_path / "nowhere" / "card.html"))
+    outcome = run_verb(versions, "show", "--html", str(tmp_path / "nowhere" / "card.html"))
     assert (outcome.code, str(tmp_path / "nowhere") in outcome.err) == (2, True)
 
 
@@ -122,8 +122,8 @@ def test_show_prints_the_card_or_writes_its_page(versions: Versions, ask: Ask, t
     "arguments", [["diff", "none-such"], ["diff", "latest", "none-such"], ["show", "--version", "none-such"],
               ["export", "to", "--format", "llmc", "--version", "none-such"]],
 )  # fmt: skip
-def test_an_unknown_version_is_exit_code_2(versions: Versions, ask: Ask, arguments: list[str]) -> None:
-    outcome = ask(versions, *arguments)
+def test_an_unknown_version_is_exit_code_2(versions: Versions, run_verb: RunVerb, arguments: list[str]) -> None:
+    outcome = run_verb(versions, *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert "none-such" in outcome.err
     assert versions.second.digest[:12] in outcome.err
@@ -133,8 +133,10 @@ def test_an_unknown_version_is_exit_code_2(versions: Versions, ask: Ask, argumen
     "arguments",
     [["log"], ["diff", "latest"], ["show"], ["trace", "--window", "0"], ["export", "to", "--format", "llmc"]],
 )
-def test_a_dataset_that_was_never_sealed_is_exit_code_2(versions: Versions, ask: Ask, arguments: list[str]) -> None:
-    outcome = ask(versions, *arguments, "--set", "data.dataset=other")
+def test_a_dataset_that_was_never_sealed_is_exit_code_2(
+    versions: Versions, run_verb: RunVerb, arguments: list[str]
+) -> None:
+    outcome = run_verb(versions, *arguments, "--set", "data.dataset=other")
     assert (outcome.code, outcome.out, "'other'" in outcome.err) == (2, "", True)
 
 
@@ -142,12 +144,12 @@ def test_a_dataset_that_was_never_sealed_is_exit_code_2(versions: Versions, ask:
 
 
 @pytest.mark.parametrize(("split", "window"), [("train", 0), ("train", 1_000), ("val", 3)])
-def test_trace_prints_a_windows_documents(versions: Versions, ask: Ask, split: str, window: int) -> None:
+def test_trace_prints_the_documents_of_a_window(versions: Versions, run_verb: RunVerb, split: str, window: int) -> None:
     crawl = versions.crawl
-    lines = ask(versions, "trace", "--split", split, "--window", str(window), "--json").json_lines
+    lines = run_verb(versions, "trace", "--split", split, "--window", str(window), "--json").json_lines
     expected = list(windows(crawl.store, trace_target(crawl.store, crawl.config), split, window, 1))
     assert len(lines) == len(expected) > 0
-    outcome = ask(versions, "trace", "--split", split, "--window", str(window))
+    outcome = run_verb(versions, "trace", "--split", split, "--window", str(window))
     for line, (number, document) in zip(lines, expected, strict=True):
         facts = document._asdict() | {"ids": document.ids.tolist(), "window": number}
         assert {name: line[name] for name in facts} == facts
@@ -157,26 +159,26 @@ def test_trace_prints_a_windows_documents(versions: Versions, ask: Ask, split: s
             assert part in outcome.out
 
 
-def test_trace_prints_the_text_and_why_when_the_source_is_gone(ask: Ask, tmp_path: Path) -> None:
+def test_trace_prints_the_text_and_a_reason_when_the_source_is_gone(run_verb: RunVerb, tmp_path: Path) -> None:
     versions = two_versions(tmp_path)
     crawl = versions.crawl
-    before = ask(versions, "trace", "--window", "0", "--json").json_lines
+    before = run_verb(versions, "trace", "--window", "0", "--json").json_lines
     for name in list(crawl.rows):
         crawl.write(name, None)
-    lines = ask(versions, "trace", "--window", "0", "--json").json_lines
+    lines = run_verb(versions, "trace", "--window", "0", "--json").json_lines
     assert [line["ids"] for line in lines] == [line["ids"] for line in before]
     assert all(line["row"] is None and line["why"] for line in lines)
-    outcome = ask(versions, "trace", "--window", "0")
+    outcome = run_verb(versions, "trace", "--window", "0")
     for line in lines:
         assert line["text"] in outcome.out
         assert line["why"] in outcome.out
-    outcome = ask(versions, "trace", "--step", "1")
+    outcome = run_verb(versions, "trace", "--step", "1")
     assert all(f"window {number}" in outcome.out for number in range(8, 16))
     assert lines[0]["why"] in outcome.out
 
 
 @pytest.mark.parametrize("kind", ["number", "bytes", "time"])
-def test_trace_prints_whatever_names_a_document(ask: Ask, tmp_path: Path, kind: str) -> None:
+def test_trace_prints_document_ids_of_any_type(run_verb: RunVerb, tmp_path: Path, kind: str) -> None:
     versions = two_versions(tmp_path)
     crawl = versions.crawl
     identities = {
@@ -186,7 +188,7 @@ def test_trace_prints_whatever_names_a_document(ask: Ask, tmp_path: Path, kind: 
     for name, rows in crawl.rows.items():
         write_crawl(crawl.source / name, [row | {"id": identities[kind](n)} for n, row in enumerate(rows)])
     crawl.build()
-    lines = ask(versions, "trace", "--step", "1", "--json").json_lines
+    lines = run_verb(versions, "trace", "--step", "1", "--json").json_lines
     assert all(line["id"] is not None for line in lines)
     if kind == "number":
         assert all(line["id"] == line["row"] for line in lines)
@@ -200,15 +202,15 @@ def test_trace_prints_whatever_names_a_document(ask: Ask, tmp_path: Path, kind: 
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_cannot_be_traced_is_exit_code_2(versions: Versions, ask: Ask, arguments: list[str]) -> None:
-    outcome = ask(versions, "trace", *arguments)
+def test_an_invalid_trace_is_exit_code_2(versions: Versions, run_verb: RunVerb, arguments: list[str]) -> None:
+    outcome = run_verb(versions, "trace", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert len(outcome.err) > 40
 
 
 @pytest.mark.parametrize("arguments", [[], ["--window", "0", "--step", "0"]], ids=" ".join)
-def test_a_wrong_combination_names_both_options(versions: Versions, ask: Ask, arguments: list[str]) -> None:
-    error = ask(versions, "trace", *arguments).error
+def test_a_wrong_combination_names_both_options(versions: Versions, run_verb: RunVerb, arguments: list[str]) -> None:
+    error = run_verb(versions, "trace", *arguments).error
     assert "--window" in error
     assert "--step" in error
 
@@ -216,16 +218,16 @@ def test_a_wrong_combination_names_both_options(versions: Versions, ask: Ask, ar
 # Export
 
 
-def test_export_writes_a_version_for_each_program(versions: Versions, ask: Ask, tmp_path: Path) -> None:
+def test_export_writes_a_version_for_each_program(versions: Versions, run_verb: RunVerb, tmp_path: Path) -> None:
     crawl, to = versions.crawl, tmp_path / "to"
     for layout, pattern, skip in (("nanogpt", "train.bin", 0), ("llmc", "small_train_*.bin", 1024)):
         for version, manifest in (("latest", versions.second), (versions.first.digest[:12], versions.first)):
             folder = to / layout / version
-            outcome = ask(versions, "export", str(folder), "--format", layout, "--version", version)
+            outcome = run_verb(versions, "export", str(folder), "--format", layout, "--version", version)
             assert (outcome.code, str(folder) in outcome.out, manifest.digest[:12] in outcome.out) == (0, True, True)
             (file,) = folder.glob(pattern)
             assert np.array_equal(np.fromfile(file, "<u2", offset=skip), crawl.ids(manifest, "train"))
-    outcome = ask(versions, "export", str(to / "llmc" / "latest"), "--format", "nanogpt")
+    outcome = run_verb(versions, "export", str(to / "llmc" / "latest"), "--format", "nanogpt")
     assert (outcome.code, str(to / "llmc" / "latest") in outcome.err) == (2, True)
-    assert ask(versions, "export", str(to / "other"), "--format", "gguf").code == 2
+    assert run_verb(versions, "export", str(to / "other"), "--format", "gguf").code == 2
     assert not (to / "other").exists()

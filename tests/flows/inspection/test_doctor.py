@@ -14,6 +14,7 @@ from tests import servers
 from tests.conftest import S3Url
 from tests.dishonest import dishonest_server
 from tests.flows.in_process import Gpt2
+from tests.ports import free_port
 
 STORE_CHECKS = ["store", "conditions", "checksums", "clock"]
 
@@ -103,7 +104,7 @@ def test_an_unreachable_server_is_bad_after_the_deadline(
     s3_url: S3Url, monkeypatch: MonkeyPatch, forget_client: Callable[[], None]
 ) -> None:
     url = s3_url("seaweedfs")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{servers.free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(retries, "RETRY_SECONDS", 0.5)
     forget_client()
     [verdict] = store_verdicts(url)

@@ -1,4 +1,4 @@
-"""Garbage collection deletes what nothing refers to, and nothing else; a dry run lists exactly that."""
+"""Garbage collection deletes exactly the unreferenced objects; a dry run lists them."""
 
 import os
 import time
@@ -141,7 +141,7 @@ def steps(records: list[CheckpointRecord]) -> list[int]:
     return [record.step for record in records]
 
 
-def test_a_run_continues_and_is_evaluated_after_its_garbage_was_deleted(
+def test_a_run_resumes_and_is_evaluated_after_its_garbage_was_deleted(
     store: Store, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("train.checkpoint_every_steps=2", "train.keep_last=2", "train.keep_every_steps=4")

@@ -1,4 +1,4 @@
-"""Builds and garbage collection run at the same time, or one is killed: a sealed version stays whole."""
+"""Sealed versions stay intact while builds and garbage collection run concurrently or are killed."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.conftest import S3Url
 from tests.flows.garbage_places import HOUR, Place, build, holder, lease_key, make_old
-from tests.storage.sealing import Spy, built, source_file
+from tests.storage.sealing import RecordingStore, built, source_file
 
 ROOT = Path(__file__).parents[3]
 KINDS = ["folder", "seaweedfs"]
@@ -72,7 +72,9 @@ def test_many_builds_may_hold_the_lease(place: Place) -> None:
     assert holder(place.store) == "build"
 
 
-def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_that_a_copy_counts_as_done_are_kept(
+    in_folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A killed copy left shards that no manifest lists; the next copy counts them while gc runs."""
     store = open_store(str(tmp_path / "to"), create=True)
     copy_versions = copy._copy_versions
@@ -82,7 +84,7 @@ def test_what_a_copy_counts_as_done_stays(in_folder: Place, tmp_path: Path, monk
     make_old(store, "")
 
     def beside_gc(*arguments: Any) -> None:
-        assert [found for found in collect(store, HOUR) if found.kind == "shard"] == []
+        assert [item for item in collect(store, HOUR) if item.kind == "shard"] == []
         copy_versions(*arguments)
 
     monkeypatch.setattr(copy, "_copy_versions", beside_gc)
@@ -116,9 +118,9 @@ def test_a_build_that_begins_between_the_listing_and_the_claim_keeps_its_shards(
     assert holder(in_folder.store) == "build"
 
 
-def test_of_a_build_and_a_collector_that_claim_at_once_the_build_wins(place: Place) -> None:
+def test_a_build_wins_over_a_collector_that_claims_at_the_same_time(place: Place) -> None:
     before = place.stored_keys()
-    watched = Spy(place.store, lambda: claim(place.store, "small", "build"))
+    watched = RecordingStore(place.store, lambda: claim(place.store, "small", "build"))
     with pytest.raises(Conflict):
         list(collect(watched, place.grace))  # type: ignore[arg-type]
     assert place.stored_keys() == before
@@ -172,7 +174,7 @@ def collector(place: Place) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("deletions", [1, 3, 5])
-def test_a_killed_collector_leaves_a_whole_store_and_the_next_one_goes_on(
+def test_a_killed_collector_leaves_an_intact_store_and_the_next_one_continues(
     place: Place, collector: subprocess.Popen[str], deletions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert collector.stdin
@@ -214,7 +216,7 @@ def patient_build(store: Store, *paths: Path) -> Manifest:
             return build(store, *paths)
 
 
-def test_a_build_beside_an_endless_collector_seals_a_whole_version(in_folder: Place) -> None:
+def test_a_build_beside_an_endless_collector_seals_an_intact_version(in_folder: Place) -> None:
     """The build reuses shards that are old and unlisted, which is what the collector deletes."""
     store, paths, deleted = in_folder.store, [in_folder.source, in_folder.other], []
     for number in range(ROUNDS):

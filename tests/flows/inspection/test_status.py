@@ -21,7 +21,7 @@ from storage.stores.store import overwrite
 def test_a_failure_is_shown_until_the_same_evaluation_is_written_after_it(
     tmp_path: Path, written: int | None, failed: int | None, error: str
 ) -> None:
-    """A job with other settings wrote it: the failed job itself would have deleted its failure."""
+    """A job with other settings wrote the evaluation; the failed job itself would have deleted its failure."""
     store = open_store(str(tmp_path / "store"), create=True)
     put_checkpoint(store, "one", {}, CheckpointRecord(0, "", {}, {}))  # like an imported model
     job = Job("one", "val_loss", {"step": 0})

@@ -1,4 +1,4 @@
-"""Every window is traced to the source rows it was made of; its text is shown even when they are gone."""
+"""Every window is traced to its source rows; its text is shown even when the source is gone."""
 
 from itertools import groupby
 from pathlib import Path
@@ -38,7 +38,7 @@ def traced(crawl: Crawl, target: TraceTarget, split: str, first: int, count: int
 
 
 def whole_split(crawl: Crawl, target: TraceTarget, split: str) -> tuple[np.ndarray, WindowOrder, list[list[Traced]]]:
-    """All windows of a split (and some of the next epoch) as the loader gives them, and as they are traced."""
+    """All windows of a split (and some of the next epoch) from the loader and from the trace."""
     order = target.order(split)
     if split == "train":
         count = order.epoch_windows + EXTRA_WINDOWS
@@ -50,7 +50,7 @@ def whole_split(crawl: Crawl, target: TraceTarget, split: str) -> tuple[np.ndarr
 
 
 def check_split(crawl: Crawl, target: TraceTarget, split: str) -> None:
-    """The tokens are the loader's, and each document is the row of the source table that lies there in the shard."""
+    """Assert that the tokens equal the loader's and each document is the source row at that position in the shard."""
     read, order, traced_windows = whole_split(crawl, target, split)
     rows = list(target.manifest.rows(split))
     expected = crawl.shard_documents(target.manifest)
@@ -81,7 +81,7 @@ def check_split(crawl: Crawl, target: TraceTarget, split: str) -> None:
     [(), (BARE,), (SKIPPING,), (GOOD, SKIPPING), (LONG,)],
     ids=["all", "no id", "some bad", "good, some bad", "long"],
 )
-def test_every_window_is_made_of_the_rows_it_is_traced_to(tmp_path: Path, kind: str, settings: tuple[str, ...]) -> None:
+def test_every_window_is_traced_to_its_source_rows(tmp_path: Path, kind: str, settings: tuple[str, ...]) -> None:
     crawl = Crawl(tmp_path, *settings, kind=kind, bad=SKIPPING in settings)
     crawl.build()
     target = trace_target(crawl.store, crawl.config)
@@ -92,9 +92,7 @@ def test_every_window_is_made_of_the_rows_it_is_traced_to(tmp_path: Path, kind: 
 @pytest.mark.parametrize(
     ("kind", "settings"), [("parquet", ()), ("parquet", (GOOD, SKIPPING)), ("jsonl", (GOOD, SKIPPING))]
 )
-def test_rows_of_a_shards_documents_are_those_of_the_source(
-    tmp_path: Path, kind: str, settings: tuple[str, ...]
-) -> None:
+def test_source_rows_of_a_shard_are_those_of_the_file(tmp_path: Path, kind: str, settings: tuple[str, ...]) -> None:
     crawl = Crawl(tmp_path, *settings, kind=kind, bad=bool(settings))
     manifest = crawl.build()
     for shard_id, kept in crawl.shard_documents(manifest).items():
@@ -109,7 +107,7 @@ def test_rows_of_a_shards_documents_are_those_of_the_source(
         assert [number for number, _ in source_rows(file, record, some)] == list(some)
 
 
-def test_any_windows_are_those_of_the_whole_enumeration(tmp_path: Path) -> None:
+def test_any_range_of_windows_is_traced_like_the_whole_split(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
     target = trace_target(crawl.store, crawl.config)
@@ -121,7 +119,7 @@ def test_any_windows_are_those_of_the_whole_enumeration(tmp_path: Path) -> None:
         ]
 
 
-def test_windows_that_val_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_windows_past_the_end_of_val_are_refused(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
     target = trace_target(crawl.store, crawl.config)
@@ -137,11 +135,11 @@ def test_a_dataset_that_was_never_sealed_is_refused(tmp_path: Path) -> None:
         trace_target(crawl.store, crawl.config)
 
 
-# Sources that are gone, changed, or elsewhere
+# Missing, changed and remote sources
 
 
 def without_source(crawl: Crawl, target: TraceTarget, gone: set[str]) -> list[Traced]:
-    """All documents of train: those of a source that is gone say so, the others have their row."""
+    """All documents of train. Asserts that those of missing sources have a reason, and the others a row."""
     read, _, traced_windows = whole_split(crawl, target, "train")
     assert np.array_equal([np.concatenate([part.ids for part in documents]) for documents in traced_windows], read)
     documents = [document for window in traced_windows for document in window]
@@ -157,30 +155,30 @@ def without_source(crawl: Crawl, target: TraceTarget, gone: set[str]) -> list[Tr
 
 
 @pytest.mark.parametrize(
-    ("kind", "fate"),
+    ("kind", "change"),
     [("parquet", "gone"), ("parquet", "changed"), ("parquet", "all gone"), ("jsonl", "gone"), ("jsonl", "cut")],
 )
-def test_the_text_is_shown_when_its_source_is_gone_and_why_is_said(tmp_path: Path, kind: str, fate: str) -> None:
+def test_the_text_and_a_reason_are_shown_when_the_source_is_gone(tmp_path: Path, kind: str, change: str) -> None:
     crawl = Crawl(tmp_path, kind=kind)
     crawl.build()
     target = trace_target(crawl.store, crawl.config)
     names = sorted(crawl.rows)
-    if fate == "changed":
+    if change == "changed":
         crawl.write(names[1], crawl.rows[names[1]][::-1])
-    elif fate == "cut":
+    elif change == "cut":
         path = crawl.source / names[1]
         path.write_bytes(path.read_bytes()[:-100])
     else:
-        for name in names if fate == "all gone" else names[1:]:
+        for name in names if change == "all gone" else names[1:]:
             crawl.write(name, None)
-    gone = set(names) if fate == "all gone" else {names[1]}
+    gone = set(names) if change == "all gone" else {names[1]}
     for document in without_source(crawl, target, gone):
         if document.source in gone:
             assert document.source in document.why
 
 
 class Published(NamedTuple):
-    """A Hub dataset, changed by a later commit, and the documents that its shards were made of."""
+    """A Hub dataset that a later commit changed, and the documents of its shards."""
 
     crawl: Crawl
     target: TraceTarget
@@ -188,7 +186,7 @@ class Published(NamedTuple):
     expected: dict[str, list[Kept]]
 
     def check(self) -> None:
-        """Some windows are traced to their rows."""
+        """Assert that some windows are traced to their rows."""
         for documents in traced(self.crawl, self.target, "train", 0, 3):
             for document in documents:
                 kept = self.expected[document.shard_id][document.document]
@@ -229,11 +227,11 @@ def test_rows_of_a_mirrored_dataset_are_found_without_the_hub(published: Publish
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("fate", ["does not answer", "has it no longer", "lets only members see it"])
-def test_the_text_is_shown_when_the_hub_does_not_give_its_source(published: Published, hub: Hub, fate: str) -> None:
-    if fate == "does not answer":
-        hub.spoil("*", *["503"] * 1_000)
-    elif fate == "has it no longer":
+@pytest.mark.parametrize("change", ["unreachable", "deleted", "gated"])
+def test_the_text_is_shown_when_the_hub_refuses_the_source(published: Published, hub: Hub, change: str) -> None:
+    if change == "unreachable":
+        hub.inject("*", *["503"] * 1_000)
+    elif change == "deleted":
         del hub.repositories["org/edu"]
     else:
         hub.repositories["org/edu"].gated = True

@@ -1,4 +1,4 @@
-"""The windows of a training step, as `gpt2 dataset trace` shows them and as the trainer was given them."""
+"""`gpt2 dataset trace` shows the windows of a training step that the trainer read."""
 
 from itertools import groupby
 from typing import NamedTuple
@@ -27,7 +27,7 @@ SETTINGS = ("train.micro_batch_sequences=4", "train.validate_every_steps=0")
 
 
 class Trained(NamedTuple):
-    """A run of 12 steps, and the windows that each step was given; the dataset has a newer version by now."""
+    """A run of 12 steps and the windows of each step. The dataset has a newer version since."""
 
     store: Store
     config: RunConfig
@@ -62,8 +62,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize("step", [0, 7, 11])
-def test_windows_of_a_step_are_those_that_the_trainer_was_given(trained: Trained, gpt2: Gpt2, step: int) -> None:
-    settings = ["--set", f"store_url={trained.store.url}", "--set", "name=tiny"]  # the rest is pinned with the run
+def test_windows_of_a_step_are_those_that_the_trainer_read(trained: Trained, gpt2: Gpt2, step: int) -> None:
+    settings = ["--set", f"store_url={trained.store.url}", "--set", "name=tiny"]  # the others are pinned with the run
     documents = gpt2("dataset", "trace", "--json", *settings, "--step", str(step)).json_lines
     windows = {
         window: [token for document in group for token in document["ids"]]

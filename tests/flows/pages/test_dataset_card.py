@@ -1,4 +1,4 @@
-"""The dataset card shows everything that was counted, requests nothing, and escapes the names it shows."""
+"""The dataset card shows all counts, loads nothing, and escapes names."""
 
 import io
 import re
@@ -74,8 +74,8 @@ def printed(card: DatasetSummary) -> str:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
-    """The card of a dataset with rows that were left out and rows that could not be tokenised."""
+def card_with_counts(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
+    """The card of a dataset with filtered and skipped rows."""
     folder = tmp_path_factory.mktemp("counted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")
@@ -84,30 +84,33 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
 
 
 def named(card: DatasetSummary, name: str) -> DatasetSummary:
-    """The card with this name for a file and a dump."""
+    """The card with a file and a dump of this name."""
     first, *others = card.files
     return card.model_copy(update={"files": [first.model_copy(update={"name": name}), *others], "dumps": {name: 3}})
 
 
-def test_the_page_shows_the_card_and_asks_for_nothing(counted: DatasetSummary) -> None:
-    body = page(counted)
-    assert body == page(counted)
+def test_the_page_shows_the_card_and_loads_nothing(card_with_counts: DatasetSummary) -> None:
+    body = page(card_with_counts)
+    assert body == page(card_with_counts)
     parsed = Page(body)
     assert parsed.tags & LOADING == set()
     assert [address for address in parsed.addresses + parsed.styles if not address.startswith("#")] == []
     assert parsed.addresses  # marks of axes: the line above is not vacuous
     assert body.count(b"<svg") == 3
-    assert parsed.count(counted.manifest)
+    assert parsed.count(card_with_counts.manifest)
     counts = ("shards", "documents", "tokens", "skipped", "filtered")
-    for file in counted.files:
+    for file in card_with_counts.files:
         start = parsed.cells.index(file.name)
         assert parsed.cells[start + 1 : start + 6] == [f"{getattr(file, name):,}" for name in counts]
-    for split in counted.totals.values():
+    for split in card_with_counts.totals.values():
         assert parsed.count(f"{split['tokens']:,}")
-    for dump in counted.dumps:
+    for dump in card_with_counts.dumps:
         assert parsed.count(dump)
-    text = printed(counted)
-    for name, count in [*counted.dumps.items(), *((file.name, file.tokens) for file in counted.files)]:
+    text = printed(card_with_counts)
+    for name, count in [
+        *card_with_counts.dumps.items(),
+        *((file.name, file.tokens) for file in card_with_counts.files),
+    ]:
         assert re.search(rf"{re.escape(name)}.* {count:,} ", text)
 
 
@@ -120,26 +123,26 @@ def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
     parsed = Page(page(card))
     assert parsed.tags & LOADING == set()
     assert parsed.scripted == []
-    assert parsed.count(HOSTILE) == 3  # in the table of files, and as a label of the plots of dumps and files
+    assert parsed.count(HOSTILE) == 3  # in the table of files and in the plots of dumps and files
 
 
 @pytest.mark.parametrize("name", ["$100$", "C$$D"])
-def test_a_name_is_not_a_formula(counted: DatasetSummary, name: str) -> None:
-    assert Page(page(named(counted, name))).count(name) == 3
+def test_a_name_is_not_a_formula(card_with_counts: DatasetSummary, name: str) -> None:
+    assert Page(page(named(card_with_counts, name))).count(name) == 3
 
 
 @pytest.mark.parametrize("name", ["[bold]loud", "data [/x]"])
-def test_a_name_is_not_terminal_markup(counted: DatasetSummary, name: str) -> None:
-    assert printed(named(counted, name)).count(name) == 2
+def test_a_name_is_not_terminal_markup(card_with_counts: DatasetSummary, name: str) -> None:
+    assert printed(named(card_with_counts, name)).count(name) == 2
 
 
-def test_a_name_in_another_script_gives_no_warning(counted: DatasetSummary) -> None:
-    assert Page(page(named(counted, "網頁"))).count("網頁") == 3  # a warning is an error here
+def test_a_name_in_another_script_gives_no_warning(card_with_counts: DatasetSummary) -> None:
+    assert Page(page(named(card_with_counts, "網頁"))).count("網頁") == 3  # a warning is an error here
 
 
-def test_long_names_that_differ_at_the_end_can_be_told_apart(counted: DatasetSummary) -> None:
+def test_long_names_that_differ_at_the_end_stay_distinguishable(card_with_counts: DatasetSummary) -> None:
     names = [f"data/CC-MAIN-2024-10/train-{number:05d}-of-00099.parquet" for number in range(3)]
-    assert len({printed(named(counted, name)) for name in names}) == 3
+    assert len({printed(named(card_with_counts, name)) for name in names}) == 3
 
 
 def plotted(monkeypatch: pytest.MonkeyPatch, card: DatasetSummary) -> list[int]:
@@ -161,7 +164,7 @@ def plotted(monkeypatch: pytest.MonkeyPatch, card: DatasetSummary) -> list[int]:
 def test_plots_add_up_with_the_totals(
     tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    """The files of a Hub dataset are often called the same in each of its folders."""
+    """Files of a Hub dataset often have the same names in each folder."""
     crawl = Crawl(tmp_path, names=names)
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
     hub.dataset("org/edu", files, configs={"default": {"train": "data/**"}})
@@ -177,24 +180,22 @@ def test_plots_add_up_with_the_totals(
     assert card.origin["commit"] in printed(card)
 
 
-def test_a_page_lists_all_files_and_the_terminal_counts_those_it_leaves_out(
-    counted: DatasetSummary,
-) -> None:
-    files = [counted.files[0].model_copy(update={"name": f"file-{number:03d}"}) for number in range(90)]
-    card = counted.model_copy(update={"files": files})
+def test_a_page_lists_all_files_and_the_terminal_counts_those_it_leaves_out(card_with_counts: DatasetSummary) -> None:
+    files = [card_with_counts.files[0].model_copy(update={"name": f"file-{number:03d}"}) for number in range(90)]
+    card = card_with_counts.model_copy(update={"files": files})
     parsed = Page(page(card))
     assert [cell for cell in parsed.cells if cell.startswith("file-")] == [file.name for file in card.files]
     text = printed(card)
     assert (text.count("file-0"), "70 more" in text) == (20, True)
 
 
-def test_leaks_are_on_the_card(counted: DatasetSummary) -> None:
+def test_leaks_are_on_the_card(card_with_counts: DatasetSummary) -> None:
     overlap = ItemOverlap(count=10_042, contexts=31, endings=29, shorter=23, words=13, numbers={})
     report = LeakReport(
-        dataset="small", manifest=counted.manifest, asked="items", documents={"train": 1_061, "val": 19},
+        dataset="small", manifest=card_with_counts.manifest, asked="items", documents={"train": 1_061, "val": 19},
         duplicates={"train": 1_033, "val_in_train": 7}, examples={}, leaks=[], items=overlap,
     )  # fmt: skip
-    card = counted.model_copy(update={"audit": report})
+    card = card_with_counts.model_copy(update={"audit": report})
     numbers = ["1,061", "19", "1,033", "7", "10,042", "31", "29", "23", "13"]
     for text in (printed(card), leak_line(report), " ".join(Page(page(card)).text)):
         assert set(numbers) <= set(re.findall(r"[\d,]*\d", text))

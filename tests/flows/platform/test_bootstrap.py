@@ -13,8 +13,9 @@ from prefect.client.orchestration import get_client
 from flows.platform import automations
 from flows.platform.bootstrap import _automation, bootstrap
 from model.config import RunConfig
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
 from tests.flows.deployments import automation, deployment, run, set_state, start, states
+from tests.polling import poll
 
 DEPLOYMENTS = {"pretrain", "demo", "dataset-refresh", "train", "evaluate"}
 CONFIG = RunConfig(name="given", store_url="./given")
@@ -31,14 +32,14 @@ def registered(api: str) -> list[str]:
 def restarts(api: str) -> Iterator[str]:
     """The id of the automation that restarts crashed runs, enabled for one test."""
     restart = automation(api, automations.RESTART)["id"]
-    ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
+    call_api(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
     yield restart
-    ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
+    call_api(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
 
 
 def everything(api: str) -> dict[str, Any]:
     """Everything that people may change by hand, without timestamps."""
-    deployments, pools = ask(api, "/deployments/filter", {}), ask(api, "/work_pools/filter", {})
+    deployments, pools = call_api(api, "/deployments/filter", {}), call_api(api, "/work_pools/filter", {})
     schedules = {
         deployment["name"]: picked(deployment["schedules"], "slug", "id", "active", "schedule")
         for deployment in deployments
@@ -47,7 +48,7 @@ def everything(api: str) -> dict[str, Any]:
         "deployments": picked(deployments, "name", "id", "paused", "parameters", "tags"),
         "schedules": schedules,
         "pools": picked(pools, "name", "id", "is_paused", "concurrency_limit"),
-        "automations": picked(ask(api, "/automations/filter", {}), "name", "id", "enabled", "trigger", "actions"),
+        "automations": picked(call_api(api, "/automations/filter", {}), "name", "id", "enabled", "trigger", "actions"),
     }
 
 
@@ -69,13 +70,13 @@ def test_an_automation_under_its_former_name_is_renamed_and_stays_disabled(api: 
     name, former_name = automations.MARK_CRASHED, automations.FORMER_NAMES[automations.MARK_CRASHED]
     before = automation(api, name)
     former = {key: before[key] for key in ("description", "trigger", "actions")}
-    ask(api, f"/automations/{before['id']}", former | {"name": former_name, "enabled": False}, "PUT")
+    call_api(api, f"/automations/{before['id']}", former | {"name": former_name, "enabled": False}, "PUT")
     with get_client(sync_client=True) as client:
         assert "updated, disabled" in _automation(client, automations.mark_crashed())
     after = automation(api, name)
     assert (after["id"], after["enabled"]) == (before["id"], False)
-    assert former_name not in {entry["name"] for entry in ask(api, "/automations/filter", {})}
-    ask(api, f"/automations/{before['id']}", {"enabled": True}, "PATCH")
+    assert former_name not in {entry["name"] for entry in call_api(api, "/automations/filter", {})}
+    call_api(api, f"/automations/{before['id']}", {"enabled": True}, "PATCH")
 
 
 def test_what_people_paused_or_changed_is_kept(api: str) -> None:
@@ -84,17 +85,17 @@ def test_what_people_paused_or_changed_is_kept(api: str) -> None:
     mark_crashed = automation(api, automations.MARK_CRASHED)["id"]
 
     def change(active: bool) -> None:
-        ask(api, f"/deployments/{refresh['id']}/schedules/{schedule['id']}", {"active": active}, "PATCH")
-        ask(api, f"/deployments/{train['id']}", {"paused": not active}, "PATCH")
-        ask(api, "/work_pools/data", {"is_paused": not active, "concurrency_limit": 3}, "PATCH")
-        ask(api, f"/automations/{mark_crashed}", {"enabled": active}, "PATCH")
+        call_api(api, f"/deployments/{refresh['id']}/schedules/{schedule['id']}", {"active": active}, "PATCH")
+        call_api(api, f"/deployments/{train['id']}", {"paused": not active}, "PATCH")
+        call_api(api, "/work_pools/data", {"is_paused": not active, "concurrency_limit": 3}, "PATCH")
+        call_api(api, f"/automations/{mark_crashed}", {"enabled": active}, "PATCH")
 
     for active in (True, False, True):
         change(active)
         changed = everything(api)
         list(bootstrap(CONFIG))
         assert everything(api) == changed
-    ask(api, "/work_pools/data", {"concurrency_limit": None}, "PATCH")
+    call_api(api, "/work_pools/data", {"concurrency_limit": None}, "PATCH")
 
 
 def test_the_form_has_titles_order_choices_defaults_and_help(api: str) -> None:
@@ -148,14 +149,14 @@ def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str
             "deployments": {"id": {"any_": [refresh["id"]]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
         }
-        runs: list[dict[str, Any]] = ask(api, "/flow_runs/filter", body)
+        runs: list[dict[str, Any]] = call_api(api, "/flow_runs/filter", body)
         return [run for run in runs if run["auto_scheduled"]]
 
     for _ in range(2):
-        ask(api, path, {"active": True}, "PATCH")
+        call_api(api, path, {"active": True}, "PATCH")
         runs = poll(scheduled, 120)
         assert RunConfig.model_validate(runs[0]["parameters"]["config"]) == CONFIG
-        ask(api, path, {"active": False}, "PATCH")
+        call_api(api, path, {"active": False}, "PATCH")
         poll(lambda: not scheduled())
 
 
@@ -177,7 +178,7 @@ def test_repeated_crashes_pause_the_restart_until_a_person_enables_it(api: str, 
         set_state(api, crashing, "CRASHED")
     poll(lambda: not automation(api, automations.RESTART)["enabled"])
     assert run(api, crashing)["state_name"] == "Crashed"
-    ask(api, f"/automations/{restarts}", {"enabled": True}, "PATCH")
+    call_api(api, f"/automations/{restarts}", {"enabled": True}, "PATCH")
     poll(lambda: run(api, crashing)["state_name"] == "AwaitingRetry")
 
 
@@ -213,7 +214,7 @@ def test_a_failure_is_sent_through_any_notification_block(api: str, inbox: str) 
     CustomWebhookNotificationBlock(name="team", url=inbox, json_data=payload).save("team")
     assert any(automations.NOTIFY in line for line in bootstrap(CONFIG, block="custom-webhook/team"))
     flow_run = start(api, "train", CONFIG)
-    ask(
+    call_api(
         api,
         f"/flow_runs/{flow_run}/set_state",
         {"state": {"type": "FAILED", "name": "Failed", "message": "the reason"}, "force": True},

@@ -12,9 +12,10 @@ from prefect.server.events.schemas.events import ReceivedEvent, Resource
 
 from flows.platform import automations, event_ordering, server
 from model.config import RunConfig
-from tests.flows.client import poll, run_gpt2
+from tests.flows.client import run_gpt2
 from tests.flows.deployments import set_state, start, states
-from tests.servers import free_port
+from tests.polling import poll
+from tests.ports import free_port
 
 OLD = UUID("017f22e2-79b0-7cc3-98c4-dc0c0c07398f")  # created in 2022, from RFC 9562 A.6
 

@@ -15,9 +15,10 @@ from model.config import RunConfig
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
 from tests.flows.deployments import automation, ended, run, set_state, start, states, worker
 from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.polling import poll
 from tests.processes import kill, matching, with_arguments
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -84,7 +85,7 @@ def test_a_cancelled_training_saves_and_its_retry_resumes(api: str, one_worker: 
     set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     assert ended(api, flow_run, 2)["state_name"] == "Completed"
     assert checkpoints(store, config.name)[-1].step == STEPS
-    stages = ask(api, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
+    stages = call_api(api, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}})
     assert sorted(stage["name"].partition("-")[0] for stage in stages if stage["state_name"] == "Completed") == sorted(
         ["download", "tokenise", "download", "tokenise", "train", "evaluate", "report"]
     )
@@ -121,7 +122,7 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
 ) -> None:
     build_dataset(config)
     restart = automation(api, automations.RESTART)["id"]
-    ask(api, f"/automations/{restart}", {"enabled": False}, "PATCH")
+    call_api(api, f"/automations/{restart}", {"enabled": False}, "PATCH")
     try:
         with worker("train", tmp_path / "worker.log") as process:
             flow_run = start(api, "train", config)
@@ -140,7 +141,7 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
             set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
             assert ended(api, flow_run, 2)["state_name"] == "Completed"
     finally:
-        ask(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
+        call_api(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
 
 
 def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_worker: int, config: RunConfig) -> None:
@@ -158,8 +159,8 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_wor
 
     def log() -> str:
         body = {"task_runs": {"name": {"any_": ["train-tiny"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-        [task] = ask(api, "/task_runs/filter", body)
-        lines: list[dict[str, Any]] = ask(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
+        [task] = call_api(api, "/task_runs/filter", body)
+        lines: list[dict[str, Any]] = call_api(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
         return "\n".join(line["message"] for line in lines)
 
     poll(lambda: "2 processes on cpu" in log() and DIED.search(log()))

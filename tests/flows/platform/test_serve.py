@@ -15,11 +15,12 @@ from flows.platform import server
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import gpt2, poll, run_gpt2
+from tests.flows.client import gpt2, run_gpt2
 from tests.flows.deployments import ended, run, set_state, start
 from tests.making import document, tiny_config, write_parquet
+from tests.polling import poll
+from tests.ports import free_port
 from tests.processes import family
-from tests.servers import free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""Artifacts in Prefect's UI: retried while the server is down, never a reason to fail."""
+"""Artifacts in Prefect's UI: retried while the server is down, and never fatal."""
 
 from base64 import b64decode
 from typing import Any
@@ -10,12 +10,13 @@ from prefect import flow
 
 from flows.runtime import artifacts
 from flows.runtime.artifacts import Picture, replace, show
-from tests.flows.client import ask, poll
+from tests.flows.client import call_api
+from tests.polling import poll
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><text fill="currentColor">{}</text></svg>'
 
 
-def test_a_server_that_comes_back_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = [httpx.ConnectError("down"), httpx.ReadTimeout("slow")]
     waits: list[float] = []
 
@@ -63,7 +64,7 @@ def test_a_picture_stays_one_artifact_when_it_is_redrawn(api: str) -> None:
         return picture._artifact
 
     artifact_id = drawing()
-    [artifact] = poll(lambda: ask(api, "/artifacts/filter", {"artifacts": {"key": {"any_": ["drawn"]}}}))
+    [artifact] = poll(lambda: call_api(api, "/artifacts/filter", {"artifacts": {"key": {"any_": ["drawn"]}}}))
     assert (artifact["id"], artifact["type"]) == (str(artifact_id), "image")
     assert artifact["flow_run_id"] is not None
     drawn = b64decode(artifact["data"].partition("base64,")[2]).decode()

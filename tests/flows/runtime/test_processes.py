@@ -1,4 +1,4 @@
-"""A job's process: its environment, and that it ends with the block that it was started in."""
+"""A job's process: its environment, and its end with the block that started it."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import pytest
 from flows.runtime import processes
 from flows.runtime.processes import Processes, _environment
 from model.runs.job import JobFailed
-from tests.flows.client import poll
+from tests.polling import poll
 
 KEY = "runs/tiny/jobs/train-00000000.json"
 ENDLESS = "import signal; signal.signal(signal.SIGTERM, signal.{}); print('started', flush=True); signal.pause()"

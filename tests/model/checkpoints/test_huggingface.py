@@ -32,9 +32,10 @@ from model.runs.run import Start, find_run
 from storage.errors import CheckpointInvalid, ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Store
-from tests.model.training_runs import SHORT, STEPS, House, everything, flip_a_byte, losses
+from tests.damage import flip_bit
+from tests.model.training_runs import SHORT, STEPS, StoredDataset, losses, modification_times
 
-SHAPE = ModelConfig(layers=1, heads=2, width=16, context_tokens=32)  # what `House` trains
+SHAPE = ModelConfig(layers=1, heads=2, width=16, context_tokens=32)  # the shape of `StoredDataset`'s runs
 C_ATTN, WTE, LN = "transformer.h.0.attn.c_attn.weight", "transformer.wte.weight", "transformer.h.0.ln_1.bias"
 TEXTS = (
     "Hello, I'm a language model,",
@@ -99,25 +100,27 @@ def their_logits(folder: Path) -> Tensor:
 # Export
 
 
-def test_transformers_opens_an_exported_run_and_computes_the_same_logits(house: House, tmp_path: Path) -> None:
-    run = house.trained_here("to-export", *SHORT, "train.dropout=0.1")
-    before = everything(house.store)
-    record = export_run(house.store, run, tmp_path / "new" / "folder")
-    assert (record.step, everything(house.store)) == (STEPS, before)
+def test_transformers_opens_an_exported_run_and_computes_the_same_logits(
+    dataset: StoredDataset, tmp_path: Path
+) -> None:
+    run = dataset.train("to-export", *SHORT, "train.dropout=0.1")
+    before = modification_times(dataset.store)
+    record = export_run(dataset.store, run, tmp_path / "new" / "folder")
+    assert (record.step, modification_times(dataset.store)) == (STEPS, before)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder")
     assert (type(model), model.dtype, model.config.resid_pdrop) == (GPT2LMHeadModel, torch.float32, 0.1)
     with safe_open(tmp_path / "new" / "folder" / WEIGHTS, "np") as weights:
         assert weights.metadata() == {"format": "pt"}  # transformers 4 requires it
     assert model.lm_head.weight is model.transformer.wte.weight
-    ours = our_logits(house.store, run)
+    ours = our_logits(dataset.store, run)
     torch.testing.assert_close(their_logits(tmp_path / "new" / "folder"), ours, rtol=0, atol=1e-4)
     assert ours.max() > 1  # the model was trained
     assert model.generate(ids()[:1, :4], max_new_tokens=6, do_sample=False).shape == (1, 10)
 
 
-def test_the_exported_tokenizer_encodes_as_ours(house: House, published: Path, tmp_path: Path) -> None:
-    import_folder(house.store, "for-its-tokenizer", published)
-    export_run(house.store, "for-its-tokenizer", tmp_path / "folder")
+def test_the_exported_tokenizer_encodes_as_ours(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
+    import_folder(dataset.store, "tokenizer", published)
+    export_run(dataset.store, "tokenizer", tmp_path / "folder")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "folder")
     for text in TEXTS:
         assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
@@ -126,48 +129,48 @@ def test_the_exported_tokenizer_encodes_as_ours(house: House, published: Path, t
     assert theirs.model_max_length == 32
 
 
-def test_all_exported_files_have_the_same_permissions(house: House, published: Path, tmp_path: Path) -> None:
-    import_folder(house.store, "readable", published)
-    export_run(house.store, "readable", tmp_path / "folder")
+def test_all_exported_files_have_the_same_permissions(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
+    import_folder(dataset.store, "readable", published)
+    export_run(dataset.store, "readable", tmp_path / "folder")
     assert len({path.stat().st_mode for path in (tmp_path / "folder").iterdir()}) == 1
 
 
-def test_a_folder_that_is_not_empty_is_left_untouched(house: House, published: Path, tmp_path: Path) -> None:
-    import_folder(house.store, "not-twice", published)
+def test_a_folder_that_is_not_empty_is_left_untouched(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
+    import_folder(dataset.store, "not-twice", published)
     (tmp_path / "empty").mkdir()
-    export_run(house.store, "not-twice", tmp_path / "empty")
+    export_run(dataset.store, "not-twice", tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for name in ("empty", "file"):
         with pytest.raises(ValueError, match=rf"export.*{name}.*not an empty folder.*Give"):
-            export_run(house.store, "not-twice", tmp_path / name)
+            export_run(dataset.store, "not-twice", tmp_path / name)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("fails", ["fsync", "copymode"])
 def test_a_failed_export_leaves_no_file(
-    house: House, published: Path, tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+    dataset: StoredDataset, published: Path, tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     run = f"full-{fails}"
-    import_folder(house.store, run, published)
+    import_folder(dataset.store, run, published)
     monkeypatch.setattr(huggingface.os if fails == "fsync" else huggingface.shutil, fails, full)
     with pytest.raises(ValueError, match=r"export [\d,]+ bytes.*No space left.*another folder"):
-        export_run(house.store, run, tmp_path / "folder")
+        export_run(dataset.store, run, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_not_exported(
-    house: House, published: Path, tmp_path: Path
+    dataset: StoredDataset, published: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ObjectMissing, match=r"'none-such'.*gpt2 pretrain"):
-        export_run(house.store, "none-such", tmp_path / "folder")
-    record = import_folder(house.store, "to-damage", published)
-    sums = flip_a_byte(house.store, RunKeys("to-damage").checkpoint_file(0, record.attempt, WEIGHTS))
+        export_run(dataset.store, "none-such", tmp_path / "folder")
+    record = import_folder(dataset.store, "to-damage", published)
+    sums = flip_bit(dataset.store, RunKeys("to-damage").checkpoint_file(0, record.attempt, WEIGHTS))
     with pytest.raises(CheckpointInvalid, match=rf"{sums[0]}, found {sums[1]}.*Delete"):
-        export_run(house.store, "to-damage", tmp_path / "folder")
+        export_run(dataset.store, "to-damage", tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +179,7 @@ def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_not_exported(
 
 @pytest.mark.parametrize("form", ["GPT2LMHeadModel", "GPT2Model", "shards", "float16", "bfloat16", "older"])
 def test_models_saved_by_transformers_are_imported_and_compute_the_same_logits(
-    house: House, published: Path, form: str, tmp_path: Path
+    dataset: StoredDataset, published: Path, form: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / form
     kind = GPT2Model if form == "GPT2Model" else GPT2LMHeadModel
@@ -191,47 +194,47 @@ def test_models_saved_by_transformers_are_imported_and_compute_the_same_logits(
             json.dumps({"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32})
         )
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "shards")
-    record = import_folder(house.store, f"from-{form}", folder)
+    record = import_folder(dataset.store, f"from-{form}", folder)
     assert (record.step, record.job, record.model) == (0, "import", SHAPE.model_dump())
-    assert checkpoints(house.store, f"from-{form}") == [record]
-    torch.testing.assert_close(our_logits(house.store, f"from-{form}"), their_logits(folder), rtol=0, atol=1e-4)
+    assert checkpoints(dataset.store, f"from-{form}") == [record]
+    torch.testing.assert_close(our_logits(dataset.store, f"from-{form}"), their_logits(folder), rtol=0, atol=1e-4)
 
 
-def test_a_round_trip_gives_the_same_bytes(house: House, published: Path, tmp_path: Path) -> None:
-    import_folder(house.store, "once", published)
-    export_run(house.store, "once", tmp_path / "once")
-    import_folder(house.store, "imported-twice", tmp_path / "once")
-    export_run(house.store, "imported-twice", tmp_path / "imported-twice")
-    for path in (tmp_path / "once").iterdir():
+def test_a_round_trip_gives_the_same_bytes(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
+    import_folder(dataset.store, "imported", published)
+    export_run(dataset.store, "imported", tmp_path / "imported")
+    import_folder(dataset.store, "imported-twice", tmp_path / "imported")
+    export_run(dataset.store, "imported-twice", tmp_path / "imported-twice")
+    for path in (tmp_path / "imported").iterdir():
         assert path.read_bytes() == (tmp_path / "imported-twice" / path.name).read_bytes(), path.name
     original, exported = load_file(published / WEIGHTS), load_file(tmp_path / "imported-twice" / WEIGHTS)
     assert original.keys() == exported.keys()
     assert all(np.array_equal(original[name], exported[name]) for name in original)
 
 
-def test_a_training_starts_from_an_imported_model(house: House, published: Path) -> None:
-    record = import_folder(house.store, "pretrained", published)
-    key = house.ask("tuned", *SHORT, "train.start_from=pretrained")
-    assert find_run(house.store, "tuned").start == Start("pretrained", 0, record.attempt)
-    assert run_job(house.store.url, key) == 0
-    loader = DataLoader(house.store, "small", house.manifest, "train", sequence_tokens=32, seed=1337)
+def test_a_training_starts_from_an_imported_model(dataset: StoredDataset, published: Path) -> None:
+    record = import_folder(dataset.store, "pretrained", published)
+    key = dataset.put_job("tuned", *SHORT, "train.start_from=pretrained")
+    assert find_run(dataset.store, "tuned").start == Start("pretrained", 0, record.attempt)
+    assert run_job(dataset.store.url, key) == 0
+    loader = DataLoader(dataset.store, "small", dataset.manifest, "train", sequence_tokens=32, seed=1337)
     first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))
     with torch.no_grad():
         logits_BTV = AutoModelForCausalLM.from_pretrained(published)(first_BT[:, :-1]).logits
-        model = load_model(house.store, "pretrained", record).eval()
+        model = load_model(dataset.store, "pretrained", record).eval()
         ours = model(first_BT[:, :-1], first_BT[:, 1:]).item() / 64
     theirs = F.cross_entropy(logits_BTV.flatten(0, 1), first_BT[:, 1:].flatten()).item()
-    trained = losses(house.store, "tuned")
+    trained = losses(dataset.store, "tuned")
     assert trained[0] == pytest.approx(ours, rel=1e-6, abs=0) == pytest.approx(theirs, rel=1e-5, abs=0)
     assert len(trained) == STEPS
     assert trained[-1] < trained[0]
 
 
 def test_an_imported_run_cannot_be_resumed_and_names_the_setting_that_starts_from_it(
-    house: House, published: Path, capsys: pytest.CaptureFixture[str]
+    dataset: StoredDataset, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import_folder(house.store, "weights-alone", published)
-    assert run_job(house.store.url, house.ask("weights-alone", *SHORT)) == 2
+    import_folder(dataset.store, "weights-alone", published)
+    assert run_job(dataset.store.url, dataset.put_job("weights-alone", *SHORT)) == 2
     assert "train.start_from=weights-alone" in capsys.readouterr().err
 
 
@@ -319,31 +322,33 @@ def test_unreadable_files_are_refused(altered: Callable[..., Path], store: Store
     assert_refused(store, tmp_path / "none-such", "No such file")
 
 
-def test_an_existing_run_is_not_overwritten(house: House, published: Path) -> None:
-    import_folder(house.store, "taken", published)
-    house.ask("pinned-only")
-    before = everything(house.store)
+def test_an_existing_run_is_not_overwritten(dataset: StoredDataset, published: Path) -> None:
+    import_folder(dataset.store, "taken", published)
+    dataset.put_job("pinned-only")
+    before = modification_times(dataset.store)
     for run in ("taken", "pinned-only"):
         with pytest.raises(ValueError, match=rf"'{run}' already exists.*--set name="):
-            import_folder(house.store, run, published)
-    assert everything(house.store) == before
+            import_folder(dataset.store, run, published)
+    assert modification_times(dataset.store) == before
 
 
-def test_the_same_folder_is_imported_only_once(house: House, published: Path, altered: Callable[..., Path]) -> None:
-    ensure_imported(house.store, "ensured", published)
-    trained = house.trained_here("trained-not-imported", *SHORT)
-    before = everything(house.store)
-    ensure_imported(house.store, "ensured", published)
+def test_the_same_folder_is_imported_only_once(
+    dataset: StoredDataset, published: Path, altered: Callable[..., Path]
+) -> None:
+    ensure_imported(dataset.store, "ensured", published)
+    trained = dataset.train("trained-not-imported", *SHORT)
+    before = modification_times(dataset.store)
+    ensure_imported(dataset.store, "ensured", published)
     for run, folder in (("ensured", altered({}, {LN: np.ones(16, "f4")})), (trained, published)):
         with pytest.raises(ValueError, match=rf"'{run}' holds another model.*--set name="):
-            ensure_imported(house.store, run, folder)
-    assert everything(house.store) == before
+            ensure_imported(dataset.store, run, folder)
+    assert modification_times(dataset.store) == before
 
 
 def assert_refused(store: Store, folder: Path, message: str) -> None:
     """The error names what was expected, what was found and a remedy, and nothing is stored."""
-    before = everything(store)
+    before = modification_times(store)
     with pytest.raises(ValueError, match=message) as caught:
         import_folder(store, "refused", folder)
     assert re.fullmatch(r"cannot import .*: expected .*, found .*\. [A-Z].*", str(caught.value), re.DOTALL)
-    assert everything(store) == before
+    assert modification_times(store) == before

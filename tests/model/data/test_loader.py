@@ -1,4 +1,4 @@
-"""The window order: no window twice or missing, and the same batches for any number of ranks and micro-batches."""
+"""The window order: every window exactly once, and the same batches for any number of ranks and micro-batches."""
 
 import hashlib
 from collections.abc import Callable
@@ -39,15 +39,15 @@ def built(config: RunConfig, build: Callable[[RunConfig], Manifest]) -> tuple[Ru
     return config, build(config)
 
 
-def made_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[Manifest, list[np.ndarray]]:
-    """A dataset of shards of exactly these sizes, put without a source: every token id says where it stands."""
+def put_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[Manifest, list[np.ndarray]]:
+    """Store shards of exactly these sizes, without a source. Each token id is its position."""
     columns: dict[str, list[Any]] = {name: [] for name in ShardRow._fields}
-    shards, at = [], 0
+    shards, start = [], 0
     for index, size in enumerate(sizes):
-        ids = np.arange(at, at + size).astype("<u2")
-        at += size
+        ids = np.arange(start, start + size).astype("<u2")
+        start += size
         shards.append(ids)
-        store.put_new(DatasetKeys("made").shard(f"shard-{index}"), ids.tobytes())
+        store.put_new(DatasetKeys("synthetic").shard(f"shard-{index}"), ids.tobytes())
         row = (f"shard-{index}", size, 1, 0, size, sha256(ids.tobytes()), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -60,7 +60,7 @@ def pairs(order: WindowOrder, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def windows_of(sizes: list[int], sequence_tokens: int) -> list[tuple[int, int]]:
-    """Every window of the shards, counted the slow way: as long as T + 1 tokens are left."""
+    """Every window of the shards, enumerated one by one while T + 1 tokens are left."""
     return [
         (shard, start // sequence_tokens)
         for shard, size in enumerate(sizes)
@@ -86,7 +86,7 @@ def test_each_epoch_holds_every_window_exactly_once(sizes: list[int], sequence_t
 
 @settings(deadline=None)
 @given(SIZES, SEQUENCES, SEEDS, st.integers(0, 400), st.integers(0, 400))
-def test_any_slice_is_that_of_one_long_enumeration(
+def test_any_slice_equals_that_of_the_whole_order(
     sizes: list[int], sequence_tokens: int, seed: int, first: int, count: int
 ) -> None:
     if not windows_of(sizes, sequence_tokens):
@@ -96,7 +96,7 @@ def test_any_slice_is_that_of_one_long_enumeration(
     assert pairs(WindowOrder(sizes, sequence_tokens, seed), first, count) == one_by_one
 
 
-def test_slices_go_on_over_borders_of_groups_and_of_epochs() -> None:
+def test_slices_cross_group_and_epoch_borders() -> None:
     sizes = [33 + 8 * index for index in range(20)]  # three groups
     order = WindowOrder(sizes, 8, 5)
     whole = [pair for index in range(3 * order.epoch_windows) for pair in pairs(order, index, 1)]
@@ -113,23 +113,23 @@ def test_slices_go_on_over_borders_of_groups_and_of_epochs() -> None:
         [1, 50],
         [50, 0, 50],
         [50, 10, 50],  # 10 tokens: one too few for a window of T = 10
-        [50] * 8 + [1] * 8 + [50],  # groups that may hold no window at all
+        [50] * 8 + [1] * 8 + [50],  # groups that may hold no window
         [1] * 20 + [11],
     ],
 )
-def test_shards_without_a_window_are_passed_over(sizes: list[int]) -> None:
+def test_shards_without_a_window_are_skipped(sizes: list[int]) -> None:
     expected = windows_of(sizes, 10)
     for seed in range(20):
         assert sorted(pairs(WindowOrder(sizes, 10, seed), 0, len(expected))) == expected
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [10], [10, 10, 3]])
-def test_no_window_at_all_is_refused_with_a_remedy(sizes: list[int]) -> None:
+def test_shards_without_any_window_are_refused_with_a_remedy(sizes: list[int]) -> None:
     with pytest.raises(ValueError, match=r"sequence_tokens(.|\n)*shard_tokens"):
         WindowOrder(sizes, 10, 0)
 
 
-def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     sizes = [300] * 12
     order = WindowOrder(sizes, 10, 1)
     count = order.epoch_windows
@@ -140,7 +140,7 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
 
 
 def test_order_of_a_seed_stays_the_same_in_later_versions() -> None:
-    """A change of these numbers breaks the resume of every run that exists."""
+    """A change of these numbers breaks the resume of every existing run."""
     golden = [(2, 0), (1, 1), (0, 2), (1, 0), (0, 0), (0, 1), (0, 1), (0, 2), (1, 1), (1, 0), (2, 0), (0, 0)]
     assert pairs(WindowOrder([40, 30, 20], 10, 1337), 0, 12) == golden
 
@@ -161,7 +161,7 @@ def test_reads_stay_within_eight_shards_at_a_time() -> None:
 
 
 def test_the_full_size_run_uses_all_but_the_tails_and_wraps_in_the_middle_of_a_batch() -> None:
-    """FineWeb-Edu 10B in 10M-token shards, where a cursor on each rank loses 5.6 % and lets the ranks drift apart."""
+    """FineWeb-Edu 10B in 10M-token shards. One cursor per rank would lose 5.6 % and let the ranks drift apart."""
     sizes = [10_000_000] * 988 + [2_590_278]
     order = WindowOrder(sizes, 512, 1337)
     assert order.epoch_windows == 988 * 19_531 + 5_059
@@ -183,37 +183,37 @@ def test_windows_are_mixed_within_a_group() -> None:
 # Tokens
 
 
-def test_windows_are_the_very_tokens_of_the_shards(store: Store, built: tuple[RunConfig, Manifest]) -> None:
+def test_windows_hold_the_tokens_of_the_shards(store: Store, built: tuple[RunConfig, Manifest]) -> None:
     _, manifest = built
     loader = DataLoader(store, "small", manifest, "train", sequence_tokens=32, seed=9)
     files = [
         np.fromfile(str(store.local_path(DatasetKeys("small").shard(row.shard_id))), "<u2")
         for row in manifest.rows("train")
     ]
-    found = loader.windows(0, loader.order.epoch_windows)
-    assert found.shape == (loader.order.epoch_windows, 33)
-    assert found.dtype == np.uint16
-    for tokens, (shard, window) in zip(found, pairs(loader.order, 0, len(found)), strict=True):
+    windows = loader.windows(0, loader.order.epoch_windows)
+    assert windows.shape == (loader.order.epoch_windows, 33)
+    assert windows.dtype == np.uint16
+    for tokens, (shard, window) in zip(windows, pairs(loader.order, 0, len(windows)), strict=True):
         assert np.array_equal(tokens, files[shard][window * 32 : window * 32 + 33])
 
 
-def test_neighbours_share_one_token_and_a_shard_is_covered_but_for_its_tail(store: Store) -> None:
-    manifest, shards = made_dataset(store, [1, 75, 10, 40])
-    loader = DataLoader(store, "made", manifest, "train", sequence_tokens=10, seed=0)
-    everything = loader.windows_in_file_order(np.arange(loader.order.epoch_windows))
-    assert np.array_equal(everything[:7, :-1].ravel(), shards[1][:70])
-    assert np.array_equal(everything[7:, :-1].ravel(), shards[3][:30])
-    for before, after in pairwise(everything[:7]):
+def test_neighbouring_windows_share_one_token_and_cover_the_shard_except_its_tail(store: Store) -> None:
+    manifest, shards = put_dataset(store, [1, 75, 10, 40])
+    loader = DataLoader(store, "synthetic", manifest, "train", sequence_tokens=10, seed=0)
+    windows = loader.windows_in_file_order(np.arange(loader.order.epoch_windows))
+    assert np.array_equal(windows[:7, :-1].ravel(), shards[1][:70])
+    assert np.array_equal(windows[7:, :-1].ravel(), shards[3][:30])
+    for before, after in pairwise(windows[:7]):
         assert before[-1] == after[0]
     assert loader.tokens == 126
 
 
-def test_file_order_takes_the_windows_that_are_asked_for(store: Store) -> None:
-    manifest, _ = made_dataset(store, [31, 1, 21, 0, 41])
-    loader = DataLoader(store, "made", manifest, "train", sequence_tokens=10, seed=0)
-    everything = loader.windows_in_file_order(np.arange(9))
+def test_file_order_returns_the_requested_windows(store: Store) -> None:
+    manifest, _ = put_dataset(store, [31, 1, 21, 0, 41])
+    loader = DataLoader(store, "synthetic", manifest, "train", sequence_tokens=10, seed=0)
+    windows = loader.windows_in_file_order(np.arange(9))
     chosen = np.array([8, 0, 3, 5, 3])
-    assert np.array_equal(loader.windows_in_file_order(chosen), everything[chosen])
+    assert np.array_equal(loader.windows_in_file_order(chosen), windows[chosen])
 
 
 def test_splits_do_not_mix(store: Store, built: tuple[RunConfig, Manifest]) -> None:
@@ -231,32 +231,32 @@ def test_targets_are_the_tokens_that_follow() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty"])
-def test_a_damaged_shard_is_never_read(store: Store, damage: str) -> None:
-    manifest, shards = made_dataset(store, [100])
-    path = store.local_path(DatasetKeys("made").shard("shard-0"))
+def test_a_damaged_shard_is_refused(store: Store, damage: str) -> None:
+    manifest, shards = put_dataset(store, [100])
+    path = store.local_path(DatasetKeys("synthetic").shard("shard-0"))
     assert path is not None
     body = bytearray(shards[0].tobytes())
     body[50] ^= 1
     path.write_bytes({"flipped": bytes(body), "short": bytes(body[:100]), "empty": b""}[damage])
-    loader = DataLoader(store, "made", manifest, "train", sequence_tokens=10, seed=0)
+    loader = DataLoader(store, "synthetic", manifest, "train", sequence_tokens=10, seed=0)
     with pytest.raises(ShardCorrupt) as caught:
         loader.windows(0, 1)
-    for said in ("shard-0", manifest.columns["sha256"][0], sha256(path.read_bytes())):
-        assert said in str(caught.value)
+    for fact in ("shard-0", manifest.columns["sha256"][0], sha256(path.read_bytes())):
+        assert fact in str(caught.value)
 
 
 def test_a_missing_shard_is_named(store: Store) -> None:
-    manifest, _ = made_dataset(store, [100])
-    store.delete(DatasetKeys("made").shard("shard-0"))
+    manifest, _ = put_dataset(store, [100])
+    store.delete(DatasetKeys("synthetic").shard("shard-0"))
     with pytest.raises(ObjectMissing, match="shard-0"):
-        DataLoader(store, "made", manifest, "train", sequence_tokens=10, seed=0).windows(0, 1)
+        DataLoader(store, "synthetic", manifest, "train", sequence_tokens=10, seed=0).windows(0, 1)
 
 
-# Batches, as the trainer takes them
+# The trainer's batches
 
 
-class OneOfMany(DDPConfig):
-    """A rank whose others are played in turn: it adds nothing up."""
+class SoloRank(DDPConfig):
+    """One of several ranks that run one after the other, so it cannot sum over them."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -265,8 +265,8 @@ class OneOfMany(DDPConfig):
         return value >= 0
 
 
-class NotSynchronised(torch.nn.Module):
-    """Stands for DistributedDataParallel where the other ranks are not there."""
+class UnsynchronisedModel(torch.nn.Module):
+    """Replaces DistributedDataParallel where the other ranks do not run."""
 
     def __init__(self, module: torch.nn.Module, **_: Any) -> None:
         super().__init__()
@@ -282,10 +282,10 @@ class NotSynchronised(torch.nn.Module):
 def trained_batches(
     store: Store, job: Job, ranks: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> list[list[str]]:
-    """For each step, the hashes of the windows that all ranks' forward passes together were given, sorted by rank."""
+    """For each step, the hashes of the windows of all ranks' forward passes, ordered by rank."""
     seen: list[list[np.ndarray]] = [[] for _ in range(ranks)]
     take = MicroBatches.next
-    for rank in reversed(range(ranks)):  # the main rank last: it leaves a checkpoint, from which others would go on
+    for rank in reversed(range(ranks)):  # the main rank last, because the others would resume from its checkpoint
 
         def keep(self: MicroBatches, mine: list[np.ndarray] = seen[rank]) -> Any:
             tokens_BT, targets_BT = take(self)
@@ -294,7 +294,7 @@ def trained_batches(
             return tokens_BT, targets_BT
 
         monkeypatch.setattr(MicroBatches, "next", keep)
-        Trainer(store, job, OneOfMany(rank, ranks, CPU)).fit()
+        Trainer(store, job, SoloRank(rank, ranks, CPU)).fit()
     steps, micro_batches = 2, 16 // ranks // micro_batch
     assert [len(mine) for mine in seen] == [steps * micro_batches] * ranks
     return [
@@ -308,8 +308,8 @@ def trained_batches(
     ]
 
 
-class Places:
-    """Stands for a DataLoader: the tokens of a window are where it lies, its shard and its number there."""
+class LocationLoader:
+    """Replaces a DataLoader: the tokens of a window are its shard and its number in the shard."""
 
     def __init__(self, order: WindowOrder, sequence_tokens: int) -> None:
         self.order, self.sequence_tokens = order, sequence_tokens
@@ -323,7 +323,7 @@ class Places:
     SIZES, SEQUENCES, SEEDS, st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4),
     st.integers(0, 50),
 )  # fmt: skip
-def test_the_ranks_windows_are_the_orders_with_no_overlap_and_no_gap(
+def test_the_ranks_share_the_windows_without_overlap_or_gap(
     sizes: list[int], sequence_tokens: int, seed: int, ranks: int, size: int, micro_batches: int, ahead: int,
     step: int,
 ) -> None:  # fmt: skip
@@ -334,7 +334,7 @@ def test_the_ranks_windows_are_the_orders_with_no_overlap_and_no_gap(
     shares: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
     for rank in range(ranks):
         share = {"batch_windows": batch_windows, "size": size, "rank": rank, "ranks": ranks, "ahead": ahead}
-        batches = MicroBatches(Places(order, sequence_tokens), CPU, step=step, **share)  # type: ignore[arg-type]
+        batches = MicroBatches(LocationLoader(order, sequence_tokens), CPU, step=step, **share)  # type: ignore[arg-type]
         for taken in shares:
             for _ in range(micro_batches):
                 shard_B1, window_B1 = batches.next()
@@ -347,15 +347,15 @@ def test_the_ranks_windows_are_the_orders_with_no_overlap_and_no_gap(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_batch_of_a_step_is_the_same_for_any_ranks_and_micro_batch(
+def test_the_batch_of_a_step_does_not_depend_on_ranks_and_micro_batch(
     store: Store, built: tuple[RunConfig, Manifest], ranks: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "DistributedDataParallel", NotSynchronised)
+    monkeypatch.setattr(trainer, "DistributedDataParallel", UnsynchronisedModel)
     config, manifest = built
     overrides = [f"train.micro_batch_sequences={micro_batch}", "train.batch_tokens=512", "train.max_steps=2"]
-    wanted = tiny_config(config.store_url, config.data.source, *overrides, "train.validate_every_steps=0")
-    job = training_job(pin_run(store, wanted, manifest.digest, None))
-    order = DataLoader(store, "small", manifest, "train", sequence_tokens=32, seed=wanted.train.seed)
+    run_config = tiny_config(config.store_url, config.data.source, *overrides, "train.validate_every_steps=0")
+    job = training_job(pin_run(store, run_config, manifest.digest, None))
+    order = DataLoader(store, "small", manifest, "train", sequence_tokens=32, seed=run_config.train.seed)
     expected = [
         [hashlib.sha256(window.tobytes()).hexdigest() for window in order.windows(step * 16, 16)] for step in range(2)
     ]

@@ -1,4 +1,4 @@
-"""Windows in file order: counted shard by shard, as validation and lineage count them."""
+"""Windows in file order, as validation and lineage count them."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""A loader over an S3 store gives the same windows as over a folder, and brings the shards of the next group early."""
+"""A loader reads the same windows from S3 as from a folder, and prefetches the shards of the next group."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.conftest import S3Url
-from tests.flows.client import poll
 from tests.making import build_dataset
+from tests.polling import poll
 
 T = 32
 
@@ -31,7 +31,7 @@ def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> DataLoader:
 
 
 def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[list[int]]:
-    """The groups of an epoch that hold a window, the plain way: all shards shuffled, cut every GROUP_SHARDS."""
+    """The groups of an epoch that hold a window: all shards shuffled, in groups of GROUP_SHARDS."""
     shuffled = order_module._shuffled(len(sizes), seed, epoch).tolist()
     cut = [shuffled[at : at + GROUP_SHARDS] for at in range(0, len(shuffled), GROUP_SHARDS)]
     return [group for group in cut if any(order.windows_of_shard[shard] for shard in group)]
@@ -41,7 +41,7 @@ def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[
 @given(
     st.lists(st.integers(0, 120), min_size=1, max_size=40), st.integers(1, 40), st.integers(0, 9), st.integers(0, 300)
 )
-def test_upcoming_shards_are_those_of_this_group_and_the_next_across_epochs(
+def test_upcoming_shards_are_those_of_the_current_and_the_next_group_across_epochs(
     sizes: list[int], sequence_tokens: int, seed: int, first: int
 ) -> None:
     if max(sizes) <= sequence_tokens:
@@ -64,7 +64,7 @@ def test_upcoming_shards_are_those_of_this_group_and_the_next_across_epochs(
     }
 
 
-def test_a_loader_over_s3_gives_the_windows_of_one_over_a_folder(
+def test_a_loader_reads_the_same_windows_from_s3_as_from_a_folder(
     config: RunConfig, store: Store, s3_url: S3Url
 ) -> None:
     manifest = build_dataset(config)
@@ -77,9 +77,7 @@ def test_a_loader_over_s3_gives_the_windows_of_one_over_a_folder(
     assert np.array_equal(ours.windows_in_file_order(chosen), theirs.windows_in_file_order(chosen))
 
 
-def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
-    s3_url: S3Url, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_group_is_fetched_before_it_is_read(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(s3_url("seaweedfs"), create=True)
     rows = []
     for number in range(3 * GROUP_SHARDS):
@@ -88,16 +86,16 @@ def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
         rows.append(ShardRow(f"shard-{number}", 3 * T + 1, 1, 0, 1, sha256(body), "train"))
     columns = {name: list(values) for name, values in zip(ShardRow._fields, zip(*rows, strict=True), strict=True)}
     reading = loader_of(store, Manifest("0" * 64, {}, {}, {}, {}, None, columns))
-    asked: list[list[str]] = []
+    prefetched: list[list[str]] = []
     prefetch = ShardCache.prefetch
 
-    def noting(self: ShardCache, wanted: list[ShardRow]) -> bool:
-        asked.append([row.shard_id for row in wanted])
-        return prefetch(self, wanted)
+    def recording(self: ShardCache, shard_rows: list[ShardRow]) -> bool:
+        prefetched.append([row.shard_id for row in shard_rows])
+        return prefetch(self, shard_rows)
 
-    monkeypatch.setattr(ShardCache, "prefetch", noting)
+    monkeypatch.setattr(ShardCache, "prefetch", recording)
 
-    def here() -> set[str]:
+    def cached() -> set[str]:
         return {row.shard_id for row in rows if place(row).exists()}
 
     def place(row: ShardRow) -> Path:
@@ -107,10 +105,10 @@ def test_the_group_after_the_present_one_is_fetched_before_it_is_read(
         first = group * GROUP_SHARDS * 3
         upcoming = [rows[shard].shard_id for shard in reading.order.upcoming_shards(first)]
         assert len(upcoming) == 2 * GROUP_SHARDS
-        poll(lambda first=first, upcoming=upcoming: reading.windows(first, 1) is not None and here() >= set(upcoming))
-        assert asked[-1] == upcoming
-        calls = len(asked)
+        poll(lambda first=first, upcoming=upcoming: reading.windows(first, 1) is not None and cached() >= set(upcoming))
+        assert prefetched[-1] == upcoming
+        prefetches = len(prefetched)
         reading.windows(first + 1, GROUP_SHARDS)
-        assert len(asked) == calls  # asked once a group
+        assert len(prefetched) == prefetches  # one prefetch for each group
         if group == 0:
-            assert here() == set(upcoming)
+            assert cached() == set(upcoming)

@@ -1,4 +1,4 @@
-"""Losses equal those of a plain reference, whatever the batch size, the padding and the number of ranks."""
+"""Losses equal those of a plain reference, for any batch size, padding and number of ranks."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -60,7 +60,7 @@ def plain_loss(model: GPT, windows: np.ndarray) -> float:
 
 @torch.no_grad()
 def plain_ending_loss(model: GPT, context: list[int], ending: list[int]) -> float:
-    """The summed loss of one ending after one context, with nothing beside it."""
+    """The summed loss of one ending after one context, without other endings in the batch."""
     logits_TV = model.logits(model.transformer(torch.tensor([context + ending[:-1]])))[0]
     return float(F.cross_entropy(logits_TV[len(context) - 1 :], torch.tensor(ending), reduction="sum"))
 
@@ -180,7 +180,7 @@ def test_ending_losses_equal_a_plain_reference(model: GPT) -> None:
     assert losses_of(model, *items) == pytest.approx(np.array(expected), rel=1e-5)
 
 
-def test_an_ending_scores_the_same_beside_short_and_long_ones(model: GPT) -> None:
+def test_an_ending_scores_the_same_beside_short_and_long_endings(model: GPT) -> None:
     context, ending = random_ids(6, 1), random_ids(4, 2)
     [short] = losses_of(model, item_of(context, [ending] * 4))
     [longer] = losses_of(model, item_of(context, [random_ids(20, 3), ending, random_ids(26, 4), ending]))
@@ -229,7 +229,7 @@ def test_a_logit_far_above_those_of_the_first_tokens_overflows_nothing() -> None
     )
 
 
-def test_each_context_is_fed_once_and_no_row_is_much_shorter_than_its_batch() -> None:
+def test_each_context_is_computed_once_and_batches_hold_rows_of_similar_length() -> None:
     items = [item for item in many_items() if len(item.context) + max(map(len, item.endings)) <= T]
     rows = pack_items(items, T)
     assert sum(row.tokens for row in rows) == sum(

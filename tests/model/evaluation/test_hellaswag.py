@@ -1,4 +1,4 @@
-"""A HellaSwag file is read, or its bad line named; each convention lays out its items as published."""
+"""A HellaSwag file is read, or its bad line is named; each convention lays out its items as published."""
 
 import io
 import json
@@ -39,14 +39,14 @@ def question(**changed: Any) -> Question:
 # The file
 
 
-def test_a_line_is_read_as_it_is() -> None:
+def test_a_line_is_read_unchanged() -> None:
     texts = {name: GOOD[name] for name in ("ctx", "activity_label", "ctx_a", "ctx_b")}
     expected = Question(**texts, endings=tuple(GOOD["endings"]), label=3)
     assert questions(lines(GOOD), "val.jsonl") == [expected]
     assert [parsed.label for parsed in questions(lines(GOOD, GOOD_TOO), "val.jsonl")] == [3, 0]
 
 
-def test_a_parquet_file_as_the_hub_has_it_is_read_likewise() -> None:
+def test_a_parquet_file_of_the_hub_gives_the_same_questions() -> None:
     body = io.BytesIO()
     rows = [line | {"label": str(line["label"]), "split": "val", "ind": 1} for line in (GOOD, GOOD_TOO)]
     pq.write_table(pa.Table.from_pylist(rows), body)
@@ -55,7 +55,7 @@ def test_a_parquet_file_as_the_hub_has_it_is_read_likewise() -> None:
         questions(body.getvalue()[:-9], "x.parquet")
 
 
-def test_empty_lines_are_passed_over_and_still_counted() -> None:
+def test_empty_lines_are_skipped_and_still_counted() -> None:
     assert len(questions(b"\n" + lines(GOOD) + b"\n \n" + lines(GOOD_TOO) + b"\r\n\n", "val.jsonl")) == 2
     with pytest.raises(SourceInvalid, match=r"line 4\b"):
         questions(b"\n" + lines(GOOD) + b"\n \n{}\n", "val.jsonl")
@@ -110,7 +110,7 @@ def test_a_missing_field_is_named(name: str) -> None:
 # Completion style
 
 
-def test_completion_style_takes_the_text_as_it_is_and_each_ending_apart() -> None:
+def test_completion_style_keeps_the_text_and_tokenises_each_ending_separately() -> None:
     item = completion_style(question(ctx="Café [header] x ", endings=["un", "deux mots", "[title] x", "🙂"]))
     assert tokenizer.decode(item.context) == "Café [header] x "
     assert [tokenizer.decode(ending) for ending in item.endings] == [" un", " deux mots", " [title] x", " 🙂"]
@@ -135,13 +135,13 @@ def test_completion_style_takes_the_text_as_it_is_and_each_ending_apart() -> Non
         ({"ctx_b": "[ unclosed"}, "Roof work: A man sits on a roof. [ unclosed"),
     ],
 )
-def test_harness_style_has_the_activity_and_no_marks(changed: dict[str, str], context: str) -> None:
+def test_harness_style_prepends_the_activity_and_removes_markup(changed: dict[str, str], context: str) -> None:
     item = harness_style(question(**changed))
     assert tokenizer.decode(item.context) == context
     assert [tokenizer.decode(ending) for ending in item.endings] == [f" {ending}" for ending in GOOD["endings"]]
 
 
-def test_harness_style_tokenises_together_and_a_last_space_goes_to_the_endings() -> None:
+def test_harness_style_tokenises_context_and_ending_together_and_moves_a_trailing_space_to_the_ending() -> None:
     item = harness_style(question(ctx_a="Press the", ctx_b="[x]", endings=["a", "[step] b", " c [title] d", "é[x]"]))
     assert tokenizer.decode(item.context) == "Roof work: Press the"
     texts = ["  a", "   b", "  c. d", "  é"]

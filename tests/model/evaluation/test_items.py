@@ -14,7 +14,7 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
 
-def made_document(number: int, tokens: int = 100) -> list[int]:
+def numbered_document(number: int, tokens: int = 100) -> list[int]:
     """Token ids that encode the document and the position in it."""
     return list(range(number * 1_000, number * 1_000 + tokens))
 
@@ -26,7 +26,7 @@ def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]
     for index, (split, documents) in enumerate(splits):
         ids = [token for document in documents for token in (tokenizer.EOT, *document)]
         body = np.array(ids, "<u2").tobytes()
-        store.put_new(DatasetKeys("made").shard(f"shard-{index}"), body)
+        store.put_new(DatasetKeys("items").shard(f"shard-{index}"), body)
         row = (f"shard-{index}", len(ids), len(documents), 0, len(ids), sha256(body), split)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -34,10 +34,10 @@ def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]
 
 
 @pytest.fixture
-def forty(store: Store) -> Manifest:
+def manifest(store: Store) -> Manifest:
     """Forty documents in two val shards, and train documents that must not be used."""
-    documents = [made_document(number) for number in range(40)]
-    return sealed(store, [documents[:25], documents[25:]], [[made_document(number) for number in range(40, 50)]])
+    documents = [numbered_document(number) for number in range(40)]
+    return sealed(store, [documents[:25], documents[25:]], [[numbered_document(number) for number in range(40, 50)]])
 
 
 def document_of(ids: list[int]) -> int:
@@ -46,43 +46,47 @@ def document_of(ids: list[int]) -> int:
 
 
 def test_the_true_ending_follows_its_context_and_the_others_come_from_other_documents(
-    store: Store, forty: Manifest
+    store: Store, manifest: Manifest
 ) -> None:
-    items = document_items(store, "made", forty, 1_000, seed=1)
+    items = document_items(store, "items", manifest, 1_000, seed=1)
     assert sorted(document_of(item.context) for item in items) == list(range(40))
     for item in items:
         number = document_of(item.context)
-        assert item.context + item.endings[item.label] == made_document(number, ITEM_TOKENS)
+        assert item.context + item.endings[item.label] == numbered_document(number, ITEM_TOKENS)
         sources = [document_of(ending) for ending in item.endings]
         assert len(set(sources)) == 4
         assert all(len(ending) == ENDING_TOKENS for ending in item.endings)
         assert all(source < 40 for source in sources)
 
 
-def test_labels_are_spread_over_all_four_positions(store: Store, forty: Manifest) -> None:
-    labels = Counter(item.label for seed in range(10) for item in document_items(store, "made", forty, 40, seed))
+def test_labels_are_spread_over_all_four_positions(store: Store, manifest: Manifest) -> None:
+    labels = Counter(item.label for seed in range(10) for item in document_items(store, "items", manifest, 40, seed))
     assert set(labels) == {0, 1, 2, 3}
     assert min(labels.values()) > 60  # of 400
 
 
-def test_a_seed_gives_the_same_items_every_time(store: Store, forty: Manifest) -> None:
-    assert document_items(store, "made", forty, 20, seed=1) == document_items(store, "made", forty, 20, seed=1)
-    assert document_items(store, "made", forty, 20, seed=1) != document_items(store, "made", forty, 20, seed=2)
+def test_a_seed_gives_the_same_items_every_time(store: Store, manifest: Manifest) -> None:
+    first, repeated, other = (document_items(store, "items", manifest, 20, seed=seed) for seed in (1, 1, 2))
+    assert first == repeated
+    assert first != other
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (7, 7), (40, 40), (41, 40)])
-def test_no_more_items_are_made_than_requested(store: Store, forty: Manifest, count: int, expected: int) -> None:
-    assert len(document_items(store, "made", forty, count, seed=0)) == expected
+def test_at_most_the_requested_number_of_items_is_built(
+    store: Store, manifest: Manifest, count: int, expected: int
+) -> None:
+    assert len(document_items(store, "items", manifest, count, seed=0)) == expected
 
 
 def test_documents_that_are_too_short_are_left_out(store: Store) -> None:
     lengths = [ITEM_TOKENS, ITEM_TOKENS - 1, ITEM_TOKENS + 1, 0, 500, ITEM_TOKENS, 3]
-    manifest = sealed(store, [[made_document(number, length) for number, length in enumerate(lengths)]])
-    items = document_items(store, "made", manifest, 10, seed=0)
+    manifest = sealed(store, [[numbered_document(number, length) for number, length in enumerate(lengths)]])
+    items = document_items(store, "items", manifest, 10, seed=0)
     assert sorted(document_of(item.context) for item in items) == [0, 2, 4, 5]
 
 
 def test_too_few_documents_are_refused_with_a_remedy(store: Store) -> None:
-    manifest = sealed(store, [[made_document(number) for number in range(3)] + [made_document(3, ITEM_TOKENS - 1)]])
+    short = numbered_document(3, ITEM_TOKENS - 1)
+    manifest = sealed(store, [[*(numbered_document(number) for number in range(3)), short]])
     with pytest.raises(ValueError, match=r"\b3\b.*val_shards"):
-        document_items(store, "made", manifest, 1, seed=0)
+        document_items(store, "items", manifest, 1, seed=0)

@@ -1,4 +1,4 @@
-"""The evaluation jobs: which endings they choose, what they store, and that a second run gives the same."""
+"""The evaluation jobs: which endings they choose, what they store, and that a second run gives the same results."""
 
 import io
 import json
@@ -51,14 +51,14 @@ def scored(store: Store, model: GPT, lines: list[dict[str, Any]]) -> tuple[Measu
     return measurement, pq.read_table(io.BytesIO(measurement.answers)).to_pylist()
 
 
-def test_a_model_that_finds_all_endings_alike_chooses_the_first(store: Store) -> None:
+def test_a_model_without_preference_chooses_the_first_ending(store: Store) -> None:
     model = GPT(SHAPE)
     with torch.no_grad():
         model.transformer.wte.weight.zero_()
     labels = [number * 7 % 4 for number in range(50)]
-    words = ["is red", "was a", "to the", "in one or two of them", "by", "of the one", "unbelievably so"]
+    texts = ["is red", "was a", "to the", "in one or two of them", "by", "of the one", "unbelievably so"]
     lines = [
-        {"endings": [words[(number + place) % 7] for place in range(4)], "label": label}
+        {"endings": [texts[(number + place) % 7] for place in range(4)], "label": label}
         for number, label in enumerate(labels)
     ]
     measurement, rows = scored(store, model, lines)
@@ -74,7 +74,7 @@ def test_normalising_by_tokens_by_characters_and_by_bytes_chooses_three_differen
     ids = {text: tokenizer.encode(f" {text}").tolist() for text in (by_token, by_character, by_byte, never)}
     assert [len(tokens) for tokens in ids.values()][:2] == [6, 1]
     costs = dict.fromkeys(ids[by_byte], 0.22) | dict.fromkeys(ids[by_token], 0.2) | {ids[by_character][0]: 2.4}
-    scale = 20  # keeps the sum of these probabilities below 1
+    scale = 20  # keeps the sum of the probabilities below 1
     probabilities = {token: math.exp(-scale * cost / 2) for token, cost in costs.items()}
     probabilities[tokenizer.EOT] = 1 - sum(probabilities.values())
     model = unigram_model(probabilities)
@@ -123,14 +123,14 @@ def test_diverged_weights_are_refused(store: Store, model: GPT) -> None:
 
 
 COMMON = {"name", "step", "job", "environment", "precision", "metrics", "conventions"}
-FIELDS = {  # what the JSON of each kind has beside these
+FIELDS = {  # further fields of each kind
     "val_loss": {"data", "dataset", "tokens", "unused_tokens"},
     "completion": {"data", "dataset", "items", "standard_errors", "answers_sha256"},
     "samples": {"drawn", "samples"},
 }
 
 
-def test_each_evaluation_of_a_run_is_a_job_of_its_own_that_gives_the_same_again(
+def test_each_evaluation_of_a_run_is_a_separate_repeatable_job(
     store: Store, tmp_path: Path, build: Callable[[RunConfig], Manifest]
 ) -> None:
     source = write_parquet(tmp_path / "long" / "file.parquet", [document(number, words=100) for number in range(40)])

@@ -1,4 +1,4 @@
-"""Samples are seeded, follow the settings, end at `<|endoftext|>` and go on past the context."""
+"""Samples are seeded, follow the settings, end at `<|endoftext|>` and continue past the context."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def texts_of(model: GPT, prompt: str, count: int, settings: EvaluationConfig, se
 
 @torch.no_grad()
 def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
-    """Greedy decoding without a cache; a full context of 8 goes on from its last half."""
+    """Greedy decoding without a cache; a full context of 8 continues from its last half."""
     ids = [EOT, *tokenizer.encode(prompt).tolist()]
     written: list[int] = []
     for _ in range(count):
@@ -77,13 +77,13 @@ def likeliest_ids(model: GPT, prompt: str, count: int) -> list[int]:
 # One token
 
 
-def test_draws_are_as_frequent_as_they_are_likely() -> None:
+def test_tokens_are_drawn_with_their_probabilities() -> None:
     counts = drawn(ANY, times=8_000)
     for token, probability in enumerate(PROBABILITIES.tolist()):
         assert counts[token] / 8_000 == pytest.approx(probability, abs=0.02)
 
 
-def test_temperature_flattens_and_sharpens() -> None:
+def test_temperature_scales_the_logits() -> None:
     for temperature in (0.5, 2.0):
         expected = (PROBABILITIES.log() / temperature).softmax(0).tolist()
         counts = drawn(sampling(temperature, 0, 1.0), times=8_000)
@@ -126,7 +126,7 @@ def test_an_impossible_token_is_never_drawn() -> None:
 # A text
 
 
-def test_the_same_seed_gives_the_same_text_and_another_one_another(model: GPT) -> None:
+def test_a_text_is_determined_by_its_seed(model: GPT) -> None:
     assert ids_of(model, "Hello", 20, seed=3) == ids_of(model, "Hello", 20, seed=3)
     assert ids_of(model, "Hello", 20, seed=3) != ids_of(model, "Hello", 20, seed=4)
 
@@ -139,13 +139,13 @@ def test_a_text_depends_on_its_seed_and_not_on_the_global_generator(model: GPT) 
 
 
 @pytest.mark.parametrize("prompt", ["", "Hello", "one two three four five", "one two three four five six seven"])
-def test_a_text_goes_on_past_the_context_from_its_last_half(model: GPT, prompt: str) -> None:
+def test_a_text_continues_past_the_context_from_its_last_half(model: GPT, prompt: str) -> None:
     ids = ids_of(model, prompt, 30, LIKELIEST)
     assert len(ids) == 30
     assert ids == likeliest_ids(model, prompt, 30)
 
 
-def test_a_model_of_one_position_writes_too() -> None:
+def test_a_model_of_one_position_generates_text() -> None:
     model = GPT(ModelConfig(layers=1, heads=1, width=8, context_tokens=1))
     assert len(ids_of(model, "", 5)) == 5
 
@@ -158,8 +158,8 @@ def test_a_prompt_that_is_longer_than_the_context_is_refused(model: GPT) -> None
 
 @pytest.mark.parametrize("texts", [2, 3, 16])
 @pytest.mark.parametrize("settings", [ANY, sampling(0.8, 20, 1.0), sampling(1.2, 0, 0.7), LIKELIEST])
-def test_a_text_does_not_depend_on_those_beside_it(model: GPT, texts: int, settings: EvaluationConfig) -> None:
-    """Past the end of the context too, where keys and values are computed again."""
+def test_a_text_does_not_depend_on_the_others_in_its_batch(model: GPT, texts: int, settings: EvaluationConfig) -> None:
+    """Also past the end of the context, where keys and values are recomputed."""
     seeds = range(40, 40 + texts)
     together = texts_of(model, "Hello", 20, settings, seeds)
     assert together == [ids_of(model, "Hello", 20, settings, seed) for seed in seeds]

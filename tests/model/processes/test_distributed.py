@@ -8,7 +8,7 @@ import torch
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training.trainer import Trainer
-from tests.model.training_runs import House
+from tests.model.training_runs import StoredDataset
 
 SetHardware = Callable[[int, bool], None]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -81,12 +81,12 @@ def test_ranks_agree_when_all_have_the_same_value(monkeypatch: pytest.MonkeyPatc
     assert DDPConfig(0, 1, torch.device("cpu")).agree(7)
 
 
-def test_ranks_that_resume_different_checkpoints_do_not_train(house: House) -> None:
+def test_ranks_that_resume_different_checkpoints_do_not_train(dataset: StoredDataset) -> None:
     class Disagreeing(DDPConfig):
         def agree(self, value: int) -> bool:
             assert value == 0
             return False
 
-    key = house.ask("apart")
+    key = dataset.put_job("apart")
     with pytest.raises(ValueError, match="another process is still saving"):
-        Trainer(house.store, read_job(house.store, key), Disagreeing(0, 1, torch.device("cpu")))
+        Trainer(dataset.store, read_job(dataset.store, key), Disagreeing(0, 1, torch.device("cpu")))

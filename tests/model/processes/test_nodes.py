@@ -1,4 +1,4 @@
-"""Two hosts train one run: two connected network namespaces, the same command in each.
+"""Two hosts train one run. Each is a network namespace that runs the same command.
 
 Needs root and iproute2, as `make test-full` does.
 """
@@ -18,7 +18,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 from model.config import ResourcesConfig
 from model.processes import torchrun
 from model.processes.torchrun import launch, local_address
-from tests.model.training_runs import STEPS, House, assert_equal_runs, checkpoints, kill_all, processes_of, until
+from tests.model.training_runs import STEPS, StoredDataset, assert_equal_runs, checkpoints, kill_all, processes_of
+from tests.polling import poll
 
 ADDRESSES = ("10.97.31.1", "10.97.31.2")
 
@@ -53,41 +54,41 @@ def kill_host(host: str) -> None:
         os.kill(int(pid), signal.SIGKILL)
 
 
-def start(host: str, house: House, key: str, folder: Path) -> subprocess.Popen[bytes]:
+def start(host: str, dataset: StoredDataset, key: str, folder: Path) -> subprocess.Popen[bytes]:
     """Run the command that `gpt2 train` prints, on that host."""
-    argv = ["ip", "netns", "exec", host, sys.executable, "-m", "model", house.store.url, key]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}  # as two ranks of one host have
+    argv = ["ip", "netns", "exec", host, sys.executable, "-m", "model", dataset.store.url, key]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}  # like two ranks on one host
     with (folder / host).open("wb") as out:
         return subprocess.Popen(argv, stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
 @pytest.mark.full
-def test_two_hosts_train_like_two_processes_of_one_host_and_resume_after_one_died(
-    house: House, undisturbed: Callable[[int], str], hosts: list[str], tmp_path: Path
+def test_two_hosts_train_like_two_processes_of_one_host_and_resume_after_one_dies(
+    dataset: StoredDataset, undisturbed: Callable[[int], str], hosts: list[str], tmp_path: Path
 ) -> None:
     settings = ("resources.nodes=2", "resources.processes=1", f"resources.rendezvous={ADDRESSES[0]}:29500")
-    key = house.ask("two-hosts", *settings)
+    key = dataset.put_job("two-hosts", *settings)
 
     def output(host: str) -> str:
         return (tmp_path / host).read_text()
 
     try:
-        first, second = (start(host, house, key, tmp_path) for host in hosts)
-        until(lambda: any("step      6/" in output(host) for host in hosts), "no step was made", seconds=120)
+        first, second = (start(host, dataset, key, tmp_path) for host in hosts)
+        poll(lambda: any("step      6/" in output(host) for host in hosts), 120, failure="no step was run")
         kill_host(hosts[1])
         second.wait()
-        until(lambda: first.poll() is not None, "the other host is still running", seconds=60)
+        poll(lambda: first.poll() is not None, failure="the other host is still running")
         assert first.returncode == 1, output(hosts[0])
         assert "Traceback" not in output(hosts[0])
-        until(lambda: not processes_of(house.store, key), "a rank outlives its host's launcher", seconds=30)
-        assert checkpoints(house.store, "two-hosts")[-1].step >= 4
-        again = [start(host, house, key, tmp_path) for host in hosts]
-        assert [process.wait(timeout=120) for process in again] == [0, 0], [output(host) for host in hosts]
+        poll(lambda: not processes_of(dataset.store, key), 30, failure="a rank outlives its host's launcher")
+        assert checkpoints(dataset.store, "two-hosts")[-1].step >= 4
+        restarted = [start(host, dataset, key, tmp_path) for host in hosts]
+        assert [process.wait(timeout=120) for process in restarted] == [0, 0], [output(host) for host in hosts]
     finally:
-        kill_all(house.store, key)
+        kill_all(dataset.store, key)
     assert "2 processes on cpu" in output(hosts[0]) + output(hosts[1])
-    assert checkpoints(house.store, "two-hosts")[-1].step == STEPS
-    assert_equal_runs(house.store, "two-hosts", undisturbed(2))
+    assert checkpoints(dataset.store, "two-hosts")[-1].step == STEPS
+    assert_equal_runs(dataset.store, "two-hosts", undisturbed(2))
 
 
 def test_the_first_host_is_the_one_with_the_rendezvous_address() -> None:
@@ -102,7 +103,7 @@ def test_a_malformed_address_is_refused(rendezvous: str) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
-def test_a_launcher_succeeds_only_at_the_signal_at_which_ranks_save(
+def test_a_launcher_succeeds_only_after_the_signal_that_makes_ranks_save(
     monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
 ) -> None:
     def stopped(_: list[str]) -> None:
@@ -113,7 +114,7 @@ def test_a_launcher_succeeds_only_at_the_signal_at_which_ranks_save(
     assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == code
 
 
-def test_hosts_that_do_not_meet_fail_with_a_remedy_and_may_run_again(
+def test_hosts_that_do_not_meet_fail_with_a_remedy_and_can_be_restarted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def alone(argv: list[str]) -> None:

@@ -19,7 +19,8 @@ from model.runs.run import pin_run, training_job
 from storage.stores.opening import open_store
 from tests.making import build_dataset, tiny_config
 from tests.model.processes import test_nodes
-from tests.model.training_runs import kill_all, until
+from tests.model.training_runs import kill_all
+from tests.polling import poll
 
 TEXT = (Path(__file__).parents[3] / "deploy" / "kubernetes.yaml").read_text()
 SERVICE, JOB = yaml.safe_load_all(TEXT)
@@ -30,7 +31,7 @@ hosts = test_nodes.hosts
 
 
 @pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
-def test_it_matches_the_schemas_and_a_misspelt_field_is_refused(version: str) -> None:
+def test_the_manifest_matches_the_schemas_and_a_misspelt_field_is_refused(version: str) -> None:
     for document in (SERVICE, JOB):
         kubernetes_validate.validate(document, version, strict=True)
     for name in ("completionMode", "onExitCodes", "subdomain", "runAsNonRoot", "envFrom", "drop", "sizeLimit"):
@@ -61,10 +62,10 @@ def test_exit_code_2_fails_the_job_and_any_other_is_retried() -> None:
 
 def test_nothing_runs_as_root_or_writes_outside_its_volumes_and_no_secret_is_in_the_file() -> None:
     assert (POD["automountServiceAccountToken"], "initContainers" in POD) == (False, False)
-    person = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
-    assert POD["securityContext"] == POD["securityContext"] | person
-    own = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-    assert CONTAINER["securityContext"] == own
+    unprivileged = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert POD["securityContext"] == POD["securityContext"] | unprivileged
+    locked_down = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert CONTAINER["securityContext"] == locked_down
     variables = {variable["name"]: variable.get("value") for variable in CONTAINER["env"]}
     folders = {mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
     assert folders == {variables.pop("HOME"), "/tmp", "/dev/shm"}  # noqa: S108  # in the pod
@@ -99,7 +100,7 @@ def start(log: Path, argv: list[str], index: int = 0) -> subprocess.Popen[bytes]
 @pytest.mark.parametrize("argv", [1], indirect=True)
 def test_a_pod_succeeds_at_the_last_step_only(tmp_path: Path, argv: list[str]) -> None:
     pod = start(log := tmp_path / "log", argv)
-    until(lambda: "step      2/" in log.read_text(), "no step was made")
+    poll(lambda: "step      2/" in log.read_text(), failure="no step was run")
     pod.send_signal(signal.SIGTERM)
     assert pod.wait(timeout=60) == 1, log.read_text()
     assert 2 <= checkpoints(open_store(argv[-2]), "tiny")[-1].step < 100
@@ -109,12 +110,12 @@ def test_a_pod_succeeds_at_the_last_step_only(tmp_path: Path, argv: list[str]) -
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("argv", [2], indirect=True)
-def test_two_pods_meet_again_after_the_first_has_died(tmp_path: Path, argv: list[str], hosts: list[str]) -> None:
+def test_two_pods_resume_after_the_first_dies(tmp_path: Path, argv: list[str], hosts: list[str]) -> None:
     logs = [tmp_path / host for host in hosts]
     pods = [start(logs[n], ["ip", "netns", "exec", hosts[n], *argv], n) for n in (0, 1)]
-    until(lambda: "step      6/" in "".join(log.read_text() for log in logs), "no step was made")
+    poll(lambda: "step      6/" in "".join(log.read_text() for log in logs), failure="no step was run")
     test_nodes.kill_host(hosts[0])
     assert pods[0].wait(timeout=60) != 0
-    assert pods[1].wait(timeout=60) == 1, logs[1].read_text()  # Kubernetes runs both again
+    assert pods[1].wait(timeout=60) == 1, logs[1].read_text()  # Kubernetes restarts both
     pods = [start(logs[n], ["ip", "netns", "exec", hosts[n], *argv], n) for n in (1, 0)]
     assert [pod.wait(timeout=120) for pod in pods] == [0, 0], [log.read_text() for log in logs]

@@ -1,4 +1,4 @@
-"""A run is pinned to its inputs, and its jobs are named by what decides their answers."""
+"""A run is pinned to its inputs, and a job's id is the digest of its recipe."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ def config(*overrides: str) -> RunConfig:
 
 
 def pin(store: Store, *overrides: str, manifest: str = MANIFEST, items: str | None = None) -> list[Job]:
-    """The training and the evaluations of a run that is pinned now."""
-    asked = config(*overrides)
-    return [training_job(pin_run(store, asked, manifest, items)), *evaluation_jobs(asked, record(), manifest, items)]
+    """Pin a run. Returns its training and evaluation jobs."""
+    pinned = config(*overrides)
+    return [training_job(pin_run(store, pinned, manifest, items)), *evaluation_jobs(pinned, record(), manifest, items)]
 
 
 def record(step: int = 12, weights: str = "b" * 64) -> CheckpointRecord:
@@ -37,7 +37,7 @@ def ids(jobs: list[Job]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-# Pinned
+# Pinning
 
 
 def test_a_run_that_was_never_started_is_pinned_to_nothing(store: Store) -> None:
@@ -52,7 +52,7 @@ def test_a_run_is_pinned_to_its_settings_and_its_manifest(store: Store) -> None:
     assert RunConfig.model_validate({"name": "tiny"} | run.config).computed() == config().computed()
 
 
-def test_the_first_pin_stands(store: Store) -> None:
+def test_a_second_pin_changes_nothing(store: Store) -> None:
     first = pin_run(store, config(), MANIFEST, None)
     body = store.read(RunKeys("tiny").config)
     assert pin_run(store, config(), "b" * 64, "other") == first
@@ -71,19 +71,19 @@ def test_the_first_pin_stands(store: Store) -> None:
         (["train.batch_tokens=1024", "train.micro_batch_sequences=32"], ["train.batch_tokens", "256", "1024"]),
     ],
 )
-def test_other_settings_under_one_name_are_refused_and_named(
+def test_other_settings_under_the_same_name_are_refused_and_named(
     store: Store, overrides: list[str], facts: list[str]
 ) -> None:
     pin_run(store, config(), MANIFEST, None)
-    for asked in (
+    for attempt in (
         lambda: pinned_run(store, config(*overrides)),
         lambda: pin_run(store, config(*overrides), MANIFEST, None),
     ):
-        with pytest.raises(DatasetMismatch) as found:
-            asked()
+        with pytest.raises(DatasetMismatch) as caught:
+            attempt()
         for fact in ["tiny", "name=", *facts]:
-            assert fact in str(found.value)
-        assert "train.max_steps" not in str(found.value), "only what differs is named"
+            assert fact in str(caught.value)
+        assert "train.max_steps" not in str(caught.value), "only differing settings are named"
 
 
 def test_other_settings_under_another_name_are_another_run(store: Store) -> None:
@@ -100,12 +100,12 @@ def test_other_settings_under_another_name_are_another_run(store: Store) -> None
         ["evaluation.samples=9", "evaluation.checkpoint=5000", 'evaluation.prompts=["x"]'],
     ],
 )  # fmt: skip
-def test_how_it_runs_and_what_it_is_asked_may_differ_from_start_to_start(store: Store, overrides: list[str]) -> None:
+def test_resources_store_and_evaluation_settings_may_change_between_starts(store: Store, overrides: list[str]) -> None:
     run = pin_run(store, config(), MANIFEST, None)
     assert pinned_run(store, config(*overrides)) == run
 
 
-def test_a_setting_that_is_younger_than_the_run_has_its_default(store: Store) -> None:
+def test_a_setting_added_after_the_run_started_has_its_default(store: Store) -> None:
     pin_run(store, config(), MANIFEST, None)
     key = RunKeys("tiny").config
     older = json.loads(store.read(key).body)
@@ -154,42 +154,42 @@ def test_jobs_are_named_by_their_recipes_only(store: Store, tmp_path: Path) -> N
         ("evaluation.samples=5", {3}),
     ],
 )
-def test_a_setting_renames_just_the_jobs_that_it_decides(store: Store, override: str, changed: set[int]) -> None:
+def test_a_setting_changes_only_the_jobs_that_depend_on_it(store: Store, override: str, changed: set[int]) -> None:
     before, after = ids(pin(store)), ids(pin(store, "name=other", override))
     assert {place for place in range(4) if before[place] != after[place]} == changed
 
 
-def test_another_manifest_renames_every_job_but_the_one_that_reads_nothing_of_it(store: Store) -> None:
+def test_another_manifest_changes_every_job_except_samples(store: Store) -> None:
     before, after = ids(pin(store)), ids(pin(store, "name=other", manifest="b" * 64))
     assert set(before) & set(after) == {before[3]}
 
 
 @pytest.mark.parametrize("other", [record(step=8), record(weights="c" * 64)])
-def test_another_step_or_other_weights_rename_every_evaluation(other: CheckpointRecord) -> None:
-    ours, theirs = (ids(evaluation_jobs(config(), one, MANIFEST, None)) for one in (record(), other))
+def test_another_step_or_other_weights_change_every_evaluation(other: CheckpointRecord) -> None:
+    ours, theirs = (ids(evaluation_jobs(config(), checkpoint, MANIFEST, None)) for checkpoint in (record(), other))
     assert not set(ours) & set(theirs)
 
 
-def test_without_a_dataset_or_a_file_of_items_only_samples_are_left() -> None:
-    wanted = config("evaluation.hellaswag=org/swag")  # which could not be had
-    assert [job.kind for job in evaluation_jobs(wanted, record(), None, None)] == ["samples"]
-    assert [job.kind for job in evaluation_jobs(wanted, record(), MANIFEST, None)] == ["val_loss", "samples"]
+def test_without_a_dataset_and_hellaswag_items_only_samples_are_evaluated() -> None:
+    with_hellaswag = config("evaluation.hellaswag=org/swag")  # which could not be downloaded
+    assert [job.kind for job in evaluation_jobs(with_hellaswag, record(), None, None)] == ["samples"]
+    assert [job.kind for job in evaluation_jobs(with_hellaswag, record(), MANIFEST, None)] == ["val_loss", "samples"]
 
 
-def test_a_file_of_items_takes_the_place_of_the_completion_set(store: Store) -> None:
+def test_hellaswag_items_replace_the_completion_set(store: Store) -> None:
     kinds = [job.kind for job in pin(store, items="sources/x/items.jsonl")]
     assert kinds == ["train", "val_loss", "hellaswag", "samples"]
     other = ids(pin(store, "name=other", items="sources/y/items.jsonl"))
     assert {place for place, name in enumerate(ids(pin(store))) if name != other[place]} == {2}
 
 
-def test_a_recipe_is_the_same_after_the_store(store: Store) -> None:
+def test_a_stored_job_is_read_back_unchanged(store: Store) -> None:
     for job in pin(store):
         assert read_job(store, put_job(store, job)) == job
         assert read_job(store, put_job(store, job)).job_id == job.job_id
 
 
-def test_a_job_is_done_when_its_first_answer_is_there(store: Store) -> None:
+def test_the_first_result_of_a_job_counts(store: Store) -> None:
     job = pin(store)[1]
     record = RunKeys(job.run).result(job.job_id)
     assert read_result(store, job) is None
@@ -205,6 +205,6 @@ def test_a_job_is_done_when_its_first_answer_is_there(store: Store) -> None:
         store.read(keys.failure(record))
 
 
-def test_a_job_that_was_never_asked_is_named(store: Store) -> None:
+def test_an_unknown_job_is_named(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="train-00000000"):
         read_job(store, RunKeys("tiny").job("train-00000000"))

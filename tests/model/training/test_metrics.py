@@ -1,4 +1,4 @@
-"""What people watch: lines with all their numbers, kept until a checkpoint holds them, and TensorBoard's files."""
+"""Metrics: every line is complete and kept until a checkpoint includes it; TensorBoard shows every step once."""
 
 import sys
 from pathlib import Path
@@ -15,15 +15,15 @@ from model.training.metrics import DRAWN, MetricsLog
 from model.training.trainer import Trainer
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
-from tests.model.training_runs import SHORT, STEPS, House
+from tests.model.training_runs import SHORT, STEPS, StoredDataset
 
 
 def metrics(step: int) -> StepMetrics:
     return StepMetrics(step=step, loss=5.0, learning_rate=1e-3, gradient_norm=1.0, tokens_per_second=100.0)
 
 
-def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
-    lines = read_metrics(house.store, house.trained_here("watched", *SHORT))
+def test_every_line_has_all_metrics(dataset: StoredDataset) -> None:
+    lines = read_metrics(dataset.store, dataset.train("watched", *SHORT))
     assert len(lines) == STEPS
     for line in lines:
         assert {
@@ -35,16 +35,16 @@ def test_every_line_has_the_numbers_that_people_watch(house: House) -> None:
     assert [line.step for line in lines if line.checkpoint_seconds > 0]
 
 
-def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
+def test_lines_are_kept_until_a_checkpoint_includes_them(store: Store) -> None:
     log = MetricsLog(store, "kept", 10, [])
     for step in range(3):
         log.add(metrics(step))
     first = log.unsaved()
     log.add(metrics(3))
     segments = log.put_segment(first)
-    assert [line.step for line in log.unsaved()] == [0, 1, 2, 3]  # its checkpoint may still fail
+    assert [line.step for line in log.unsaved()] == [0, 1, 2, 3]  # the checkpoint may still fail
     again = log.put_segment(log.unsaved())
-    assert len(again) == 1, "a segment of a checkpoint that failed is none of the chain"
+    assert len(again) == 1, "the segment of a failed checkpoint is not in the chain"
     log.saved(4, again)
     assert log.unsaved() == []
     log.add(metrics(4))
@@ -53,21 +53,23 @@ def test_lines_are_kept_until_a_checkpoint_holds_them(store: Store) -> None:
     assert (read_json(store, RunKeys("kept").progress) or {})["step"] == 4
 
 
-def test_tensorboard_shows_every_step_once_after_a_resume(house: House, tmp_path: Path) -> None:
-    words = (*SHORT, f"resources.tensorboard={tmp_path}")
-    key = house.ask("drawn", *words)
-    training = Trainer(house.store, read_job(house.store, key), DDPConfig(0, 1, torch.device("cpu")))
+def test_tensorboard_shows_every_step_once_after_a_resume(dataset: StoredDataset, tmp_path: Path) -> None:
+    settings = (*SHORT, f"resources.tensorboard={tmp_path}")
+    key = dataset.put_job("drawn", *settings)
+    training = Trainer(dataset.store, read_job(dataset.store, key), DDPConfig(0, 1, torch.device("cpu")))
     training._stop_requested = True
     assert training.fit() is None
-    house.trained_here("drawn", *words)
-    found = EventAccumulator(str(tmp_path / "drawn")).Reload()
-    assert set(found.Tags()["scalars"]) == set(DRAWN) - {"val_loss", "mfu"}
-    losses = [line.loss for line in read_metrics(house.store, "drawn")]
-    assert [event.step for event in found.Scalars("loss")] == list(range(1, STEPS + 1))
-    assert [event.value for event in found.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    dataset.train("drawn", *settings)
+    events = EventAccumulator(str(tmp_path / "drawn")).Reload()
+    assert set(events.Tags()["scalars"]) == set(DRAWN) - {"val_loss", "mfu"}
+    losses = [line.loss for line in read_metrics(dataset.store, "drawn")]
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
 
 
-def test_without_tensorboard_the_remedy_is_said(house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_tensorboard_is_refused_with_a_remedy(
+    dataset: StoredDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"gpt2-pipeline\[tensorboard\]"):
-        MetricsLog(house.store, "any", 1, [], tensorboard=str(tmp_path))
+        MetricsLog(dataset.store, "any", 1, [], tensorboard=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The learning rate of every step is build-nanogpt's, and only matrices decay."""
+"""The learning rate of every step equals build-nanogpt's, and only matrices decay."""
 
 import math
 
@@ -29,11 +29,11 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("step", "rate"), PUBLISHED.items())
-def test_rate_is_the_published_one_to_all_its_digits(step: int, rate: float) -> None:
+def test_rate_equals_the_published_one_to_all_digits(step: int, rate: float) -> None:
     assert learning_rate(step, DEFAULT) == pytest.approx(rate, rel=1e-10, abs=0)
 
 
-def test_warm_up_is_a_straight_line_to_the_maximum() -> None:
+def test_warm_up_is_linear() -> None:
     for step in range(715):
         assert learning_rate(step, DEFAULT) == pytest.approx(6e-4 * (step + 1) / 715, rel=1e-12, abs=0)
 
@@ -46,7 +46,7 @@ def test_after_the_warm_up_the_rate_is_a_cosine() -> None:
 
 
 @pytest.mark.parametrize(("warmup_steps", "max_steps"), [(0, 5), (5, 5), (1, 1), (0, 1)])
-def test_rate_stays_within_its_bounds_where_a_phase_is_empty(warmup_steps: int, max_steps: int) -> None:
+def test_rate_stays_within_its_bounds_when_a_phase_is_empty(warmup_steps: int, max_steps: int) -> None:
     config = TrainingConfig(warmup_steps=warmup_steps, max_steps=max_steps)
     rates = [learning_rate(step, config) for step in range(max_steps + 3)]
     assert all(0 < rate <= config.learning_rate for rate in rates)

@@ -1,4 +1,4 @@
-"""Where a training begins: at another run's checkpoint when asked, and never with what cannot be trained."""
+"""The start of a training: from another run's checkpoint on request, and never with invalid settings."""
 
 import re
 
@@ -10,54 +10,54 @@ from model.config_file import load_config
 from model.runs.run import Start, find_run, pin_run, pinned_run, training_job
 from storage.errors import DatasetMismatch, ObjectMissing
 from storage.keys import RunKeys
-from tests.model.training_runs import SHORT, STEPS, House, final_weights, history, losses
+from tests.model.training_runs import SHORT, STEPS, StoredDataset, final_weights, history, losses
 
 # From another run
 
 
-def test_a_run_that_starts_with_everything_of_another_goes_on_as_that_one_would(house: House) -> None:
-    whole = house.trained_here("whole", *SHORT)
-    house.trained_here("half", *SHORT, "train.checkpoint_every_steps=6", "train.keep_last=9")
-    at_six = next(record for record in checkpoints(house.store, "half") if record.step == 6)
-    for record in checkpoints(house.store, "half"):
+def test_a_run_started_with_everything_of_another_continues_like_it(dataset: StoredDataset) -> None:
+    whole = dataset.train("whole", *SHORT)
+    dataset.train("half", *SHORT, "train.checkpoint_every_steps=6", "train.keep_last=9")
+    at_six = next(record for record in checkpoints(dataset.store, "half") if record.step == 6)
+    for record in checkpoints(dataset.store, "half"):
         if record.step > 6:
-            house.store.delete(RunKeys("half").checkpoint_record(record.step))
-    branch = house.trained_here("branch", *SHORT, "train.start_from=half", "train.start_with=everything")
-    assert find_run(house.store, branch).start == Start("half", 6, at_six.attempt)
-    assert losses_from(house, branch, 6) == losses(house.store, whole)[6:]
-    assert final_weights(house.store, branch) == final_weights(house.store, whole)
+            dataset.store.delete(RunKeys("half").checkpoint_record(record.step))
+    branch = dataset.train("branch", *SHORT, "train.start_from=half", "train.start_with=everything")
+    assert find_run(dataset.store, branch).start == Start("half", 6, at_six.attempt)
+    assert losses_from(dataset, branch, 6) == losses(dataset.store, whole)[6:]
+    assert final_weights(dataset.store, branch) == final_weights(dataset.store, whole)
 
 
-def losses_from(house: House, run: str, step: int) -> list[float]:
-    """The losses of a run whose metrics begin at that step."""
-    lines = read_metrics(house.store, run)
+def losses_from(dataset: StoredDataset, run: str, step: int) -> list[float]:
+    """The losses of a run whose metrics begin at this step."""
+    lines = read_metrics(dataset.store, run)
     assert [line.step for line in lines] == list(range(step, STEPS))
     return [line.loss for line in lines]
 
 
-def test_a_run_that_starts_with_weights_begins_its_own_schedule(house: House) -> None:
-    taught = house.trained_here("taught", *SHORT)
-    run = house.trained_here("pupil", *SHORT, "train.start_from=taught", "train.seed=5")
-    found = history(house.store, run)
-    assert found[0]["step"] == 0
-    assert found[0]["learning_rate"] == history(house.store, taught)[0]["learning_rate"]
-    assert found[0]["loss"] < losses(house.store, taught)[0] - 1
-    assert found[0]["loss"] == pytest.approx(losses(house.store, taught)[-1], abs=0.3)
+def test_a_run_started_with_weights_begins_its_own_schedule(dataset: StoredDataset) -> None:
+    taught = dataset.train("taught", *SHORT)
+    run = dataset.train("pupil", *SHORT, "train.start_from=taught", "train.seed=5")
+    lines = history(dataset.store, run)
+    assert lines[0]["step"] == 0
+    assert lines[0]["learning_rate"] == history(dataset.store, taught)[0]["learning_rate"]
+    assert lines[0]["loss"] < losses(dataset.store, taught)[0] - 1
+    assert lines[0]["loss"] == pytest.approx(losses(dataset.store, taught)[-1], abs=0.3)
 
 
-def test_another_schedule_under_the_same_name_is_refused_with_the_way_to_go_on(house: House) -> None:
-    house.trained_here("fixed", *SHORT)
+def test_another_schedule_under_the_same_name_is_refused_with_a_remedy(dataset: StoredDataset) -> None:
+    dataset.train("fixed", *SHORT)
     with pytest.raises(DatasetMismatch) as caught:
-        pinned_run(house.store, house.config("fixed", *SHORT, "train.max_steps=99"))
-    for said in ("train.max_steps is 12, not 99", "train.start_from=fixed", "train.start_with=everything"):
-        assert said in str(caught.value)
+        pinned_run(dataset.store, dataset.config("fixed", *SHORT, "train.max_steps=99"))
+    for fact in ("train.max_steps is 12, not 99", "train.start_from=fixed", "train.start_with=everything"):
+        assert fact in str(caught.value)
 
 
-def test_how_it_runs_may_change_under_the_same_name_and_names_the_same_job(house: House) -> None:
-    run = pin_run(house.store, house.config("same", *SHORT), house.manifest.digest, None)
-    other = house.config("same", *SHORT, "train.micro_batch_sequences=1", "train.compile=off", "train.keep_last=9",
-                         "train.checkpoint_every_steps=2", "train.keep_every_steps=7")  # fmt: skip
-    again = pinned_run(house.store, other)
+def test_settings_outside_the_recipe_may_change_and_keep_the_job(dataset: StoredDataset) -> None:
+    run = pin_run(dataset.store, dataset.config("same", *SHORT), dataset.manifest.digest, None)
+    how = ("train.micro_batch_sequences=1", "train.compile=off", "train.keep_last=9", "train.checkpoint_every_steps=2")
+    other = dataset.config("same", *SHORT, *how, "train.keep_every_steps=7")
+    again = pinned_run(dataset.store, other)
     assert again == run
     assert again is not None
     assert training_job(again).job_id == training_job(run).job_id
@@ -65,59 +65,67 @@ def test_how_it_runs_may_change_under_the_same_name_and_names_the_same_job(house
 
 
 @pytest.mark.parametrize("parent", ["nobody", "unsaved"])
-def test_there_must_be_something_to_start_from(house: House, parent: str) -> None:
+def test_a_start_from_a_run_without_a_checkpoint_is_refused(dataset: StoredDataset, parent: str) -> None:
     if parent == "unsaved":
-        house.ask(parent)
+        dataset.put_job(parent)
     with pytest.raises(ObjectMissing, match=r"train\.start_from") as caught:
-        house.ask("child", f"train.start_from={parent}")
+        dataset.put_job("child", f"train.start_from={parent}")
     assert parent in str(caught.value)
     assert "gpt2 import" in str(caught.value)
 
 
-def test_a_start_that_was_given_up_since_is_named(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    house.trained_here("fleeting", *SHORT)
-    key = house.ask("late", *SHORT, "train.start_from=fleeting")
-    house.store.delete(RunKeys("fleeting").checkpoint_record(STEPS))
-    assert run_job(house.store.url, key) == 2
-    said = capsys.readouterr().err
-    assert "'fleeting'" in said
-    assert f"step {STEPS}" in said
+def test_a_start_checkpoint_that_was_deleted_is_named(
+    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.train("fleeting", *SHORT)
+    key = dataset.put_job("late", *SHORT, "train.start_from=fleeting")
+    dataset.store.delete(RunKeys("fleeting").checkpoint_record(STEPS))
+    assert run_job(dataset.store.url, key) == 2
+    error = capsys.readouterr().err
+    assert "'fleeting'" in error
+    assert f"step {STEPS}" in error
 
 
-def test_with_everything_there_must_be_a_step_left(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    house.trained_here("over", *SHORT)
-    key = house.ask("more", *SHORT, "train.start_from=over", "train.start_with=everything")
-    assert run_job(house.store.url, key) == 2
+def test_a_start_with_everything_needs_a_remaining_step(
+    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.train("over", *SHORT)
+    key = dataset.put_job("more", *SHORT, "train.start_from=over", "train.start_with=everything")
+    assert run_job(dataset.store.url, key) == 2
     assert "no steps left" in capsys.readouterr().err
 
 
-def test_a_model_of_another_shape_cannot_be_started_from(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    house.trained_here("narrow", *SHORT)
-    key = house.ask("wide", *SHORT, "train.start_from=narrow", "model.width=32")
-    assert run_job(house.store.url, key) == 2
+def test_a_model_of_another_shape_cannot_be_started_from(
+    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.train("narrow", *SHORT)
+    key = dataset.put_job("wide", *SHORT, "train.start_from=narrow", "model.width=32")
+    assert run_job(dataset.store.url, key) == 2
     assert "weights of another model" in capsys.readouterr().err
 
 
-# What cannot be trained
+# Invalid settings
 
 
-def test_less_text_than_one_batch_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    key = house.ask("huge", "train.batch_tokens=65536")
-    assert run_job(house.store.url, key) == 2
-    said = capsys.readouterr().err
-    for word in ("train.batch_tokens = 65,536", "'small' has 96 windows of 32 tokens", "train.batch_tokens = 3,072"):
-        assert word in said
-    assert run_job(house.store.url, house.ask("largest", "train.batch_tokens=3072", "train.max_steps=2",
-                                              "train.warmup_steps=0")) == 0  # fmt: skip
+def test_a_dataset_smaller_than_one_batch_is_refused(
+    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = dataset.put_job("huge", "train.batch_tokens=65536")
+    assert run_job(dataset.store.url, key) == 2
+    error = capsys.readouterr().err
+    for fact in ("train.batch_tokens = 65,536", "'small' has 96 windows of 32 tokens", "train.batch_tokens = 3,072"):
+        assert fact in error
+    settings = ("train.batch_tokens=3072", "train.max_steps=2", "train.warmup_steps=0")
+    assert run_job(dataset.store.url, dataset.put_job("largest", *settings)) == 0
 
 
-def test_a_device_that_is_not_there_is_refused(house: House, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_job(house.store.url, house.ask("fast", "resources.device=cuda")) == 2
+def test_an_unavailable_device_is_refused(dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job(dataset.store.url, dataset.put_job("fast", "resources.device=cuda")) == 2
     assert "resources.device = 'cuda'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["train.max_steps=0"], "train.max_steps"),
         (["train.sequence_tokens=2048"], "model.context_tokens = 1,024"),
@@ -128,6 +136,6 @@ def test_a_device_that_is_not_there_is_refused(house: House, capsys: pytest.Capt
         (["train.start_from=a/b"], "train.start_from"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_starts(overrides: list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_invalid_settings_are_refused_before_training(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_config(None, overrides)

@@ -16,7 +16,7 @@ from storage.cache import host as host_cache
 from storage.cache.host import HostCache
 from storage.digests import sha256
 from storage.errors import StoreUnusable
-from tests.flows.client import poll
+from tests.polling import poll
 
 ROOT = Path(__file__).parents[3]
 SIZE = 10_000
@@ -87,7 +87,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def let_go_on(process: subprocess.Popen[str]) -> None:
+def resume(process: subprocess.Popen[str]) -> None:
     assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
@@ -130,7 +130,7 @@ def test_processes_that_open_the_same_file_fetch_it_once(start: Start, tmp_path:
     assert [next_line(first), next_line(first)] == ["opening", "begun"]
     others = [start(body) for _ in range(3)]
     assert [next_line(other) for other in others] == ["opening"] * 3
-    let_go_on(first)
+    resume(first)
     assert [next_line(process) for process in (first, *others)] == [sha256(body)] * 4
     assert fetches(tmp_path) == 1
     assert [path.read_bytes() for path in files(folder)] == [body]
@@ -152,7 +152,7 @@ def test_a_killed_fetch_blocks_no_process_and_leaves_no_wrong_file(
     assert [path.name for path in files(folder)] == [sha256(body)]
 
 
-def test_the_part_of_a_dead_process_is_overwritten(folder: Path) -> None:
+def test_the_partial_file_of_a_dead_process_is_overwritten(folder: Path) -> None:
     body = os.urandom(SIZE)
     part = folder / sha256(body)[:2] / "part"
     part.parent.mkdir(parents=True)
@@ -233,7 +233,7 @@ def test_a_file_evicted_between_open_and_lock_is_fetched_again(folder: Path, mon
     assert evicted == [True]
 
 
-def test_a_new_file_is_in_use_as_soon_as_it_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_file_is_locked_before_it_is_renamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body, evicted = body_of(1), []
     rename = Path.rename
 
@@ -264,7 +264,7 @@ def test_a_damaged_file_is_quarantined_and_fetched_again(folder: Path) -> None:
 # Full and read-only disks
 
 
-def test_on_a_full_disk_room_is_made_and_the_write_repeated(folder: Path) -> None:
+def test_on_a_full_disk_files_are_evicted_and_the_write_is_repeated(folder: Path) -> None:
     cache = HostCache(folder, MUCH)
     fill(cache, 1, 2, 3)
     for number in (1, 2, 3):
@@ -280,7 +280,7 @@ def test_on_a_full_disk_room_is_made_and_the_write_repeated(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_the_error_of_a_full_disk_says_what_to_do_and_no_part_is_left(
+def test_a_full_disk_is_reported_with_a_remedy_and_leaves_no_partial_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     tries = []

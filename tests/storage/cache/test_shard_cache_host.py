@@ -1,4 +1,4 @@
-"""Shards of an S3 store come through the host's cache: fetched once, verified once, repaired once, named when lost."""
+"""Shards of an S3 store are read through the host's cache: fetched once, verified once, and named if damaged."""
 
 import logging
 import subprocess
@@ -20,7 +20,7 @@ from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Body, Object, Store, overwrite
 from tests.conftest import S3Url
-from tests.flows.client import poll
+from tests.polling import poll
 
 ROOT = Path(__file__).parents[3]
 COMMAND = "gpt2 dataset verify --repair"
@@ -103,7 +103,7 @@ def place(row: ShardRow) -> Path:
     return host_cache.FOLDER / row.sha256[:2] / row.sha256
 
 
-def here() -> list[Path]:
+def cached_files() -> list[Path]:
     return sorted(path for path in host_cache.FOLDER.rglob("*") if path.is_file())
 
 
@@ -114,11 +114,11 @@ def mapped_files() -> int:
         try:
             count += descriptor.readlink().is_relative_to(host_cache.FOLDER)
         except FileNotFoundError:
-            continue  # the one that lists the folder
+            continue  # the descriptor that lists this folder
     return count
 
 
-def whole(tokens: np.ndarray, row: ShardRow) -> bool:
+def is_intact(tokens: np.ndarray, row: ShardRow) -> bool:
     return sha256(tokens.tobytes()) == row.sha256
 
 
@@ -143,22 +143,22 @@ def test_processes_that_open_the_same_shard_download_it_once(store: Store, rows:
         process.stdin.flush()
     assert [process.communicate()[0].strip() for process in processes] == [row.sha256] * 4
     assert (tmp_path / "log").read_text().splitlines() == [row.shard_id]
-    assert whole(ShardCache(store, "small").open(row), row)
+    assert is_intact(ShardCache(store, "small").open(row), row)
 
 
-def test_a_process_hashes_a_shard_once_even_if_it_was_closed_meanwhile(
+def test_a_process_hashes_a_shard_once_even_if_it_was_closed_in_between(
     store: Store, rows: MakeRows, hashed: list[int], reads: list[str]
 ) -> None:
-    made = rows(OPEN_SHARDS + 5)
+    put_rows = rows(OPEN_SHARDS + 5)
     opened = ShardCache(store, "small")
-    for row in [*made, *made[:3]]:
-        assert whole(opened.open(row), row)
-    assert len(hashed) == len(made)
-    assert len(reads) == len(made)
-    again = ShardCache(store, "small")
-    assert whole(again.open(made[0]), made[0])
-    assert len(hashed) == len(made) + 1
-    assert len(reads) == len(made)
+    for row in [*put_rows, *put_rows[:3]]:
+        assert is_intact(opened.open(row), row)
+    assert len(hashed) == len(put_rows)
+    assert len(reads) == len(put_rows)
+    reopened = ShardCache(store, "small")
+    assert is_intact(reopened.open(put_rows[0]), put_rows[0])
+    assert len(hashed) == len(put_rows) + 1
+    assert len(reads) == len(put_rows)
 
 
 def test_the_number_of_open_files_is_limited(store: Store, rows: MakeRows) -> None:
@@ -187,21 +187,21 @@ def test_a_damaged_file_of_the_cache_is_quarantined_logged_and_fetched_again(
     store: Store, rows: MakeRows, reads: list[str], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     row = rows(1)[0]
-    assert whole(ShardCache(store, "small").open(row), row)
+    assert is_intact(ShardCache(store, "small").open(row), row)
     damaged = DAMAGES[damage](place(row).read_bytes())
     place(row).write_bytes(damaged)
     opened = ShardCache(store, "small")
     with caplog.at_level(logging.WARNING, "storage.cache"):
-        assert whole(opened.open(row), row)
+        assert is_intact(opened.open(row), row)
     assert [row.shard_id in record.getMessage() for record in caplog.records] == [True]
     assert reads == [row.shard_id] * 2
     quarantined = host_cache.HostCache(host_cache.FOLDER, 0).quarantined()
     assert [path.read_bytes() for path in quarantined] == [damaged]
-    assert whole(ShardCache(store, "small").open(row), row)
+    assert is_intact(ShardCache(store, "small").open(row), row)
     assert len(reads) == 2
 
 
-def test_a_disk_that_returns_other_bytes_is_named(
+def test_a_disk_that_returns_wrong_bytes_is_named(
     store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = rows(1)[0]
@@ -223,21 +223,21 @@ def test_a_shard_damaged_in_the_store_is_named_and_not_cached(store: Store, rows
     stated = f"{len(body):,}" if damage == "longer" else sha256(body)  # a body that is too long is not read
     for fact in (row.shard_id, "small", row.sha256, stated, COMMAND):
         assert fact in str(error.value)
-    assert here() == []
+    assert cached_files() == []
     overwrite(store, key, np.arange(500).astype("<u2").tobytes())
-    assert whole(opened.open(row), row)
+    assert is_intact(opened.open(row), row)
 
 
 def test_bytes_damaged_in_transit_are_fetched_again(
     store: Store, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the server keeps no checksum, only the reader can notice."""
+    """If the server keeps no checksum, only the reader can detect this."""
     row = rows(1)[0]
     read = store.read
     flipped = DAMAGES["flipped"](bytes(read(DatasetKeys("small").shard(row.shard_id)).body))
     damaged = [Object(flipped, "", sha256(flipped))]
     monkeypatch.setattr(store, "read", lambda key, limit_bytes: damaged.pop() if damaged else read(key, limit_bytes))
-    assert whole(ShardCache(store, "small").open(row), row)
+    assert is_intact(ShardCache(store, "small").open(row), row)
     assert damaged == []
 
 
@@ -247,7 +247,7 @@ def test_bytes_damaged_in_transit_are_fetched_again(
 def test_one_list_of_shards_at_a_time_is_prefetched(
     store: Store, rows: MakeRows, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = rows(4)
+    put_rows = rows(4)
     go_on, counting = threading.Event(), ShardCache._read
 
     def waiting(self: ShardCache, row: ShardRow) -> Body:
@@ -256,33 +256,33 @@ def test_one_list_of_shards_at_a_time_is_prefetched(
 
     monkeypatch.setattr(ShardCache, "_read", waiting)
     opened = ShardCache(store, "small")
-    assert opened.prefetch(made[:3])
-    assert not opened.prefetch(made)
-    assert here() == []
+    assert opened.prefetch(put_rows[:3])
+    assert not opened.prefetch(put_rows)
+    assert cached_files() == []
     go_on.set()
-    poll(lambda: [path for path in here() if path.name != "part"] == sorted(map(place, made[:3])))
-    poll(lambda: opened.prefetch(made))
-    poll(lambda: place(made[3]).exists())
-    assert reads == [row.shard_id for row in made]
-    for row in made:
-        assert whole(opened.open(row), row)
-    assert len(reads) == len(made)
+    poll(lambda: [path for path in cached_files() if path.name != "part"] == sorted(map(place, put_rows[:3])))
+    poll(lambda: opened.prefetch(put_rows))
+    poll(lambda: place(put_rows[3]).exists())
+    assert reads == [row.shard_id for row in put_rows]
+    for row in put_rows:
+        assert is_intact(opened.open(row), row)
+    assert len(reads) == len(put_rows)
 
 
 def test_an_error_of_prefetching_is_raised_when_the_shard_is_opened(store: Store, rows: MakeRows) -> None:
-    made = rows(3)
-    store.delete(DatasetKeys("small").shard(made[1].shard_id))
-    overwrite(store, DatasetKeys("small").shard(made[2].shard_id), b"damaged!")
+    put_rows = rows(3)
+    store.delete(DatasetKeys("small").shard(put_rows[1].shard_id))
+    overwrite(store, DatasetKeys("small").shard(put_rows[2].shard_id), b"damaged!")
     opened = ShardCache(store, "small")
-    assert opened.prefetch(made[1:])
-    poll(lambda: opened.prefetch(made[2:]))
-    poll(lambda: opened.prefetch(made[:1]))
-    poll(lambda: place(made[0]).exists())
-    with pytest.raises(ObjectMissing, match=made[1].shard_id):
-        opened.open(made[1])
-    with pytest.raises(ShardCorrupt, match=made[2].shard_id):
-        opened.open(made[2])
-    assert whole(opened.open(made[0]), made[0])
+    assert opened.prefetch(put_rows[1:])
+    poll(lambda: opened.prefetch(put_rows[2:]))
+    poll(lambda: opened.prefetch(put_rows[:1]))
+    poll(lambda: place(put_rows[0]).exists())
+    with pytest.raises(ObjectMissing, match=put_rows[1].shard_id):
+        opened.open(put_rows[1])
+    with pytest.raises(ShardCorrupt, match=put_rows[2].shard_id):
+        opened.open(put_rows[2])
+    assert is_intact(opened.open(put_rows[0]), put_rows[0])
 
 
 def test_a_cache_smaller_than_the_dataset_still_opens_all_shards(
@@ -291,5 +291,5 @@ def test_a_cache_smaller_than_the_dataset_still_opens_all_shards(
     monkeypatch.setattr(shard_cache, "OPEN_SHARDS", 2)
     opened = ShardCache(store, "small", limit_bytes=3_000)  # three shards
     for row in rows(12) * 2:
-        assert whole(opened.open(row), row)
-        assert len(here()) <= 3
+        assert is_intact(opened.open(row), row)
+        assert len(cached_files()) <= 3

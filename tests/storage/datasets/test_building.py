@@ -1,4 +1,4 @@
-"""Building a dataset: what is missing, what a name is bound to, and that no change of files makes more than its own."""
+"""Building a dataset: which shards are missing, and which settings a name is bound to."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.making import build_dataset, document, tiny_config, write_parquet
 
 
 def missing(config: RunConfig) -> frozenset[str]:
-    """The shards that the next build makes."""
+    """The shards that the next build would make."""
     store, spec = open_store(config.store_url), config.data.spec(tokenizer.identity())
     listing, _ = list_source(store, spec.source, spec.config, "main", "train")
     return building.start_build(store, spec, list(plan_files(store, spec.name, listing.files, spec.settings))).missing
@@ -50,13 +50,13 @@ def test_a_new_file_makes_only_its_own_shards(config: RunConfig, source: str) ->
     assert set(second.shard_ids) - set(first.shard_ids) == new != set()
 
 
-def test_a_name_stays_with_its_settings(config: RunConfig, source: str) -> None:
+def test_a_name_is_bound_to_its_settings(config: RunConfig, source: str) -> None:
     build_dataset(config)
     with pytest.raises(DatasetMismatch, match="shard_tokens is 1000, requested 500"):
         build_dataset(tiny_config(config.store_url, source, "data.shard_tokens=500"))
 
 
-def test_filters_and_limits_are_part_of_what_a_name_is_bound_to(tmp_path: Path, source: str) -> None:
+def test_a_name_is_bound_to_its_filters_and_limits(tmp_path: Path, source: str) -> None:
     settings = [
         'data.filters=["token_count >= 60", "length < 9000"]', "data.max_tokens=3000", "data.on_bad_document=skip",
     ]  # fmt: skip

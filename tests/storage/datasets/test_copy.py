@@ -1,4 +1,4 @@
-"""A copy of a dataset into a store that holds what a killed or damaged copy left there."""
+"""Copying a dataset, also into a store with the remains of a killed or damaged copy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def copied(source: Store, target: Store) -> Manifest:
     return copied
 
 
-SPOIL: dict[str, Callable[[bytes], bytes]] = {
+LEFTOVERS: dict[str, Callable[[bytes], bytes]] = {
     "whole": lambda body: body,
     "damaged": lambda body: bytes(len(body)),
     "cut": lambda body: body[:100],
@@ -49,26 +49,24 @@ SPOIL: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize(
-    ("left", "recorded"),  # what is recorded and of the right size counts as done: damage in it is for `verify`
+    ("left", "recorded"),  # a recorded shard of the right size counts as done: `verify` finds damage in it
     [("nothing", False), ("nothing", True), ("whole", False), ("damaged", False), ("cut", False), ("cut", True)],
 )
-def test_a_copy_is_whole_whatever_an_earlier_one_left(
+def test_a_copy_is_intact_whatever_an_earlier_one_left(
     source: Store, target: Store, manifest: Manifest, left: str, recorded: bool
 ) -> None:
     row = list(manifest.rows())[3]
     if left != "nothing":
-        target.put_new(shard_key(row.shard_id), SPOIL[left](bytes(source.read(shard_key(row.shard_id)).body)))
+        target.put_new(shard_key(row.shard_id), LEFTOVERS[left](bytes(source.read(shard_key(row.shard_id)).body)))
     if recorded:
         target.put_new(record_key(row.shard_id), source.read(record_key(row.shard_id)).body)
-    found = copied(source, target)
-    assert found == manifest
-    assert [check_fully(target, "small", row, tokenizer.EOT) for row in found.rows()] == [None] * len(found.shard_ids)
-    assert list(check_versions(target, "small", found)) == []
+    copy = copied(source, target)
+    assert copy == manifest
+    assert [check_fully(target, "small", row, tokenizer.EOT) for row in copy.rows()] == [None] * len(copy.shard_ids)
+    assert list(check_versions(target, "small", copy)) == []
 
 
-def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
-    source: Store, target: Store, files: list[Path]
-) -> None:
+def test_empty_shards_and_leak_reports_are_copied(source: Store, target: Store, files: list[Path]) -> None:
     longest = write_parquet(files[0].with_name("longest.parquet"), [document(1)])
     jobs = [*jobs_of(*files), *jobs_of(longest, filters=("length > 100_000",))]
     for job in jobs:
@@ -81,7 +79,7 @@ def test_shards_of_which_nothing_was_kept_and_leak_reports_are_copied_too(
     assert target.read(DatasetKeys("small").leaks(manifest.digest)).body == b"{}"
 
 
-def test_a_shard_that_is_damaged_at_its_source_is_not_copied(source: Store, target: Store, manifest: Manifest) -> None:
+def test_a_damaged_shard_of_the_source_store_is_not_copied(source: Store, target: Store, manifest: Manifest) -> None:
     row = next(manifest.rows())
     overwrite(source, shard_key(row.shard_id), bytes(row.tokens * 2))
     with pytest.raises(ShardCorrupt, match=row.shard_id):

@@ -1,4 +1,4 @@
-"""What no manifest is made of and what is not taken for one: missing shards, other settings, damage."""
+"""Manifests that are refused: missing shards, other settings, damage."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.storage.sealing import NO_FILES, SPEC, built, manifests, pointer, seal, sealed, source_file
 
-# Not sealed
+# Refused seals
 
 
 @pytest.mark.parametrize("lost", ["shard", "record"])
@@ -31,17 +31,17 @@ def test_a_missing_shard_is_named_and_nothing_is_sealed(store: Store, files: lis
     assert latest_manifest(store, "small") is None
 
 
-def test_a_seal_that_failed_binds_the_name_to_nothing(store: Store, tmp_path: Path, files: list[Path]) -> None:
+def test_a_failed_seal_does_not_bind_the_name(store: Store, tmp_path: Path, files: list[Path]) -> None:
     planned = built(store, *files)
     store.delete(DatasetKeys("small").record(planned[3]))
     with pytest.raises(ObjectMissing):
         seal(store, "small", planned)
     other = source_file(tmp_path / "other", 5)
-    found = seal(store, "small", built(store, other), config="other")
-    assert {row.shard_id.split("-")[0] for row in found.rows()} == {"file_5"}
+    manifest = seal(store, "small", built(store, other), config="other")
+    assert {row.shard_id.split("-")[0] for row in manifest.rows()} == {"file_5"}
 
 
-def test_a_shard_of_another_size_is_not_done(store: Store, files: list[Path]) -> None:
+def test_a_shard_of_the_wrong_size_is_not_done(store: Store, files: list[Path]) -> None:
     planned = built(store, *files)
     overwrite(store, DatasetKeys("small").shard(planned[1]), b"short")
     with pytest.raises(ObjectMissing, match=planned[1]):
@@ -60,28 +60,28 @@ def test_a_name_bound_to_other_settings_names_the_field(
     store: Store, files: list[Path], spec: DatasetSpec, facts: list[str]
 ) -> None:
     first = sealed(store, *files)
-    for ask in (
+    for access in (
         lambda: check_binding(store, spec),
         lambda: sealing.seal(store, spec, first.shard_ids, NO_FILES),
     ):
-        with pytest.raises(DatasetMismatch) as found:
-            ask()
+        with pytest.raises(DatasetMismatch) as caught:
+            access()
         for fact in ["small", "data.dataset", *facts]:
-            assert fact in str(found.value)
+            assert fact in str(caught.value)
     assert pointer(store)["sequence"] == 1
 
 
-def test_the_same_settings_and_a_new_name_are_bound_freely(store: Store, files: list[Path]) -> None:
+def test_the_same_settings_and_a_new_name_are_accepted(store: Store, files: list[Path]) -> None:
     sealed(store, *files)
     check_binding(store, SPEC)
     check_binding(store, replace(SPEC, name="unknown", source="other"))
 
 
-# Not read
+# Refused reads
 
 
 def damage(store: Store, manifest: Manifest) -> str:
-    """Change one digit of the manifest's bytes; returns their digest."""
+    """Change one letter of the manifest. Returns the digest of the result."""
     path = store.local_path(DatasetKeys("small").manifest(manifest.digest))
     assert path is not None
     body = path.read_bytes().replace(b'"documents":', b'"Documents":', 1)
@@ -91,17 +91,17 @@ def damage(store: Store, manifest: Manifest) -> str:
 
 def test_damaged_manifest_bytes_are_refused_with_both_digests(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
-    found = damage(store, first)
-    for ask in (lambda: read_manifest(store, "small", first.digest), lambda: latest_manifest(store, "small")):
-        with pytest.raises(ObjectCorrupt, match=f"{first.digest}.*{found}"):
-            ask()
+    damaged_digest = damage(store, first)
+    for access in (lambda: read_manifest(store, "small", first.digest), lambda: latest_manifest(store, "small")):
+        with pytest.raises(ObjectCorrupt, match=f"{first.digest}.*{damaged_digest}"):
+            access()
 
 
 @pytest.mark.parametrize("versions", [1, 2])
 def test_a_damaged_manifest_that_was_deleted_is_sealed_again(
     store: Store, tmp_path: Path, files: list[Path], versions: int
 ) -> None:
-    """What the message of a damaged manifest tells people to do has to work."""
+    """The remedy in the message about a damaged manifest works."""
     last = sealed(store, *files)
     if versions == 2:
         files.append(source_file(tmp_path / "source", 9))
@@ -151,28 +151,28 @@ def test_a_value_that_cannot_be_a_key_or_a_size_is_refused(
         read_manifest(store, "small", crafted(store, files, put_in))
 
 
-SPOILT: dict[str, Callable[[dict[str, Any], str], object]] = {
+DAMAGES: dict[str, Callable[[dict[str, Any], str], object]] = {
     "shorter": lambda value, column: value["shards"][column].pop(),
     "missing": lambda value, column: value["shards"].pop(column),
 }
 
 
 @pytest.mark.parametrize("column", ShardRow._fields)
-@pytest.mark.parametrize("how", SPOILT)
-def test_columns_that_do_not_fit_together_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
+@pytest.mark.parametrize("how", DAMAGES)
+def test_columns_of_different_lengths_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
     with pytest.raises(ObjectCorrupt, match="columns of shard names"):
-        read_manifest(store, "small", crafted(store, files, lambda value: SPOILT[how](value, column)))
+        read_manifest(store, "small", crafted(store, files, lambda value: DAMAGES[how](value, column)))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
-def test_what_is_no_manifest_is_refused(store: Store, body: bytes) -> None:
+def test_bytes_that_are_not_a_manifest_are_refused(store: Store, body: bytes) -> None:
     store.put_new(DatasetKeys("small").manifest(sha256(body)), body)
     with pytest.raises(ObjectCorrupt, match=sha256(body)):
         read_manifest(store, "small", sha256(body))
 
 
 def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], object]) -> str:
-    """Put a changed manifest under the digest of its bytes, as only a writer of the store can. Returns that."""
+    """Store a changed manifest under the digest of its bytes. Returns the digest."""
     value = json.loads(store.read(DatasetKeys("small").manifest(sealed(store, *files).digest)).body)
     change(value)
     body = canonical_json(value)
@@ -180,7 +180,7 @@ def crafted(store: Store, files: list[Path], change: Callable[[dict[str, Any]], 
     return sha256(body)
 
 
-def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store: Store, files: list[Path]) -> None:
+def test_a_lost_val_shard_whose_source_is_gone_is_refused_with_a_remedy(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
     records.delete_shard(store, "small", first.shard_ids[0])
     with pytest.raises(ObjectMissing, match=rf"{first.shard_ids[0]}.*put that file back"):
@@ -188,7 +188,7 @@ def test_a_lost_val_shard_that_the_source_no_longer_gives_is_not_promised(store:
     assert latest_manifest(store, "small") == first
 
 
-def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
+def test_a_missing_manifest_is_named(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="0" * 64):
         read_manifest(store, "small", "0" * 64)
     assert latest_manifest(store, "never-sealed") is None
@@ -198,19 +198,19 @@ def test_a_manifest_that_is_not_there_is_named(store: Store) -> None:
 def test_a_damaged_pointer_is_named(store: Store, files: list[Path], body: bytes) -> None:
     planned = sealed(store, *files).shard_ids
     overwrite(store, DatasetKeys("small").latest, body)
-    for ask in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned)):
+    for access in (lambda: latest_manifest(store, "small"), lambda: seal(store, "small", planned)):
         with pytest.raises(ObjectCorrupt, match="latest"):
-            ask()
+            access()
 
 
-def test_a_rebuilt_shard_of_other_bytes_is_refused_with_both_digests(store: Store, files: list[Path]) -> None:
+def test_a_rebuilt_shard_with_different_bytes_is_refused_with_both_digests(store: Store, files: list[Path]) -> None:
     first = sealed(store, *files)
     row = list(first.rows())[4]
     check_rebuilt(store, "small", first, {row.shard_id})
     key = DatasetKeys("small").record(row.shard_id)
     overwrite(store, key, store.read(key).body.replace(row.sha256.encode(), b"0" * 64))
     check_rebuilt(store, "small", first, set(first.shard_ids) - {row.shard_id})
-    with pytest.raises(ShardCorrupt) as found:
+    with pytest.raises(ShardCorrupt) as caught:
         check_rebuilt(store, "small", first, {row.shard_id})
     for fact in (row.shard_id, row.sha256, "0" * 64, "gpt2 dataset verify --repair"):
-        assert fact in str(found.value)
+        assert fact in str(caught.value)

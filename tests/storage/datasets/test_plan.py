@@ -1,4 +1,4 @@
-"""The plan: every row in one shard, no shard too large, and the same shards wherever the files lie."""
+"""The plan: every row in one shard, no shard too large, and the same shards wherever the files are."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_a_cut_covers_every_row_once_and_is_greedy(tokens: list[int], shard_toke
         assert end == len(tokens) or sum(tokens[start : end + 1]) > shard_tokens
 
 
-def test_a_cut_of_an_internet_of_rows_does_not_overflow() -> None:
+def test_a_cut_of_trillions_of_tokens_does_not_overflow() -> None:
     tokens = np.full(100_000, 2**31 - 1, np.int64)
     ranges = ranges_of(tokens, 2**32)
     assert ranges[0] == (0, 2)
@@ -108,7 +108,7 @@ def test_sixteen_tokens_a_shard(
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 50, 300, 1_000, 10**9])
-def test_no_shard_is_larger_than_asked_but_one_longer_document(tmp_path: Path, store: Store, shard_tokens: int) -> None:
+def test_no_shard_exceeds_the_limit_unless_it_is_one_document(tmp_path: Path, store: Store, shard_tokens: int) -> None:
     texts = [document(number, 1 + number * 37 % 200) for number in range(60)]
     jobs = planned(write_parquet(tmp_path / "a.parquet", texts), shard_tokens=shard_tokens)
     for job, body in zip(jobs, bodies(store, jobs), strict=True):
@@ -124,12 +124,12 @@ def test_without_counts_shards_are_estimated_and_hold_whole_documents(tmp_path: 
     jobs = planned(write(tmp_path / f"a.{kind}", texts, counted=False), shard_tokens=1_000)
     assert len(jobs) > 3
     assert [row for job in jobs for row in range(*rows_of(job))] == list(range(100))
-    found = list(bodies(store, jobs))
-    for job, body in zip(jobs, found, strict=True):
+    stored = list(bodies(store, jobs))
+    for job, body in zip(jobs, stored, strict=True):
         start, end = rows_of(job)
         ids_of = [tokenizer.encode(text) for text in texts[start:end]]
         assert body == b"".join(np.array([tokenizer.EOT, *ids], "<u2").tobytes() for ids in ids_of)
-    assert all(250 < len(body) // 2 < 4_000 for body in found[:-1])  # about what was asked: within four times
+    assert all(250 < len(body) // 2 < 4_000 for body in stored[:-1])  # within a factor of four of the requested size
 
 
 @pytest.mark.parametrize("shard_tokens", [16, 700, 10**9])
@@ -143,10 +143,10 @@ def test_jsonl_and_parquet_of_the_same_rows_give_the_same_tokens(
     assert list(bodies(store, parquet)) == list(bodies(store, lines))
 
 
-# A pure function
+# Determinism
 
 
-def test_a_plan_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
+def test_a_plan_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     paths = [write_parquet(tmp_path / "a" / f"{n}.parquet", [document(n * 9 + i) for i in range(30)]) for n in range(2)]
     first = planned(*paths)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -156,13 +156,13 @@ def test_a_plan_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps([job.recipe.to_json() for job in first])
 
 
-def test_another_file_leaves_the_shards_of_the_first_alone(tmp_path: Path) -> None:
+def test_another_file_does_not_change_the_shards_of_the_first(tmp_path: Path) -> None:
     first = write_parquet(tmp_path / "a.parquet", [document(n) for n in range(30)])
     other = write_parquet(tmp_path / "b.parquet", [document(n + 99) for n in range(30)])
     assert ids(planned(other, first)) == ids(planned(other)) + ids(planned(first))
 
 
-def test_whatever_decides_the_bytes_decides_the_name(tmp_path: Path) -> None:
+def test_every_input_that_changes_the_bytes_changes_the_name(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [document(n) for n in range(10)])
     (job,) = planned(path, shard_tokens=10**6)
     others = {
@@ -188,7 +188,7 @@ def _with_column(tmp_path: Path) -> ShardJob:
 
 
 def test_a_default_never_enters_a_recipe(tmp_path: Path) -> None:
-    """These names are old work in people's stores: a change here would tokenise everything again."""
+    """Existing stores hold shards of these names: a change would tokenise everything again."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "hello world"}\n')
     (job,) = planned(path)
@@ -200,8 +200,8 @@ def test_every_shard_of_a_plan_has_its_own_name(tmp_path: Path) -> None:
     texts = [document(n) for n in range(30)]
     same_name = [write_parquet(tmp_path / where / "a.parquet", texts[:n]) for where, n in (("x", 29), ("y", 30))]
     renamed = write_parquet(tmp_path / "b.parquet", texts)
-    found = ids(planned(*same_name, renamed, shard_tokens=100))
-    assert len(set(found)) == len(found)
+    shard_ids = ids(planned(*same_name, renamed, shard_tokens=100))
+    assert len(set(shard_ids)) == len(shard_ids)
 
 
 @pytest.mark.parametrize(
@@ -223,18 +223,20 @@ def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
     for paths in ((path, path), (path, copy)):
         with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
             list(
-                plan_files(store, "small", [identity.identify(one) for one in paths], DatasetSettings(1_000, TOKENIZER))
+                plan_files(
+                    store, "small", [identity.identify(source) for source in paths], DatasetSettings(1_000, TOKENIZER)
+                )
             )
 
 
-def test_a_file_that_is_no_source_is_refused_before_any_job(tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused_before_any_job(tmp_path: Path) -> None:
     good, bad = write_parquet(tmp_path / "a.parquet", ["text"]), tmp_path / "b.parquet"
     bad.write_bytes(b"PAR1")
     with pytest.raises(SourceInvalid, match=r"b\.parquet"):
         planned(good, bad)
 
 
-def test_where_a_job_reads_is_no_part_of_its_recipe(tmp_path: Path) -> None:
+def test_the_place_of_a_source_file_is_not_in_the_recipe(tmp_path: Path) -> None:
     (job,) = planned(write_parquet(tmp_path / "a.parquet", ["text"]))
     moved = replace(job, source=replace(job.source, place="/elsewhere"), start_byte=5)
     assert (moved.recipe, moved.shard_id) == (job.recipe, job.shard_id)

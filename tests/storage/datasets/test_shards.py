@@ -1,4 +1,4 @@
-"""Shards: the bytes are tiktoken's, whatever happened on the way, and a record says what is done."""
+"""Shards: the bytes equal tiktoken's ids, also after kills, races and damage, and a record marks a shard as done."""
 
 import json
 import random
@@ -21,6 +21,7 @@ from storage.digests import sha256
 from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
+from tests.damage import flip_bit
 from tests.making import document, published, write_parquet
 from tests.storage import sealing
 from tests.storage.sealing import rows_of
@@ -58,8 +59,8 @@ def body_of(store: Store, job: ShardJob) -> bytes:
     return store.read(DatasetKeys("small").shard(job.shard_id)).body
 
 
-def wrong(store: Store, record: shards.Record) -> str | None:
-    """What reading the shard and its record says is wrong."""
+def error_of(store: Store, record: shards.Record) -> str | None:
+    """The error of reading the shard and its record, if any."""
     try:
         shards.read_shard(store, "small", record.shard_id, record.tokens, record.sha256)
         records.read_record(store, "small", record.shard_id)
@@ -68,13 +69,13 @@ def wrong(store: Store, record: shards.Record) -> str | None:
     return None
 
 
-def done(store: Store, *jobs: ShardJob) -> list[bool]:
+def finished(store: Store, *jobs: ShardJob) -> list[bool]:
     finished = records.finished_shards(store, "small", [job.shard_id for job in jobs], {})
     return [job.shard_id in finished for job in jobs]
 
 
 def written(store: Store) -> list[str]:
-    return [found.key for found in store.list(DatasetKeys("small").shards)]
+    return [listed.key for listed in store.list(DatasetKeys("small").shards)]
 
 
 @pytest.fixture
@@ -94,9 +95,9 @@ def test_concatenated_shards_are_tiktokens_ids(tmp_path: Path, store: Store, cou
     ]
     jobs = jobs_of(*paths, shard_tokens=shard_tokens)
     records = [build(store, job) for job in jobs]
-    found = b"".join(body_of(store, job) for job in jobs)
-    assert found == reference(TEXTS + TEXTS[::-1])
-    assert int((np.frombuffer(found, "<u2") == 50256).sum()) == 2 * len(TEXTS)
+    body = b"".join(body_of(store, job) for job in jobs)
+    assert body == reference(TEXTS + TEXTS[::-1])
+    assert int((np.frombuffer(body, "<u2") == 50256).sum()) == 2 * len(TEXTS)
     assert sum(record.documents for record in records) == 2 * len(TEXTS)
 
 
@@ -110,7 +111,7 @@ def test_lines_with_lone_surrogates_are_tiktokens_ids(tmp_path: Path, store: Sto
     assert b"".join(body_of(store, job) for job in jobs) == reference(texts)
 
 
-def test_a_record_says_what_the_shard_is(store: Store, job: ShardJob) -> None:
+def test_a_record_describes_its_shard(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     body = body_of(store, job)
     assert record == records.read_record(store, "small", job.shard_id)
@@ -121,11 +122,11 @@ def test_a_record_says_what_the_shard_is(store: Store, job: ShardJob) -> None:
     assert {"python", "numpy", "tiktoken"} <= set(record.versions)
 
 
-def test_versions_are_no_part_of_a_recipe(job: ShardJob) -> None:
+def test_versions_are_not_in_a_recipe(job: ShardJob) -> None:
     assert not {"python", "numpy", "tiktoken", "versions"} & set(job.recipe.to_json())
 
 
-# Again
+# Rebuilding
 
 
 def truncate(store: Store, job: ShardJob) -> None:
@@ -135,11 +136,7 @@ def truncate(store: Store, job: ShardJob) -> None:
 
 
 def flip(store: Store, job: ShardJob) -> None:
-    path = store.local_path(DatasetKeys("small").shard(job.shard_id))
-    assert path is not None
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1
-    path.write_bytes(body)
+    flip_bit(store, DatasetKeys("small").shard(job.shard_id))
 
 
 def drop_record(store: Store, job: ShardJob) -> None:
@@ -151,7 +148,7 @@ def drop_shard(store: Store, job: ShardJob) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "still_done"),
+    ("damages", "still_finished"),
     [
         ([], True),
         ([drop_record], False),
@@ -160,31 +157,31 @@ def drop_shard(store: Store, job: ShardJob) -> None:
         ([truncate], False),
         ([truncate, drop_record], False),
         ([flip, drop_record], False),
-        ([flip], True),  # a listing sees sizes; `verify` reads the bytes
+        ([flip], True),  # a listing shows only sizes; `verify` reads the bytes
     ],
 )
-def test_a_job_run_again_writes_the_same_bytes(
-    store: Store, job: ShardJob, harm: list[Callable[[Store, ShardJob], None]], still_done: bool
+def test_a_repeated_job_writes_the_same_bytes(
+    store: Store, job: ShardJob, damages: list[Callable[[Store, ShardJob], None]], still_finished: bool
 ) -> None:
-    assert done(store, job) == [False]
+    assert finished(store, job) == [False]
     record = build(store, job)
     body = body_of(store, job)
-    assert done(store, job) == [True]
-    for hurt in harm:
-        hurt(store, job)
-    assert done(store, job) == [still_done]
-    assert (wrong(store, record) is None) == (not harm)
+    assert finished(store, job) == [True]
+    for damage in damages:
+        damage(store, job)
+    assert finished(store, job) == [still_finished]
+    assert (error_of(store, record) is None) == (not damages)
     assert build(store, job) == record
     assert body_of(store, job) == body
-    assert done(store, job) == [True]
-    assert wrong(store, record) is None
+    assert finished(store, job) == [True]
+    assert error_of(store, record) is None
     assert written(store) == [DatasetKeys("small").shard(job.shard_id), DatasetKeys("small").record(job.shard_id)]
 
 
-def test_forget_then_build_gives_the_same_shard(store: Store, job: ShardJob) -> None:
+def test_a_deleted_shard_is_rebuilt_with_the_same_bytes(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     records.delete_shard(store, "small", job.shard_id)
-    assert done(store, job) == [False]
+    assert finished(store, job) == [False]
     assert written(store) == []
     assert build(store, job) == record
 
@@ -192,28 +189,28 @@ def test_forget_then_build_gives_the_same_shard(store: Store, job: ShardJob) -> 
 def test_reading_a_damaged_shard_names_both_digests(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     flip(store, job)
-    said = wrong(store, record)
-    assert said is not None
-    assert record.sha256 in said
-    assert sha256(body_of(store, job)) in said
+    error = error_of(store, record)
+    assert error is not None
+    assert record.sha256 in error
+    assert sha256(body_of(store, job)) in error
 
 
-def test_done_believes_the_tokens_of_a_manifest(store: Store, job: ShardJob) -> None:
+def test_a_shard_is_finished_if_its_size_matches_the_manifest(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     for tokens, expected in ((record.tokens, {job.shard_id}), (record.tokens + 1, set())):
         known = {job.shard_id: record.row._replace(tokens=tokens)}
         assert set(records.finished_shards(store, "small", [job.shard_id], known)) == expected
 
 
-def test_a_record_of_other_bytes_is_refused_and_named(store: Store, job: ShardJob) -> None:
+def test_a_record_with_a_wrong_digest_is_refused_and_named(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     path = store.local_path(DatasetKeys("small").record(job.shard_id))
     assert path is not None
     path.write_text(path.read_text().replace(record.sha256, "0" * 64))
-    with pytest.raises(ShardCorrupt) as found:
+    with pytest.raises(ShardCorrupt) as caught:
         build(store, job)
     for fact in (job.shard_id, record.sha256, "0" * 64, "gpt2 dataset verify --repair"):
-        assert fact in str(found.value)
+        assert fact in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"tokens": 1}', b"\xff"])
@@ -227,32 +224,32 @@ def test_a_damaged_record_is_named(store: Store, job: ShardJob, damage: bytes) -
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"tokens": 1}'])
-def test_a_shard_whose_record_cannot_be_read_is_made_again(store: Store, job: ShardJob, damage: bytes) -> None:
-    """Of a dataset that was never sealed: no version lists it, so `verify --repair` could not mend it."""
+def test_a_shard_with_an_unreadable_record_is_rebuilt(store: Store, job: ShardJob, damage: bytes) -> None:
+    """In a dataset that was never sealed, `verify --repair` could not repair it, because no version lists it."""
     record = build(store, job)
     overwrite(store, DatasetKeys("small").record(job.shard_id), damage)
-    assert done(store, job) == [False]
+    assert finished(store, job) == [False]
     assert not records.is_finished(store, "small", job.shard_id)
     assert build(store, job) == record == records.read_record(store, "small", job.shard_id)
-    assert done(store, job) == [True]
+    assert finished(store, job) == [True]
 
 
-def test_a_missing_record_is_missing(store: Store) -> None:
+def test_a_missing_record_is_named(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="none"):
         records.read_record(store, "small", "none")
 
 
-# At once
+# Races and kills
 
 
-def test_many_threads_in_any_order_write_what_one_writes(tmp_path: Path, store: Store) -> None:
+def test_threads_in_any_order_write_the_same_shards(tmp_path: Path, store: Store) -> None:
     path = write_parquet(tmp_path / "a.parquet", TEXTS)
     jobs = jobs_of(path, shard_tokens=300)
     serial = [build(store, job) for job in jobs]
     bytes_before = [body_of(store, job) for job in jobs]
     for job in jobs:
         records.delete_shard(store, "small", job.shard_id)
-    twice = [*jobs, *jobs]  # every job is run by two threads at once, too
+    twice = [*jobs, *jobs]  # two threads may run the same job concurrently
     random.Random(3).shuffle(twice)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda job: build(store, job), twice))
@@ -260,8 +257,8 @@ def test_many_threads_in_any_order_write_what_one_writes(tmp_path: Path, store: 
     assert [records.read_record(store, "small", job.shard_id) for job in jobs] == serial
 
 
-class Interrupted:
-    """A store in which somebody else acts just before or after one verb touches one key, once."""
+class StoreWithInterruption:
+    """A store that calls `act` once, after the first call of this method on this key."""
 
     def __init__(self, store: Store, verb: str, key: str, act: Callable[[], object]) -> None:
         self._store, self._verb, self._key, self._act = store, verb, key, act
@@ -282,22 +279,22 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("verb", ["read", "delete"])
-def test_two_jobs_that_mend_the_same_shard_at_once_both_succeed(store: Store, job: ShardJob, verb: str) -> None:
+def test_two_jobs_that_repair_the_same_shard_concurrently_both_succeed(store: Store, job: ShardJob, verb: str) -> None:
     record = build(store, job)
     flip(store, job)
     drop_record(store, job)
-    other = Interrupted(store, verb, DatasetKeys("small").shard(job.shard_id), lambda: build(store, job))
+    other = StoreWithInterruption(store, verb, DatasetKeys("small").shard(job.shard_id), lambda: build(store, job))
     assert build(other, job) == record  # type: ignore[arg-type]
-    assert done(store, job) == [True]
-    assert wrong(store, record) is None
+    assert finished(store, job) == [True]
+    assert error_of(store, record) is None
 
 
-class Ended(BaseException):
-    """What a kill is to the code that it ends."""
+class SimulatedKill(BaseException):
+    """Stands for a kill: no `except Exception` catches it."""
 
 
-class Killed:
-    """A store whose process is killed at its n-th write: before it, when `after` is not set."""
+class StoreOfKilledProcess:
+    """A store whose process is killed at its n-th write: after it if `after`, else before it."""
 
     def __init__(self, store: Store, writes: int, after: bool) -> None:
         self._store, self._left, self._after = store, writes, after
@@ -314,38 +311,38 @@ class Killed:
             if self._after:
                 with suppress(AlreadyExists):
                     verb(*arguments)
-            raise Ended
+            raise SimulatedKill
 
         return call
 
 
-def test_at_no_moment_a_record_lacks_its_shard(store: Store, job: ShardJob) -> None:
-    with suppress(Ended):
-        build(Killed(store, 1, after=True), job)  # type: ignore[arg-type]
+def test_a_record_never_exists_without_its_shard(store: Store, job: ShardJob) -> None:
+    with suppress(SimulatedKill):
+        build(StoreOfKilledProcess(store, 1, after=True), job)  # type: ignore[arg-type]
     assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
     build(store, job)
-    with suppress(Ended):
-        records.delete_shard(Killed(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
+    with suppress(SimulatedKill):
+        records.delete_shard(StoreOfKilledProcess(store, 1, after=True), "small", job.shard_id)  # type: ignore[arg-type]
     assert written(store) == [DatasetKeys("small").shard(job.shard_id)]
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("writes", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("harm", [[], [flip, drop_record], [truncate]])
-def test_a_job_that_is_killed_at_any_write_is_done_or_done_again(
-    store: Store, job: ShardJob, harm: list[Callable[[Store, ShardJob], None]], writes: int, after: bool
+@pytest.mark.parametrize("damages", [[], [flip, drop_record], [truncate]])
+def test_a_job_killed_at_any_write_is_finished_or_rebuilt(
+    store: Store, job: ShardJob, damages: list[Callable[[Store, ShardJob], None]], writes: int, after: bool
 ) -> None:
     record = build(store, job)
-    for hurt in harm:
-        hurt(store, job)
-    if not harm:
+    for damage in damages:
+        damage(store, job)
+    if not damages:
         records.delete_shard(store, "small", job.shard_id)
-    with suppress(Ended):
-        build(Killed(store, writes, after), job)  # type: ignore[arg-type]
-    if done(store, job) == [True]:
-        assert wrong(store, record) is None
+    with suppress(SimulatedKill):
+        build(StoreOfKilledProcess(store, writes, after), job)  # type: ignore[arg-type]
+    if finished(store, job) == [True]:
+        assert error_of(store, record) is None
     assert build(store, job) == record
-    assert wrong(store, record) is None
+    assert error_of(store, record) is None
 
 
 # Refused
@@ -385,14 +382,14 @@ def test_a_document_that_cannot_be_tokenised_is_named_by_its_row(tmp_path: Path,
     assert written(store) == []
 
 
-def test_a_job_of_rows_that_the_file_lacks_writes_nothing(store: Store, job: ShardJob) -> None:
+def test_a_job_with_rows_past_the_end_of_the_file_writes_nothing(store: Store, job: ShardJob) -> None:
     longer = replace(job, recipe=replace(job.recipe, row_to=len(TEXTS) + 1))
     with pytest.raises(SourceInvalid, match=r"one\.parquet"):
         build(store, longer)
     assert written(store) == []
 
 
-def test_failures_are_told_by_shard(store: Store) -> None:
+def test_failures_are_listed_by_shard(store: Store) -> None:
     store.put_new(keys.failure(DatasetKeys("small").record("a-00001-x")), b'{"why": "no space"}')
     store.put_new(DatasetKeys("small").record("a-00002-x"), b"{}")
     assert records.failures(store, "small") == {"a-00001-x": "no space"}

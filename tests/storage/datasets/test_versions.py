@@ -1,4 +1,4 @@
-"""The line of versions and what one holds that another does not: it adds up with the manifests, and hides nothing."""
+"""The version history, and the difference of two versions, which adds up with their manifests."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -24,20 +24,20 @@ def tokens(manifest: Manifest) -> int:
 
 
 def counted(old: Manifest, new: Manifest) -> dict[str, Any]:
-    """Shards, documents and tokens that came and went, from the two lists of shards."""
-    was, now = rows_of(old), rows_of(new)
-    came = [now[name] for name in now.keys() - was.keys()]
-    went = [was[name] for name in was.keys() - now.keys()]
+    """Added and removed shards, documents and tokens, from the two lists of shards."""
+    before, after = rows_of(old), rows_of(new)
+    added = [after[name] for name in after.keys() - before.keys()]
+    removed = [before[name] for name in before.keys() - after.keys()]
     return {
-        "shards": {"added": len(came), "removed": len(went)},
-        "documents": {"added": sum(row.documents for row in came), "removed": sum(row.documents for row in went)},
-        "tokens": {"added": sum(row.tokens for row in came), "removed": sum(row.tokens for row in went)},
+        "shards": {"added": len(added), "removed": len(removed)},
+        "documents": {"added": sum(row.documents for row in added), "removed": sum(row.documents for row in removed)},
+        "tokens": {"added": sum(row.tokens for row in added), "removed": sum(row.tokens for row in removed)},
     }
 
 
 @pytest.fixture
 def refreshed(tmp_path: Path) -> tuple[Crawl, list[Manifest]]:
-    """A dataset of three versions: in the second a file is new, one changed and one gone; the third is the first."""
+    """A dataset of three versions. The second adds, changes and removes a file; the third equals the first."""
     crawl = Crawl(tmp_path, names=("file_0", "file_1", "file_2"))
     before = {name: list(rows) for name, rows in crawl.rows.items()}
     first = crawl.build()
@@ -51,38 +51,38 @@ def refreshed(tmp_path: Path) -> tuple[Crawl, list[Manifest]]:
     return crawl, [first, second, crawl.build()]
 
 
-def test_a_refresh_is_told_by_files_shards_documents_and_tokens(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+def test_a_difference_counts_files_shards_documents_and_tokens(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     _, (first, second, third) = refreshed
     files = {"added": ["file_3.parquet"], "changed": ["file_1.parquet"], "removed": ["file_2.parquet"]}
-    found = difference(first, second).model_dump()
-    assert found == counted(first, second) | {"files": files, "settings": []}
-    assert all(found["shards"].values())
-    assert tokens(first) + found["tokens"]["added"] - found["tokens"]["removed"] == tokens(second)
-    back = difference(second, third).model_dump()
+    change = difference(first, second).model_dump()
+    assert change == counted(first, second) | {"files": files, "settings": []}
+    assert all(change["shards"].values())
+    assert tokens(first) + change["tokens"]["added"] - change["tokens"]["removed"] == tokens(second)
+    reverse = difference(second, third).model_dump()
     files = {"added": ["file_2.parquet"], "changed": ["file_1.parquet"], "removed": ["file_3.parquet"]}
-    assert back == counted(second, third) | {"files": files, "settings": []}
-    nothing = {"added": 0, "removed": 0}
+    assert reverse == counted(second, third) | {"files": files, "settings": []}
+    no_change = {"added": 0, "removed": 0}
     for same in (difference(second, second).model_dump(), difference(first, third).model_dump()):
-        assert [same[name] for name in ("shards", "documents", "tokens")] == [nothing] * 3
+        assert [same[name] for name in ("shards", "documents", "tokens")] == [no_change] * 3
         assert same["files"] == {"added": [], "changed": [], "removed": []}
 
 
-def test_the_line_goes_from_the_newest_version_to_the_first(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+def test_the_history_goes_from_the_newest_version_to_the_first(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     crawl, versions = refreshed
-    found = [(version, sealed_at(crawl.store, "small", version)) for version in history(crawl.store, "small")]
-    assert [version for version, _ in found] == versions[::-1]
+    line = [(version, sealed_at(crawl.store, "small", version)) for version in history(crawl.store, "small")]
+    assert [version for version, _ in line] == versions[::-1]
     assert newest_version(crawl.store, "small") == versions[-1]
     sealed = [crawl.store.stat(DatasetKeys("small").manifest(version.digest)).modified for version in versions[::-1]]
-    assert [at for _, at in found] == sealed == sorted(sealed, reverse=True)
+    assert [at for _, at in line] == sealed == sorted(sealed, reverse=True)
 
 
 def test_settings_in_which_versions_differ_are_named(tmp_path: Path) -> None:
-    one = Crawl(tmp_path / "one").build()
-    other = Crawl(tmp_path / "other", "data.shard_tokens=700", 'data.filters=["int_score >= 2"]').build()
-    assert difference(one, other).settings == difference(other, one).settings == ["filters", "shard_tokens"]
+    first = Crawl(tmp_path / "one").build()
+    second = Crawl(tmp_path / "other", "data.shard_tokens=700", 'data.filters=["int_score >= 2"]').build()
+    assert difference(first, second).settings == difference(second, first).settings == ["filters", "shard_tokens"]
 
 
-def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path: Path) -> None:
+def test_a_changed_file_is_reported_when_files_share_a_name(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path, names=("2024/pages", "2025/pages"))
     first = crawl.build()
     unseen = []
@@ -97,10 +97,10 @@ def test_no_change_of_the_source_is_invisible_where_files_share_a_name(tmp_path:
     assert unseen == []
 
 
-# A version by the beginning of its digest
+# Versions by a prefix of their digest
 
 
-def test_a_version_is_found_by_any_beginning_that_is_its_own(store: Store, tmp_path: Path) -> None:
+def test_a_version_is_found_by_any_unambiguous_prefix(store: Store, tmp_path: Path) -> None:
     planned = built(store, source_file(tmp_path, 0, documents=120))
     versions = [seal(store, "small", planned[:count]) for count in range(3, 3 + 17)]  # 17 share a digit
     assert find_version(store, "small", "latest") == versions[-1]
@@ -113,14 +113,14 @@ def test_a_version_is_found_by_any_beginning_that_is_its_own(store: Store, tmp_p
     for digit, matching in sharing.items():
         if len(matching) == 1:
             assert find_version(store, "small", digit) == matching[0]
-    digit, several = max(sharing.items(), key=lambda found: len(found[1]))
+    digit, several = max(sharing.items(), key=lambda entry: len(entry[1]))
     assert len(several) > 1
     with pytest.raises(ValueError, match=f"'{digit}'") as caught:
         find_version(store, "small", digit)
     assert [version.digest for version in several if version.digest[:12] not in str(caught.value)] == []
 
 
-def test_an_unknown_version_is_refused_with_those_there_are(refreshed: tuple[Crawl, list[Manifest]]) -> None:
+def test_an_unknown_version_is_refused_and_the_versions_are_listed(refreshed: tuple[Crawl, list[Manifest]]) -> None:
     crawl, versions = refreshed
     with pytest.raises(ObjectMissing, match="'none-such'") as caught:
         find_version(crawl.store, "small", "none-such")
@@ -129,12 +129,12 @@ def test_an_unknown_version_is_refused_with_those_there_are(refreshed: tuple[Cra
 
 
 def test_a_dataset_that_was_never_sealed_has_no_version(store: Store) -> None:
-    for look in (
+    for access in (
         newest_version,
-        lambda *named: list(history(*named)),
-        lambda *named: find_version(*named, "latest"),
+        lambda *arguments: list(history(*arguments)),
+        lambda *arguments: find_version(*arguments, "latest"),
     ):
         with pytest.raises(ObjectMissing, match=r"'small'.*gpt2 dataset build"):
-            look(store, "small")
+            access(store, "small")
     with pytest.raises(ObjectMissing, match="'small'"):
         find_version(store, "small", "0")

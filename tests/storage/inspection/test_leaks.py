@@ -17,7 +17,8 @@ from storage.inspection.leaks import LeakReport, Repeats, find_repeats, read_lea
 from storage.inspection.matching import ngrams
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
-from tests.leaks import documents, leaks_of, one_word_other, repeats_of, runs_of, shouted, story, words_of
+from tests.damage import flip_bit
+from tests.leaks import documents, leaks_of, ngrams_of, repeats_of, restyled, reworded, story, words_of
 from tests.making import write_parquet
 from tests.storage.sealing import plans_of, seal
 
@@ -26,9 +27,9 @@ EMPTY = ["", " ", "...", "\n\t--\n", "?!"]
 
 
 def drawn_texts(seed: int, count: int) -> list[str]:
-    """Documents of which many repeat another, exactly, in other case and punctuation, or but for a word; some empty."""
+    """Documents that often repeat another: exactly, restyled, or except for one word. Some are empty."""
     drawn = random.Random(seed)
-    disguises = [str, str, shouted, str.swapcase, one_word_other, lambda text: f"  {text}\n", lambda text: text + " ."]
+    disguises = [str, str, restyled, str.swapcase, reworded, lambda text: f"  {text}\n", lambda text: text + " ."]
     texts = [
         drawn.choice(disguises)(story(drawn.randrange(count // 2), drawn.choice([1, 5, 30]))) for _ in range(count)
     ]
@@ -63,7 +64,7 @@ def search(
 def test_the_report_equals_a_comparison_of_all_pairs_with_any_number_of_workers(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaks_module, "SHARDS_AT_ONCE", 5)  # of more than 10
+    monkeypatch.setattr(leaks_module, "SHARDS_AT_ONCE", 5)  # of more than 10 shards
     manifest = sealed(store, tmp_path, drawn_texts(seed=1, count=300))
     rows, everything = list(manifest.rows()), documents(store, "small", manifest)
     words = {
@@ -73,11 +74,11 @@ def test_the_report_equals_a_comparison_of_all_pairs_with_any_number_of_workers(
     runs = {
         int(ngrams(b" ".join(run))[0]): run
         for text in [*words["train"][:40], *words["val"], words_of(story(10**6).encode())]
-        for run in list(runs_of(text))[:3]
+        for run in list(ngrams_of(text))[:3]
     }
-    expected = sorted(value for value, run in runs.items() if any(run in runs_of(text) for text in words["train"]))
+    expected = sorted(value for value, run in runs.items() if any(run in ngrams_of(text) for text in words["train"]))
     repeats, leaks = repeats_of(everything), leaks_of(everything)
-    assert min(len(repeats), len(leaks), len(expected), len(runs) - len(expected)) > 5  # else it would prove little
+    assert min(len(repeats), len(leaks), len(expected), len(runs) - len(expected)) > 5  # or the test would prove little
     report, hits = search(store, rows, list(runs), workers=1)
     assert report.train == len(repeats)
     assert report.leaks == sorted(leaks)
@@ -89,10 +90,10 @@ def test_the_report_equals_a_comparison_of_all_pairs_with_any_number_of_workers(
 
 def test_planted_documents_are_reported_and_nothing_else(store: Store, tmp_path: Path) -> None:
     texts = [story(number) for number in range(40)]
-    texts[21] = shouted(texts[20])  # twice in train
-    texts[22] = shouted(texts[0])  # val in train
+    texts[21] = restyled(texts[20])  # twice in train
+    texts[22] = restyled(texts[0])  # val in train
     texts[-1] = f" {texts[1]}"
-    texts[-2] = one_word_other(texts[2])  # near is not equal
+    texts[-2] = reworded(texts[2])  # similar, not equal
     texts[-3] = texts[3] + " café"
     texts[4] = texts[3]  # twice in val alone
     texts[5], texts[-4], texts[-5] = "", "...", "!"  # without words: equal to nothing
@@ -116,11 +117,9 @@ def test_examples_are_limited_and_counts_are_not(store: Store, tmp_path: Path, m
     assert set(report.pairs["train"]) < set(repeats_of(stored).items())
 
 
-def test_a_damaged_shard_ends_the_search(store: Store, tmp_path: Path) -> None:
+def test_the_search_refuses_a_damaged_shard(store: Store, tmp_path: Path) -> None:
     rows = list(sealed(store, tmp_path, [story(number) for number in range(40)]).rows())
-    key = DatasetKeys("small").shard(rows[-2].shard_id)
-    whole = bytes(store.read(key).body)
-    overwrite(store, key, bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
+    flip_bit(store, DatasetKeys("small").shard(rows[-2].shard_id), 2)
     with pytest.raises(ShardCorrupt, match=rows[-2].shard_id):
         search(store, rows)
 
@@ -141,7 +140,7 @@ REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_report_is_stored_under_the_names_of_its_readers(store: Store) -> None:
+def test_a_stored_report_is_read_back_unchanged(store: Store) -> None:
     assert read_leak_report(store, "small", "m1") is None
     for value in (REPORT, REPORT | {"asked": None, "items": None}):
         overwrite(store, DatasetKeys("small").leaks("m1"), canonical_json(value))

@@ -1,7 +1,7 @@
-"""Each depth of verify finds the damage that it can, names the shard, and finds nothing in an intact dataset.
+"""Each depth of verify finds its kinds of damage, names the shard, and finds none in an intact dataset.
 
-`quick` finds a changed byte only if the store keeps a checksum of each object: S3 stores do, folders do not. Bytes that
-a disk changed beneath the store are found by `full`.
+`quick` finds a changed byte only if the store keeps a checksum of each object: S3 stores do, folders do not. `full`
+also finds bytes that changed on disk beneath the store.
 """
 
 import shutil
@@ -35,6 +35,7 @@ from storage.sources.files import Listing
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.conftest import S3Url
+from tests.damage import flip_bit
 from tests.making import document
 from tests.storage.sealing import built, jobs_of, rows_of, seal, sealed
 from tests.storage.source_files import write_lines
@@ -92,14 +93,12 @@ def swap_with_the_next(store: Store, row: ShardRow, other: ShardRow) -> None:
 
 
 def flip(store: Store, row: ShardRow, _: ShardRow) -> None:
-    body = bytearray(body_of(store, row))
-    body[len(body) // 2] ^= 1
-    overwrite(store, key_of(row), bytes(body))
+    flip_bit(store, key_of(row))
 
 
 Damaging = Callable[[Store, ShardRow, ShardRow], object]
 ALWAYS, WITH_SUMS, NEVER = "always", "if the store keeps checksums", "never"
-DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # the damage, when quick finds it, in how many shards
+DAMAGES: dict[str, tuple[Damaging, str, int]] = {  # the damage, when `quick` finds it, and the number of damaged shards
     "missing": (lambda store, row, _: store.delete(key_of(row)), ALWAYS, 1),
     "truncated": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row)[:-2]), ALWAYS, 1),
     "longer": (lambda store, row, _: overwrite(store, key_of(row), body_of(store, row) + b"\0\0"), ALWAYS, 1),
@@ -125,10 +124,10 @@ def test_s3_stores_keep_a_checksum_of_each_object_and_folders_do_not(store: Stor
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_depth_finds_what_it_can(store: Store, manifest: Manifest, damage: str) -> None:
+def test_each_depth_finds_its_kinds_of_damage(store: Store, manifest: Manifest, damage: str) -> None:
     act, when, count = DAMAGES[damage]
     rows = list(manifest.rows())
-    assert rows[3].tokens != rows[4].tokens  # so that a swap shows in the sizes
+    assert rows[3].tokens != rows[4].tokens  # so that a swap changes the sizes
     act(store, rows[3], rows[4])
     expected = [row.shard_id for row in rows[3 : 3 + count]]
     assert fully(store, manifest) == expected
@@ -137,7 +136,9 @@ def test_each_depth_finds_what_it_can(store: Store, manifest: Manifest, damage: 
 
 
 @pytest.mark.parametrize("depth", ["quick", "full"])
-def test_a_dataset_is_verified_at_once(store: Store, files: list[Path], depth: Literal["quick", "full"]) -> None:
+def test_all_damage_of_a_dataset_is_reported_in_order(
+    store: Store, files: list[Path], depth: Literal["quick", "full"]
+) -> None:
     first, manifest = sealed(store, files[0]), sealed(store, *files[:2])
     rows = list(manifest.rows())
     for place in (4, 2):
@@ -156,9 +157,7 @@ def test_a_dataset_is_verified_at_once(store: Store, files: list[Path], depth: L
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("damage", ["no record", "no JSON"])
-def test_a_lost_record_does_not_keep_the_versions_from_being_checked(
-    store: Store, manifest: Manifest, damage: str, split: str
-) -> None:
+def test_versions_are_checked_despite_a_lost_record(store: Store, manifest: Manifest, damage: str, split: str) -> None:
     row = next(manifest.rows(split))
     DAMAGES[damage][0](store, row, row)
     assert fully(store, manifest) == [row.shard_id]
@@ -193,7 +192,7 @@ def test_a_manifest_with_a_wrong_number_of_documents_is_found(store: Store, file
     assert None in compared
 
 
-def test_an_id_that_gpt2_does_not_have_is_found(store: Store, files: list[Path]) -> None:
+def test_an_id_outside_the_vocabulary_is_found(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
 
     def raise_an_id(job: ShardJob) -> None:
@@ -211,7 +210,7 @@ def test_an_id_that_gpt2_does_not_have_is_found(store: Store, files: list[Path])
     assert "50,257" in damage.wrong
 
 
-def test_a_shard_of_another_tokenisation_is_found_by_documents_alone(store: Store, files: list[Path]) -> None:
+def test_a_shard_of_another_tokenisation_is_found_only_by_comparing_documents(store: Store, files: list[Path]) -> None:
     jobs = jobs_of(*files)
     manifest = sealed_with(store, jobs, lambda job: build(store, job, lambda text: tokenizer.encode(text.upper())))
     assert quickly(store, manifest) == fully(store, manifest) == []
@@ -221,7 +220,9 @@ def test_a_shard_of_another_tokenisation_is_found_by_documents_alone(store: Stor
     assert len(compared) == sum(row.documents for row in rows)
 
 
-def test_a_shard_of_other_rows_than_its_record_says_is_found_by_documents(store: Store, files: list[Path]) -> None:
+def test_a_shard_of_other_rows_than_its_record_states_is_found_by_comparing_documents(
+    store: Store, files: list[Path]
+) -> None:
     jobs = jobs_of(*files)
 
     def shifted(job: ShardJob) -> None:
@@ -251,7 +252,7 @@ def test_the_seed_decides_which_documents_are_compared(store: Store, files: list
 def test_documents_of_jsonl_are_compared(store: Store, tmp_path: Path) -> None:
     texts = [document(number) for number in range(30)]
     lines = [f'{{"body": "{text}"}}' for text in texts]
-    path = write_lines(tmp_path / "lines.jsonl", *(line for text in lines for line in (text, "  ")))  # blank ones, too
+    path = write_lines(tmp_path / "lines.jsonl", *(line for text in lines for line in (text, "  ")))  # with blank lines
     jobs = jobs_of(path, text_column="body")
     manifest = sealed_with(store, jobs, lambda job: build(store, job, lambda text: tokenizer.encode(text + "!")))
     compared = deeply(store, manifest, path)
@@ -299,7 +300,7 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
 
 
 def test_rows_in_both_splits_are_found(store: Store, files: list[Path]) -> None:
-    """Such as another cut of a file, or the same file under another name."""
+    """From another cut of the file, or the same file under another name."""
     renamed = Path(shutil.copy(files[0], files[0].with_name("renamed.parquet")))
     others = [*jobs_of(*files[:2], shard_tokens=300), *jobs_of(renamed)]
     for job in others:

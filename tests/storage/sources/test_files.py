@@ -1,4 +1,4 @@
-"""Source files: which are found, that the digest follows the content, and what holds for every format."""
+"""Source files: which ones a pattern finds, and that the digest depends on the content."""
 
 import hashlib
 import os
@@ -81,7 +81,7 @@ def test_identify_gives_name_size_and_sha256(tmp_path: Path) -> None:
 
 
 def aged(path: Path) -> Path:
-    """Date the file's last write back by a day."""
+    """Set the file's modification time back by a day."""
     os.utime(path, ns=(path.stat().st_mtime_ns - 86_400 * 10**9,) * 2)
     return path
 
@@ -99,14 +99,14 @@ def test_identify_reads_an_unchanged_file_once(tmp_path: Path, monkeypatch: pyte
     assert identity.identify(path) == first
 
 
-def test_identify_notices_a_file_of_other_size(tmp_path: Path) -> None:
+def test_identify_notices_a_changed_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for body in (b"1", b"12", b"1"):
         path.write_bytes(body)
         assert identity.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
-def test_identify_notices_a_file_of_other_time(tmp_path: Path) -> None:
+def test_identify_notices_a_changed_modification_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1")
     identity.identify(aged(path))
@@ -114,7 +114,7 @@ def test_identify_notices_a_file_of_other_time(tmp_path: Path) -> None:
     assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
-def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) -> None:
+def test_identify_notices_a_replaced_file(tmp_path: Path) -> None:
     path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     path.write_bytes(b"1")
     other.write_bytes(b"2")
@@ -125,7 +125,7 @@ def test_identify_notices_a_file_that_took_the_place_of_another(tmp_path: Path) 
     assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
-def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -> None:
+def test_identify_notices_an_immediate_rewrite(tmp_path: Path) -> None:
     """A file system's clock ticks every few milliseconds: two writes within one tick carry the same time."""
     path = tmp_path / "a.jsonl"
     for number in range(200):
@@ -135,7 +135,7 @@ def test_identify_notices_a_file_that_is_written_again_at_once(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", [b"", b"0123", b"\xff\xfe", b"x" * 64])
-def test_a_damaged_note_is_not_believed(tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_cached_digest_is_ignored(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
     first = identity.identify(aged(path))
@@ -145,7 +145,7 @@ def test_a_damaged_note_is_not_believed(tmp_path: Path, damage: bytes) -> None:
     assert identity.identify(path) == first
 
 
-def test_a_home_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").write_text("a file")
     monkeypatch.setattr(identity, "REMEMBERED", tmp_path / "home" / "digests")
     (tmp_path / "a.jsonl").write_bytes(b"1")
@@ -174,7 +174,7 @@ def test_rows_past_the_end_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-def test_another_column_may_hold_the_text(tmp_path: Path, name: str) -> None:
+def test_the_text_may_be_in_another_column(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "a.parquet":
         write_table(path, {"text": [1, 2], "content": ["one", "two"]})

@@ -1,4 +1,4 @@
-"""Source files in any bucket: found, identified by content, and read by ranges."""
+"""Source files in any bucket: found by pattern, identified by content, and read by ranges."""
 
 import secrets
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.storage.store_kinds import SERVERS, each
 
 @pytest.fixture(params=each(SERVERS))
 def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str:
-    """The URL of a folder in a bucket with files named by other programs; tmp_path has copies of them."""
+    """The URL of a folder in a bucket with files of other programs; tmp_path has copies."""
     s3_url(request.param)
     folder = secrets.token_hex(6)
     texts = [document(number) for number in range(60)]
@@ -56,20 +56,20 @@ def test_a_pattern_without_matches_is_refused(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["year=2024/part 1.parquet", "lines.jsonl"])
-def test_a_file_of_a_bucket_gives_the_shards_of_its_copy_here(
+def test_a_file_in_a_bucket_gives_the_same_shards_as_a_local_copy(
     bucket: str, tmp_path: Path, store: Store, name: str
 ) -> None:
     local = jobs_of(tmp_path / name)
     (planned,) = plans_of(f"{bucket}/{name}")
-    there = list(planned.jobs())
-    assert [job.recipe for job in there] == [job.recipe for job in local]
-    assert [job.shard_id for job in there] == [job.shard_id for job in local]
-    for job in there:
-        shards.build_shard(store, "there", job, tokenizer.encode, tokenizer.EOT)
+    remote = list(planned.jobs())
+    assert [job.recipe for job in remote] == [job.recipe for job in local]
+    assert [job.shard_id for job in remote] == [job.shard_id for job in local]
+    for job in remote:
+        shards.build_shard(store, "remote", job, tokenizer.encode, tokenizer.EOT)
     for job in local:
-        record = shards.build_shard(store, "here", job, tokenizer.encode, tokenizer.EOT)
-        assert records.read_record(store, "there", job.shard_id).sha256 == record.sha256
-    assert len(list(store.list(DatasetKeys("there").shards))) == 2 * len(there)
+        record = shards.build_shard(store, "local", job, tokenizer.encode, tokenizer.EOT)
+        assert records.read_record(store, "remote", job.shard_id).sha256 == record.sha256
+    assert len(list(store.list(DatasetKeys("remote").shards))) == 2 * len(remote)
 
 
 def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store) -> None:
@@ -79,5 +79,5 @@ def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store
     with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*changed since"):
         shards.build_shard(store, "small", next(planned.jobs()), tokenizer.encode, tokenizer.EOT)
     own_client().delete_object(Bucket=servers.BUCKET, Key=key)
-    with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*gone"):
+    with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*deleted"):
         identity.identify(f"{bucket}/lines.jsonl")

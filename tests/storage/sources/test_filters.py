@@ -1,4 +1,4 @@
-"""Filters: one spelling each; rows that they drop are counted and in no shard."""
+"""Filters: each has one canonical spelling; dropped rows are counted and in no shard."""
 
 import json
 from pathlib import Path
@@ -63,11 +63,11 @@ def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple
         ("good == True", True, True),
     ],
 )
-def test_a_filter_keeps(text: str, value: object, kept: bool) -> None:
+def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) -> None:
     assert parse(text).keeps(value) is kept
 
 
-def test_a_filter_has_one_spelling() -> None:
+def test_a_filter_has_one_canonical_spelling() -> None:
     assert str(parse(" dump  in ('B','A' , 'A')")) == str(parse("dump in ['A', 'B']")) == "dump in ['A', 'B']"
     assert str(parse("x>=4")) == "x >= 4"
 

@@ -107,7 +107,7 @@ def test_metadata_requests_are_retried(hub: Hub, path: str, fault: Fault) -> Non
         "data/part-9.parquet": f"{path} {fault}".encode()
     }  # distinct, because the client caches the card of a commit
     hub.dataset("org/edu", files)
-    hub.spoil(path, fault, fault)
+    hub.inject(path, fault, fault)
     commit, _ = client.resolve("org/edu", "main")
     assert len(client.list_files("org/edu", "default", commit, "train")) == len(files)
     assert hub.faults == []
@@ -115,7 +115,7 @@ def test_metadata_requests_are_retried(hub: Hub, path: str, fault: Fault) -> Non
 
 def test_a_hub_that_never_responds_is_unavailable(hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
-    hub.spoil("*", *["503"] * 1_000)  # type: ignore[arg-type]  # a fault, a thousand times
+    hub.inject("*", *["503"] * 1_000)  # type: ignore[arg-type]  # a thousand faults
     with pytest.raises(SourceUnavailable, match=r"org/edu.*503.*HF_ENDPOINT.*same command again"):
         client.resolve("org/edu", "main")
     assert len(hub.requests) < 100
@@ -132,7 +132,7 @@ def test_a_missing_licence_is_not_stated(hub: Hub) -> None:
 @pytest.mark.parametrize("fault", ["429", "500", "503", "reset", "cut", "short", "wrong"])
 def test_a_download_is_complete_after_a_fault(hub: Hub, fault: Fault) -> None:
     file = first_file(hub)
-    hub.spoil(STORED, fault)
+    hub.inject(STORED, fault)
     assert fetched(file) == FILES[file.name]
     assert hub.faults == []
     assert len(hub.received(STORED)) == 2
@@ -141,7 +141,7 @@ def test_a_download_is_complete_after_a_fault(hub: Hub, fault: Fault) -> None:
 @pytest.mark.parametrize("fault", ["cut", "short"])
 def test_received_bytes_are_not_requested_again(hub: Hub, fault: Fault) -> None:
     file = first_file(hub)
-    hub.spoil(STORED, fault, fault)
+    hub.inject(STORED, fault, fault)
     assert fetched(file) == FILES[file.name]
     ranges = [request.headers.get("range") for request in hub.received(STORED)]
     assert ranges == [None, "bytes=50000-", "bytes=75000-"]
@@ -164,14 +164,14 @@ def test_any_partial_download_ends_with_the_published_bytes(hub: Hub, partial: b
 
 def test_a_server_that_ignores_ranges_restarts_the_download(hub: Hub) -> None:
     file = first_file(hub)
-    hub.spoil(STORED, "cut", "whole")
+    hub.inject(STORED, "cut", "whole")
     assert fetched(file) == FILES[file.name]
 
 
 def test_retry_after_extends_the_deadline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "RETRY_SECONDS", 0.5)
     file = first_file(hub)
-    hub.spoil(STORED, "429 later")
+    hub.inject(STORED, "429 later")
     began = time.monotonic()
     assert fetched(file) == FILES[file.name]
     assert time.monotonic() - began >= 1.0
@@ -179,7 +179,7 @@ def test_retry_after_extends_the_deadline(hub: Hub, monkeypatch: pytest.MonkeyPa
 
 def test_a_download_whose_digest_is_always_wrong_is_refused(hub: Hub) -> None:
     file = first_file(hub)
-    hub.spoil(STORED, *["wrong"] * 9)  # type: ignore[arg-type]
+    hub.inject(STORED, *["wrong"] * 9)  # type: ignore[arg-type]
     body = io.BytesIO()
     with pytest.raises(SourceInvalid, match=rf"part-0.*checksum.*{file.digest}.*HF_ENDPOINT"):
         client.fetch(file, body, lambda _: None)
@@ -191,7 +191,7 @@ def test_a_download_whose_digest_is_always_wrong_is_refused(hub: Hub) -> None:
 def test_a_range_is_complete_after_a_fault(hub: Hub, fault: Fault | None) -> None:
     file = first_file(hub)
     if fault:
-        hub.spoil(STORED, fault)
+        hub.inject(STORED, fault)
     assert client.read_range(file.place, 99_990, 10) == FILES[file.name][99_990:]
     assert [request.headers["range"] for request in hub.received(STORED)] == ["bytes=99990-99999"] * (2 if fault else 1)
 
@@ -218,9 +218,9 @@ def test_the_token_goes_only_to_the_endpoint_and_into_no_message(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     caplog.set_level(logging.DEBUG)
-    hub.spoil("*", "500", "429", "reset")
+    hub.inject("*", "500", "429", "reset")
     assert fetched(gated) == FILES[gated.name]
-    hub.spoil("*", *["500"] * 1_000)  # type: ignore[arg-type]
+    hub.inject("*", *["500"] * 1_000)  # type: ignore[arg-type]
     messages = ""
     for request in (lambda: fetched(gated), lambda: client.resolve("org/edu", "main")):
         with pytest.raises(SourceUnavailable) as caught:

@@ -29,23 +29,23 @@ def test_an_impossible_token_count_only_moves_the_cut(tmp_path: Path, count: int
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize(
-    ("line", "found"), [('{"content": "a", "url": "b"}', "content, url"), ("{}", ""), ("[1]", "list"), ("7", "int")]
+    ("line", "columns"), [('{"content": "a", "url": "b"}', "content, url"), ("{}", ""), ("[1]", "list"), ("7", "int")]
 )
 def test_a_line_without_the_text_column_is_refused_and_its_columns_listed(
-    tmp_path: Path, line: str, found: str, read: Read
+    tmp_path: Path, line: str, columns: str, read: Read
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', line)
-    with pytest.raises(SourceInvalid, match=rf"a\.jsonl.*row 1\b.*'text'.*{found}"):
+    with pytest.raises(SourceInvalid, match=rf"a\.jsonl.*row 1\b.*'text'.*{columns}"):
         read(path)
 
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize(
-    ("value", "found"), [("null", "null"), ("1", "int"), ('["a"]', "list"), ("true", "bool"), ("{}", "dict")]
+    ("value", "kind"), [("null", "null"), ("1", "int"), ('["a"]', "list"), ("true", "bool"), ("{}", "dict")]
 )
-def test_text_that_is_not_a_string_is_refused(tmp_path: Path, value: str, found: str, read: Read) -> None:
+def test_text_that_is_not_a_string_is_refused(tmp_path: Path, value: str, kind: str, read: Read) -> None:
     path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', f'{{"text": {value}}}')
-    with pytest.raises(SourceInvalid, match=rf"a\.jsonl.*row 1\b.*'text'.*{found}"):
+    with pytest.raises(SourceInvalid, match=rf"a\.jsonl.*row 1\b.*'text'.*{kind}"):
         read(path)
 
 

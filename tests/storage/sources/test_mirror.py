@@ -100,15 +100,15 @@ def test_an_unchanged_revision_costs_one_request(store: Store, hub: Hub) -> None
     assert again.origin["commit"] != commit
 
 
-def test_an_unreachable_hub_is_replaced_by_the_last_listing(store: Store, hub: Hub) -> None:
+def test_the_last_listing_is_used_when_the_hub_is_unreachable(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
-    hub.spoil("*", *["reset"] * 1_000)  # type: ignore[arg-type]
+    hub.inject("*", *["reset"] * 1_000)  # type: ignore[arg-type]
     with pytest.raises(SourceUnavailable, match="org/edu"):
         listed(store)
     hub.faults.clear()
     known = listed(store)
     mirror(store, known.files[0])
-    hub.spoil("*", *["reset"] * 1_000)  # type: ignore[arg-type]
+    hub.inject("*", *["reset"] * 1_000)  # type: ignore[arg-type]
     remembered, reason = list_source(store, "org/edu", "default", "main", "train")
     assert remembered == known
     assert "org/edu" in reason
@@ -120,7 +120,7 @@ def test_an_unreachable_hub_is_replaced_by_the_last_listing(store: Store, hub: H
 def test_wrong_bytes_never_reach_the_store(store: Store, hub: Hub) -> None:
     hub.dataset("org/edu", FILES)
     file = listed(store).files[0]
-    hub.spoil(STORED, *["wrong"] * 9)  # type: ignore[arg-type]
+    hub.inject(STORED, *["wrong"] * 9)  # type: ignore[arg-type]
     with pytest.raises(SourceInvalid, match="checksum"):
         mirror(store, file)
     assert list(store.list("sources/" + file.digest)) == []
@@ -204,7 +204,7 @@ def test_a_killed_download_is_resumed(tmp_path: Path, hub: Hub) -> None:
     store = open_store(str(tmp_path / "store"), create=True)
     listed(store)
     file = listed(store).files[0]
-    hub.spoil(STORED, "hang")
+    hub.inject(STORED, "hang")
     argv = [sys.executable, "-c", CHILD, str(tmp_path / "store"), str(mirrors.FOLDER)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
         while not (mirrors.FOLDER / file.digest).exists() or not (mirrors.FOLDER / file.digest).stat().st_size:

@@ -17,7 +17,7 @@ from tests.storage.source_files import READS, TEXTS, Read, rows, texts_of, write
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda _: b"", lambda _: b"PAR1 not parquet"])
-def test_a_parquet_file_that_is_cut_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], read: Read) -> None:
+def test_a_truncated_parquet_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], read: Read) -> None:
     path = write_parquet(tmp_path / "cut.parquet", TEXTS)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SourceInvalid, match=r"cut\.parquet"):
@@ -25,7 +25,7 @@ def test_a_parquet_file_that_is_cut_is_refused(tmp_path: Path, damage: Callable[
 
 
 @pytest.mark.parametrize("read", READS)
-def test_a_parquet_file_without_the_text_column_is_refused_with_those_it_has(tmp_path: Path, read: Read) -> None:
+def test_a_parquet_file_without_the_text_column_is_refused_and_its_columns_listed(tmp_path: Path, read: Read) -> None:
     path = write_table(tmp_path / "a.parquet", {"content": ["a", "b"], "url": ["c", "d"]})
     with pytest.raises(SourceInvalid, match=r"a\.parquet.*'text'.*content, url.*data\.text_column"):
         read(path)
@@ -49,7 +49,7 @@ def test_null_text_is_refused_by_the_footer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("statistics", [True, False])
-def test_null_text_is_refused_where_it_is_read(tmp_path: Path, statistics: bool) -> None:
+def test_null_text_is_refused_when_it_is_read(tmp_path: Path, statistics: bool) -> None:
     path = write_table(
         tmp_path / "a.parquet", {"text": ["a", "b", None, "d"]}, row_group_size=2, write_statistics=statistics
     )
@@ -93,7 +93,7 @@ def test_any_range_of_rows_is_read(
             assert texts_of(path, start, end) == TEXTS[start:end]
 
 
-def test_another_file_in_a_files_place_is_read_anew(tmp_path: Path) -> None:
+def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
     for texts in (["one", "two"], ["three", "four"]):
         assert texts_of(write_table(tmp_path / "a.parquet", {"text": texts}), 0, 2) == texts
         shutil.rmtree(tmp_path / "0-2")
@@ -121,7 +121,7 @@ def test_a_damaged_page_is_refused(tmp_path: Path, column: str) -> None:
         rows(path) if column == "token_count" else texts_of(path, 0, 200)
 
 
-def test_a_token_count_is_believed_and_eot_added(tmp_path: Path) -> None:
+def test_a_token_count_is_used_and_eot_added(tmp_path: Path) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["a", "b", "c"], "token_count": [0, 5, 7]})
     assert list(rows(path).tokens) == [1, 6, 8]
 

@@ -1,4 +1,4 @@
-"""The folder store in a place that is wrong, full, read-only or of another layout."""
+"""The folder store in a folder that is invalid, full, read-only or of another layout."""
 
 import errno
 import os
@@ -78,7 +78,7 @@ def test_an_unknown_scheme_is_refused() -> None:
         open_store("ftp://host/store", create=True)
 
 
-def test_a_newer_layout_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_newer_layout_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "FORMAT").write_text('{"layout": 7}')
     for create in (False, True):
         with pytest.raises(StoreUnusable, match=rf"layout is 7.*up to {LAYOUT}"):
@@ -99,7 +99,7 @@ def test_a_folder_with_an_invalid_format_object_is_refused(tmp_path: Path, body:
     assert (tmp_path / "FORMAT").read_bytes() == body
 
 
-# A place that cannot be read or written
+# Folders without permissions
 
 
 @pytest.fixture

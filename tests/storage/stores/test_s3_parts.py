@@ -1,4 +1,4 @@
-"""Multipart uploads are atomic and conditional, and leave nothing behind when they fail or are swept."""
+"""Multipart uploads are atomic and conditional, and leave no parts after a failure or a clean-up."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests import servers
 from tests.conftest import S3Url
-from tests.proxy import Fault, Proxy, Request, spoiling
+from tests.proxy import Fault, Proxy, Request, running_proxy
 from tests.storage.store_kinds import SERVERS, each, listed
 
 BODY = os.urandom(5 << 20) * 3 + b"and a short last part"
@@ -21,7 +21,7 @@ PARTS = 4
 
 
 class Parts:
-    """A store behind a proxy that sends objects over 6 MiB in parts of 5 MiB."""
+    """A store behind a proxy; it uploads objects over 6 MiB in parts of 5 MiB."""
 
     kind: str
     store: Store
@@ -47,7 +47,7 @@ def parts(
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     state = Parts()
     state.kind = request.param
-    with spoiling(running(request.param).endpoint, state.plan) as state.proxy:
+    with running_proxy(running(request.param).endpoint, state.plan) as state.proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", state.proxy.endpoint)
         forget_client()
         state.store = open_store(url, create=True)
@@ -79,7 +79,7 @@ def test_only_the_part_that_failed_is_sent_again(parts: Parts, fault: Fault) -> 
     parts.fault = lambda request: next((failing.pop(name) for name in list(failing) if name in request.path), None)
     parts.store.put_new("large", BODY)
     assert parts.store.read("large").body == BODY
-    sent = [request.path for request in parts.proxy.seen if "partNumber" in request.path]
+    sent = [request.path for request in parts.proxy.requests if "partNumber" in request.path]
     assert len(sent) == PARTS + 1
     assert sum("partNumber=2" in path for path in sent) == 2
 

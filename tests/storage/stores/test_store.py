@@ -282,6 +282,6 @@ def test_a_bad_key_is_refused_by_every_method(store: Store, key: str) -> None:
     assert listed(store, "") == before
 
 
-def test_opening_again_finds_what_was_put(store: Store, url: str) -> None:
+def test_a_reopened_store_holds_its_objects(store: Store, url: str) -> None:
     store.put_new("key", b"1")
     assert open_store(url, create=True).read("key").body == b"1"
