@@ -121,7 +121,7 @@ def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api:
     assert [evaluation.step for evaluation in reported.evaluations if "val_loss_t32_of_320" in evaluation.metrics] == [
         8
     ]
-    with pytest.raises(ObjectMissing, match=r"checkpoint '5'.*steps 4, 8, 12"):
+    with pytest.raises(ObjectMissing, match=r"checkpoint = '5'.*steps 4, 8, 12"):
         evaluate_and_report(changed(run, checkpoint="5"))
 
 

@@ -22,10 +22,11 @@ CONFIG = RunConfig(name="given", store_url="./given")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered(api: str) -> list[str]:
+def registered(api: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(automations, "RESTART_SECONDS", 10)  # Prefect's least; 20 s are for workers, and none runs here
-        return list(bootstrap(CONFIG, scheduled=False))
+        list(bootstrap(CONFIG, scheduled=False))
+        yield
 
 
 @pytest.fixture
