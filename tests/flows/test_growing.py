@@ -20,7 +20,7 @@ from tests.making import document, settings_of, tiny_config, write_parquet
 from tests.polling import poll
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
 @contextmanager

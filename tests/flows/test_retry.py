@@ -79,7 +79,11 @@ def shown_as_failed(api: str, flow_run: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("how", "name", "runner"),
-    [("ui", "pretrain", "threads"), ("command", "dataset-refresh", "processes"), ("ui", "dataset-refresh", "dask")],
+    [
+        ("ui", "pretrain", "threads"),
+        ("command", "dataset-refresh", "processes"),
+        pytest.param("ui", "dataset-refresh", "dask", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_retry_reruns_only_failed_jobs(
     api: str, config: RunConfig, tmp_path: Path, how: str, name: str, runner: str

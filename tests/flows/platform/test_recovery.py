@@ -117,6 +117,7 @@ def test_a_killed_flow_ends_with_its_processes_and_is_restarted(api: str, one_wo
     assert checkpoints(open_store(config.store_url), config.name)[-1].step == STEPS
 
 
+@pytest.mark.nightly  # waits for Prefect's heartbeats
 def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
     api: str, config: RunConfig, tmp_path: Path
 ) -> None:

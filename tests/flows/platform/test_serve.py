@@ -97,7 +97,7 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         poll(lambda: [pid for pid in tree if Path(f"/proc/{pid}").exists()] == [], 30)
 
 
-@pytest.mark.parametrize("name", ["worker-train", "server"])
+@pytest.mark.parametrize("name", ["server", pytest.param("worker-train", marks=pytest.mark.nightly)])
 def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path, name: str) -> None:
     argument = name.removeprefix("worker-")
     with serving(tmp_path, free_port()) as process:

@@ -56,7 +56,7 @@ def of_one_rank(dataset: StoredDataset) -> dict[str, Any]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_several_ranks_give_the_results_of_one_process(
     dataset: StoredDataset, of_one_rank: dict[str, Any], tmp_path: Path, ranks: int
 ) -> None:
