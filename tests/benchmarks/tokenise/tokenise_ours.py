@@ -24,6 +24,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from model import tokenizer
 from model.config import RunConfig
 from model.config_file import load_config
+from storage.datasets.plan import ShardJob
 
 WORKERS = 2
 AT_ONCE = 32  # documents a worker takes at once: whoever is quicker takes more
@@ -149,7 +150,7 @@ def _timed(config: RunConfig, warm: RunConfig) -> tuple[float, float, float, lis
 
     from flows.download import download
     from flows.handoffs import Downloaded
-    from flows.tokenise import _run_missing, task_runner, tokenise
+    from flows.tokenise import _run_jobs, task_runner, tokenise
 
     together = Path("together").absolute()
     together.mkdir()
@@ -165,10 +166,10 @@ def _timed(config: RunConfig, warm: RunConfig) -> tuple[float, float, float, lis
     def stage(config: RunConfig, downloaded: Downloaded, warm: RunConfig, small: Downloaded) -> tuple[float, float]:
         for future in [start.submit(number) for number in range(WORKERS)]:
             future.result()
-        _run_missing(warm, small.plans, set(_planned(small)), len(_planned(small)))
+        _run_jobs(warm, _jobs(small), len(_planned(small)), len(_planned(small)))
         planned = _planned(downloaded)
         begin = time.monotonic()
-        _run_missing(config, downloaded.plans, set(planned), len(planned))
+        _run_jobs(config, _jobs(downloaded), len(planned), len(planned))
         return begin, time.monotonic()
 
     @flow(name="build-dataset", validate_parameters=False)
@@ -183,7 +184,11 @@ def _timed(config: RunConfig, warm: RunConfig) -> tuple[float, float, float, lis
 
 
 def _planned(downloaded: Any) -> list[str]:
-    return [shard_id for one in downloaded.plans for shard_id in one.shard_ids]
+    return [shard_id for plan in downloaded.plans for shard_id in plan.shard_ids]
+
+
+def _jobs(downloaded: Any) -> Iterator[ShardJob]:
+    return (job for plan in downloaded.plans for job in plan.jobs())
 
 
 def main() -> None:
