@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from safetensors.torch import load
 
+from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord, checkpoints, read_segments
 from model.runs.job import read_job, read_result
 from storage.cache import host as host_cache
@@ -68,7 +69,7 @@ class Invariants:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._segments: dict[str, list[dict[str, Any]]] = {}
+        self._segments: dict[str, list[StepMetrics]] = {}
         self._attempts: set[str] = set()
         self.step = 0
         self.cut_saves = self.stale = 0

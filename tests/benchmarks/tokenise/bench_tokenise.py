@@ -40,8 +40,9 @@ import pyarrow.parquet as pq
 
 from flows.platform import server
 from model import tokenizer
-from tests.benchmarks import contest, tokenise_peers
+from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome
+from tests.benchmarks.tokenise import tokenise_peers
 
 HERE = Path(__file__).parent
 OURS, PEERS = HERE / "tokenise_ours.py", HERE / "tokenise_peers.py"

@@ -169,7 +169,7 @@ def surroundings(folder: Path, database_url: str = "") -> Iterator[stand_in.Hub]
     os.environ.pop("HF_TOKEN", None)
     if database_url:
         os.environ["PREFECT_API_DATABASE_CONNECTION_URL"] = database_url
-    stand_in.PAGE = HUB_PAGE
+    stand_in.PAGE_ENTRIES = HUB_PAGE
     stand_in.entry = functools.cache(stand_in.entry)  # it hashes a file each time that it is listed
     with stand_in.serving() as hub, server.running_server(port):
         yield hub
