@@ -7,15 +7,15 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import boto3
 from botocore.config import Config
 
+from tests.polling import poll
 from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -118,13 +118,16 @@ def _started(argv: list[str], settings: dict[str, str], folder: Path, port: int,
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(argv, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", process)
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            with urlopen(f"{server.endpoint}/{page}", timeout=2):  # noqa: S310  # http on this host
-                return server
-        except (URLError, OSError):
-            if process.poll() is not None or time.monotonic() > deadline:
-                server.stop()
-                raise AssertionError((folder / "server.log").read_text()[-2000:]) from None
-            time.sleep(0.1)
+
+    def serves() -> bool:
+        assert process.poll() is None, "the server has ended"
+        with suppress(OSError), urlopen(f"{server.endpoint}/{page}", timeout=2):  # noqa: S310  # http on this host
+            return True
+        return False
+
+    try:
+        poll(serves, START_SECONDS, 0.1)
+    except AssertionError:
+        server.stop()
+        raise AssertionError((folder / "server.log").read_text()[-2000:]) from None
+    return server

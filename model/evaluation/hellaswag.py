@@ -13,13 +13,19 @@ from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from model import tokenizer
 from model.evaluation.items import Item
 from storage.errors import SourceInvalid
 
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _label(value: object) -> int:
+    if str(value) not in {"0", "1", "2", "3"}:  # a number, or its digit as text
+        raise ValueError(f"should be 0, 1, 2 or 3, found {value!r:.20}")
+    return int(str(value))
 
 
 class Question(BaseModel, frozen=True):
@@ -30,7 +36,7 @@ class Question(BaseModel, frozen=True):
     ctx_a: Text
     ctx_b: str  # empty in items from WikiHow
     endings: tuple[Text, Text, Text, Text]
-    label: Annotated[int, Field(ge=0, le=3)]
+    label: Annotated[int, BeforeValidator(_label)]
 
 
 def questions(body: bytes | bytearray, name: str) -> list[Question]:

@@ -68,7 +68,9 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
     with suppress(ObjectMissing):
         current = store.read(key)
         etag, pointer = current.etag, json.loads(current.body)
-    if pointer["manifest"] == expected and expected != digest:
+    if pointer["manifest"] == digest:
+        return
+    if pointer["manifest"] == expected:
         body = {
             "manifest": digest,
             "parent": manifest.parent,

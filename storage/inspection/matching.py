@@ -38,9 +38,11 @@ def ngrams(words: bytes) -> np.ndarray:
     """
     if words.count(b" ") < BLOCK_WORDS:
         return _ngrams_of_block(words)
-    split = words.split(b" ")
-    starts = range(0, len(split), BLOCK_WORDS)
-    blocks = (b" ".join(split[start : start + BLOCK_WORDS + NGRAM_WORDS - 1]) for start in starts)
+    spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))
+    edges = np.concatenate([[-1], spaces, [len(words)]])  # word n lies between edges n and n + 1
+    first_words = np.arange(0, len(edges) - 1, BLOCK_WORDS)
+    last_words = np.minimum(first_words + BLOCK_WORDS + NGRAM_WORDS - 1, len(edges) - 1)
+    blocks = (words[start:stop] for start, stop in zip(edges[first_words] + 1, edges[last_words], strict=True))
     return np.concatenate([_ngrams_of_block(block) for block in blocks])
 
 

@@ -85,6 +85,8 @@ def test_empty_lines_are_skipped_and_still_counted() -> None:
         pytest.param(lines(GOOD | {"label": 4}), id="label 4"),
         pytest.param(lines(GOOD | {"label": -1}), id="label -1"),
         pytest.param(lines(GOOD | {"label": 1.5}), id="label 1.5"),
+        pytest.param(lines(GOOD | {"label": 1.0}), id="label 1.0"),
+        pytest.param(lines(GOOD | {"label": True}), id="label true"),
         pytest.param(lines(GOOD | {"label": "x"}), id="label x"),
         pytest.param(lines(GOOD | {"label": ""}), id="the empty label of the test split"),
         pytest.param(lines(GOOD | {"label": None}), id="null for a label"),

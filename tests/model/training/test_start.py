@@ -86,22 +86,20 @@ def test_a_start_checkpoint_that_was_deleted_is_named(
     assert f"step {STEPS}" in error
 
 
-def test_a_start_with_everything_needs_a_remaining_step(
-    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("run", "setting", "message"),
+    [
+        ("more", "train.start_with=everything", "no steps left"),
+        ("wide", "model.width=32", "weights of another model"),
+    ],
+)
+def test_a_start_without_remaining_steps_or_from_another_shape_is_refused(
+    dataset: StoredDataset, capsys: pytest.CaptureFixture[str], run: str, setting: str, message: str
 ) -> None:
     dataset.train("over", *SHORT)
-    key = dataset.put_job("more", *SHORT, "train.start_from=over", "train.start_with=everything")
+    key = dataset.put_job(run, *SHORT, "train.start_from=over", setting)
     assert run_job(dataset.store.url, key) == 2
-    assert "no steps left" in capsys.readouterr().err
-
-
-def test_a_model_of_another_shape_cannot_be_started_from(
-    dataset: StoredDataset, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dataset.train("narrow", *SHORT)
-    key = dataset.put_job("wide", *SHORT, "train.start_from=narrow", "model.width=32")
-    assert run_job(dataset.store.url, key) == 2
-    assert "weights of another model" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # Invalid settings
