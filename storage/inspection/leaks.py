@@ -115,9 +115,7 @@ def find_repeats(
     return _repeats(seen, rows), hits
 
 
-_worker_scan: Callable[
-    [ShardRow], Scanned
-]  # set once per process: HashSet of 1.1 million takes 0.7 s
+_worker_scan: Callable[[ShardRow], Scanned]  # set once per process: HashSet of 1.1 million takes 0.7 s
 
 
 def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
