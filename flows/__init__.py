@@ -6,7 +6,7 @@ Each stage is a flow in its own module and checks the store for finished work be
 
     console/      the `gpt2` command. A new verb goes here.
     runtime/      what stages share: task windows, child processes, progress, artifacts
-    inspection/   read-only facts about runs: status, trace, garbage, doctor
+    inspection/   status, trace and doctor of a store, and deletion of its garbage
     pages/        HTML pages and plots
     platform/     Prefect's server, workers, deployments and automations
 """

@@ -71,7 +71,7 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
         manifest = read_manifest(store, run.dataset, run.manifest)
         finished = finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
         if len(finished) == len(manifest.shard_ids):
-            say("download", f"nothing to do: the run is pinned to manifest {run.manifest[:12]}")
+            say("download", f"nothing to do: the store has all shards of the run's manifest {run.manifest[:12]}")
             return Downloaded([], {}, run.items, [])
         data = data.model_copy(update={"revision": run.commit or data.revision})
     listing = list_files(data, config.store_url)

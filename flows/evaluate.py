@@ -142,8 +142,8 @@ def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[
     if newest is None:
         say(
             "evaluate",
-            f"dataset {config.data.dataset!r} has no version here, so there is no val loss. "
-            f"Build one with gpt2 dataset build, or choose another dataset with --set data.dataset=NAME",
+            f"store {config.store_url!r} has no version of dataset {config.data.dataset!r}, so there is no val loss. "
+            f"Build the dataset with gpt2 dataset build, or choose another with --set data.dataset=NAME",
         )
         return None, None
     return newest.digest, None

@@ -30,7 +30,7 @@ class DatasetVersion:
 
 @dataclass(frozen=True)
 class Trained:
-    """The step at which a training ended."""
+    """The step at which training ended."""
 
     step: int
 

@@ -26,7 +26,7 @@ from storage.stores.store import Store
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
 def pretrain(config: RunConfig) -> Reported:
-    """Bring a run from source files to a report. Run again, it resumes."""
+    """Run the whole pipeline, from source files to report. A second call resumes where the first stopped."""
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses changed settings before they are stored
         _check_binding(store, config)

@@ -200,7 +200,7 @@ def _run_jobs(config: RunConfig, jobs: Iterable[ShardJob], missing: int, total: 
         if len(errors) > 1:
             say("tokenise", f"{len(errors):,} tasks failed, of {missing:,} shard jobs; gpt2 status lists them")
         raise errors[0]
-    say("tokenise", f"{total:,} of {total:,} shards done, {missing:,} made now")
+    say("tokenise", f"{total:,} of {total:,} shards done, {missing:,} of them built by this run")
 
 
 def _retry_command(config: RunConfig) -> str:

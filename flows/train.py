@@ -50,8 +50,8 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
     try:
         with Processes(config.store_url) as processes:
             if config.resources.nodes > 1:
-                say("train", f"on each of the other {config.resources.nodes - 1} hosts, with this package installed: "
-                             f"python -m model {config.store_url} {job.key}")  # fmt: skip
+                say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
+                             f"then run python -m model {config.store_url} {job.key}")  # fmt: skip
             step = int(train_model.submit(job, config.store_url, processes).result()["step"])
     finally:
         ended.set()

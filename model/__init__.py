@@ -7,6 +7,5 @@
     evaluation/    validation loss, HellaSwag, samples. A new evaluation goes here.
     processes/     ranks, devices, torchrun, parent watch, Kubernetes pods
 
-`python -m model STORE JOB` runs one job. Modules that flows import (config, tokenizer, runs, checkpoints.records)
-import no torch.
+`python -m model STORE JOB` runs one job. The modules that `flows` imports load no torch; import-linter checks it.
 """

@@ -36,12 +36,12 @@ class DataConfig(Section):
     dataset: str = Field("fineweb-edu-10b", description="Name of the dataset in the store.")
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
-        description="Hub dataset, or path of a .parquet or .jsonl file, folder or glob (s3:// too).",
+        description="Hub dataset (owner/name), or path or s3:// URL of a .parquet or .jsonl file, folder or glob.",
     )
     config: str = Field("sample-10BT", description="Configuration (subset) of the Hub dataset.")
     revision: str = Field("main", description="Branch, tag or commit of the Hub dataset.")
     text_column: str = Field("text", description="Column that holds the text of a document.")
-    shard_tokens: Positive = Field(10_000_000, description="Tokens per shard, at 2 bytes a token.")
+    shard_tokens: Positive = Field(10_000_000, description="Tokens per shard, at 2 bytes per token.")
     val_shards: Positive = Field(10, description="Shards in the val split, taken from the start of the first version.")
     filters: tuple[str, ...] = Field(
         (), description="Keep documents that meet all conditions, e.g. 'int_score >= 4', 'length >= 200' (characters)."
@@ -92,7 +92,7 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """The optimizer, the schedule and the batch. The defaults are the 19,073-step run of GPT-2 124M."""
 
-    # How a training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
+    # How training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
     # another micro-batch size drops other activations, from the same distribution.)
     HOW: ClassVar = frozenset(
         {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
@@ -117,9 +117,7 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: int = Field(1337, ge=0, description="Random seed of the initial weights and the data order.")
-    start_from: str = Field(
-        "", description="Start from the newest checkpoint of this run (empty = train from scratch)."
-    )
+    start_from: str = Field("", description="Run whose newest checkpoint to start from (empty = train from scratch).")
     start_with: Literal["weights", "everything"] = Field(
         "weights", description="What to load from start_from: only the weights, or also the step and optimizer state."
     )
@@ -178,7 +176,7 @@ class EvaluationConfig(Section):
     validation_tokens: int = Field(0, ge=0, description="Tokens of the val split to score (0 = all).")
     hellaswag: str = Field(
         "Rowan/hellaswag",
-        description="Hub dataset or file of HellaSwag items (empty = use a completion set made of val documents).",
+        description="Hub dataset or file of HellaSwag items (empty = use a completion set made from val documents).",
     )
     completion_items: Positive = Field(200, description="Items in the completion set, used if hellaswag is empty.")
     prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
@@ -196,8 +194,12 @@ class ResourcesConfig(Section):
 
     runner: Literal["threads", "processes", "dask"] = Field("threads", description="How shard jobs run in parallel.")
     workers: int = Field(0, ge=0, description="Shard jobs at once (0 = one per core).")
-    dask_address: str = Field("", description="Running Dask cluster, tcp://HOST:PORT (empty = start one here).")
-    shards_per_task: int = Field(0, ge=0, description="Shards per Prefect task (0 = one, more above 2,000 shards).")
+    dask_address: str = Field(
+        "", description="Scheduler of a running Dask cluster, tcp://HOST:PORT (empty = start a cluster on this host)."
+    )
+    shards_per_task: int = Field(
+        0, ge=0, description="Shards per Prefect task (0 = automatic: 1, or more for a build of over 2,000 shards)."
+    )
     audit: bool = Field(False, description="Write a leak report (gpt2 dataset audit) after each build.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device (auto = CUDA, else MPS, else CPU)."
@@ -212,7 +214,7 @@ class ResourcesConfig(Section):
     tensorboard: str = Field("", description="Folder for TensorBoard event files (empty = none).")
     concurrent_evaluations: Positive = Field(1, description="Evaluations that run at once.")
     evaluation_processes: int = Field(1, ge=0, description="Processes per evaluation (0 = one per GPU, else 1).")
-    cache_bytes: Positive = Field(50_000_000_000, description="Size of this host's cache for shards from S3, in bytes.")
+    cache_bytes: Positive = Field(50_000_000_000, description="Maximum size of this host's cache for shards from S3.")
 
 
 class How(Section):

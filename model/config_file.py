@@ -43,10 +43,12 @@ def _override(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # an unquoted string: --set data.dataset=mine
     *sections, field = name.strip().split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(f"--set {override}: {section!r} is a field, not a section. Write --set {section}=…")
+            raise ValueError(
+                f"--set {override}: {section!r} is a field, not a section. Write --set {'.'.join(sections[:depth])}=…"
+            )
     values[field] = value
 
 

@@ -97,7 +97,7 @@ _encodings = threading.local()
 
 
 def _encoding(pattern: str) -> tiktoken.Encoding:
-    """This thread's encoding for a pattern, 12 MB. Threads that share one wait for its regex 15 % of the time."""
+    """This thread's encoding for a pattern (12 MB). Threads with a shared encoding spend 15 % of their time waiting."""
     encoding: tiktoken.Encoding | None = vars(_encodings).get(pattern)
     if encoding is None:
         encoding = vars(_encodings)[pattern] = tiktoken.Encoding(

@@ -1,11 +1,11 @@
-"""Every error that storage raises about the contents of a store or a source file.
+"""Every error that storage raises about a store or a source file.
 
 Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
 """
 
 
 class StorageError(Exception):
-    """The contents of a store or a source file are not what the pipeline needs."""
+    """The base class: a store or a source file is missing, damaged, changed, unusable or unreachable."""
 
 
 class ObjectMissing(StorageError):
@@ -33,7 +33,7 @@ class StoreUnavailable(StorageError):
 
 
 class SourceUnavailable(StorageError):
-    """The host of the source files did not respond before the deadline; the same request may succeed later."""
+    """The Hub did not respond before the deadline, or HF_HUB_OFFLINE is set; the same request may succeed later."""
 
 
 class SourceInvalid(StorageError):

@@ -62,7 +62,7 @@ def failure(key: str) -> str:
 
 
 def failed_job(key: str) -> str | None:
-    """The job whose failure is at `key`, or None if `key` holds something else."""
+    """The key of the job whose failure note has this key, or None if this is not the key of a job's failure note."""
     ending = ".result.failure.json"
     return f"{key.removesuffix(ending)}.json" if key.endswith(ending) else None
 

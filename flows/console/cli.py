@@ -50,10 +50,11 @@ def main(argv: list[str] | None = None) -> None:
 
 @app.command
 def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2))] = 3, verbose: Verbose = False) -> None:
-    """Run the whole pipeline offline: Python's own documentation becomes a trained, evaluated GPT-2.
+    """Run the whole pipeline offline: train and evaluate a small GPT-2 on Python's own documentation.
 
-    Writes to ./data and ./.gpt2. Run it again and every step is already done.
-    Training steps grow with --minutes, at a rate measured on 2 cores. A longer demo is a separate run, such as demo-15.
+    Writes to ./data, ./.gpt2 and ~/.cache/gpt2-pipeline. A second run skips the steps that are done.
+    The number of training steps grows with --minutes, at a rate measured on 2 cores. Another duration than the default
+    is a separate run, such as demo-15.
 
     Example: gpt2 demo --minutes 15
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
@@ -91,7 +92,7 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
     Example: gpt2 retry gpt2-124m --set resources.workers=1
 
     Args:
-        name: A run, or a dataset that was built alone.
+        name: A run, or a dataset that gpt2 dataset build built.
     """
     # Overrides may fit the request and not the defaults, so only store_url is read here.
     store_override = [text for text in settings.overrides if text.partition("=")[0].strip() == "store_url"]
@@ -117,7 +118,7 @@ def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose 
     Next: gpt2 evaluate with the same settings
 
     Args:
-        ask: Only write the job into the store and print the command that runs it.
+        ask: Do not train: pin the run, write its job into the store and print the command that runs the job.
     """
     config, store = settings.load_with_store()
     if ask:
@@ -136,7 +137,7 @@ def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose 
 def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbose: Verbose = False) -> None:
     """Evaluate the newest checkpoint (validation loss, HellaSwag or a completion set, samples), then write the report.
 
-    Every kept checkpoint: --set evaluation.checkpoint=every. That of step 5000: --set evaluation.checkpoint=5000.
+    Every kept checkpoint: --set evaluation.checkpoint=every. For step 5000: --set evaluation.checkpoint=5000.
 
     Example: gpt2 evaluate --model path/to/gpt2
     Next: gpt2 report
@@ -162,7 +163,7 @@ def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -
 
     Args:
         names: The runs; by default the run that the configuration names.
-        to: The .html or .md file to write. By default the report goes into the store.
+        to: The .html or .md file to write. By default: the store for one run, RUN-RUN.html here for several.
     """
     from flows.pages.run_report import write_page, write_report
 

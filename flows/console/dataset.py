@@ -67,7 +67,7 @@ def verify(
 ) -> int:
     """Prove that the dataset's newest version is intact. By default this reads every byte of it.
 
-    Exit code 0: intact. 1: damaged, the repair command is printed. 2: not checked.
+    Exit code 0: intact. 1: damaged; the repair command is printed if there is one. 2: not checked.
 
     Example: gpt2 dataset verify --deep 100
     Next, when something is damaged: gpt2 dataset verify --repair
@@ -98,11 +98,11 @@ def verify(
     if as_json:
         facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": len(compared)}
         damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
-        print(json.dumps(facts | {"damaged": damaged, "mend": repair_command}))
+        print(json.dumps(facts | {"damaged": damaged, "repair": repair_command}))
     else:
         for damage in damages:
             say("damaged", f"{damage.name}: {damage.wrong}")
-        say("verify", f"{whole:,} of {total:,} shards are whole")
+        say("verify", f"{whole:,} of {total:,} shards match the manifest")
         if compared:
             say("verify", f"{len(compared):,} documents of the source compared")
         if repair_command and not repair:
@@ -130,8 +130,9 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
     missing = shard_ids.difference(*(plan.shard_ids for plan in plans))
     if missing:
         raise ValueError(
-            f"--repair: data.source = {data.source!r} no longer contains {len(missing):,} of the damaged shards "
-            f"({min(missing)!r}). Restore the old source files, or build another dataset from the new ones."
+            f"--repair: {len(missing):,} damaged shards ({min(missing)!r} first) cannot be rebuilt from data.source = "
+            f"{data.source!r} with these settings. Restore the old source files and the settings of the first build, "
+            f"or build another dataset."
         )
     for shard_id in sorted(shard_ids):
         store.delete(DatasetKeys(data.dataset).record(shard_id))
@@ -155,7 +156,7 @@ def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
 
 @dataset_app.command
 def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
-    """Copy all versions of the dataset to another store and verify every shard on the way.
+    """Copy all versions of the dataset to another store, and verify each shard that is copied.
 
     Run the same command again after a failure or Ctrl-C: it copies only what is missing.
 

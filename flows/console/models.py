@@ -51,7 +51,7 @@ def export(to: Path, /, *, settings: Settings = DEFAULTS) -> None:
     Example: gpt2 export my-gpt2 --set name=mine
 
     Args:
-        to: The folder to write, new or empty.
+        to: The folder to write to, new or empty.
     """
     config, store = settings.load_with_store()
     with console.status("writing the model"):
@@ -62,7 +62,7 @@ def export(to: Path, /, *, settings: Settings = DEFAULTS) -> None:
 
 @app.command(name="import", group=MODELS)
 def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
-    """Start a run from a GPT-2 in Hugging Face format, to evaluate it, generate text or train further.
+    """Import a GPT-2 in Hugging Face format as step 0 of a new run: evaluate it, or start other runs from it.
 
     Example: gpt2 import path/to/gpt2 --set name=imported
 

@@ -59,13 +59,13 @@ def gc(
 ) -> None:
     """List or delete what nothing refers to: orphan shards, old checkpoints, unfinished uploads, damaged files.
 
-    Safe while builds and trainings run.
+    Safe while builds and training runs are active.
 
     Example: gpt2 gc --delete --grace-days 1
 
     Args:
         delete: Delete the listed objects. Without this option nothing changes.
-        grace_days: Keep what was written within this many days.
+        grace_days: Keep everything that was written in the last N days.
     """
     _, store = settings.load_with_store()
     grace_seconds = grace_days * 86_400
@@ -89,7 +89,7 @@ def serve(
     The forms in the UI start from the settings given here. Schedules start paused; switch them on in the UI.
     Other verbs in this folder use the same server.
 
-    Ctrl-C cancels the active runs. A training saves a checkpoint first, and a retry continues from it.
+    Ctrl-C cancels the active runs. A training run saves a checkpoint first, and a retry continues from it.
 
     Example: gpt2 serve --port 4300
     Next: open the printed address, or run gpt2 demo in another terminal.
@@ -106,7 +106,7 @@ def serve(
             processes = stack.enter_context(platform(port, config))
         say("UI", f"http://127.0.0.1:{port}")
         say("one click", f"http://127.0.0.1:{port}/deployments: pretrain, demo, train, evaluate, dataset-refresh")
-        say("or", "in another terminal: gpt2 demo, gpt2 pretrain, …   Ctrl-C stops")
+        say("commands", "gpt2 demo, gpt2 pretrain, … in another terminal use this server. Ctrl-C here stops it")
         wait_for_end(processes)
         say("stopping", "active runs are cancelled; a retry continues from the store")
     say("stopped", "")
@@ -116,7 +116,7 @@ def serve(
 def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
     """Register pools, deployments and automations with the Prefect server at PREFECT_API_URL. Idempotent.
 
-    The forms in the UI start from the settings given here. What people paused or changed by hand stays.
+    The forms in the UI start from the settings given here. Manual changes and pauses are kept.
 
     Example: gpt2 bootstrap --notify slack-webhook/team
 

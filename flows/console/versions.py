@@ -91,7 +91,7 @@ def show(
     if as_json:
         print(json.dumps(card.model_dump()))
     elif html is not None:
-        say("show", f"written to {html}")
+        say("show", f"dataset card written to {html}")
     else:
         print_card(console, card)
 
@@ -125,7 +125,7 @@ def trace(
     Args:
         split: The split that --window counts in.
         window: One window, counted from 0.
-        step: All windows of one training step.
+        step: All windows of one training step, counted from 0 (the training log counts from 1).
     """
     config, store = settings.load_with_store()
     target = trace_target(store, config)
@@ -154,7 +154,7 @@ def export(to: Path, /, *, layout: Format, settings: Settings = DEFAULTS, versio
     Example: gpt2 dataset export tokens --format nanogpt
 
     Args:
-        to: The folder to write to.
+        to: The folder to write to, new or empty.
     """
     config, store = settings.load_with_store()
     manifest = versions.find_version(store, config.data.dataset, version)
@@ -162,7 +162,7 @@ def export(to: Path, /, *, layout: Format, settings: Settings = DEFAULTS, versio
         files = write(store, config.data.dataset, manifest, to, layout, advance)
     for file in files[:2]:
         say("export", str(file))
-    say("export", f"{len(files):,} files of {len(manifest.shard_ids):,} shards, manifest {manifest.digest[:12]}")
+    say("export", f"wrote {len(manifest.shard_ids):,} shards to {len(files):,} files, manifest {manifest.digest[:12]}")
 
 
 def _change_counts(changes: versions.Difference) -> str:

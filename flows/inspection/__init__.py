@@ -1,1 +1,1 @@
-"""What the store alone says about runs and datasets, without Prefect."""
+"""What the store alone says about runs and datasets, without Prefect. Only `garbage.collect` deletes anything."""

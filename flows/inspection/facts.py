@@ -16,6 +16,8 @@ from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
+VAL_KINDS = ("val_loss", "completion")  # evaluations on the run's own dataset
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -39,7 +41,7 @@ REFERENCES = (
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """Steps and losses of a training. For an imported model `max_steps` is 0 and the losses are None."""
+    """Steps and losses of a training run. For an imported model `max_steps` is 0 and the losses are None."""
 
     steps: int
     max_steps: int
@@ -117,7 +119,7 @@ def newest(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> dict[str, Reference]:
-    """The published values of the metrics that the run has, measured on the same data."""
+    """The published values of the run's metrics, by metric. Those of a val split need the same source."""
     metrics = {metric for evaluation in evaluations for metric in evaluation.metrics}
     sources = ("", dataset.source if dataset else "")
     return {
@@ -133,20 +135,21 @@ def leak_line(report: LeakReport | None) -> str:
         return "not checked yet: gpt2 dataset audit"
     documents, duplicates, items = report.documents, report.duplicates, report.items
     line = (
-        f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are in train too, "
-        f"{duplicates['train']:,} of {documents['train']:,} train documents repeat another"
+        f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are also in train, "
+        f"{duplicates['train']:,} of {documents['train']:,} train documents repeat an earlier one"
     )
     if items is None:
         return line
     return (
-        f"{line}; of {items.count:,} HellaSwag items {items.contexts:,} share {items.ngram_words} words of their "
-        f"context with train, {items.endings:,} of an ending ({items.shorter:,} contexts are shorter than that)"
+        f"{line}; of {items.count:,} HellaSwag items, {items.contexts:,} share {items.ngram_words} consecutive words "
+        f"of their context with train, {items.endings:,} share {items.ngram_words} that reach into an ending "
+        f"({items.shorter:,} contexts have fewer than {items.ngram_words} words)"
     )
 
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:
     """The version that the run is pinned to, or the last one that an imported model was evaluated on."""
-    versions = [(evaluation.dataset, evaluation.data) for evaluation in evaluations]
+    versions = [(evaluation.dataset, evaluation.data) for evaluation in evaluations if evaluation.name in VAL_KINDS]
     if run:
         versions = [(run.dataset, run.manifest)]
     for name, digest in reversed(versions):

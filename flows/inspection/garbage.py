@@ -101,7 +101,7 @@ def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = Fa
 
 
 def _dead_objects(store: Store, before: float) -> Iterator[tuple[str, Stat]]:
-    """Each dead object of a run or probe, with its kind. Lists one run at a time."""
+    """Each dead object of a run or a probe, with its kind."""
     for name in run_names(store):
         yield from (("run", listed) for listed in _dead_run_objects(store, name, before))
     yield from (("probe", listed) for listed in _old(store, keys.TEMPORARY, before))

@@ -62,7 +62,10 @@ def run_status(store: Store, name: str) -> list[Line]:
     """Every part of a run: its dataset, training, evaluations and report. Raises ObjectMissing for an unknown run."""
     known_names = run_names(store)
     if name not in known_names:
-        raise ObjectMissing(f"run {name!r} is not in store {store.url!r}. Its runs: {', '.join(known_names) or 'none'}")
+        raise ObjectMissing(
+            f"store {store.url!r} has no run {name!r}; its runs are: {', '.join(known_names) or 'none'}. "
+            f"Correct the name, or choose another store with --set store_url=…"
+        )
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
     run = find_run(store, name)
@@ -72,7 +75,7 @@ def run_status(store: Store, name: str) -> list[Line]:
     else:
         lines = _training_status(store, run, step)
         request: Any = read_json(store, RunKeys(name).request) or run.config
-        kinds = ["val_loss", "hellaswag" if request["evaluation"]["hellaswag"] else "completion", "samples"]
+        kinds = ["val_loss", "hellaswag" if request["evaluation"].get("hellaswag") else "completion", "samples"]
     report = "written" if any(store.list(RunKeys(name).report("html"))) else "missing"
     return [*lines, *_evaluation_status(store, name, step, kinds), Line("  report", report)]
 
@@ -95,7 +98,7 @@ def _training_status(store: Store, run: Run, step: int) -> list[Line]:
 
 
 def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> Iterator[Line]:
-    """One line for each kind: whether the newest checkpoint has it, how many earlier ones do, and its failures."""
+    """One line per kind: its state at the newest checkpoint, how many earlier checkpoints have it, and its errors."""
     written = _written_evaluations(store, run)
     errors = _failed_evaluations(store, run, written)
     for kind in dict.fromkeys([*kinds, *(kind for kind, _ in [*written, *errors])]):

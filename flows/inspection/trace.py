@@ -51,11 +51,14 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
 def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
     """The first window and the number of windows. Raises ValueError unless either `window` or `step` is given."""
     if (window is None) == (step is None):
-        raise ValueError("give either --window K or --step N, as in: gpt2 dataset trace --split train --window 0")
+        given = "neither" if window is None else "both"
+        raise ValueError(f"gpt2 dataset trace needs either --window K or --step N, found {given}. Try --window 0")
     if window is not None:
         return window, 1
     if split != "train":
-        raise ValueError(f"--step with --split {split}: training steps read only train. Leave --split out.")
+        raise ValueError(
+            f"--step cannot be combined with --split {split}: steps read only the train split. Leave --split out."
+        )
     assert step is not None
     return step * target.train.batch_windows, target.train.batch_windows
 

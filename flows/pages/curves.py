@@ -14,7 +14,7 @@ MAXIMUM_POINTS = 1_000  # per line: 19,073 points take 400 kB
 TRAINING_PLOTS = {  # title: name in the metrics log, unit
     "Learning rate": ("learning_rate", ""),
     "Gradient norm": ("gradient_norm", ""),
-    "Speed": ("tokens_per_second", "tokens a second"),
+    "Speed": ("tokens_per_second", "tokens per second"),
 }
 
 Point = tuple[int, float, float]  # step, value, standard error
@@ -31,7 +31,7 @@ class Series(NamedTuple):
 
 def curves(runs: list[RunFacts]) -> dict[str, str]:
     """Title and inline SVG of each plot that has at least one point."""
-    plots = {"Loss": _draw("Loss", "nats a token", list(_losses(runs)), _published(runs, "val_loss"))}
+    plots = {"Loss": _draw("Loss", "nats per token", list(_losses(runs)), _published(runs, "val_loss"))}
     for title, (column, unit) in TRAINING_PLOTS.items():
         points = [thinned(_column(run.metrics, column)) for run in runs]
         lines = [Series(_label(runs, run, ""), index, points[index]) for index, run in enumerate(runs)]
@@ -44,8 +44,8 @@ def curves(runs: list[RunFacts]) -> dict[str, str]:
 
 
 def loss_curve(metrics: list[StepMetrics]) -> str:
-    """The loss of one training so far, as inline SVG; "" before its first step."""
-    return _draw("Loss", "nats a token", _training_losses(metrics, 0, "training", "val, while training"), {})
+    """The loss of one run so far, as inline SVG; "" before its first step."""
+    return _draw("Loss", "nats per token", _training_losses(metrics, 0, "training", "val, while training"), {})
 
 
 def thinned(points: list[Point]) -> list[Point]:

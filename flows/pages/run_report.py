@@ -82,7 +82,7 @@ def _provenance(evaluation: Evaluation) -> str:
     else:
         repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
         scored = f"{evaluation.items:,} items{repeated}"
-    data = (evaluation.data or "")[:12]
+    data = (evaluation.data or "none")[:12]
     return f"{scored}, data {data}, step {evaluation.step:,}, {evaluation.precision}"
 
 

@@ -23,7 +23,7 @@ from model.config import RunConfig
 from model.config_file import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-POOLS = {"data": None, "train": 1}  # concurrent runs: one training uses all GPUs and cores of its host
+POOLS = {"data": None, "train": 1}  # concurrent runs: one training run uses all GPUs and cores of its host
 OWN_CONFIGS = {"demo": DEPLOY / "configs" / "demo.toml"}  # deployments whose form has its own configuration
 
 
@@ -87,20 +87,20 @@ def _deploy(project: str) -> None:
         )
 
 
-def _automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
+def _automation(client: SyncPrefectClient, desired: AutomationCore) -> str:
     """Create or update the automation. A disabled one stays disabled."""
-    existing = client.read_automations_by_name(wanted.name)
-    existing = existing or client.read_automations_by_name(automations.FORMER_NAMES[wanted.name])
+    existing = client.read_automations_by_name(desired.name)
+    existing = existing or client.read_automations_by_name(automations.FORMER_NAMES[desired.name])
     if not existing:
-        client.create_automation(wanted)
-        return f"automation {wanted.name!r}: created"
+        client.create_automation(desired)
+        return f"automation {desired.name!r}: created"
     [current] = existing
-    wanted = wanted.model_copy(update={"enabled": current.enabled})
+    desired = desired.model_copy(update={"enabled": current.enabled})
     disabled = "" if current.enabled else ", disabled"
-    if AutomationCore.model_validate(current.model_dump()) == wanted:
-        return f"automation {wanted.name!r}: unchanged{disabled}"
-    client.update_automation(current.id, wanted)
-    return f"automation {wanted.name!r}: updated{disabled}"
+    if AutomationCore.model_validate(current.model_dump()) == desired:
+        return f"automation {desired.name!r}: unchanged{disabled}"
+    client.update_automation(current.id, desired)
+    return f"automation {desired.name!r}: updated{disabled}"
 
 
 def _block_id(client: SyncPrefectClient, name: str) -> UUID:

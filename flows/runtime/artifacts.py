@@ -1,6 +1,6 @@
 """Artifacts of a flow run in Prefect's UI: tables, text, pictures, links.
 
-While the server is down, as during a restart, a call is retried for a minute. Then the flow continues without it.
+While the server is down, as during a restart, `show` retries for a minute. Then the flow goes on without the artifact.
 """
 
 import os
@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from storage.stores.store import Store
 
 INK = "#7d8794"  # legible on the UI's white and on its black background
-WAITS_SECONDS = (1, 2, 4, 8, 16, 32)  # a restarted server answers within a minute
+WAITS_SECONDS = (1, 2, 4, 8, 16, 32, 0)  # after each try: a restarted server answers within a minute
 
 
 def show(create: Callable[..., Any], **arguments: Any) -> Any:
@@ -38,7 +38,7 @@ def show(create: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def replace(artifact: UUID | None, data: Any) -> None:
-    """Replace an artifact's data. Errors are ignored, since the next update follows soon."""
+    """Replace an artifact's data. Ignores HTTP errors."""
     if artifact is not None:
         with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
             client.update_artifact(artifact, ArtifactUpdate(data=data))

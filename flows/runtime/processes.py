@@ -27,11 +27,11 @@ from storage.stores.store import Store
 
 GRACE_SECONDS = 8.0  # for a last checkpoint: Prefect expects a cancelled run to end within 10 s
 TAIL_LINES = 40
-LOG_SECONDS = 10.0  # each logged line is a row in Prefect's database: about 2,000 for a training of 6 hours
+LOG_SECONDS = 10.0  # each logged line is a row in Prefect's database: about 2,000 for a run of 6 hours
 
 
 class Processes:
-    """The processes of one flow run. Leaving the block stops the running processes and their groups."""
+    """The processes of one flow run. Leaving the block stops the running processes and their process groups."""
 
     def __init__(self, store_url: str) -> None:
         self._store_url = store_url
@@ -72,7 +72,8 @@ class Processes:
             ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             last_lines = "\n".join(tail)
             raise JobFailed(
-                f"job {job_key!r} {ending}. Run the same command again to resume it. Its last lines:\n{last_lines}"
+                f"job {job_key!r} {ending}. Run the same command again to resume it. "
+                f"The last lines of its output:\n{last_lines}"
             )
 
 

@@ -174,7 +174,10 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def read_weights(folder: Path, model: ModelConfig) -> dict[str, np.ndarray]:
-    """The folder's tensors in fp32. Raises ValueError unless they are exactly the model's, finite, with a tied head."""
+    """The folder's tensors in fp32.
+
+    Raises ValueError if a name or shape does not match `model`, a value is not finite, or the head is not tied.
+    """
     shapes, tensors = tensor_shapes(model), dict(_read_tensors(folder))
     head = tensors.pop(HEAD, None)
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -226,13 +229,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    expected, remedy = f"a JSON object in {name}.json", "Give a folder that transformers' save_pretrained wrote."
     try:
         value = json.loads((folder / f"{name}.json").read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"a {type(value).__name__}")
     except (OSError, ValueError) as error:
-        remedy = "Give a folder that transformers' save_pretrained wrote."
-        raise _invalid(folder, f"a JSON object in {name}.json", str(error), remedy) from error
+        raise _invalid(folder, expected, f"an unreadable file ({error})", remedy) from error
+    if not isinstance(value, dict):
+        raise _invalid(folder, expected, f"JSON of type {type(value).__name__}", remedy)
     return value
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a training as the store holds them: lines of segments, and the live progress. Imports no torch."""
+"""The metrics of a run as the store holds them: lines of segments, and the live progress. Imports no torch."""
 
 from operator import not_
 

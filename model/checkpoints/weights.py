@@ -73,8 +73,8 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
     weights = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: w.shape for name, w in weights.items()}:
         raise CheckpointInvalid(
-            f"run {run!r}: the checkpoint of step {record.step:,} holds the weights of another model. "
-            f"Choose another name with --set name=…, or delete that checkpoint."
+            f"run {run!r}: the weights of step {record.step:,} do not fit the configured model. Use the settings of "
+            f"that checkpoint: {', '.join(f'model.{name} = {value}' for name, value in record.model.items())}."
         )
     with torch.no_grad():
         for name, weight in weights.items():

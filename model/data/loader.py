@@ -105,7 +105,7 @@ class MicroBatches:
 
 
 def widened(windows: np.ndarray, device: torch.device) -> Tensor:
-    """The windows as int64, which an embedding needs. For a GPU in pinned memory, for background copies."""
+    """The windows as int64, which cross-entropy requires. For CUDA the memory is pinned, so that copies can overlap."""
     tokens = torch.from_numpy(windows.astype(np.int64))
     return tokens.pin_memory() if device.type == "cuda" else tokens
 

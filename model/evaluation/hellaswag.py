@@ -80,11 +80,11 @@ def harness_style(question: Question) -> Item:
 CONVENTIONS = {
     "completion": (
         completion_style,
-        "raw context, ending tokenised apart, acc by the sum, acc_norm by the mean a token",
+        "raw context, ending tokenised separately, acc by the sum, acc_norm by the mean per token",
     ),
     "harness": (
         harness_style,
-        "activity label, cleaned text, tokenised together, acc by the sum, acc_norm by the sum a character",
+        "activity label, cleaned text, tokenised together, acc by the sum, acc_norm by the sum per character",
     ),
 }
 
@@ -103,6 +103,6 @@ def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, object]]:
         rows = pq.read_table(pa.BufferReader(body)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceInvalid(
-            f"{name}: not a readable parquet file: {error}. Set evaluation.hellaswag to another file."
+            f"{name}: cannot be read as parquet: {str(error).rstrip('.')}. Set evaluation.hellaswag to another file."
         ) from error
     yield from enumerate(rows, 1)

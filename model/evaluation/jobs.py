@@ -76,7 +76,7 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     items = document_items(
         store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"], _cache_bytes(job)
     )
-    convention = "val documents, three endings of others, acc by the sum, acc_norm by the mean a token"
+    convention = "val documents, three endings of others, acc by the sum, acc_norm by the mean per token"
     measurement = _choose(job, evaluator, {"completion": (items, convention)})
     return measurement.model_copy(update={"data": recipe["manifest"], "dataset": recipe["dataset"]})
 
@@ -182,8 +182,8 @@ def _check_finite(job: Job, losses: np.ndarray) -> None:
     wrong = losses[~np.isfinite(losses)]
     if wrong.size:
         raise ValueError(
-            f"{job.kind} of step {job.recipe['step']:,}: the losses are not finite, found {wrong.flat[0]}: the "
-            f"training has diverged. Evaluate an earlier checkpoint: --set evaluation.checkpoint=STEP"
+            f"the checkpoint of step {job.recipe['step']:,} gives losses that are not finite ({wrong.flat[0]}): its "
+            f"training diverged. Evaluate an earlier checkpoint: --set evaluation.checkpoint=STEP"
         )
 
 

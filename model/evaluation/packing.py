@@ -19,7 +19,7 @@ MAXIMUM_ROWS = 256  # of one forward pass
 
 @dataclass(frozen=True)
 class Row:
-    """A context and one or all endings of item number `item`: those from `first_ending` on."""
+    """A context with one or all endings of item `item`. `first_ending` is the index of `endings[0]` in that item."""
 
     item: int
     first_ending: int
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors. Scored token n is `targets_N[n]`; its loss belongs to ending `slots_N[n]`, four an item."""
+    """Rows as tensors. Scored token n is `targets_N[n]`; its loss belongs to slot `slots_N[n]` = item * 4 + ending."""
 
     tokens_BT: Tensor
     positions_BT: Tensor

@@ -10,7 +10,10 @@ from pydantic import BaseModel, Field
 
 
 class Measurement(BaseModel, frozen=True):
-    """What one kind of evaluation measured. A field that the kind does not have is None and is left out of the JSON."""
+    """What one kind of evaluation measured. A field that the kind does not have is None and is left out of the JSON.
+
+    Each metric needs a convention, and a measurement with metrics needs `tokens` or `items`: the report shows them.
+    """
 
     metrics: dict[str, float] = {}
     conventions: dict[str, str] = {}  # by metric: how it is computed

@@ -28,7 +28,7 @@ class DDPConfig:
     def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
         """Read torchrun's variables and choose the device. "auto" is CUDA, else MPS (one process only), else the CPU.
 
-        Raises ValueError if the device is not available, or if the host has more processes than GPUs.
+        Raises ValueError if the device is not available, or if a CUDA job has more processes on this host than GPUs.
         """
         rank = int(environment.get("RANK", "0"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
@@ -39,7 +39,7 @@ class DDPConfig:
         if device == "auto":
             device = available[0]
         if device not in available:
-            condition = " for a training of one process" if device == "mps" else ""
+            condition = " with one process" if device == "mps" else ""
             raise ValueError(
                 f"resources.device = {device!r}: torch {torch.__version__} has no such device here{condition}, only "
                 f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with gpt2 doctor."
@@ -71,7 +71,7 @@ class DDPConfig:
         return {"device": self.device_name, "ranks": self.ranks, **versions}
 
     def memory_bytes(self) -> int:
-        """Peak memory of this process, on its GPU or else on the host."""
+        """Peak memory of this process: on its GPU if it has one, otherwise on the host."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -95,8 +95,8 @@ class DDPConfig:
         dist.destroy_process_group()
 
     def agree(self, value: int) -> bool:
-        """Whether all ranks have the same value, which must be below 2 ** 53."""
-        bounds = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        """Whether all ranks have the same value, which must be below 2 ** 63."""
+        bounds = torch.tensor([value, -value], device=self.device)  # int64, which MPS has, unlike float64
         if self.ranks > 1:
             dist.all_reduce(bounds, dist.ReduceOp.MAX)
         return bounds.sum().item() == 0

@@ -1,4 +1,4 @@
-"""One pod of a training on several hosts (deploy/kubernetes.yaml): waits for the other pods, then trains with them.
+"""One pod of a training run on several hosts (deploy/kubernetes.yaml): waits for the other pods, then trains with them.
 
     python -m model.processes.pod STORE_URL JOB_KEY      reads JOB_COMPLETION_INDEX and POD_IP
 

@@ -41,9 +41,9 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
         return 0 if error.sigval == signal.SIGTERM else 1
     except RendezvousError as error:
         message = (
-            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or lost "
-            f"each other: {str(error).rstrip('.')}. Give an address of the first host that the others reach, and start "
-            f"the same command on each host within a minute, the first host first."
+            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or their "
+            f"connection was lost: {str(error).rstrip('.')}. Give an address of the first host that the other hosts "
+            f"can reach. Start the same command on all hosts within a minute, beginning with the first host."
         )
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 1

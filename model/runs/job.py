@@ -22,7 +22,7 @@ USER_ERROR = 2  # exit code of a process that failed because of something a user
 
 
 class JobFailed(Exception):
-    """A process ended without a result. The message holds the last lines of its output."""
+    """A process failed, was stopped or was not started, so its job has no result. The message says what to do."""
 
 
 class JobRefused(ValueError):

@@ -17,7 +17,7 @@ from storage.stores.store import Store, overwrite, read_json
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint of another run that a training starts from."""
+    """The checkpoint of another run from which training starts."""
 
     run: str
     step: int
@@ -77,7 +77,7 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
 
 
 def _start(store: Store, parent: str) -> Start:
-    """The newest checkpoint of the run to start from."""
+    """The newest checkpoint of the run `parent`. Raises ObjectMissing if that run has none."""
     records = checkpoints(store, parent)
     if not records:
         raise ObjectMissing(

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU): the share of a GPU's peak that a training uses, as in PaLM, appendix B."""
+"""Model FLOPs utilisation (MFU): the share of a GPU's peak that training uses, as in PaLM, appendix B."""
 
 from model.config import ModelConfig
 

@@ -95,7 +95,7 @@ def _event_file(folder: str, run: str, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"resources.tensorboard = {folder!r}: TensorBoard is not installed. Install it: "
-            f"pip install 'gpt2-pipeline[tensorboard]', or leave the setting empty."
+            f"resources.tensorboard = {folder!r}: TensorBoard is not installed. Install the extra "
+            f"(pip install -e '.[tensorboard]'), or leave the setting empty."
         ) from error
     return SummaryWriter(f"{folder}/{run}", purge_step=step + 1)

@@ -23,7 +23,7 @@ class Outliers:
         self._norms = deque(norms, maxlen=MEMORY_STEPS)
 
     def skip(self, loss: float, norm: float) -> bool:
-        """Whether to skip the step of this loss and gradient norm. Counts a skipped step."""
+        """Whether to skip the step with this loss and gradient norm. If so, the step is counted as skipped."""
         if self.allowed == 0 or not self.judge(loss, norm) or self.skipped >= self.allowed:
             return False
         self.skipped += 1

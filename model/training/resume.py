@@ -1,4 +1,4 @@
-"""Where a training starts: at its run's newest checkpoint, at a checkpoint of another run, or from scratch.
+"""Where training starts: at the run's newest checkpoint, at a checkpoint of another run, or from scratch.
 
 Refuses a checkpoint of another model, schedule or dataset, and names the differences. Trains nothing, saves nothing.
 """
@@ -43,7 +43,7 @@ def resume(
 
 
 def cursor_of(job: Job, next_window: int) -> Cursor:
-    """The cursor of a training at this window."""
+    """The cursor of the job at this window."""
     recipe, train = job.recipe, job.recipe["train"]
     return Cursor(recipe["dataset"], recipe["manifest"], train["seed"], train["sequence_tokens"], next_window)
 

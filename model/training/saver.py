@@ -1,10 +1,11 @@
-"""Saves checkpoints in the background while training continues: one at a time, retried until it is stored.
+"""Saves checkpoints in the background while training continues: one at a time, with retries.
 
-    main thread:        snapshot ─▶ next step ─▶ …            pauses only for the copy in memory
+    main thread:        snapshot ─▶ next step ─▶ …            waits for the copy, at most a step for the previous save
     saving thread:      metrics ─▶ files ─▶ record ─▶ latest ─▶ retention      ─┐
                         └──────────── the store fails: wait, retry ◀────────────┘
 
-A checkpoint that cannot be stored is dropped for a newer one. If none can be stored for too long, training ends.
+A checkpoint that cannot be stored is dropped when the next one is due. After `unsaved_minutes` without a stored
+checkpoint, training ends.
 """
 
 import secrets
@@ -29,7 +30,7 @@ RETRY_SECONDS = 10.0  # between two tries; each try repeats its requests for a m
 class Saver:
     """Stores the checkpoints of one run.
 
-    `save`, `finish` and `check` raise StoreUnavailable if no checkpoint could be stored for too long, and
+    `save`, `finish` and `check` raise StoreUnavailable if every try has failed for `unsaved_minutes`, and
     CheckpointInvalid if another process trains the same run.
     """
 
@@ -96,7 +97,7 @@ class Saver:
                 if self._give_way.wait(RETRY_SECONDS):
                     return
             self._retain()
-        except Exception as error:  # a bug of ours, too: the training must not go on without checkpoints
+        except Exception as error:  # a bug of ours, too: training must not go on without checkpoints
             self._error = error
 
     def _try(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> bool:
@@ -121,10 +122,10 @@ class Saver:
         if minutes_left < 0:
             raise StoreUnavailable(
                 f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes "
-                f"(resources.unsaved_minutes = {self._unsaved_minutes:g}). Last try, step {step:,}: {error} "
-                f"When the store works again, run the same command: it continues from the newest checkpoint."
+                f"(resources.unsaved_minutes = {self._unsaved_minutes:g}). The next start resumes from the newest "
+                f"stored checkpoint. The last error, at step {step:,}: {error}"
             ) from error
-        waiting = f"the training goes on for at most {minutes_left:.0f} minutes"
+        waiting = f"training goes on for at most {minutes_left:.0f} minutes"
         print(f"checkpoint of step {step:,} is not stored yet, {waiting}: {error}", flush=True)
 
     def _retain(self) -> None:

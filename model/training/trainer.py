@@ -48,9 +48,9 @@ class TrainingResult:
 
 
 class Trainer:
-    """One rank of one training, at its run's newest checkpoint. `fit` trains to the last step.
+    """One rank of a run's training, from the run's newest checkpoint if it has one. `fit` trains to the last step.
 
-    Raises ValueError if the settings do not fit the dataset, CheckpointInvalid or ObjectMissing for a bad checkpoint.
+    Raises ValueError for settings that do not fit the dataset or the installation, and whatever `resume` raises.
     """
 
     def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
@@ -143,7 +143,7 @@ class Trainer:
         return metrics, stopping
 
     def _gradients(self) -> tuple[float, float, bool]:
-        """Forward and backward of the step's batch. Returns the summed loss, the gradient norm, whether to stop."""
+        """Run forward and backward over the batch. Returns the summed loss, the gradient norm and whether to stop."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         exact = torch.float32 if self.ddp.device.type == "mps" else torch.float64  # MPS has no float64
@@ -171,7 +171,7 @@ class Trainer:
         return int(bits[0]) << 31 | int(bits[1]) >> 1
 
     def _mfu(self, speed: float) -> float | None:
-        """The share of the GPUs' peak at `speed` tokens a second, or None in fp32 or if the peak is unknown."""
+        """The share of the GPUs' peak at `speed` tokens per second, or None in fp32 or if the peak is unknown."""
         peak = peak_flops(self.ddp.device_name) if self.evaluator.precision == "bf16" else None
         return speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None
 
@@ -180,9 +180,9 @@ class Trainer:
         if windows < config.batch_windows:
             raise ValueError(
                 f"train.batch_tokens = {config.batch_tokens:,}: the train split of dataset "
-                f"{self.job.recipe['dataset']!r} has {windows:,} windows of {config.sequence_tokens:,} tokens, less "
-                f"than one batch. Use at most train.batch_tokens = {windows * config.sequence_tokens:,}, fewer "
-                f"data.val_shards, or more text."
+                f"{self.job.recipe['dataset']!r} has {windows:,} windows of {config.sequence_tokens:,} tokens, fewer "
+                f"than one batch. Start a new run (--set name=…) with at most train.batch_tokens = "
+                f"{windows * config.sequence_tokens}, or with a dataset that has more text or a smaller val split."
             )
 
     def _divergence(self, loss: float, norm: float) -> ValueError:

@@ -1,10 +1,11 @@
-"""Files shared by all processes of this host, named by their sha256: downloaded once, bounded, safe to kill.
+"""A cache of files that all processes on this host share. Each file is named by its sha256 and downloaded once.
 
-    open ─▶ cached? ─▶ locked (shared) against eviction ─▶ the caller's
+    open ─▶ cached? ─▶ take a shared lock, which prevents eviction ─▶ return the open file
              │ no
              └─▶ folder lock ─▶ still missing? ─▶ make room ─▶ part ─▶ fsync ─▶ rename
 
-Locks are `flock`: the kernel releases them when their holder ends, so a dead process blocks nobody.
+The total size is limited. Locks are `flock`: the kernel releases them when their holder ends, so a dead process blocks
+nobody.
 """
 
 import errno

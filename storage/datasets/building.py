@@ -73,8 +73,8 @@ def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[
     recoverable = lost.intersection(shard_id for plan in plans for shard_id in plan.shard_ids)
     if len(recoverable) < len(lost):
         raise DatasetMismatch(
-            f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are lost, and the changed "
-            f"source gives only {len(recoverable):,} of them. Put the old source files back, or start a run with "
-            f"another name."
+            f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are missing from "
+            f"{store.url!r}, and the available source files can rebuild only {len(recoverable):,} of them. Restore the "
+            f"missing source files, or start a run with another name."
         )
     return lost

@@ -71,7 +71,7 @@ def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Ma
 
 
 def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
-    """The digest in the target's `latest`. Raises DatasetMismatch unless digest and split match the source's."""
+    """The digest in the target's `latest`, or None. Raises DatasetMismatch for a version or split not in the source."""
     dataset_keys = DatasetKeys(dataset)
     pointer = read_json(target, dataset_keys.latest)
     latest = str(pointer["manifest"]) if pointer else None

@@ -1,7 +1,7 @@
 """A manifest: one immutable version of a dataset, named by the sha256 of its bytes.
 
-It is a pure function of the records and of the previous manifest, so any number of workers, in any order and with any
-retries, seal the same manifest.
+A manifest is a pure function of the settings, the source listing, the records and the previous manifest. Any number of
+workers, in any order and with any retries, therefore produce the same manifest.
 """
 
 import json
@@ -106,8 +106,8 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         value = json.loads(body)
         if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
             raise StoreUnusable(
-                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}; this version reads up to "
-                f"{SCHEMA}. Update gpt2-pipeline."
+                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}; this gpt2-pipeline "
+                f"reads up to {SCHEMA}. Update it."
             )
         columns = {name: kind.validate_python(value["shards"][name], strict=True) for name, kind in _COLUMNS.items()}
         if len({len(column) for column in columns.values()}) > 1:
@@ -118,8 +118,8 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         return _MANIFEST.validate_python(value | fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectCorrupt(
-            f"manifest {digest} of dataset {dataset!r}: expected columns of shard names, digests and sizes, found "
-            f"{' '.join(str(error).split())[:160]}. Seal a new manifest: gpt2 dataset build"
+            f"manifest {digest} of dataset {dataset!r}: its columns of shard names, digests and sizes cannot be read "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). Delete it, then run gpt2 dataset build."
         ) from error
 
 

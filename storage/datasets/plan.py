@@ -88,7 +88,7 @@ def plan_file(file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0
 def cut(tokens: np.ndarray, shard_tokens: int) -> Iterator[int]:
     """The ends of greedy row ranges of at most `shard_tokens` tokens; a longer row is a range by itself.
 
-    Filtered rows have 0 tokens and join the range before them, so no range consists of filtered rows alone.
+    Filtered rows have 0 tokens and join the range before them, or the first range, so no range has only filtered rows.
     """
     ends = np.cumsum(tokens, dtype=np.int64)
     used = 0

@@ -146,10 +146,10 @@ def _finished_rows(
     if missing:
         remedy = "Run gpt2 dataset build again: it builds only the missing shards."
         if missing[0] not in in_plan:
-            remedy = "It belongs to the pinned val split, but its source file is gone: put that file back."
+            remedy = "That shard belongs to the pinned val split, but its source file is gone: put that file back."
         raise ObjectMissing(
-            f"dataset {dataset!r}: {len(missing):,} of {len(listed):,} shards are not done, {missing[0]!r} first. "
-            f"{remedy}"
+            f"dataset {dataset!r}: {len(missing):,} of {len(listed):,} shards are not done; the first is "
+            f"{missing[0]!r}. {remedy}"
         )
     return [finished[shard_id]._replace(split="val" if shard_id in in_val else "train") for shard_id in listed]
 

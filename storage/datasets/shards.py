@@ -96,7 +96,8 @@ def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: s
             stored = store.read(DatasetKeys(dataset).shard(shard_id), tokens * DTYPE.itemsize)
         except (ObjectMissing, ObjectCorrupt) as error:
             kind = ObjectMissing if isinstance(error, ObjectMissing) else ShardCorrupt
-            raise corrupt(dataset, shard_id, f"expected sha256 {sha256}. {error}", kind) from error
+            reason = str(error).partition(". ")[0].rstrip(".")  # without the error's own remedy
+            raise corrupt(dataset, shard_id, f"expected sha256 {sha256}, but {reason}.", kind) from error
         if stored.sha256 == sha256:
             return stored.body
     stored_tokens = len(stored.body) // DTYPE.itemsize

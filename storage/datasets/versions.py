@@ -77,7 +77,9 @@ def find_version(store: Store, dataset: str, name: str) -> Manifest:
     matching = [digest for digest in digests if digest.startswith(name)]
     if not matching:
         known = ", ".join(digest[:12] for digest in digests) or "none"
-        raise ObjectMissing(f"dataset {dataset!r} has no version {name!r}, found {known}. See gpt2 dataset log.")
+        raise ObjectMissing(
+            f"dataset {dataset!r} has no version {name!r}. Its versions: {known}. See gpt2 dataset log."
+        )
     if len(matching) > 1:
         shown = ", ".join(digest[:12] for digest in matching)
         raise ValueError(f"version {name!r} of dataset {dataset!r} is ambiguous: {shown}. Give more of the digest.")

@@ -21,7 +21,7 @@ _TABLE = bytes(byte if byte in _KEPT else ord(" ") for byte in bytes(range(256))
 
 
 def normalised(text: bytes) -> bytes:
-    """The words of a text, separated by single spaces."""
+    """The lower-case words of a text, without ASCII punctuation and separated by single spaces."""
     return b" ".join(text.translate(_TABLE).split())
 
 

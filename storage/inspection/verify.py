@@ -30,7 +30,7 @@ Encode = Callable[[str], np.ndarray]
 class Damage(NamedTuple):
     """A damaged shard or manifest, and what is wrong with it.
 
-    A `repairable` shard becomes whole when its record is deleted and its job runs again.
+    A `repairable` shard is repaired by deleting its record and running its job again.
     """
 
     name: str
@@ -79,7 +79,7 @@ def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
 
 
 def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage | None:
-    """Read every byte. Check the sha256, the record, one `eot` for each document, and no id above `eot`."""
+    """Read every byte. Check the sha256, the record, that each document has one `eot`, and that no id is above it."""
     try:
         ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
         record = read_record(store, dataset, row.shard_id)

@@ -9,10 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from storage import keys
 from storage.errors import SourceInvalid
-from storage.stores.store import Store
+from storage.stores.opening import is_in_bucket, open_bucket
 
 SUFFIXES = (".parquet", ".jsonl")  # each has its reader in `documents.READERS`
-BUCKET = re.compile(r"(s3(?:\+http)?)://([^/]+)/(.+)")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -76,30 +75,20 @@ def find_files(source: str) -> list[str]:
 
     Raises ValueError if no file matches, or if a file has another suffix.
     """
-    places = _in_bucket(source) if BUCKET.match(source) else _on_host(source)
+    places = _in_bucket(source) if is_in_bucket(source) else _on_host(source)
     if not places:
-        where = "" if BUCKET.match(source) else f" (looked in {Path.cwd()})"
+        where = "" if is_in_bucket(source) else f" (looked in {Path.cwd()})"
         raise ValueError(
-            f"data.source = {source!r}: no such file{where}. "
-            f"Give a path, a folder or a quoted glob of {' or '.join(SUFFIXES)} files, or a Hub dataset as owner/name."
+            f"source {source!r}: no {' or '.join(SUFFIXES)} file found{where}. "
+            f"Give a path, a folder or a quoted glob, or a Hub dataset as owner/name."
         )
     for place in places:
         if not place.endswith(SUFFIXES):
             raise ValueError(
-                f"data.source = {source!r}: {place} is neither {' nor '.join(SUFFIXES)}. "
+                f"source {source!r}: {place} is not a {' or '.join(SUFFIXES)} file. "
                 f"Narrow the glob, or convert the file."
             )
     return places
-
-
-def bucket_of(place: str) -> tuple[Store, str]:
-    """The bucket of an `s3://` place, opened for reading, and the key in it."""
-    from storage.stores.s3 import S3Store  # boto3 takes 0.3 s to import, and local files do not need it
-
-    match = BUCKET.fullmatch(place)
-    assert match is not None
-    scheme, bucket, key = match.groups()
-    return S3Store(bucket, "", f"{scheme}://{bucket}", plain_http=scheme != "s3", foreign=True), key
 
 
 def _on_host(source: str) -> list[str]:
@@ -113,7 +102,7 @@ def _on_host(source: str) -> list[str]:
 
 
 def _in_bucket(source: str) -> list[str]:
-    store, pattern = bucket_of(source)
+    store, pattern = open_bucket(source)
     prefix = re.split(r"[*?\[]", pattern)[0]
     listed_keys = [listed.key for listed in store.list(prefix)]
     if pattern in listed_keys:

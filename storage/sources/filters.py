@@ -1,7 +1,7 @@
 """Filters: conditions on columns that decide which rows of a source file count. Independent of the file format.
 
-A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dump in ["CC-MAIN-2024-10"]`. The name
-`length` stands for the characters of the document. A plan ignores such a filter, since it does not read the text.
+A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dump in ["CC-MAIN-2024-10"]`. `length`
+is the document's number of characters. A plan ignores filters on it, since planning a parquet file reads no text.
 """
 
 import ast
@@ -45,7 +45,7 @@ class Filter(NamedTuple):
             return COMPARISONS[self.comparison](value, self.operand)
         except TypeError as error:
             raise SourceInvalid(
-                f"data.filters: {self} cannot be compared with column {self.column!r}, which holds "
+                f"data.filters: {self} compares values of different types: column {self.column!r} holds "
                 f"{type(value).__name__}, for example {str(value)[:40]!r}. Use a value of that type."
             ) from error
 

@@ -80,7 +80,7 @@ def read_range(place: str, start: int, length: int) -> bytes:
         with _open_response(place, {"Range": f"bytes={start}-{start + length - 1}"}) as response:
             body = response.read() if response.status_code == httpx2.codes.PARTIAL_CONTENT else b""
         if len(body) != length:
-            raise Transient(f"received {len(body):,} of {length:,} bytes from {start:,}")
+            raise Transient(f"status {response.status_code}, {len(body):,} of {length:,} bytes at offset {start:,}")
         return body
 
     return _with_retries(place, request)
@@ -166,8 +166,8 @@ def _check_transient(what: str, error: Exception) -> None:
     """Raise an error that a retry cannot fix as ValueError, SourceInvalid or SourceUnavailable."""
     if isinstance(error, errors.GatedRepoError):
         raise ValueError(
-            f"{what}: access is restricted to accounts that accepted its terms. Accept them on its page on the Hub, "
-            f"then set HF_TOKEN to a token of that account."
+            f"{what}: access is restricted to accounts that have accepted the dataset's terms. Accept them on its Hub "
+            f"page, then set HF_TOKEN to a token of that account."
         ) from error
     if isinstance(error, errors.RevisionNotFoundError):
         raise ValueError(f"{what}: no such revision. Name a branch, a tag or a commit.") from error

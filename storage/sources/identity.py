@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from storage.digests import digest
 from storage.errors import ObjectMissing, SourceInvalid
-from storage.sources.files import BUCKET, SourceFile, bucket_of
+from storage.sources.files import SourceFile
+from storage.stores.opening import is_in_bucket, open_bucket
 
 REMEMBERED = Path.home() / ".cache" / "gpt2-pipeline" / "digests"
 FILE_PIECE_BYTES = 1 << 20
@@ -20,7 +21,7 @@ REQUEST_BYTES = 1 << 25  # of a bucket: 32 MiB
 
 def identify(place: str | Path) -> SourceFile:
     """The file's name, size and sha256; the content is read only if it changed. Raises SourceInvalid."""
-    return _identify_object(str(place)) if BUCKET.match(str(place)) else _identify_path(Path(place).absolute())
+    return _identify_object(str(place)) if is_in_bucket(str(place)) else _identify_path(Path(place).absolute())
 
 
 def _identify_path(path: Path) -> SourceFile:
@@ -29,7 +30,7 @@ def _identify_path(path: Path) -> SourceFile:
         fingerprint = digest([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])
         return SourceFile(path.name, status.st_size, _sha256(fingerprint, _pieces(path)), str(path))
     except OSError as error:
-        raise SourceInvalid(f"{path}: cannot be read: {error.strerror}. Check the path and its mode.") from error
+        raise SourceInvalid(f"{path}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -39,7 +40,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _identify_object(place: str) -> SourceFile:
-    store, key = bucket_of(place)
+    store, key = open_bucket(place)
     try:
         status = store.stat(key)
     except ObjectMissing as error:

@@ -55,7 +55,7 @@ def read_rows(
 
 
 def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Iterator[tuple[int, dict[str, object]]]:
-    """First byte and object of each row from number `row` on, which starts at `start_byte`."""
+    """The first byte and the object of each row, beginning with row number `row` at `start_byte`."""
     source = open_source(file)
     try:
         with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, BUFFER_BYTES) as body:
@@ -66,7 +66,9 @@ def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Ite
                     row += 1
                 start_byte += len(line)
     except OSError as error:
-        raise SourceInvalid(f"{file.place}: cannot be read: {error.strerror}. Check the path and its mode.") from error
+        raise SourceInvalid(
+            f"{file.place}: cannot be read: {error.strerror}. Check the path and its permissions."
+        ) from error
 
 
 def _parsed(line: bytes, place: str, row: int, text_column: str) -> dict[str, object]:

@@ -82,7 +82,7 @@ def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = 
         except OSError as error:
             raise StoreUnusable(
                 f"{file.place}: cannot download {file.size_bytes:,} bytes into {FOLDER}: {error.strerror}. Free some "
-                f"space there or change its mode, then run the same command again to continue."
+                f"space there or change its permissions, then run the same command again to continue."
             ) from error
         located = locate(store, file)
     on_progress(file.size_bytes)

@@ -64,16 +64,17 @@ def read_rows(
 
 @contextmanager
 def _opened(file: SourceFile, text_column: str) -> Iterator[pq.ParquetFile]:
-    """Open the file. Raises SourceInvalid for a wrong text column and for pyarrow's errors, also inside the block."""
+    """Open the file. Raises SourceInvalid for a wrong text column, and for pyarrow's errors here or in the block."""
     source = open_source(file)
     try:
         with pq.ParquetFile(source) as parquet:
             _check_text_type(parquet.schema_arrow, file.place, text_column)
             yield parquet
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
         raise SourceInvalid(
-            f"{file.place}: not a readable parquet file: {str(error).splitlines()[0]} "
-            f"It is truncated or damaged: download it again, or remove it from data.source."
+            f"{file.place}: cannot be read as parquet: {reason}. "
+            f"If the file is damaged, download it again; otherwise convert it, or remove it from data.source."
         ) from error
 
 

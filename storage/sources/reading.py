@@ -6,8 +6,9 @@ from pathlib import Path
 
 from storage.errors import SourceInvalid
 from storage.sources import hub
-from storage.sources.files import BUCKET, SourceFile, bucket_of
+from storage.sources.files import SourceFile
 from storage.sources.identity import identify
+from storage.stores.opening import is_in_bucket, open_bucket
 
 
 class RangeFile(io.RawIOBase):
@@ -45,16 +46,17 @@ def open_source(file: SourceFile) -> Path | RangeFile:
     """
     if file.place.startswith(hub.SCHEME):
         return RangeFile(file.size_bytes, lambda start, length: hub.read_range(file.place, start, length))
-    in_bucket = BUCKET.match(file.place) is not None
+    in_bucket = is_in_bucket(file.place)
     is_copy = file.place.endswith(file.key)
     # Rehashing is skipped for copies in a bucket, and for small Hub files, whose git id is not a sha256.
     is_trusted = is_copy and (in_bucket or hub.COMMIT.fullmatch(file.digest))
-    if not is_trusted and identify(file.place).digest != file.digest:
-        remedy = "Delete that copy. Run the command again." if is_copy else "Run the command again."
+    if not is_trusted and (digest := identify(file.place).digest) != file.digest:
+        remedy = "Delete this damaged copy, then run the command again." if is_copy else "Run the command again."
         raise SourceInvalid(
-            f"{file.place}: the file has changed since it was planned with sha256 {file.digest[:12]}…. {remedy}"
+            f"{file.place}: the file has changed since the plan: expected sha256 {file.digest[:12]}, "
+            f"found {digest[:12]}. {remedy}"
         )
     if not in_bucket:
         return Path(file.place)
-    store, key = bucket_of(file.place)
+    store, key = open_bucket(file.place)
     return RangeFile(file.size_bytes, lambda start, length: store.read_range(key, start, length))

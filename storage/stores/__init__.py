@@ -1,5 +1,6 @@
 """Object stores: one interface (`store.py`), implemented by a folder and by S3.
 
-A new kind of store is a module that implements `store.Store`, and a scheme in `opening._store_at`. If its objects are
-not local files, `BUCKET` and `bucket_of` of `sources.files` must accept the scheme too, to read mirrored files back.
+A new kind of store is a module that implements `store.Store`, and its scheme in `opening.py`: in `_store_at`, and for
+buckets also in `SCHEMES` and `open_bucket`, which read source files and mirrored files. Name the scheme in the help of
+`store_url` and `data.source` (`model/config.py`).
 """

@@ -58,7 +58,9 @@ class FolderStore(Store):
             return file.read(length)
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
-        conflict = Conflict(f"object {key!r} of store {self.url!r} has changed since it was read.")
+        conflict = Conflict(
+            f"object {key!r} of store {self.url!r} has changed since it was read. Run the command again."
+        )
         with self._writing(key, body) as (path, temporary):
             if etag is None:
                 try:

@@ -1,4 +1,4 @@
-"""Opens a store by its URL and checks its layout version. Independent of datasets and runs."""
+"""Opens a store by its URL and checks its layout version; opens buckets of others. Independent of datasets and runs."""
 
 import json
 import re
@@ -12,6 +12,8 @@ from storage.stores.store import Store
 
 LAYOUT = 1
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+SCHEMES = {"s3": False, "s3+http": True}  # of buckets; whether plain http to another host is permitted
+PLACE = re.compile(rf"({'|'.join(map(re.escape, SCHEMES))})://([^/]+)/(.+)")
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
@@ -36,23 +38,41 @@ def open_store(url: str, *, create: bool = False) -> Store:
     return store
 
 
+def is_in_bucket(place: str) -> bool:
+    """Whether a place is an object, a prefix or a pattern in a bucket, not a path on this host."""
+    return PLACE.match(place) is not None
+
+
+def open_bucket(place: str) -> tuple[Store, str]:
+    """The bucket of such a place, opened to read objects of any name, and the key in it."""
+    match = PLACE.fullmatch(place)
+    assert match is not None
+    scheme, bucket, key = match.groups()
+    return _s3_store(scheme, bucket, "", f"{scheme}://{bucket}", foreign=True), key
+
+
 def _store_at(url: str) -> Store:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         return FolderStore(Path(rest if separator else url).expanduser().absolute(), url)
-    if scheme not in ("s3", "s3+http"):
+    if scheme not in SCHEMES:
         raise StoreUnusable(
             f"store_url: unknown scheme {scheme!r}. Use a folder (--set store_url=./data) or s3://bucket/prefix."
         )
     bucket, _, prefix = rest.removesuffix("/").partition("/")
     if not BUCKET.fullmatch(bucket) or (prefix and not keys.is_key(prefix)):
         raise StoreUnusable(  # without the URL, which may contain a secret
-            "store_url: not of the form s3://bucket/prefix, with a bucket name and a prefix of letters, digits, '.', "
-            "'_' and '-'. Credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, not in the URL."
+            "store_url: expected s3://bucket/prefix. A bucket name has lower-case letters, digits, '.' and '-'; each "
+            "part of the prefix has letters, digits, '.', '_' and '-'. Both begin with a letter or a digit. Put "
+            "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, not in the URL."
         )
+    return _s3_store(scheme, bucket, prefix, url)
+
+
+def _s3_store(scheme: str, bucket: str, prefix: str, url: str, *, foreign: bool = False) -> Store:
     from storage.stores.s3 import S3Store  # boto3 takes 0.3 s to import, which a folder does not need
 
-    return S3Store(bucket, prefix, url, plain_http=scheme == "s3+http")
+    return S3Store(bucket, prefix, url, plain_http=SCHEMES[scheme], foreign=foreign)
 
 
 def _check_layout(url: str, body: bytes | bytearray) -> None:

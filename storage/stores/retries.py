@@ -26,7 +26,8 @@ class Backoff:
     def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
         """Sleep before the next try, or return False at once when that would pass the deadline.
 
-        The server's Retry-After is honoured up to a maximum. It extends the deadline by one try if necessary.
+        The server's Retry-After is honoured up to a maximum. If Retry-After is longer than the deadline, the
+        deadline becomes Retry-After plus one second.
         """
         now = time.monotonic()
         if received_bytes > self._received_bytes:

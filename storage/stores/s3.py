@@ -141,7 +141,9 @@ class S3Store(Store):
                     stored = self.read(key, len(body))
                     if stored.sha256 == sha256(body):
                         return stored.etag  # an earlier try was stored and only its response was lost
-            raise Conflict(f"object {key!r} of store {self.url!r} has changed since it was read.")
+            raise Conflict(
+                f"object {key!r} of store {self.url!r} has changed since it was read. Run the command again."
+            )
 
         return with_retries(self.url, f"write {key!r}", request)
 

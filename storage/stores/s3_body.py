@@ -54,7 +54,7 @@ class ResumableBody:
             if status(error) != 412:
                 raise
             self._restart()
-            raise Transient("the object was replaced while it was read") from error
+            raise Transient("the object was replaced while it was being read") from error
         with closing(response["Body"]) as stream:
             if parameters and response["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 self._restart()

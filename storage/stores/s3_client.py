@@ -146,5 +146,5 @@ def _check_transient(what: str, error: Exception, tries: int) -> float:
     if not isinstance(error, TRANSIENT):
         raise StoreUnusable(f"{what}: {error}. Check the AWS_* settings.") from error
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        raise StoreUnusable(f"{what}: {error}. Set AWS_CA_BUNDLE to the certificate of its authority.") from error
+        raise StoreUnusable(f"{what}: {error}. Set AWS_CA_BUNDLE to the certificate of the server's CA.") from error
     return 0.0

@@ -43,7 +43,11 @@ class Capabilities(NamedTuple):
 
 
 class Store(Protocol):
-    """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract."""
+    """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract.
+
+    A store retries requests itself. It raises StoreUnavailable when retries are used up, StoreUnusable for what a retry
+    cannot fix, and never an exception of the library that it uses. A bucket of others may hold keys of any form.
+    """
 
     url: str
 

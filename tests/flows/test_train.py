@@ -45,7 +45,7 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
     assert shown == [(3, "loss NaN  7 tokens/s")]
     assert len(drawn) == 1  # with the steps from before the restart
-    assert "nats a token" in drawn[0]
+    assert "nats per token" in drawn[0]
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ def test_an_intact_dataset_is_exit_code_0_at_every_depth(built: Built) -> None:
     total = len(built.rows)
     for options in ([], ["--quick"]):
         outcome = built.verify(*options)
-        assert (outcome.code, f"{total} of {total} shards are whole" in outcome.out) == (0, True), outcome
+        assert (outcome.code, f"{total} of {total} shards match the manifest" in outcome.out) == (0, True), outcome
     [facts] = built.verify("--deep", "5", "--json").json_lines
     assert facts == {
         "dataset": "small", "manifest": built.manifest.digest, "whole": total, "documents": 5, "damaged": [],
-        "mend": None,
+        "repair": None,
     }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_damage_is_exit_code_1_and_the_printed_command_repairs_only_that(api: st
     facts = json.loads(outcome.out)
     assert outcome.code == 1
     assert [damage["name"] for damage in facts["damaged"]] == [shard_id]
-    assert (facts["whole"], facts["mend"]) == (len(built.rows) - 1, printed)
+    assert (facts["whole"], facts["repair"]) == (len(built.rows) - 1, printed)
     program, *argv = shlex.split(printed)
     assert program == "gpt2"
     code, text = client.run_gpt2(*argv, cwd=built.folder, api=api)
@@ -160,7 +160,7 @@ def test_a_store_or_source_that_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, bui
     for path in (built.folder / "source").iterdir():
         path.unlink()
     outcome = built.verify("--deep", "5")
-    assert (outcome.code, "no such file" in outcome.error) == (2, True)
+    assert (outcome.code, "no .parquet or .jsonl file" in outcome.error) == (2, True)
     assert built.verify().code == 0  # the source is not needed for the rest
 
 

@@ -53,7 +53,7 @@ def write_half(path: Path) -> None:
 
 
 BAD_SOURCES = {
-    "no such file": (lambda folder: folder, ["bad.parquet", "no such file"]),
+    "no such file": (lambda folder: folder, ["bad.parquet", "no .parquet or .jsonl file"]),
     "cut in half": (lambda folder: write_half(folder / "bad.parquet"), ["bad.parquet"]),
     "no text column": (
         lambda folder: pq.write_table(pa.table({"body": ["a"], "id": ["b"]}), folder / "bad.parquet"),

@@ -127,5 +127,5 @@ def test_hosts_that_do_not_meet_fail_with_a_remedy_and_can_be_restarted(
         resources = ResourcesConfig(nodes=2, rendezvous=rendezvous)
         assert launch("./store", "runs/tiny/jobs/train.json", resources, 1) == 1
         error = capsys.readouterr().err
-        for fact in ("error: resources.rendezvous", rendezvous, "2 hosts", reason, "the first host first"):
+        for fact in ("error: resources.rendezvous", rendezvous, "2 hosts", reason, "beginning with the first host"):
             assert fact in error

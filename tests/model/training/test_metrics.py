@@ -71,5 +71,5 @@ def test_a_missing_tensorboard_is_refused_with_a_remedy(
     dataset: StoredDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"gpt2-pipeline\[tensorboard\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tensorboard\]'"):
         MetricsLog(dataset.store, "any", 1, [], tensorboard=str(tmp_path))

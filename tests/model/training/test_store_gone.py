@@ -43,7 +43,7 @@ SHORT_SECONDS = [
     (saver, "RETRY_SECONDS", 0.05),
     (trainer, "SAVE_WAIT_SECONDS", 0.02),
 ]
-NOT_STORED = "is not stored yet, the training goes on"
+NOT_STORED = "is not stored yet, training goes on"
 STALL_SECONDS = 60.0
 Matches = Callable[[Request], bool]
 

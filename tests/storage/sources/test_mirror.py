@@ -68,7 +68,7 @@ def test_a_copy_whose_bytes_changed_must_be_deleted(tmp_path: Path, hub: Hub) ->
     store = open_store(str(tmp_path / "changed"), create=True)
     copied = mirror(store, listed(store).files[0])
     Path(copied.place).write_bytes(bytes(copied.size_bytes))
-    with pytest.raises(SourceInvalid, match=r"Delete that copy.*again"):
+    with pytest.raises(SourceInvalid, match=r"Delete this damaged copy.*again"):
         open_source(copied)
 
 
