@@ -1,15 +1,15 @@
-"""Every error that storage raises about a store or a source file.
+"""Every error about a store or its contents, or about a source file.
 
 Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
 """
 
 
 class StorageError(Exception):
-    """The base class: a store or a source file is missing, damaged, changed, unusable or unreachable."""
+    """The base class of these errors."""
 
 
 class ObjectMissing(StorageError):
-    """The key does not exist."""
+    """An object, store, dataset version, run or checkpoint does not exist."""
 
 
 class AlreadyExists(StorageError):
@@ -17,7 +17,7 @@ class AlreadyExists(StorageError):
 
 
 class Conflict(StorageError):
-    """The object has changed since it was read, or another process holds the dataset's lease."""
+    """Another process has changed the object since it was read, or is working on the same dataset."""
 
 
 class ObjectCorrupt(StorageError):
@@ -25,7 +25,7 @@ class ObjectCorrupt(StorageError):
 
 
 class StoreUnusable(StorageError):
-    """The store cannot be opened, read or written at all."""
+    """A store, or a folder on this host, cannot be opened, read or written, and a retry cannot help."""
 
 
 class StoreUnavailable(StorageError):
@@ -37,7 +37,7 @@ class SourceUnavailable(StorageError):
 
 
 class SourceInvalid(StorageError):
-    """A source file cannot be read as documents."""
+    """A source file cannot be read, has changed, or has the wrong content."""
 
 
 class ShardCorrupt(StorageError):
@@ -45,8 +45,8 @@ class ShardCorrupt(StorageError):
 
 
 class DatasetMismatch(StorageError):
-    """A name in the store is bound to other settings."""
+    """A dataset or run in the store does not match the settings, the source files or another copy."""
 
 
 class CheckpointInvalid(StorageError):
-    """A checkpoint is damaged, or belongs to another model or dataset."""
+    """A checkpoint is damaged, or belongs to another run, model or process."""

@@ -1,7 +1,7 @@
 """Every key in the store is defined here and nowhere else.
 
-`FORMAT` holds the layout number; a reader refuses a higher number. `X.failure.json`, beside a record or result, holds
-the reason why its job last failed. Plural names are prefixes, which end in "/".
+`FORMAT` holds the layout number; a reader refuses a higher number. `X.failure.json`, beside a record or result, says
+why its job last failed. Plural names are prefixes, which end in "/".
 """
 
 import re
@@ -18,21 +18,21 @@ def check_name(kind: str, name: str) -> str:
     """Return the name if it can be one segment of a key. Raises ValueError otherwise."""
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{kind} {name!r} cannot be part of a key. Start with a letter or a digit and use only letters, digits, "
-            f"'.', '_' and '-', at most 200."
+            f"{kind} {name!r} cannot be part of a key. Start with a letter or a digit, and use at most 200 letters, "
+            f"digits, '.', '_' and '-'."
         )
     return name
 
 
 def as_name(text: str) -> str:
-    """The text with every character that a key cannot hold replaced by "_"; may be empty."""
+    """The text as part of a key: forbidden characters become "_", leading ".", "_", "-" are removed; may be empty."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")
 
 
 def check_key(key: str) -> str:
     """Return the key if every segment is a name, so that no key leaves the store. Raises ValueError otherwise."""
     for segment in key.split("/"):
-        check_name("the key", segment)
+        check_name("key segment", segment)
     return key
 
 
@@ -42,7 +42,7 @@ def is_key(text: str) -> bool:
 
 
 def probe(token: str) -> str:
-    """A key that probing a store writes and deletes."""
+    """A scratch key, deleted by the check that writes it."""
     return f"{TEMPORARY}{token}"
 
 
@@ -52,7 +52,7 @@ def source(digest: str, name: str) -> str:
 
 
 def listing(digest: str) -> str:
-    """What a Hub source held when it was last listed."""
+    """The files of a Hub source when it was last listed."""
     return check_key(f"sources/listings/{digest}.json")
 
 
@@ -62,7 +62,7 @@ def failure(key: str) -> str:
 
 
 def failed_job(key: str) -> str | None:
-    """The key of the job whose failure note has this key, or None if this is not the key of a job's failure note."""
+    """The key of the run's job whose failure note is at `key`; None if `key` is any other key."""
     ending = ".result.failure.json"
     return f"{key.removesuffix(ending)}.json" if key.endswith(ending) else None
 

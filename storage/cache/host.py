@@ -38,15 +38,15 @@ class HostCache:
     def open(self, sha256: str, fetch: Callable[[], Body]) -> BinaryIO:
         """The file with that sha256, fetched if it is not cached. Open or mapped files are not evicted.
 
-        Does not verify the bytes. Raises StoreUnusable if the folder cannot be written, and what `fetch` raises.
+        Does not verify the bytes. Raises StoreUnusable if the folder cannot be used, and what `fetch` raises.
         """
         path = self._path(sha256)
         try:
             return _open_locked(path) or self._fetch(path, fetch)
         except OSError as error:
             raise StoreUnusable(
-                f"cache {self._folder}: {error.strerror or error}. Free some space, lower resources.cache_bytes, or "
-                f"set HOME to a writable folder."
+                f"cache {self._folder}: {error.strerror or error}. Free some space, make the folder writable, "
+                f"or set HOME to another folder."
             ) from error
 
     def quarantine(self, sha256: str) -> None:
@@ -79,7 +79,7 @@ class HostCache:
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
-                self._make_room(len(body), self.used_bytes())  # others filled the disk: free as much as we need
+                self._make_room(len(body), self.used_bytes())  # other files filled the disk: free the size of this one
                 return _write(path, body)
 
     def _make_room(self, needed_bytes: int, limit_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Opens shards for reading: verified the first time a process opens them, then memory-mapped.
+"""Opens shards for reading: memory-mapped, and verified the first time a process opens them.
 
 Shards of a store that keeps its objects as local files are mapped in place; others are cached on this host.
 """
@@ -37,7 +37,7 @@ class ShardCache:
         self._prefetching = threading.Thread()
 
     def open(self, row: ShardRow) -> np.ndarray:
-        """The shard's token ids, uint16, mapped. Raises ShardCorrupt if the bytes do not match the manifest."""
+        """The shard's token ids, uint16, mapped. Raises ObjectMissing, or ShardCorrupt for wrong bytes."""
         return self._open(row)
 
     def prefetch(self, rows: list[ShardRow]) -> bool:

@@ -1,6 +1,6 @@
 """The documents of a source file in any format: tokens of all rows for a plan, text of some rows for a shard.
 
-Filters on columns decide which rows count. Text is read only when a shard is built. Tokenises nothing.
+Filters on columns decide which rows count. Tokenises nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ class Reader(Protocol):
     """The functions of a module that reads one format. Both raise SourceInvalid."""
 
     def count_tokens(self, file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
-        """Tokens of each row, as `rows` returns them. The filters need no text."""
+        """Tokens of each row, as `rows` returns them. No filter is on the text's length."""
 
     def read_rows(
         self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int
@@ -34,8 +34,8 @@ READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffi
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
     """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
 
-    Raises SourceInvalid for missing columns or a text column of another type. If `strict` and no filter is on a
-    column, also for null text.
+    Raises SourceInvalid for an unreadable file, a missing column or a text column of another type. If `strict` and no
+    filter is on a column, also for null text.
     """
     by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
     return _reader(file).count_tokens(file, text_column, by_column, strict=strict and not by_column)
@@ -52,10 +52,10 @@ def documents(
     skip_rows: frozenset[int] = frozenset(),
     names: tuple[str, ...] = (DUMP, ID),
 ) -> Iterator[Row]:
-    """The rows `row_from` to `row_to - 1` that pass the filters, with the `names` columns; without `skip_rows`.
+    """The rows `row_from` to `row_to - 1` that pass the filters, except `skip_rows`, with the `names` columns.
 
     `start_byte` is where row `row_from` starts in a JSON lines file; without it, the earlier lines are read too.
-    Raises SourceInvalid if the file ends before `row_to`.
+    Raises SourceInvalid if the file is unreadable, has changed, or ends before `row_to`.
     """
     conditions = [parse(text) for text in filters]
     others = [*names, *(condition.column for condition in conditions)]

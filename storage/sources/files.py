@@ -1,4 +1,4 @@
-"""Finds source files by path, folder or glob, on this host or in a bucket. Reads none of them."""
+"""Finds source files by path, folder or glob, on this host or in a bucket. Opens none of them."""
 
 import glob
 import os
@@ -61,7 +61,7 @@ def check_distinct(files: Sequence[SourceFile]) -> None:
         other = seen.setdefault((file.stem, file.digest), file)
         if other is not file:
             raise SourceInvalid(
-                f"{other.place}: the same file (name and content) as {file.place}. Remove one of them from data.source."
+                f"{other.place}: the same file (name and content) as {file.place}. Narrow data.source or delete a copy."
             )
 
 

@@ -1,7 +1,7 @@
 """Filters: conditions on columns that decide which rows of a source file count. Independent of the file format.
 
 A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dump in ["CC-MAIN-2024-10"]`. `length`
-is the document's number of characters. A plan ignores filters on it, since planning a parquet file reads no text.
+is the document's number of characters. A plan ignores filters on `length`, since planning a parquet file reads no text.
 """
 
 import ast
@@ -70,7 +70,7 @@ def parse(text: str) -> Filter:
 
 
 def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object]) -> bool:
-    """Whether a row passes all filters; a column that it lacks counts as null. Raises SourceInvalid."""
+    """Whether a row passes all filters; a missing column counts as null. Raises SourceInvalid."""
     return all(condition.keeps(columns.get(condition.column)) for condition in filters)
 
 

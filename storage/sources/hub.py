@@ -34,7 +34,8 @@ Result = TypeVar("Result")
 def resolve(dataset: str, revision: str) -> tuple[str, str]:
     """The current commit of a revision, and the licence from the dataset's card, in one request.
 
-    Raises ValueError if the dataset or revision does not exist, SourceUnavailable if the Hub does not respond.
+    Raises ValueError if the dataset or revision does not exist or is not accessible, SourceUnavailable if the Hub does
+    not respond.
     """
     info = _with_retries(
         f"{dataset} at {revision}", lambda: HfApi().dataset_info(dataset, revision=revision, timeout=READ_SECONDS)
@@ -48,19 +49,19 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
 
     Raises ValueError if the configuration, the split or a file format is not available.
     """
-    what = f"{dataset} ({config}) at {commit}"
+    what = f"{dataset} ({config or 'default'}) at {commit}"
     data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
     if split not in data_files:
         raise ValueError(
             f"{what}: no split {split!r}, only {', '.join(data_files)}. "
-            f"Choose another configuration: --set data.config=…"
+            f"Choose another dataset or configuration: --set data.config=…"
         )
     names = [_parse_place(place)[2] for place in data_files[split]]
     for name in names:
         if not name.endswith(SUFFIXES):
             raise ValueError(
-                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another configuration "
-                f"(--set data.config=…), or the parquet files that the Hub converts: "
+                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another dataset or "
+                f"configuration (--set data.config=…), or the parquet files that the Hub converts: "
                 f"--set data.revision=refs/convert/parquet"
             )
     entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
@@ -89,7 +90,8 @@ def read_range(place: str, start: int, length: int) -> bytes:
 def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
     """Download a file into `body`, continuing from its end, until its digest matches the published digest.
 
-    `on_progress` receives the number of bytes in `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests.
+    `on_progress` receives the number of bytes in `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests,
+    SourceUnavailable if the Hub does not respond.
     """
     for _ in range(DIGEST_TRIES):
         _with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
@@ -100,7 +102,7 @@ def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) 
     raise SourceInvalid(
         f"{file.place}: the download failed its checksum {DIGEST_TRIES} times (the Hub publishes {file.digest} for "
         f"{file.size_bytes:,} bytes, the last download has {digest}). "
-        f"A proxy or HF_ENDPOINT may be altering it: try another network path."
+        f"A proxy or HF_ENDPOINT may be altering it: try another network."
     )
 
 
@@ -157,8 +159,8 @@ def _with_retries(what: str, request: Callable[[], Result], received_bytes: Call
             if not backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
                 first_line = str(error).partition("\n")[0]
                 raise SourceUnavailable(
-                    f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {first_line}. "
-                    f"Check the network and HF_ENDPOINT, then run the same command again to continue."
+                    f"{what}: {backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: "
+                    f"{first_line}. Check the network and HF_ENDPOINT, then run the same command again to continue."
                 ) from error
 
 

@@ -16,11 +16,11 @@ from storage.stores.opening import is_in_bucket, open_bucket
 
 REMEMBERED = Path.home() / ".cache" / "gpt2-pipeline" / "digests"
 FILE_PIECE_BYTES = 1 << 20
-REQUEST_BYTES = 1 << 25  # of a bucket: 32 MiB
+REQUEST_BYTES = 1 << 25  # per request to a bucket
 
 
 def identify(place: str | Path) -> SourceFile:
-    """The file's name, size and sha256; the content is read only if it changed. Raises SourceInvalid."""
+    """The file's name, size and sha256; unchanged content is not read again. Raises SourceInvalid."""
     return _identify_object(str(place)) if is_in_bucket(str(place)) else _identify_path(Path(place).absolute())
 
 
@@ -51,7 +51,7 @@ def _identify_object(place: str) -> SourceFile:
 
 
 def _sha256(fingerprint: str, pieces: Iterator[bytes]) -> str:
-    """The cached sha256 of the fingerprint. If it is missing, hash the pieces and cache the result."""
+    """The sha256 cached under the fingerprint. If it is missing, hash the pieces and cache the result."""
     note = REMEMBERED / fingerprint[:2] / fingerprint
     with suppress(OSError, ValueError):
         sha256, _, checksum = note.read_text().partition(" ")

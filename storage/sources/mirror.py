@@ -1,7 +1,7 @@
 """Copies of Hub files in the store: each is downloaded once and stored under its published digest.
 
-A download goes to a folder on this host first and stays there if the process is killed, so the next one resumes it.
-Only a file with its published digest enters the store, so it is not downloaded again.
+A download goes to a folder on this host first. After a kill it stays there, and the next download resumes it.
+A file enters the store only if its digest matches, so a stored file is never downloaded again.
 """
 
 import fcntl
@@ -29,9 +29,10 @@ FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
 def list_source(store: Store, source: str, config: str, revision: str, split: str) -> tuple[Listing, str]:
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
-    A Hub dataset costs one request while its revision is the same commit: the store keeps the listing of a commit.
+    A Hub dataset costs at most one request while its revision is the same commit: the store keeps its listing.
     If the Hub does not respond, the stored listing is returned with the reason.
-    Raises ValueError if the source does not exist, SourceUnavailable if the Hub does not respond and no listing exists.
+    Raises ValueError if the source does not exist, SourceInvalid if a file cannot be read, SourceUnavailable if the
+    Hub does not respond and no listing is stored.
     """
     if not is_on_hub(source):
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -57,7 +58,7 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
 
 
 def locate(store: Store, file: SourceFile) -> SourceFile:
-    """The file with the best place to read it: its copy in the store, if the store has one."""
+    """The file with its place changed to its copy in the store, if the store has one."""
     if not file.place.startswith(hub.SCHEME):
         return file
     try:
@@ -72,8 +73,8 @@ def locate(store: Store, file: SourceFile) -> SourceFile:
 def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None) -> SourceFile:
     """Copy a Hub file into the store if it is missing there, and return the file with its new place.
 
-    `on_progress` receives the number of bytes downloaded so far. Raises StoreUnusable if this host's disk is full,
-    SourceInvalid and SourceUnavailable as `hub.fetch`.
+    `on_progress` receives the number of bytes downloaded so far. Raises StoreUnusable if the download cannot be
+    written on this host, and what `hub.fetch` raises.
     """
     located = locate(store, file)
     if located.place.startswith(hub.SCHEME):

@@ -14,7 +14,7 @@ from storage.sources.filters import Filter, check_columns, keeps_row
 from storage.sources.reading import open_source
 from storage.sources.rows import COUNT_COLUMN, EOT_TOKENS, MOST_TOKENS, RowTokens, estimated_tokens
 
-ROWS_AT_ONCE = 250  # of a row group of 1,000 or more: 1,000 at once take 30 MB more per worker and save no time
+ROWS_AT_ONCE = 250  # 1,000 at once take 30 MB more per worker and save no time
 
 
 def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
@@ -51,7 +51,7 @@ def read_rows(
         starts = np.cumsum([0, *sizes])
         groups = [group for group in range(len(sizes)) if starts[group] < row_to and starts[group + 1] > row_from]
         first = int(starts[groups[0]]) if groups else 0
-        # One call a group: pyarrow holds all groups of a call in memory.
+        # One call per group: pyarrow holds all groups of a call in memory.
         batches = (batch for group in groups for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], names))
         for batch in batches:
             start, stop = max(row_from - first, 0), min(row_to - first, batch.num_rows)

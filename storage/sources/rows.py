@@ -52,6 +52,6 @@ def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:
 
 
 def no_text(row: Row, text_column: str) -> str:
-    """The reason why a row whose text is not a string cannot be tokenised."""
+    """Why a row whose text is not a string cannot be tokenised."""
     shown = "null" if row.text is None else f"{type(row.text).__name__} {str(row.text)[:40]!r}"
     return f"column {text_column!r} should hold text, found {shown}"

@@ -21,13 +21,14 @@ from storage.errors import Conflict, ObjectMissing, StoreUnusable
 from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, Store, check_conditions, check_size
 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
-DENIED = "Permission denied: change the folder's owner or mode, or choose another store."
-REMEDIES = {
-    errno.ENOSPC: "The disk is full: free some space, then run the same command again to continue.",
-    errno.EDQUOT: "The disk quota is used up: free some space, then run the same command again to continue.",
+FULL = "Free some space, then run the same command again to continue."
+DENIED = "Change the folder's owner or permissions, or choose another store."
+REMEDIES = {  # each follows the system's own text, as in "Permission denied"
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
-    errno.EROFS: "The file system is read-only: mount it writable, or choose another store.",
+    errno.EROFS: "Mount it writable, or choose another store.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Opens a store by its URL and checks its layout version; opens buckets of others. Independent of datasets and runs."""
+"""Opens stores by URL, checking their layout version, and buckets of source files. Independent of datasets and runs."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from storage.stores.store import Store
 
 LAYOUT = 1
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-SCHEMES = {"s3": False, "s3+http": True}  # of buckets; whether plain http to another host is permitted
+SCHEMES = {"s3": False, "s3+http": True}  # of buckets, and whether each permits plain http to another host
 PLACE = re.compile(rf"({'|'.join(map(re.escape, SCHEMES))})://([^/]+)/(.+)")
 
 
@@ -20,7 +20,7 @@ def open_store(url: str, *, create: bool = False) -> Store:
     """Open the store at `url`: a folder (`./data` or `file:///…`) or `s3://bucket/prefix`.
 
     `s3+http://` permits a plain http endpoint on another host. Raises ObjectMissing if the store does not exist,
-    unless `create` is set. Raises StoreUnusable for an invalid URL and for a newer layout.
+    unless `create` is set. Raises StoreUnusable for an invalid URL and for an unreadable or newer layout.
     """
     store = _store_at(url)
     try:
@@ -44,7 +44,7 @@ def is_in_bucket(place: str) -> bool:
 
 
 def open_bucket(place: str) -> tuple[Store, str]:
-    """The bucket of such a place, opened to read objects of any name, and the key in it."""
+    """The bucket of a place, opened to read objects of any name, and the key or pattern in it."""
     match = PLACE.fullmatch(place)
     assert match is not None
     scheme, bucket, key = match.groups()

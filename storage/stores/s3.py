@@ -1,7 +1,7 @@
 """A store in an S3 bucket: MinIO, SeaweedFS, AWS and compatible servers. Independent of datasets and runs.
 
 Every put carries its SHA-256 and a condition. Every body is hashed while it streams, and resumed if a connection drops.
-A write whose response was lost is recognised by reading the object back: writers that must differ store a commit_id.
+A write whose response was lost is recognised by its stored bytes, so writes that must not be confused hold a commit_id.
 """
 
 import mimetypes
@@ -120,7 +120,7 @@ class S3Store(Store):
         return str(client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=LINK_SECONDS))
 
     def _swap_by(self, send: Callable[..., Any], key: str, body: Body, etag: str | None) -> str:
-        """Call `send` if the object has `etag` (None: is absent), however many responses are lost. Raises Conflict."""
+        """Call `send` if the object has `etag` (None: is absent), even if a response is lost. Raises Conflict."""
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         tries = 0
 
@@ -128,7 +128,7 @@ class S3Store(Store):
             nonlocal tries
             tries += 1
             try:
-                # Check before resending a body: MinIO refuses a long one by closing the connection.
+                # Check before resending: MinIO refuses a long body by closing the connection.
                 if tries == 1 or self._etag(key) == etag:
                     return str(send(**condition)["ETag"])
             except ClientError as error:
@@ -150,7 +150,7 @@ class S3Store(Store):
     @contextmanager
     def _uploaded_parts(self, key: str, body: Body) -> Iterator[Any]:
         """Upload the parts and yield the parameters that complete the object. An error aborts the upload."""
-        begun = self._request(f"begin {key!r}", "create_multipart_upload", key, ChecksumAlgorithm="SHA256")
+        begun = self._request(f"begin upload of {key!r}", "create_multipart_upload", key, ChecksumAlgorithm="SHA256")
 
         def put(start: int) -> dict[str, Any]:
             part = bytes(memoryview(body)[start : start + PART_BYTES])
@@ -188,7 +188,7 @@ class S3Store(Store):
         return server
 
     def _receive(self, key: str, limit_bytes: int, start: int | None = None) -> ResumableBody:
-        body = ResumableBody(limit_bytes, start)
+        body = ResumableBody(f"object {key!r} of store {self.url!r}", limit_bytes, start)
         request = partial(body.receive, partial(self._call, "get_object", key))
         return with_retries(self.url, f"read {key!r}", request, lambda: body.received_bytes)
 

@@ -21,10 +21,10 @@ AT_ONCE_BYTES = 1 << 26  # pieces cost a copy: 6 ms for 20 MB, a sixth of the re
 
 
 class ResumableBody:
-    """The bytes received so far of a whole object of at most `limit_bytes`, or of `limit_bytes` from `start`."""
+    """The bytes received so far: of a whole object of at most `limit_bytes`, or of `limit_bytes` from `start`."""
 
-    def __init__(self, limit_bytes: int, start: int | None = None) -> None:
-        self._limit_bytes, self._start = limit_bytes, start
+    def __init__(self, name: str, limit_bytes: int, start: int | None = None) -> None:
+        self._name, self._limit_bytes, self._start = name, limit_bytes, start
         self._in_pieces = False
         self._restart()
 
@@ -46,7 +46,7 @@ class ResumableBody:
         return {}
 
     def receive(self, get_object: Callable[..., Any]) -> Self:
-        """Request and read what is missing. Raises ObjectCorrupt, before allocating, if the object is too large."""
+        """Read the missing bytes. Raises Transient, or ObjectCorrupt before allocating if the object is too large."""
         parameters = self._request_parameters()
         try:
             response = get_object(**parameters)
@@ -63,7 +63,7 @@ class ResumableBody:
                 self._size_bytes = response["ContentLength"]
                 self.etag = response["ETag"]
                 self.stored_sha256 = stored_sha256(response)
-                check_size("the object", self._size_bytes, self._limit_bytes)
+                check_size(self._name, self._size_bytes, self._limit_bytes)
             if self._in_pieces or self._size_bytes > AT_ONCE_BYTES:
                 self._read_pieces(stream)
             else:
@@ -85,7 +85,7 @@ class ResumableBody:
 
 
 def stored_sha256(response: Any) -> str | None:
-    """The sha256 of the whole object in hex, or None: the server keeps another checksum of a multipart upload."""
+    """The stored sha256 of the whole object in hex; None if the server has none, as after a multipart upload."""
     value = response.get("ChecksumSHA256", "")
     if not value or "-" in value or response.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
         return None

@@ -34,8 +34,8 @@ NETWORK = (OSError, HTTPError, exceptions.ConnectionError, exceptions.HTTPClient
 TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, Transient)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
 REMEDIES = {
-    "NoSuchBucket": "Create the bucket (aws s3 mb, or mc mb), or correct its name in store_url.",
-    "AccessDenied": "Access denied: grant the permission, or use other credentials.",
+    "NoSuchBucket": "Create the bucket (aws s3 mb, or mc mb), or correct its name.",
+    "AccessDenied": "Grant the permission, or use other credentials.",
     "InvalidAccessKeyId": f"The server does not know this access key. {CREDENTIALS}",
     "SignatureDoesNotMatch": f"The secret does not belong to the access key. {CREDENTIALS}",
     "ExpiredToken": "The session token has expired: get a new one.",
@@ -92,8 +92,8 @@ def check_endpoint(url: str, endpoint: str, *, plain_http: bool) -> None:
     if parts.scheme == "https" or plain_http or parts.hostname in ("localhost", "127.0.0.1", "::1"):
         return
     raise StoreUnusable(
-        f"store {url!r}: its endpoint should be https, found {parts.scheme}://{parts.hostname}. Use https, or in a "
-        f"private network write s3+http:// instead of s3:// in store_url."
+        f"store {url!r}: its endpoint should be https, found {parts.scheme}://{parts.hostname}. Use https, or on a "
+        f"private network write s3+http:// instead of s3://."
     )
 
 
@@ -113,7 +113,7 @@ def with_retries(
             retry_after_seconds = _check_transient(what, error, backoff.tries)
             if not backoff.wait(retry_after_seconds, received_bytes()):
                 raise StoreUnavailable(
-                    f"{what}: failed {backoff.tries} tries in {backoff.stalled_seconds:.0f} s, last: {error}. "
+                    f"{what}: {backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: {error}. "
                     f"Check that the server runs and AWS_ENDPOINT_URL is its address, then run the same command again."
                 ) from error
             if backoff.tries == WARN_AFTER_TRIES:

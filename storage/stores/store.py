@@ -46,7 +46,7 @@ class Store(Protocol):
     """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract.
 
     A store retries requests itself. It raises StoreUnavailable when retries are used up, StoreUnusable for what a retry
-    cannot fix, and never an exception of the library that it uses. A bucket of others may hold keys of any form.
+    cannot fix, and never an exception of the library that it uses. A bucket of source files may hold keys of any form.
     """
 
     url: str
@@ -86,7 +86,7 @@ class Store(Protocol):
         """The object's file, if the store keeps its objects as files on this host."""
 
     def link(self, key: str, endpoint: str = "") -> str:
-        """A URL with which a browser can read only this object, for LINK_SECONDS; in a bucket, through `endpoint`."""
+        """A URL for a browser to read only this object; a bucket's uses `endpoint` and expires after LINK_SECONDS."""
 
 
 def check_conditions(store: Store, server: str) -> None:
@@ -114,7 +114,7 @@ def check_size(name: str, size_bytes: int, limit_bytes: int) -> None:
     """Raise ObjectCorrupt for an object that is larger than expected."""
     if size_bytes > limit_bytes:
         raise ObjectCorrupt(
-            f"{name} has {size_bytes:,} bytes, at most {limit_bytes:,} were expected. "
+            f"{name} has {size_bytes:,} bytes, more than the limit of {limit_bytes:,}. "
             f"Delete it, then repeat the command that wrote it."
         )
 

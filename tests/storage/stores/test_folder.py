@@ -147,7 +147,7 @@ def test_a_read_only_folder_can_be_read_and_every_write_names_a_remedy(open_fold
     for line in written:
         assert line.startswith("StoreUnusable")
         assert str(open_folder) in line
-        assert "owner or mode" in line
+        assert "owner or permissions" in line
     assert files(open_folder) == before
 
 
@@ -166,7 +166,7 @@ def test_a_store_cannot_be_created_in_a_read_only_folder(open_folder: Path) -> N
     assert missing.startswith("ObjectMissing")
     assert unusable.startswith("StoreUnusable")
     assert str(open_folder / "store") in unusable
-    assert "owner or mode" in unusable
+    assert "owner or permissions" in unusable
     assert list(open_folder.iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def test_a_folder_without_permission_is_unusable(open_folder: Path, below: str) 
     printed = as_nobody(OPEN, closed / below).splitlines()
     closed.chmod(0o755)
     assert [line.split()[0] for line in printed] == ["StoreUnusable"] * 2
-    assert all("owner or mode" in line for line in printed)
+    assert all("owner or permissions" in line for line in printed)
 
 
 LIST = """
@@ -200,7 +200,7 @@ def test_an_incomplete_listing_is_refused(open_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "fact"),
-    [(errno.ENOSPC, "full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only"), (errno.EIO, "disk")],
+    [(errno.ENOSPC, "Free"), (errno.EDQUOT, "Free"), (errno.EROFS, "writable"), (errno.EIO, "disk")],
 )
 def test_a_write_that_the_disk_refuses_leaves_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fact: str

@@ -58,7 +58,7 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
 def test_an_object_over_the_size_limit_is_refused(store: Store) -> None:
     store.put_new("key", b"some bytes")
     assert store.read("key", 10).body == b"some bytes"
-    with pytest.raises(ObjectCorrupt, match=r"10 bytes.*at most 9"):
+    with pytest.raises(ObjectCorrupt, match=r"key.*10 bytes.*limit of 9"):
         store.read("key", 9)
 
 
