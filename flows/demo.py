@@ -1,7 +1,7 @@
 """The demo's corpus: English prose from the documentation inside every Python installation, as parquet files.
 
 It reads the docstrings of the standard library and the language's help topics from their source files; nothing is
-imported or downloaded. One Python version always gives the same documents in the same order.
+imported or downloaded. One Python installation always gives the same documents in the same order.
 """
 
 import ast
@@ -25,19 +25,19 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 COMMON_WORDS = frozenset(
     "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905
 )
-LEAST_WORDS = 8  # of a paragraph
-LEAST_COMMON = 0.2  # share of common words in a paragraph; tables and lists of options have fewer
+LEAST_WORDS = 8  # per paragraph
+LEAST_COMMON = 0.2  # share of common words in a paragraph; lower in tables and lists of options
 CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in it
-LEAST_TOKENS = 24  # of a document
+LEAST_TOKENS = 24  # per document
 MINUTES = 3  # duration of deploy/configs/demo.toml on 2 cores
-FIXED_MINUTES = 1  # of MINUTES, for any number of steps: Prefect, corpus, shards, evaluation, report
+FIXED_MINUTES = 1  # the part of MINUTES that does not grow with the steps: Prefect, corpus, shards, evaluation, report
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def lasting(config: RunConfig, minutes: int) -> RunConfig:
-    """Scale the demo's steps so that it takes about `minutes` minutes, as a run with another name.
+    """Scale the demo's training steps so that the demo takes about `minutes` minutes.
 
-    The name differs because a run is pinned to its settings.
+    A duration other than MINUTES gets its own run name, since a run is pinned to its settings.
     """
     if minutes == MINUTES:
         return config
@@ -70,7 +70,7 @@ def prose(text: str) -> str:
     """The paragraphs that are English sentences, each on one line."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     kept = "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
-    return kept.encode(errors="replace").decode()  # some docstrings show lone surrogates, which parquet cannot store
+    return kept.encode(errors="replace").decode()  # some docstrings contain lone surrogates, which parquet cannot store
 
 
 def _is_prose(paragraph: str) -> bool:

@@ -1,7 +1,7 @@
 """The console script `gpt2`: its entry point, and the verbs that run the pipeline or one of its stages.
 
 A verb reads the configuration, calls the flow or function that does the work, and prints the outcome. Verbs import
-flows inside the function: Prefect takes 3 s and reads its settings from the environment.
+flows inside the function: importing Prefect takes 3 s and reads settings from the environment.
 """
 
 import os
@@ -52,22 +52,22 @@ def main(argv: list[str] | None = None) -> None:
 def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2))] = 3, verbose: Verbose = False) -> None:
     """Run the whole pipeline offline: train and evaluate a small GPT-2 on Python's own documentation.
 
-    Writes to ./data, ./.gpt2 and ~/.cache/gpt2-pipeline. A second run skips the steps that are done.
-    The number of training steps grows with --minutes, at a rate measured on 2 cores. Another duration than the default
+    Writes to ./data, ./.gpt2 and ~/.cache/gpt2-pipeline. Running it again skips finished stages.
+    The number of training steps grows with --minutes, at a rate measured on 2 cores. A duration other than the default
     is a separate run, such as demo-15.
 
     Example: gpt2 demo --minutes 15
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
 
     Args:
-        minutes: Approximate total time on 2 idle cores; sets the number of steps.
+        minutes: Approximate total time on 2 idle cores; sets the number of training steps.
     """
     config = lasting(load_config(models.CONFIGS / "demo.toml", []), minutes)
     started = time.monotonic()
     with console.status("writing the corpus from Python's own documentation"):
         write_corpus(Path(config.data.source).parent)
     _pretrain(config, verbose)
-    say("took", f"{time.monotonic() - started:,.0f} s; run the same command again and every step is already done")
+    say("took", f"{time.monotonic() - started:,.0f} s; run the same command again and every stage is already done")
 
 
 @app.command
@@ -85,9 +85,9 @@ def pretrain(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None
 
 @app.command
 def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
-    """Repeat the last request for a run or dataset: only what failed or is missing is run.
+    """Repeat the last request for a run or dataset, running only what failed or is missing.
 
-    The settings come from that request; --set changes one. From --config, only store_url is used.
+    The settings come from that request; --set overrides them. From --config, only store_url is used.
 
     Example: gpt2 retry gpt2-124m --set resources.workers=1
 
@@ -110,7 +110,7 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
 
 @app.command
 def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose = False) -> None:
-    """Train to the last step, on the dataset's newest version or on the version that the run is pinned to.
+    """Train to the last step, on the dataset version that the run is pinned to. A new run uses the newest version.
 
     Run the same command again after a failure or Ctrl-C: it continues from the newest checkpoint.
 
@@ -137,7 +137,7 @@ def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose 
 def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbose: Verbose = False) -> None:
     """Evaluate the newest checkpoint (validation loss, HellaSwag or a completion set, samples), then write the report.
 
-    Every kept checkpoint: --set evaluation.checkpoint=every. For step 5000: --set evaluation.checkpoint=5000.
+    To evaluate every kept checkpoint, add --set evaluation.checkpoint=every; for one checkpoint, give its step.
 
     Example: gpt2 evaluate --model path/to/gpt2
     Next: gpt2 report
@@ -157,13 +157,13 @@ def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbos
 
 @app.command
 def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -> None:
-    """Write the report of a run again, or one page that compares several runs.
+    """Write the report of a run again, or write one page that compares several runs.
 
     Example: gpt2 report small large --to both.html
 
     Args:
         names: The runs; by default the run that the configuration names.
-        to: The .html or .md file to write. By default: the store for one run, RUN-RUN.html here for several.
+        to: The .html or .md file to write (default: the store for one run, ./RUN-RUN.html for several).
     """
     from flows.pages.run_report import write_page, write_report
 
@@ -194,7 +194,7 @@ def _print_summary(reported: Reported, config: RunConfig) -> None:
         say("dataset", f"{dataset.name}: {counts}, manifest {dataset.version.digest}")
     training = reported.training
     loss = ""
-    if training.last_loss is not None:  # else a model that was imported, not trained here
+    if training.last_loss is not None:  # None for an imported model
         loss = f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
     say("training", f"{training.steps:,} steps{loss}")
     for result in reported.evaluations:

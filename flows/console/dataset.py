@@ -47,7 +47,7 @@ def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
 
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
-    """Run the flow of the same name."""
+    """Check the inputs, then run the flow of the same name."""
     check_inputs(config)
     with prefect(verbose):
         from flows.pretrain import build_dataset as flow
@@ -65,16 +65,16 @@ def verify(
     repair: bool = False,
     verbose: Verbose = False,
 ) -> int:
-    """Prove that the dataset's newest version is intact. By default this reads every byte of it.
+    """Check that the dataset's newest version is intact. By default this reads every byte.
 
-    Exit code 0: intact. 1: damaged; the repair command is printed if there is one. 2: not checked.
+    Exit code 0: intact or repaired. 1: damaged; prints any repair command. 2: could not check or repair.
 
     Example: gpt2 dataset verify --deep 100
     Next, when something is damaged: gpt2 dataset verify --repair
 
     Args:
         quick: Compare only sizes and the checksums that the store keeps.
-        deep: Also tokenise this many random documents of the source again.
+        deep: Also tokenise this many random source documents again and compare them with the shards.
         repair: Rebuild the damaged shards.
     """
     if as_json and repair:
@@ -115,23 +115,23 @@ def verify(
 
 
 def _at_commit_of(manifest: Manifest, data: DataConfig) -> DataConfig:
-    """The settings, with a Hub dataset at the commit that the version was made from."""
+    """The settings, with `revision` set to the version's commit if the source is its Hub dataset."""
     if data.source != manifest.origin.get("dataset"):
         return data
     return data.model_copy(update={"revision": manifest.origin["commit"]})
 
 
 def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
-    """Delete the records of these shards, so that the next build makes them again and replaces the damaged ones.
+    """Delete the records of these shards, so that the next build replaces the damaged shards.
 
-    Raises ValueError, and deletes nothing, when the source no longer contains one of them.
+    Raises ValueError, and deletes nothing, when the source and settings no longer give all of these shards.
     """
     plans = plan_files(store, data.dataset, files, data.spec(tokenizer.identity()).settings)
     missing = shard_ids.difference(*(plan.shard_ids for plan in plans))
     if missing:
         raise ValueError(
-            f"--repair: {len(missing):,} damaged shards ({min(missing)!r} first) cannot be rebuilt from data.source = "
-            f"{data.source!r} with these settings. Restore the old source files and the settings of the first build, "
+            f"--repair: {len(missing):,} damaged shards (first: {min(missing)}) cannot be rebuilt from data.source = "
+            f"{data.source!r} with these settings. Restore the source files and settings of the build that made them, "
             f"or build another dataset."
         )
     for shard_id in sorted(shard_ids):
@@ -140,7 +140,7 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
 
 @dataset_app.command
 def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
-    """Look for leaks: documents of val in train, duplicates in train, HellaSwag items in train.
+    """Look for leaks: val documents in train, duplicates in train, HellaSwag items in train.
 
     The leak report is stored beside the manifest. HellaSwag is downloaded once, unless evaluation.hellaswag is a file.
 
@@ -156,7 +156,7 @@ def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
 
 @dataset_app.command
 def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
-    """Copy all versions of the dataset to another store, and verify each shard that is copied.
+    """Copy all versions of the dataset to another store, and verify each copied shard.
 
     Run the same command again after a failure or Ctrl-C: it copies only what is missing.
 
@@ -164,7 +164,7 @@ def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
     Next: gpt2 dataset verify --set store_url=s3://bucket/prefix
 
     Args:
-        to: The other store: a folder or s3://bucket/prefix.
+        to: The target store: a folder or s3://bucket/prefix.
     """
     config, store = settings.load_with_store()
     target = open_store(to, create=True)

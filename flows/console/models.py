@@ -62,7 +62,7 @@ def export(to: Path, /, *, settings: Settings = DEFAULTS) -> None:
 
 @app.command(name="import", group=MODELS)
 def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
-    """Import a GPT-2 in Hugging Face format as step 0 of a new run: evaluate it, or start other runs from it.
+    """Import a GPT-2 in Hugging Face format as step 0 of a new run, to evaluate it or start other runs from it.
 
     Example: gpt2 import path/to/gpt2 --set name=imported
 
@@ -82,8 +82,8 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     """Import the folder, unless it is already imported. Returns the configuration that evaluates it.
 
-    The run is named after the folder when the configuration does not name it. Raises ValueError for a folder without a
-    GPT-2, or when the run holds another model.
+    The run is named after the folder when the configuration has the default name. Raises ValueError for a folder
+    without a GPT-2, or when the run holds another model.
     """
     model = read_model_config(folder)
     name = config.name
@@ -103,5 +103,5 @@ def _check_shape(folder: Path, configured: ModelConfig, imported: ModelConfig) -
         fields = " ".join(f"--set model.{name}={value}" for name, value in imported.model_dump().items())
         options = " or ".join([*(f"--config {file}" for file in presets), fields])
         raise ValueError(
-            f"cannot import {folder}: its config.json differs: {'; '.join(differing)}. Use its shape: {options}"
+            f"cannot import {folder}: its shape differs from the configuration: {'; '.join(differing)}. Use {options}"
         )

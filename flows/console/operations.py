@@ -30,12 +30,12 @@ def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
         if line.error:
             console.print(f"{'':<20} failed: {line.error}", style="red")
     if not lines:
-        console.print(f"{store.url} is empty. Start with: gpt2 demo")
+        console.print(f"{store.url} has no runs or datasets. Start with: {settings.command('pretrain')}")
 
 
 @app.command(group=INSPECT)
 def doctor(*, settings: Settings = DEFAULTS) -> int:
-    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; its line has the remedy.
+    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; its line says why.
 
     Example: gpt2 doctor --set store_url=s3://bucket/prefix
     """
@@ -64,7 +64,7 @@ def gc(
     Example: gpt2 gc --delete --grace-days 1
 
     Args:
-        delete: Delete the listed objects. Without this option nothing changes.
+        delete: Delete what is listed. Without this option nothing changes.
         grace_days: Keep everything that was written in the last N days.
     """
     _, store = settings.load_with_store()
@@ -77,7 +77,7 @@ def gc(
     what = f"{count:,} objects and files, {size_bytes / 1e6:,.1f} MB, older than {grace_days:g} days"
     say("gc", f"{what}: {'deleted' if delete else 'nothing was deleted'}")
     if count and not delete:
-        say("to delete", settings.command("gc --delete"))
+        say("to delete", settings.command(f"gc --delete --grace-days {grace_days:g}"))
 
 
 @app.command(group=SERVICE)
@@ -87,9 +87,9 @@ def serve(
     """Run Prefect's server and UI, the deployments and their workers for this folder, until Ctrl-C.
 
     The forms in the UI start from the settings given here. Schedules start paused; switch them on in the UI.
-    Other verbs in this folder use the same server.
+    Other gpt2 commands in this folder use this server.
 
-    Ctrl-C cancels the active runs. A training run saves a checkpoint first, and a retry continues from it.
+    Ctrl-C cancels the active runs; training has 8 s to save a checkpoint. Retries continue from the newest checkpoint.
 
     Example: gpt2 serve --port 4300
     Next: open the printed address, or run gpt2 demo in another terminal.
@@ -108,7 +108,7 @@ def serve(
         say("one click", f"http://127.0.0.1:{port}/deployments: pretrain, demo, train, evaluate, dataset-refresh")
         say("commands", "gpt2 demo, gpt2 pretrain, … in another terminal use this server. Ctrl-C here stops it")
         wait_for_end(processes)
-        say("stopping", "active runs are cancelled; a retry continues from the store")
+        say("stopping", "cancelling active runs; a retry continues from the store")
     say("stopped", "")
 
 
@@ -116,12 +116,12 @@ def serve(
 def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
     """Register pools, deployments and automations with the Prefect server at PREFECT_API_URL. Idempotent.
 
-    The forms in the UI start from the settings given here. Manual changes and pauses are kept.
+    The forms in the UI start from the settings given here. Objects that you paused stay paused.
 
     Example: gpt2 bootstrap --notify slack-webhook/team
 
     Args:
-        notify: The Prefect notification block (TYPE/NAME) that gets a message for each failed run.
+        notify: The Prefect notification block (TYPE/NAME) that gets a message for each failed or crashed run.
     """
     from flows.platform.server import named_server
 

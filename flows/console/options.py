@@ -1,6 +1,6 @@
 """What the verbs share: the two apps, options, terminal output, checks of the inputs, and running a flow.
 
-Importing Prefect takes 3 s and reads its settings from the environment, so the functions import it, not this module.
+Importing Prefect takes 3 s and reads settings from the environment, so only functions import it.
 """
 
 import os
@@ -44,7 +44,7 @@ INSPECT = Group.create_ordered("Inspect and clean up")
 SERVICE = Group.create_ordered("Run as a service")
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
-RECORDS_SECONDS = 15.0  # Prefect writes its records of task runs after they end
+RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
@@ -66,7 +66,7 @@ class Settings:
         return load_config(self.file, list(self.overrides))
 
     def load_with_store(self) -> tuple[RunConfig, Store]:
-        """The configuration and its store. Raises ValueError, and ObjectMissing when the store does not exist yet."""
+        """The configuration and its store. Raises ValueError, or StorageError when the store cannot be opened."""
         config = self.load()
         return config, open_store(config.store_url)
 
@@ -106,7 +106,7 @@ def check_inputs(config: RunConfig) -> None:
         if items and not sources.is_on_hub(items) and not Path(items).is_file():
             raise ValueError(
                 f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset or a .jsonl or .parquet file of "
-                f"items, or leave it empty."
+                f"items, or set it to ''."
             )
     open_store(config.store_url, create=True)
 

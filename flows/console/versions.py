@@ -18,7 +18,7 @@ from storage.inspection.summary import summarise
 
 Version = Annotated[str, Parameter(help="A version: the first characters of its manifest's digest.")]
 Format = Annotated[Literal["nanogpt", "llmc"], Parameter("--format", help="The program that will read the files.")]
-STEP_TEXT_CHARACTERS = 160  # of each document; a single window shows all of its text
+STEP_TEXT_CHARACTERS = 160  # of each document; --window shows the full text
 
 
 @dataset_app.command
@@ -26,7 +26,7 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
     """List the dataset's versions, newest first: when each was sealed, its size and what it changed.
 
     Example: gpt2 dataset log --set data.dataset=mine
-    Next: gpt2 dataset diff A B compares two of them
+    Next: gpt2 dataset diff A B compares two versions
     """
     config, store = settings.load_with_store()
     dataset = config.data.dataset
@@ -84,7 +84,7 @@ def show(
 
     config, store = settings.load_with_store()
     manifest = versions.find_version(store, config.data.dataset, version)
-    with console.status("reading the records of its shards"):
+    with console.status("reading the shards' records"):
         card = summarise(store, config.data.dataset, manifest)
     if html is not None:
         _write_page(html, page(card))
@@ -116,9 +116,9 @@ def trace(
 ) -> None:
     """Show the source documents of a window or of a training step: file, row, id, URL and text.
 
-    Windows of train are counted in training order, those of val in validation order.
+    Train windows are counted in training order, val windows in validation order.
     The run is the one that the configuration names (--set name=NAME).
-    If it was never started, its settings are applied to the dataset's newest version.
+    If it was never started, the configuration is applied to the dataset's newest version.
 
     Example: gpt2 dataset trace --step 100
 

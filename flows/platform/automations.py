@@ -14,7 +14,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 TAG = "gpt2"
 HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
 RESTART_SECONDS = 20  # a worker reports a crash twice; the second report must not hit the restarted run
-MAX_CRASHES, CRASH_MINUTES = 8, 15  # for runs that crash at once: a missing heartbeat takes 2 minutes to detect
+MAX_CRASHES, CRASH_MINUTES = 8, 15  # only instant crashes reach this: a missing heartbeat takes 2 minutes to detect
 
 MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
 RESTART = "gpt2: restart crashed runs"
@@ -86,7 +86,7 @@ def notify(block_id: UUID) -> AutomationCore:
 
 
 def _silence_after(event: str, seconds: int) -> EventTrigger:
-    """Fires when no other event of the run follows `event` within `seconds`."""
+    """A trigger that fires when no other event of the run follows `event` within `seconds`."""
     return _trigger(
         posture=Posture.Proactive,
         after={event},

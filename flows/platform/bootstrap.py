@@ -1,6 +1,6 @@
 """Prepares a Prefect server: work pools, deployments, automations. Idempotent.
 
-What people changed by hand is kept: paused schedules, deployments, pools and automations, and the limits of pools.
+It keeps manual pauses of schedules, deployments, pools and automations, and manual limits of pools.
 """
 
 import json
@@ -28,10 +28,10 @@ OWN_CONFIGS = {"demo": DEPLOY / "configs" / "demo.toml"}  # deployments whose fo
 
 
 def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
-    """Register everything on the server at PREFECT_API_URL. Yields a line for each object.
+    """Register everything on the server at PREFECT_API_URL. Yields one line per object.
 
-    `config` fills the deployments' forms. Failures are sent to the notification `block`, such as "slack-webhook/team".
-    Unless `scheduled`, new schedules start paused. Raises ValueError when a registration fails.
+    `config` fills the deployments' forms. Failed runs are reported through `block`, such as "slack-webhook/team".
+    Unless `scheduled`, new schedules start paused. Raises ValueError for an unknown block or if `prefect deploy` fails.
     """
     with get_client(sync_client=True) as client:
         block_id = _block_id(client, block) if block else None
@@ -82,13 +82,13 @@ def _deploy(project: str) -> None:
         result = subprocess.run(argv, capture_output=True, text=True, check=False)
     if result.returncode:
         raise ValueError(
-            f"bootstrap: Prefect did not register the deployments of deploy/prefect.yaml:\n"
-            f"{(result.stdout + result.stderr).strip()}\nFix this, then run the same command again."
+            f"Prefect did not register the deployments of deploy/prefect.yaml:\n"
+            f"{(result.stdout + result.stderr).strip()}\nFix the cause, then run the same command again."
         )
 
 
 def _automation(client: SyncPrefectClient, desired: AutomationCore) -> str:
-    """Create or update the automation. A disabled one stays disabled."""
+    """Create or update the automation. A disabled automation stays disabled."""
     existing = client.read_automations_by_name(desired.name)
     existing = existing or client.read_automations_by_name(automations.FORMER_NAMES[desired.name])
     if not existing:
@@ -109,6 +109,6 @@ def _block_id(client: SyncPrefectClient, name: str) -> UUID:
         return client.read_block_document_by_name(document, block_type).id
     except ObjectNotFound as error:
         raise ValueError(
-            f"--notify {name}: the server has no such notification block (TYPE/NAME). Create one in the UI "
+            f"--notify {name}: the server has no such notification block (TYPE/NAME). Create it in the UI "
             f"under Blocks (Slack, e-mail, webhook …); prefect block ls lists the blocks."
         ) from error

@@ -1,8 +1,8 @@
 """Works around a bug of Prefect's server (3.8): after a restart, automations see some events 15 minutes late.
 
 An event may name a preceding event of the last 5 minutes. The server delays the event until it has seen the preceding
-one, for at most 15 minutes. It keeps the seen events in memory only, so after a restart an event whose predecessor is
-older waits the full 15 minutes; here it does not wait. PREFECT_SERVER_EVENTS_CAUSAL_ORDERING selects this module.
+one, for at most 15 minutes. It keeps the seen events in memory only, so an event whose predecessor came before
+a restart waits the full 15 minutes; here it does not wait. PREFECT_SERVER_EVENTS_CAUSAL_ORDERING selects this module.
 """
 
 import time
@@ -17,7 +17,7 @@ STARTED_MILLISECONDS = time.time_ns() // 1_000_000  # the server imports this mo
 
 
 class CausalOrdering(memory.CausalOrdering):
-    """Prefect's ordering, except that no event waits for one from before the server's start."""
+    """Prefect's ordering, except that no event waits for an event from before the server's start."""
 
     @asynccontextmanager
     async def preceding_event_confirmed(
@@ -31,5 +31,5 @@ class CausalOrdering(memory.CausalOrdering):
 
 
 def created_milliseconds(event_id: UUID) -> int:
-    """Creation time (Unix epoch), from a UUID of version 7 (RFC 9562 section 5.7). For other versions: now."""
+    """Creation time (Unix epoch) of a version 7 UUID (RFC 9562 section 5.7). Other versions: the server's start."""
     return event_id.int >> 80 if event_id.version == 7 else STARTED_MILLISECONDS

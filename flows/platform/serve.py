@@ -19,7 +19,7 @@ POLL_SECONDS = 0.5
 
 
 def check_port(port: int) -> None:
-    """Raise ValueError when the port is in use."""
+    """Raise ValueError when the port cannot be used."""
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
@@ -66,7 +66,7 @@ def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def _cancel_runs(pools: list[str]) -> None:
-    """Cancel the active runs of these pools, and wait until they have ended."""
+    """Cancel the active runs of these pools, and wait up to CANCEL_SECONDS for them to end."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling

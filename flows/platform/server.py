@@ -32,7 +32,7 @@ def prefect_environment(port: int | None = None) -> dict[str, str]:
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
-    """Choose a Prefect server and set PREFECT_API_URL to its address. Yields the address. Raises ValueError.
+    """Choose a Prefect server, set PREFECT_API_URL to its address and yield the address. Raises ValueError on failure.
 
     In this order: the server at PREFECT_API_URL, the server of `gpt2 serve`, a new server for the block.
     """
@@ -55,7 +55,7 @@ def _check_named(url: str) -> None:
         with get_client(sync_client=True) as client:
             client.api_version()
     except httpx.HTTPError as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"PREFECT_API_URL = {url!r}: this Prefect server cannot be used: {reason}. Start the server, set "
             f"PREFECT_API_AUTH_STRING=user:password if it requires one, or unset PREFECT_API_URL."
@@ -95,11 +95,11 @@ def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _is_healthy(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ValueError(
-                    f"Prefect's server did not start on port {port} (exit code {process.poll()}). See its log: "
-                    f"{log_path('server')}"
-                )
+            code = process.poll()
+            if code is not None or time.monotonic() > deadline:
+                reason = f"no answer in {START_SECONDS:.0f} s" if code is None else f"exit code {code}"
+                log = log_path("server")
+                raise ValueError(f"Prefect's server did not start on port {port}: {reason}. See its log: {log}")
             time.sleep(0.2)
         yield process
     finally:
@@ -107,7 +107,7 @@ def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def start(name: str, port: int, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a `prefect` command for the server at that port. It ends with this process and writes to the log `name`."""
+    """Start a `prefect` command for the server at that port. It ends with this process and logs to `log_path(name)`."""
     HOME.mkdir(exist_ok=True)
     argv = [sys.executable, "-m", "flows.platform.command", str(os.getpid()), *arguments]
     environment = os.environ | prefect_environment(port)
