@@ -19,19 +19,19 @@ from storage.stores.opening import open_store
     retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
 )  # fmt: skip
 def mirror_items(source: str, store_url: str) -> str:
-    """Copy the file into the store. Returns its key. Raises SourceInvalid, naming the line that is not an item."""
+    """Copy the file into the store. Returns its key. Raises SourceInvalid unless it is one file of HellaSwag items."""
     store = open_store(store_url)
     listing, _ = list_source(store, source, "", "main", "validation")
     if len(listing.files) != 1:
         raise SourceInvalid(
-            f"evaluation.hellaswag = {source!r}: expected one file in split 'validation', found {len(listing.files)}. "
-            f"Give one .jsonl or .parquet file."
+            f"evaluation.hellaswag = {source!r}: expected one file (on the Hub: in split 'validation'), "
+            f"found {len(listing.files)}. Give one .jsonl or .parquet file."
         )
     file = mirror(store, listing.files[0])
     if not listing.origin:
         opened = open_source(file)
         body = opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes)
-        with suppress(AlreadyExists):  # named by its content
+        with suppress(AlreadyExists):  # the key names the content
             store.put_new(file.key, body)
     questions(store.read(file.key).body, file.key)
     return file.key

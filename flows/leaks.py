@@ -27,7 +27,7 @@ from storage.stores.store import Store, overwrite
 def find_leaks(
     dataset: str, manifest: str, items: str | None, resources: ResourcesConfig, store_url: str
 ) -> LeakReport:
-    """The leak report of one version, computed unless stored. `items` is the key of the HellaSwag items, if any."""
+    """The leak report of one version, computed unless stored for these `items` (the key of the HellaSwag items)."""
     store = open_store(store_url)
     report = read_leak_report(store, dataset, manifest)
     if report is None or report.items_key != items:
@@ -77,7 +77,7 @@ def _report(store: Store, dataset: str, manifest: str, items: str | None, resour
 
 
 def _item_ngrams(store: Store, key: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each HellaSwag item, the n-grams of its context, and the n-grams that only its endings complete."""
+    """For each HellaSwag item, the n-grams of its context, and the n-grams that reach into an ending."""
     contexts, endings = [], []
     for item in map(completion_style, questions(store.read(key).body, key)):
         context = _ngrams(item.context)

@@ -1,4 +1,4 @@
-"""Checks the installation, the store and this host. Writes nothing except a probe object in the store."""
+"""Checks the installation, the store and this host. Writes only probe objects, and FORMAT in a new store."""
 
 import platform
 import re
@@ -40,8 +40,8 @@ def examine(store_url: str) -> Iterator[Verdict]:
     yield _disk()
     yield _attempt("cache", _cache)
     port = served_port()
-    served = f"gpt2 serve answers on port {port}" if port else "not running here; each verb starts its own"
-    yield Verdict("server", True, served)
+    other = "gpt2 serve is not running here; commands use PREFECT_API_URL or start their own server"
+    yield Verdict("server", True, f"gpt2 serve answers on port {port}" if port else other)
 
 
 def _attempt(check: str, detail: Callable[[], str]) -> Verdict:
@@ -73,13 +73,13 @@ def _store(url: str) -> Iterator[Verdict]:
     """Access, conditional writes, checksums and clock. Stops at the first failure."""
     try:
         store = open_store(url, create=True)
-        yield Verdict("store", True, f"{url}: readable and writable with these credentials")
+        yield Verdict("store", True, f"{url}: opened with these credentials")
         probe = store.probe()
         yield Verdict("conditions", True, f"{probe.server}: create-only put and compare-and-swap are honoured")
         damaged = "refused" if probe.refuses_damaged else "stored, and only detected when it is read: update the server"
         yield Verdict("checksums", probe.refuses_damaged, f"a body damaged in transit is {damaged}")
         skew_seconds = abs(clock(store) - time.time())
-        remedy = "" if skew_seconds < SKEW_SECONDS else "; synchronise it, S3 refuses a difference of 900 s"
+        remedy = "" if skew_seconds < SKEW_SECONDS else "; synchronise this host: S3 refuses a difference of 900 s"
         yield Verdict("clock", not remedy, f"{skew_seconds:.0f} s from the store's{remedy}")
     except (ValueError, OSError, StorageError) as error:
         yield Verdict("store", False, str(error))
@@ -87,7 +87,7 @@ def _store(url: str) -> Iterator[Verdict]:
 
 def _disk() -> Verdict:
     free_bytes = shutil.disk_usage(Path.cwd()).free
-    needed = "" if free_bytes > FREE_BYTES else f"; a full run needs {FREE_BYTES / 1e9:.0f} GB"
+    needed = "" if free_bytes > FREE_BYTES else f"; free some space: a full run needs {FREE_BYTES / 1e9:.0f} GB"
     return Verdict("disk", not needed, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
 
 

@@ -21,7 +21,7 @@ VAL_KINDS = ("val_loss", "completion")  # evaluations on the run's own dataset
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value of one metric, shown beside the same metric of a run and no other."""
+    """A published value of one metric, shown only beside the same metric of a run."""
 
     metric: str
     value: float
@@ -69,8 +69,8 @@ class RunFacts:
     dataset: DatasetFacts | None
     metrics: list[StepMetrics]
     training: TrainingFacts
-    evaluations: list[Evaluation]  # those with metrics, by step
-    samples: list[Evaluation]  # those with samples, the newest first
+    evaluations: list[Evaluation]  # with metrics, by step
+    samples: list[Evaluation]  # with samples, the newest first
     references: dict[str, Reference]  # by metric
     lineage: list[tuple[str, str]]
     environment: list[tuple[str, str]]
@@ -119,7 +119,7 @@ def newest(evaluations: list[Evaluation]) -> list[Evaluation]:
 
 
 def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> dict[str, Reference]:
-    """The published values of the run's metrics, by metric. Those of a val split need the same source."""
+    """The published values of the run's metrics, by metric. A value of a val split needs the same source."""
     metrics = {metric for evaluation in evaluations for metric in evaluation.metrics}
     sources = ("", dataset.source if dataset else "")
     return {
@@ -148,7 +148,7 @@ def leak_line(report: LeakReport | None) -> str:
 
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:
-    """The version that the run is pinned to, or the last one that an imported model was evaluated on."""
+    """The version that the run is pinned to, or that an imported model was last evaluated on."""
     versions = [(evaluation.dataset, evaluation.data) for evaluation in evaluations if evaluation.name in VAL_KINDS]
     if run:
         versions = [(run.dataset, run.manifest)]
@@ -181,7 +181,7 @@ def _lineage(
 
 
 def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    """The machine of the finished training and of the newest evaluations."""
+    """The machines of the finished training run and of the newest evaluations."""
     names_by_machine: dict[str, list[str]] = defaultdict(list)
     trained = read_result(store, training_job(run)) if run else None
     if trained and "environment" in trained:

@@ -1,7 +1,7 @@
-"""Finds and deletes what nothing in the store refers to. Only objects older than a grace period count.
+"""Finds and deletes objects and files that nothing refers to and that are older than a grace period.
 
 The shards of every manifest and the files of every checkpoint that retention keeps are live. So are all shards of a
-dataset on which a build started, or that got a shard, within the grace period.
+dataset on which a build started, or in which an unlisted shard was written, within the grace period.
 """
 
 import re
@@ -46,7 +46,7 @@ def find(store: Store, grace_seconds: float) -> list[Garbage]:
 def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
     """Delete what `find` lists and yield each item once it is gone. Safe while builds run.
 
-    Raises Conflict when a build of a dataset begins at the same moment.
+    Raises Conflict if a build starts on a dataset while its shards are being deleted.
     """
     before = clock(store) - grace_seconds
     for name in dataset_names(store):
@@ -78,7 +78,7 @@ def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garba
     try:
         for dead in _records_first(_dead_shards(store, dataset, before, leased=True)):
             if not holds(store, dataset, lease):
-                raise Conflict(f"dataset {dataset!r}: a build took over. Run gpt2 gc again when the build has ended.")
+                raise Conflict(f"dataset {dataset!r}: a build has started. Run gpt2 gc again when it has ended.")
             store.delete(dead.key)
             yield Garbage("shard", dead.key, dead.size)
     finally:

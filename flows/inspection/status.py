@@ -19,7 +19,7 @@ Evaluation = tuple[str, int]  # kind, step
 
 @dataclass(frozen=True)
 class Line:
-    """One part of a run or dataset, its state, and the error of its last attempt if that failed."""
+    """One part of a run or dataset, its state, and the error of its last attempt if it failed."""
 
     what: str
     state: str
@@ -70,7 +70,7 @@ def run_status(store: Store, name: str) -> list[Line]:
     step = kept[-1].step if kept else 0
     run = find_run(store, name)
     if run is None:
-        lines = [Line(f"run {name}", "a model that was imported, not trained here")]
+        lines = [Line(f"run {name}", "an imported model")]
         kinds = ["samples"]
     else:
         lines = _training_status(store, run, step)
@@ -106,7 +106,7 @@ def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str
         state = "done" if newest_step in steps else "missing"
         earlier = len(steps - {newest_step})
         if earlier:
-            state += f", of {earlier} earlier checkpoints too"
+            state += f", earlier checkpoints done: {earlier}"
         yield Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
 
 

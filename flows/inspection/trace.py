@@ -42,14 +42,14 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     run = find_run(store, config.name)
     if run is None:
         return TraceTarget(newest_version(store, config.data.dataset), config.data, config.train)
-    data = DataConfig.model_construct(**run.config["data"])  # not validated: it may have settings that were removed
+    data = DataConfig.model_construct(**run.config["data"])  # not validated: it may hold settings that were removed
     return TraceTarget(
         read_manifest(store, run.dataset, run.manifest), data, TrainingConfig.model_validate(run.config["train"])
     )
 
 
 def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
-    """The first window and the number of windows. Raises ValueError unless either `window` or `step` is given."""
+    """The first window and the window count. Raises ValueError unless either `window` or a train `step` is given."""
     if (window is None) == (step is None):
         given = "neither" if window is None else "both"
         raise ValueError(f"gpt2 dataset trace needs either --window K or --step N, found {given}. Try --window 0")
@@ -57,7 +57,7 @@ def window_range(target: TraceTarget, split: str, window: int | None, step: int 
         return window, 1
     if split != "train":
         raise ValueError(
-            f"--step cannot be combined with --split {split}: steps read only the train split. Leave --split out."
+            f"--step cannot be combined with --split {split}: steps read only the train split. Use --window."
         )
     assert step is not None
     return step * target.train.batch_windows, target.train.batch_windows

@@ -35,7 +35,7 @@ class Build:
 
 
 def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Build:
-    """Claim the dataset and find its missing shards. Raises DatasetMismatch, and Conflict while gc runs."""
+    """Take the dataset's lease and find its missing shards. Raises DatasetMismatch, and Conflict while gpt2 gc runs."""
     check_binding(store, spec)
     claim(store, spec.name, "build")  # before relying on any stored shard
     parent = latest_manifest(store, spec.name)
@@ -45,20 +45,20 @@ def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> B
 
 
 def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
-    """Seal the build after its missing shards are built, and delete notes of failures. Raises what `seal` raises."""
+    """Seal the build after its shards are built, and delete failure notes. Raises as `check_rebuilt` and `seal`."""
     dataset = build.spec.name
     if build.parent:
         check_rebuilt(store, dataset, build.parent, build.missing)
     listing = Listing(tuple(plan.file for plan in build.plans), origin)
     manifest = seal(store, build.spec, build.planned, listing)
     if build.missing:
-        for shard_id in failures(store, dataset):  # also of jobs that are no longer planned
+        for shard_id in failures(store, dataset):  # including jobs that are no longer planned
             store.delete(failure(DatasetKeys(dataset).record(shard_id)))
     return manifest
 
 
 def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode) -> Manifest:
-    """Plan, build the missing shards and seal, all in this thread."""
+    """Plan the files, build the missing shards one by one, and seal."""
     plans = list(plan_files(store, spec.name, listing.files, spec.settings))
     build = start_build(store, spec, plans)
     for job in build.missing_jobs:
@@ -75,6 +75,6 @@ def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[
         raise DatasetMismatch(
             f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are missing from "
             f"{store.url!r}, and the available source files can rebuild only {len(recoverable):,} of them. Restore the "
-            f"missing source files, or start a run with another name."
+            f"missing or changed source files, or start a run with another name."
         )
     return lost

@@ -1,6 +1,6 @@
 """Copies every version of a dataset to another store: shards, records, the split, manifests, `latest`.
 
-As in a build, each object is copied before the object that names it, so a killed copy is only incomplete.
+As in a build, each object is copied before the object that names it, so a killed copy is incomplete but consistent.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,8 @@ def copy_dataset(
     """Copy what the target store lacks and verify each shard. Idempotent: a second call resumes.
 
     `on_progress` receives the counts of copied shards and of shards to copy. Raises ObjectMissing if the dataset was
-    never sealed, DatasetMismatch if the target holds another dataset of that name, ShardCorrupt.
+    never sealed or lacks a shard, ShardCorrupt, and DatasetMismatch if the target holds another dataset of that name.
+    Raises Conflict while gpt2 gc or a build changes the target.
     """
     versions = list(history(source, dataset))
     _check_target(source, target, dataset, versions)
@@ -79,8 +80,8 @@ def _check_target(source: Store, target: Store, dataset: str, versions: list[Man
     known = [version.digest for version in versions]
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
         raise DatasetMismatch(
-            f"dataset {dataset!r}: {target.url!r} holds another dataset of this name (manifest {latest}), which "
-            f"{source.url!r} does not have. Copy to another store or prefix."
+            f"dataset {dataset!r}: {target.url!r} holds another dataset of this name, or versions that {source.url!r} "
+            f"lacks (newest manifest: {latest or 'none'}). Copy to another store or prefix."
         )
     return latest
 

@@ -1,4 +1,4 @@
-"""Writes a dataset as other trainers read it: nanoGPT's two files, or llm.c's shards with their header.
+"""Writes a dataset in the format of another trainer: nanoGPT's two files, or llm.c's shards with their header.
 
 Verifies shards as it reads them. Writes to a temporary folder and renames it last: an export is complete or absent.
 """
@@ -38,13 +38,13 @@ def export(
 ) -> list[Path]:
     """Write both splits into a new or empty folder. Returns its files. `on_progress` receives the tokens of each write.
 
-    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder is not empty or not writable.
+    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder is not empty or cannot be written.
     """
     parts = [part for split in ("train", "val") for part in _parts(manifest, dataset, split, layout)]
     unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise StoreUnusable(f"folder {folder} should be new or empty, but holds files. Give another folder.")
+            raise StoreUnusable(f"folder {folder} is not empty. Give a new or empty folder.")
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed export
         unfinished.mkdir(parents=True)
         for part in parts:

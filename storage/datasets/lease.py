@@ -14,14 +14,14 @@ from storage.errors import Conflict, ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, clock
 
-COLLECTING_SECONDS = 3600.0  # afterwards a build takes over: a killed collector must not block for longer
+COLLECTING_SECONDS = 3600.0  # then a build may take over: a killed collector must not block it for longer
 Holder = Literal["build", "collector"]
 
 
 def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> str:
     """Take the lease; any number of builds may share it. Returns its etag.
 
-    Raises Conflict while a collector runs, and for a collector if a build started after `idle_since`.
+    Raises Conflict while a collector runs, and for a collector if the lease was taken after `idle_since`.
     """
     key = DatasetKeys(dataset).lease
     while True:
@@ -30,12 +30,12 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
             lease, claimed_at = store.read(key), last_build(store, dataset)
             etag = lease.etag
             if holder == "collector" and claimed_at >= idle_since:
-                raise Conflict(f"dataset {dataset!r}: a build has just started. Run gpt2 gc again when it has ended.")
+                raise Conflict(f"dataset {dataset!r}: a build or gpt2 gc has just started. Run gpt2 gc again later.")
             is_collecting = json.loads(lease.body)["holder"] == "collector"
             if is_collecting and clock(store) - claimed_at < COLLECTING_SECONDS:
                 raise Conflict(
-                    f"dataset {dataset!r}: gpt2 gc is deleting shards. Run the same command again when it is done; a "
-                    f"killed gc blocks for {COLLECTING_SECONDS / 60:.0f} minutes at most."
+                    f"dataset {dataset!r}: gpt2 gc is deleting shards. Run the same command again later; a killed "
+                    f"gpt2 gc blocks builds for at most {COLLECTING_SECONDS / 60:.0f} minutes."
                 )
         try:
             return store.swap(key, canonical_json({"holder": holder, "commit_id": secrets.token_hex(8)}), etag)
@@ -60,7 +60,7 @@ def release(store: Store, dataset: str, etag: str) -> None:
 
 
 def last_build(store: Store, dataset: str) -> float:
-    """When a build (or a running collector) last took the lease, in Unix seconds of the store; 0 if never."""
+    """When a build or a running collector last took the lease, in Unix seconds; 0 if there is no lease."""
     try:
         return store.stat(DatasetKeys(dataset).lease).modified
     except ObjectMissing:

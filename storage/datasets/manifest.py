@@ -18,7 +18,7 @@ from storage.stores.store import Store, read_json
 
 SCHEMA = 1
 LARGEST_SHARD_TOKENS = 1 << 31  # 4 GiB
-COUNTS = ("tokens", "documents", "skipped", "text_bytes")  # of a shard, added up for each split
+COUNTS = ("tokens", "documents", "skipped", "text_bytes")  # of a shard, added up per split
 FILE_COLUMNS = ("name", "digest", "size_bytes")  # of source files
 
 
@@ -42,7 +42,7 @@ class Manifest:
     """One version of a dataset: its settings, the origin of its text, and its shards in order as columns.
 
     `origin` describes a Hub dataset (dataset, config, commit, licence). `source_files` are columns too.
-    `empty` lists shards whose every document was filtered or skipped.
+    `empty` lists the shards whose documents were all filtered or skipped.
     """
 
     digest: str
@@ -96,18 +96,19 @@ _COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(Shard
 
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     """The manifest with that digest. Raises ObjectMissing, ObjectCorrupt, and StoreUnusable for a newer schema."""
-    body, _, sha256 = store.read(DatasetKeys(dataset).manifest(digest))
+    key = DatasetKeys(dataset).manifest(digest)
+    body, _, sha256 = store.read(key)
     if sha256 != digest:
         raise ObjectCorrupt(
-            f"manifest {digest} of dataset {dataset!r}: its bytes have sha256 {sha256}. Delete it and run "
-            f"gpt2 dataset build, which seals the newest version again; restore an older one with gpt2 dataset copy."
+            f"object {key!r} of store {store.url!r} is damaged: it has sha256 {sha256}. Delete it and run gpt2 dataset "
+            f"build, which seals the newest version again; copy an older version back with gpt2 dataset copy."
         )
     try:
         value = json.loads(body)
         if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
             raise StoreUnusable(
-                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}; this gpt2-pipeline "
-                f"reads up to {SCHEMA}. Update it."
+                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, but this version reads up to "
+                f"{SCHEMA}. Update gpt2-pipeline."
             )
         columns = {name: kind.validate_python(value["shards"][name], strict=True) for name, kind in _COLUMNS.items()}
         if len({len(column) for column in columns.values()}) > 1:
@@ -118,19 +119,21 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         return _MANIFEST.validate_python(value | fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectCorrupt(
-            f"manifest {digest} of dataset {dataset!r}: its columns of shard names, digests and sizes cannot be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}). Delete it, then run gpt2 dataset build."
+            f"object {key!r} of store {store.url!r} is not a valid manifest ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}). Delete it, then run gpt2 dataset build."
         ) from error
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
-    """The dataset's newest version, or None if it was never sealed."""
+    """The dataset's newest version, or None if it was never sealed or its manifest was deleted."""
     key = DatasetKeys(dataset).latest
     pointer = read_json(store, key)
     if pointer is None:
         return None
     if "manifest" not in pointer:
-        raise ObjectCorrupt(f"object {key!r} of store {store.url!r} does not name a manifest. Delete it and run again.")
+        raise ObjectCorrupt(
+            f"object {key!r} of store {store.url!r} does not name a manifest. Delete it, then run gpt2 dataset build."
+        )
     try:
         return read_manifest(store, dataset, str(pointer["manifest"]))
     except ObjectMissing:  # damaged and deleted, as its error advised: the next build seals it again from the records

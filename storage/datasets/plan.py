@@ -1,7 +1,7 @@
 """The plan: which rows of which source file become which shard. Tokenises nothing.
 
 A shard never spans two files, so a new or changed file affects only its own shards. A file's plan is a pure function
-of the file and the settings, and is kept in the store: the next build does not read an unchanged file again.
+of the file and the settings, and is kept in the store, so the next build does not read an unchanged file again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ _PLAN = TypeAdapter(FilePlan)
 
 
 def plan_file(file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0) -> FilePlan:
-    """Cut one file into shards; with a limit, only the first rows with that many tokens. Raises SourceInvalid."""
+    """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid."""
     rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
     tokens = rows.tokens
     if limit_tokens:
@@ -139,7 +139,7 @@ def read_plan(
         return _PLAN.validate_python(value | {"file": file, "settings": settings})
     except ValueError as error:
         raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} is not a plan of {file.name!r}. Delete it and run again."
+            f"object {key!r} of store {store.url!r} is not a plan of {file.name!r}. Delete it, then repeat the command."
         ) from error
 
 

@@ -39,7 +39,7 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A dataset as it is configured: its name, the settings that decide its bytes, and where its text comes from."""
+    """A dataset as configured: its name, the settings that decide its bytes, and where its text comes from."""
 
     name: str
     settings: DatasetSettings
@@ -71,7 +71,7 @@ class ShardRecipe:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """The recipe of a record. Raises TypeError for a field that this version does not have."""
+        """The recipe of a record. Raises TypeError for an unknown or missing field."""
         settings = {name: setting for name, setting in value.items() if name not in FIXED}
         return cls(**(settings | {"filters": tuple(value.get("filters", ()))}))
 

@@ -15,14 +15,14 @@ from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, StorageEr
 from storage.keys import DatasetKeys, failure
 from storage.stores.store import Store, overwrite, read_json
 
-DTYPE = np.dtype("<u2")  # of token ids: gpt2's 50,257 fit 16 bits; little-endian on every host
+DTYPE = np.dtype("<u2")  # of token ids: gpt2's 50,257 fit in 16 bits; little-endian on every host
 RECORDS_AT_ONCE = 16  # each read from a bucket is a round trip of 3 ms or more
 RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished shard: its counts, the sha256 of its bytes, its recipe, and the versions that made it.
+    """A finished shard: its counts, the sha256 of its bytes, its recipe, and the package versions that built it.
 
     Of the recipe's rows, `documents` were tokenised, `skipped` could not be (`skipped_rows` lists them) and `filtered`
     were dropped by a filter. `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens, EOT included; `dumps` counts
@@ -61,13 +61,13 @@ def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = 
 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:
-    """The record of a shard. Raises ObjectMissing if the shard is not done, ShardCorrupt if it is unreadable."""
+    """The record of a shard. Raises ObjectMissing if it does not exist, ShardCorrupt if it is unreadable."""
     body = store.read(DatasetKeys(dataset).record(shard_id)).body
     try:
         value = json.loads(body)
         return Record(**(value | {"recipe": ShardRecipe.from_json(value["recipe"])}))
     except (ValueError, TypeError, KeyError) as error:
-        raise corrupt(dataset, shard_id, f"its record should be JSON, found {body[:40]!r}.") from error
+        raise corrupt(dataset, shard_id, f"its record is unreadable; it starts with {body[:40]!r}.") from error
 
 
 def put_record(store: Store, dataset: str, record: Record) -> None:
@@ -81,7 +81,7 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
             overwrite(store, key, body)
         elif stored.sha256 != record.sha256:
             wrong = f"its record has sha256 {stored.sha256}, but the same recipe now gives {record.sha256}."
-            raise corrupt(dataset, record.shard_id, wrong) from error
+            raise corrupt(dataset, record.shard_id, f"{wrong} Other package versions can cause this.") from error
 
 
 def finished_shards(

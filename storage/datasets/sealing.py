@@ -22,11 +22,11 @@ from storage.stores.store import Store, read_json
 
 
 def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) -> Manifest:
-    """Write the manifest of the planned shards and point `latest` at it. If nothing changed, return the parent.
+    """Write the manifest of these shards and settings, and point `latest` at it. If neither changed, return the parent.
 
     The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever happens to
     their source. A shard without documents is listed only in `empty`. Raises ObjectMissing if a shard is not done,
-    DatasetMismatch if the name is bound to other settings, Conflict if another builder sealed first.
+    DatasetMismatch if the name is bound to other settings, Conflict if another builder sealed another version first.
     """
     pinned = check_binding(store, spec)
     pointer: Any = read_json(store, DatasetKeys(spec.name).latest) or {}
@@ -58,7 +58,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
 
 
 def update_latest(store: Store, dataset: str, manifest: Manifest, expected: object) -> None:
-    """Swap `latest` from the digest `expected` to the manifest; succeeds if `latest` already descends from it.
+    """Swap `latest` from digest `expected` to the manifest, unless `latest` already descends from the manifest.
 
     Raises Conflict if another builder moved `latest` elsewhere.
     """
@@ -86,8 +86,8 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
     # Another builder sealed the same manifest, or the reply to our swap was lost; others may have sealed after it.
     if not any(version.digest == digest for version in ancestors(store, dataset, pointer["manifest"])):
         raise Conflict(
-            f"dataset {dataset!r}: another builder sealed {pointer['manifest']} while this one sealed {digest}. "
-            f"Run the command again: it seals a version that follows the other."
+            f"dataset {dataset!r}: another process sealed manifest {pointer['manifest']} while this process wrote "
+            f"manifest {digest}. Run the command again."
         )
 
 
@@ -98,8 +98,8 @@ def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: Colle
             continue
         record = read_record(store, dataset, row.shard_id)
         if record.sha256 != row.sha256:
-            wrong = f"manifest {manifest.digest[:12]} has sha256 {row.sha256}, its record {record.sha256}."
-            raise corrupt(dataset, row.shard_id, wrong)
+            wrong = f"manifest {manifest.digest[:12]} lists sha256 {row.sha256}, the rebuilt shard has {record.sha256}."
+            raise corrupt(dataset, row.shard_id, f"{wrong} Other package versions can cause this.")
 
 
 def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
@@ -132,7 +132,7 @@ def _pin_val(store: Store, spec: DatasetSpec, val: list[str]) -> None:
         pinned = check_binding(store, spec)
         if pinned != val:
             raise Conflict(
-                f"dataset {spec.name!r}: another builder sealed other val shards {pinned}. Run the command again."
+                f"dataset {spec.name!r}: another process sealed other val shards {pinned}. Run the command again."
             ) from error
 
 
@@ -144,9 +144,9 @@ def _finished_rows(
     finished = finished_shards(store, dataset, listed, parent.rows_by_id if parent else {})
     missing = [shard_id for shard_id in listed if shard_id not in finished]
     if missing:
-        remedy = "Run gpt2 dataset build again: it builds only the missing shards."
+        remedy = "Run the same command again: it builds only the missing shards."
         if missing[0] not in in_plan:
-            remedy = "That shard belongs to the pinned val split, but its source file is gone: put that file back."
+            remedy = "That shard is in the pinned val split, but its source file is gone or changed: restore that file."
         raise ObjectMissing(
             f"dataset {dataset!r}: {len(missing):,} of {len(listed):,} shards are not done; the first is "
             f"{missing[0]!r}. {remedy}"

@@ -1,7 +1,7 @@
 """A shard: the token ids of whole documents in one object of about `shard_tokens` tokens.
 
-A job puts the shard first and its record last, both create-only. If it is killed in between, it runs again and writes
-the same bytes to the same keys. The tokenizer is passed in as a function.
+A job puts the shard first and its record last, both create-only. A job that is killed in between runs again
+and writes the same bytes to the same keys. The tokenizer is passed in as a function.
 """
 
 import platform
@@ -24,15 +24,15 @@ from storage.sources.mirror import locate
 from storage.sources.rows import Row
 from storage.stores.store import Body, Store
 
-BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing would hold two copies
+BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer would need two copies
 Encode = Callable[[str], np.ndarray]
 
 
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: int) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Idempotent, and safe to run concurrently.
 
-    Raises SourceInvalid if the source file changed since the plan or cannot be tokenised, ShardCorrupt if a record with
-    other bytes is stored.
+    Raises SourceInvalid if the source file changed since the plan or cannot be tokenised, ShardCorrupt if the stored
+    record has another sha256.
     """
     recipe = job.recipe
     buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
@@ -76,7 +76,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
 
 
 def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str) -> None:
-    """Put a shard's bytes, whose digest is `sha256`. Damaged bytes at its key are replaced, along with their record."""
+    """Put a shard's bytes, whose digest is `sha256`. Replaces damaged bytes at its key and deletes their record."""
     key = DatasetKeys(dataset).shard(shard_id)
     try:
         store.put_new(key, body)
@@ -135,6 +135,6 @@ def _histogram(lengths: list[int]) -> list[int]:
 
 @cache
 def _versions() -> dict[str, str]:
-    """The versions that built a shard. Cached: reading package metadata takes 9 ms, as long as 30,000 tokens."""
+    """The versions that build a shard. Cached: reading package metadata takes 9 ms, as long as 30,000 tokens take."""
     packages = {name: version(name) for name in ("gpt2-pipeline", "numpy", "tiktoken")}
     return {"python": platform.python_version()} | packages

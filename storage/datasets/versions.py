@@ -56,7 +56,7 @@ def history(store: Store, dataset: str) -> Iterator[Manifest]:
 
 
 def sealed_at(store: Store, dataset: str, version: Manifest) -> float:
-    """When the version was sealed, in Unix seconds of the store."""
+    """When the version was sealed, in Unix seconds by the store's clock."""
     return store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
 
 
@@ -87,7 +87,7 @@ def find_version(store: Store, dataset: str, name: str) -> Manifest:
 
 
 def difference(old: Manifest, new: Manifest) -> Difference:
-    """What the new version adds to the old one and what it removes."""
+    """What the new version adds to the old version and removes from it."""
     old_rows, new_rows = old.rows_by_id, new.rows_by_id
     added = [row for shard_id, row in new_rows.items() if old_rows.get(shard_id) != row]
     removed = [row for shard_id, row in old_rows.items() if new_rows.get(shard_id) != row]

@@ -27,7 +27,7 @@ from storage.stores.store import Store, read_json
 Decode = Callable[[list[int]], bytes]
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
 Scanned = tuple[np.ndarray, np.ndarray]  # a shard's documents as SEEN, and hashes of n-grams
-SHARDS_AT_ONCE = 64  # handed to the pool together: 160 KB of results each
+SHARDS_AT_ONCE = 64  # handed to the pool together: 230 KB of results each
 EXAMPLES = 100  # of each kind in a report
 SEEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("document", "<u4")])  # digest and place
 
@@ -45,7 +45,7 @@ class Repeats(NamedTuple):
 
 
 class ItemOverlap(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
-    """Test items that share an n-gram with train: through their context, or only through an ending.
+    """Test items that share an n-gram with train: in their context, or in an n-gram that reaches into an ending.
 
     Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists items by kind.
     """
@@ -115,7 +115,7 @@ def find_repeats(
     return _repeats(seen, rows), hits
 
 
-_worker_scan: Callable[[ShardRow], Scanned]  # set once per process: HashSet of 1.1 million takes 0.7 s
+_worker_scan: Callable[[ShardRow], Scanned]  # set once per process: building a HashSet of 1.1 million takes 0.7 s
 
 
 def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
@@ -147,7 +147,7 @@ def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
     seen, train = seen[order], train[order]
     repeated = np.zeros(len(seen), bool)  # equal to the previous document
     repeated[1:] = (seen["high"][1:] == seen["high"][:-1]) & (seen["low"][1:] == seen["low"][:-1])
-    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(seen))))  # of the equal documents
+    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(seen))))  # the first equal document
     repeats, leaks = repeated & train, repeated & ~train & train[first]
 
     def named(index: Any) -> Document:

@@ -39,7 +39,7 @@ class Traced(NamedTuple):
 def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
     """The source rows of some documents of a shard, by document number and in order.
 
-    Raises SourceInvalid if the shard was made from another file.
+    Raises SourceInvalid if the file lacks rows or columns that the shard was made from.
     """
     if not numbers:
         return
@@ -64,7 +64,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
 
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
-    """The source files of a version of a Hub dataset, at the version's commit, by digest."""
+    """The source files of a version of a Hub dataset, at the version's commit, by digest; empty for another source."""
     origin, files = manifest.origin, manifest.source_files
     if "commit" not in origin:
         return {}

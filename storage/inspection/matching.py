@@ -1,7 +1,7 @@
 """Text matching for the leak report: normalised texts, their digests, and hashes of their n-grams of 13 words.
 
 Normalisation: lower-case ASCII letters, replace every other ASCII character but digits by a space, collapse spaces.
-GPT-3's training data was cleaned by n-grams of 13 words, too (arXiv:2005.14165, appendix C).
+GPT-3's training data was cleaned with n-grams of 13 words, too (arXiv:2005.14165, appendix C).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def normalised(text: bytes) -> bytes:
 
 
 def text_digest(words: bytes) -> bytes:
-    """The digest of a normalised text: 16 bytes, so that no two of 10**12 texts share a digest."""
+    """The digest of a normalised text: 16 bytes, so 10**12 texts hold a collision with a probability of 10**-15."""
     return hashlib.blake2b(words, digest_size=DIGEST_BYTES).digest()
 
 
@@ -47,7 +47,7 @@ def ngrams(words: bytes) -> np.ndarray:
 
 
 def _ngrams_of_block(words: bytes) -> np.ndarray:
-    # With prefix sums of byte * BASE**position, an n-gram's hash is a difference, divided by BASE**start.
+    # With prefix sums of byte * BASE**position, an n-gram's hash is a difference of two sums, divided by BASE**start.
     letters = np.frombuffer(words, np.uint8)
     spaces = np.flatnonzero(letters == ord(" "))
     if len(spaces) < NGRAM_WORDS - 1:
@@ -71,7 +71,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 
 class HashSet:
-    """A set of hashes to intersect with many arrays. Most arrays contain few of the hashes."""
+    """A set of hashes to intersect with many arrays, fast when most arrays contain few of the hashes."""
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._sorted = np.unique(hashes)

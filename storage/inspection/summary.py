@@ -53,7 +53,7 @@ class DatasetSummary(BaseModel, frozen=True):
 
 
 def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
-    """Read the record of every shard. Raises ObjectMissing if a record is missing."""
+    """Read the record of every shard. Raises ObjectMissing for a missing record, ShardCorrupt if unreadable."""
     counts: dict[str, Counter[str]] = {}
     dumps: Counter[str] = Counter()
     lengths: list[int] = []

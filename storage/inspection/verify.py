@@ -1,7 +1,7 @@
 """Checks a version of a dataset against its manifest. Changes nothing.
 
-Three depths: `quick` trusts the store's listing and its checksums, `full` reads every byte, and `check_documents`
-tokenises some documents of the source again and compares them with the shards.
+Three depths: `quick` trusts the sizes and checksums that the store reports, `full` reads every byte, and
+`check_documents` tokenises some documents of the source again and compares them with the shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -47,9 +47,9 @@ def verify_dataset(
     depth: Literal["quick", "full"],
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Damage]:
-    """The damaged shards of a version, in order; if `full`, then damage in its ancestors and its val split.
+    """The damaged shards of a version, in order; if `full`, then the damage that `check_versions` finds.
 
-    Calls `on_progress` after each shard. Raises StorageError if the store cannot be read.
+    Calls `on_progress` after each shard. `quick` raises StorageError if the store cannot be read.
     """
     check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
     damages: list[Damage] = []
@@ -79,7 +79,7 @@ def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
 
 
 def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage | None:
-    """Read every byte. Check the sha256, the record, that each document has one `eot`, and that no id is above it."""
+    """Read every byte. Check the sha256, the record, that each document has one `eot`, and that no id exceeds `eot`."""
     try:
         ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
         record = read_record(store, dataset, row.shard_id)
@@ -99,7 +99,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
 
 
 def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """The first ancestor that cannot be read, and shards of train that share source rows with val."""
+    """The first unreadable ancestor or, if there is none, the train shards that share source rows with val."""
     parent = manifest.parent
     while parent is not None:
         try:
@@ -166,7 +166,7 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
     val: dict[str, list[tuple[str, int, int]]] = {}
     for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
         val.setdefault(recipe.source, []).append((shard_id, recipe.row_from, recipe.row_to))
-    names = (name for name, digest in manifest.files.items() if digest in val)  # renamed files included
+    names = (name for name, digest in manifest.files.items() if digest in val)  # including renamed files
     stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in names}
     candidates = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
     for shard_id, recipe in _recipes(store, dataset, candidates):
@@ -177,5 +177,5 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
 
 def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, ShardRecipe]]:
     for shard_id in shard_ids:
-        with suppress(StorageError):  # without a record no rows are known; `check_fully` reports the shard
+        with suppress(StorageError):  # without its record, a shard's rows are unknown; `check_fully` reports it
             yield shard_id, read_record(store, dataset, shard_id).recipe

@@ -113,7 +113,7 @@ def test_every_kept_checkpoint_is_evaluated_and_plotted(api: str, run: RunConfig
         assert part in text
     assert "3.2924" not in text  # the published value for another window length
     lines = {line.what.strip(): line.state for line in run_status(store, "tiny")}
-    assert lines["hellaswag"] == lines["val_loss"] == "done, of 2 earlier checkpoints too"
+    assert lines["hellaswag"] == lines["val_loss"] == "done, earlier checkpoints done: 2"
 
 
 def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api: str, run: RunConfig) -> None:
@@ -236,7 +236,7 @@ def test_an_imported_model_is_evaluated_without_a_dataset(api: str, gpt2: Gpt2, 
     store = open_store(str(tmp_path / "store"))
     assert checkpoints(store, "my_model")[0].model["context_tokens"] == 64
     assert "A model that was imported" in store.read(RunKeys("my_model").report("md")).body.decode()
-    assert run_status(store, "my_model")[0].state == "a model that was imported, not trained here"
+    assert run_status(store, "my_model")[0].state == "an imported model"
     code, out, _ = gpt2("evaluate", "--model", str(folder), *overrides)
     assert code == 0
     assert "2 of 2 evaluations done, 0 computed now" in out
