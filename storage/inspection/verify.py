@@ -16,13 +16,14 @@ from storage.datasets.manifest import COUNTS, Manifest, ShardRow, read_manifest
 from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import DTYPE, read_record
 from storage.datasets.shards import document_bounds, read_shard
-from storage.errors import ObjectMissing, StorageError
+from storage.errors import ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
 from storage.inspection.lineage import source_rows
 from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.stores.store import Store
 
+DAMAGES = (ObjectMissing, ObjectCorrupt, ShardCorrupt)  # an unreachable store is not damage, and must not be repaired
 SHARDS_AT_ONCE = 4  # one shard is read while another is hashed
 Encode = Callable[[str], np.ndarray]
 
@@ -49,7 +50,7 @@ def verify_dataset(
 ) -> list[Damage]:
     """The damaged shards of a version, in order; if `full`, then the damage that `check_versions` finds.
 
-    Calls `on_progress` after each shard. `quick` raises StorageError if the store cannot be read.
+    Calls `on_progress` after each shard. Raises StorageError if the store cannot be read.
     """
     check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
     damages: list[Damage] = []
@@ -83,7 +84,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
     try:
         ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
         record = read_record(store, dataset, row.shard_id)
-    except StorageError as error:
+    except DAMAGES as error:
         return _damaged(row, str(error))
     for name in (*COUNTS, "sha256"):
         listed, recorded = getattr(row, name), getattr(record, name)
@@ -104,7 +105,7 @@ def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[D
     while parent is not None:
         try:
             parent = read_manifest(store, dataset, parent).parent
-        except StorageError as error:
+        except DAMAGES as error:
             yield Damage(f"manifest {parent}", str(error))
             return
     yield from _overlaps(store, dataset, manifest)
@@ -134,7 +135,7 @@ def check_documents(
         numbers = chosen[shard_of == shard] - (ends[shard] - row.documents)
         try:
             yield from _compared(store, dataset, row, numbers.tolist(), files_by_digest, encode)
-        except StorageError as error:
+        except (*DAMAGES, SourceInvalid) as error:
             yield Damage(row.shard_id, str(error))
 
 
@@ -177,5 +178,5 @@ def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage
 
 def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, ShardRecipe]]:
     for shard_id in shard_ids:
-        with suppress(StorageError):  # without its record, a shard's rows are unknown; `check_fully` reports it
+        with suppress(*DAMAGES):  # without its record, a shard's rows are unknown; `check_fully` reports it
             yield shard_id, read_record(store, dataset, shard_id).recipe

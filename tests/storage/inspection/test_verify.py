@@ -21,6 +21,8 @@ from storage.datasets.plan import ShardJob
 from storage.datasets.records import DTYPE, Record, read_record
 from storage.datasets.shards import build_shard
 from storage.digests import canonical_json, sha256
+from storage.errors import StoreUnavailable
+from storage.inspection import verify
 from storage.inspection.verify import (
     Damage,
     check_documents,
@@ -282,6 +284,19 @@ def test_documents_of_other_shards_are_compared_after_a_damaged_one(
     compared = deeply(store, manifest, *files[:2])
     assert damaged(compared) == [rows[3].shard_id]
     assert len(compared) == 1 + sum(row.documents for row in rows if row != rows[3])
+
+
+def test_an_unreachable_store_is_an_error_and_not_damage(
+    store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair would delete the records of shards that are intact."""
+
+    def unavailable(*_: object) -> None:
+        raise StoreUnavailable("no answer")
+
+    monkeypatch.setattr(verify, "read_shard", unavailable)
+    with pytest.raises(StoreUnavailable):
+        verify_dataset(store, "small", manifest, eot=tokenizer.EOT, depth="full")
 
 
 # Versions
