@@ -5,7 +5,7 @@
     data/          the order of training windows, and batches of them
     training/      the training loop and its parts
     evaluation/    validation loss, HellaSwag, samples. A new evaluation goes here.
-    processes/     ranks, devices, torchrun, parent watch, Kubernetes pods
+    processes/     ranks, devices, torchrun, parent and child processes, Kubernetes pods
 
 `python -m model STORE JOB` runs one job. The modules that `flows` imports load no torch; import-linter checks it.
 """

@@ -61,15 +61,15 @@ def _fail(message: str, exit_code: int) -> int:
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, kind: str) -> str:
-    reason = str(error).partition(". ")[0]
+    reason = str(error).partition(". ")[0]  # CUDA out of memory
     if kind != "train":
         return (
-            f"the GPU ran out of memory in the evaluation {kind}: {reason}. Run fewer evaluations at once, --set "
-            f"resources.concurrent_evaluations=1, or use the CPU: --set resources.device=cpu"
+            f"{reason} in the evaluation {kind}. Run fewer evaluations at once "
+            f"(--set resources.concurrent_evaluations=1), or use the CPU: --set resources.device=cpu"
         )
     return (
-        f"the GPU ran out of memory in a forward and backward pass: {reason}. Halve the micro-batch: --set "
-        f"train.micro_batch_sequences=N. The batch stays the same, and the run resumes."
+        f"{reason} during training. Halve the micro-batch: --set train.micro_batch_sequences=N. "
+        f"The batch stays the same, and the run resumes."
     )
 
 
@@ -93,12 +93,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
     parser.add_argument("store_url", help="the store: ./data or s3://bucket/prefix")
     parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
-    parser.add_argument("--processes", type=int, help="ranks on this host, 0 for one per GPU (default: the job's own)")
-    parser.add_argument("--parent", type=int, help="end when this process, which started this one, dies")
+    parser.add_argument("--processes", type=int, help="ranks on this host (0 = one per GPU; default: the job's own)")
+    parser.add_argument("--parent", type=int, help="exit when the parent process with this PID dies")
     args = parser.parse_args()
     is_rank = "RANK" in os.environ
     if args.parent is not None:
-        # Ranks get a SIGKILL: one that still saves or waits would collide with the ranks of the restarted job.
+        # Ranks get a SIGKILL: a rank that still saves or waits would collide with the ranks of the restarted job.
         end_with_parent(args.parent, signal.SIGKILL if is_rank else signal.SIGTERM)
     if is_rank:
         code = run_job(args.store_url, args.job_key)

@@ -17,7 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _form(schema: dict[str, Any]) -> None:
-    """Add a title and a `position` to each field: Prefect's form sorts by it, as PostgreSQL's JSON loses the order."""
+    """Add a title and a `position` to each field: Prefect's form sorts by it, because PostgreSQL loses the order."""
     for position, (name, field) in enumerate(schema["properties"].items()):
         field |= {"title": name.replace("_", " ").capitalize(), "position": position}
 
@@ -36,18 +36,18 @@ class DataConfig(Section):
     dataset: str = Field("fineweb-edu-10b", description="Name of the dataset in the store.")
     source: str = Field(
         "HuggingFaceFW/fineweb-edu",
-        description="Hub dataset (owner/name), or path or s3:// URL of a .parquet or .jsonl file, folder or glob.",
+        description="Hugging Face dataset (owner/name), or path or s3:// URL: .parquet or .jsonl file, folder or glob.",
     )
-    config: str = Field("sample-10BT", description="Configuration (subset) of the Hub dataset.")
-    revision: str = Field("main", description="Branch, tag or commit of the Hub dataset.")
+    config: str = Field("sample-10BT", description="Configuration (subset) of the Hugging Face dataset.")
+    revision: str = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
     text_column: str = Field("text", description="Column that holds the text of a document.")
-    shard_tokens: Positive = Field(10_000_000, description="Tokens per shard, at 2 bytes per token.")
-    val_shards: Positive = Field(10, description="Shards in the val split, taken from the start of the first version.")
+    shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
+    val_shards: Positive = Field(10, description="Shards in the validation split, from the start of the source.")
     filters: tuple[str, ...] = Field(
         (), description="Keep documents that meet all conditions, e.g. 'int_score >= 4', 'length >= 200' (characters)."
     )
     max_tokens: int = Field(0, ge=0, description="Use only the first N tokens of the source (0 = all).")
-    mirror: bool = Field(True, description="Copy the files of a Hub dataset into the store (off = read from the Hub).")
+    mirror: bool = Field(True, description="Copy Hugging Face files into the store (off = read them remotely).")
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
@@ -59,7 +59,7 @@ class DataConfig(Section):
         return self
 
     def spec(self, tokenizer: TokenizerIdentity) -> DatasetSpec:
-        """The dataset that this section describes, tokenised by the tokenizer of that identity."""
+        """The dataset that this section describes, tokenised with this tokenizer."""
         settings = DatasetSettings(
             shard_tokens=self.shard_tokens,
             tokenizer=tokenizer["sha256"],
@@ -90,7 +90,7 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The optimizer, the schedule and the batch. The defaults are the 19,073-step run of GPT-2 124M."""
+    """The optimizer, the schedule and the batch. The defaults train GPT-2 124M on 10 billion tokens."""
 
     # How training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
     # another micro-batch size drops other activations, from the same distribution.)
@@ -98,8 +98,8 @@ class TrainingConfig(Section):
         {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
     )
 
-    sequence_tokens: Positive = Field(512, description="Sequence length T in tokens.")
-    micro_batch_sequences: Positive = Field(8, description="Sequences in one forward pass of one process.")
+    sequence_tokens: Positive = Field(512, description="Sequence length in tokens.")
+    micro_batch_sequences: Positive = Field(8, description="Sequences per forward pass of a process.")
     batch_tokens: Positive = Field(524_288, description="Tokens per optimizer step, over all processes.")
     max_steps: Positive = Field(19_073, description="Optimizer steps in the whole run.")
     warmup_steps: int = Field(715, ge=0, description="Steps of linear warm-up to the maximum learning rate.")
@@ -109,17 +109,17 @@ class TrainingConfig(Section):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
     clip: float = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
     skip_outlier_steps: int = Field(
-        0, ge=0, description="Maximum number of outlier steps (NaN, infinite or 10x the usual gradient norm) to skip."
+        0, ge=0, description="Maximum number of steps to skip (NaN or infinite loss, or 10x the usual gradient norm)."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Precision of the forward pass (auto = bf16 on a GPU that supports it, else fp32)."
+        "auto", description="Precision of the forward pass (auto = bf16 on a CUDA GPU that supports it, else fp32)."
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
-    seed: int = Field(1337, ge=0, description="Random seed of the initial weights and the data order.")
-    start_from: str = Field("", description="Run whose newest checkpoint to start from (empty = train from scratch).")
+    seed: int = Field(1337, ge=0, description="Random seed of initial weights, data order, dropout and evaluation.")
+    start_from: str = Field("", description="Another run, to start from its newest checkpoint (empty = from scratch).")
     start_with: Literal["weights", "everything"] = Field(
-        "weights", description="What to load from start_from: only the weights, or also the step and optimizer state."
+        "weights", description="What to load from that run: only the weights, or also the step and optimizer state."
     )
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
@@ -152,7 +152,8 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of "
                 f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
-                f"train.sequence_tokens {self.sequence_tokens:,}){on_each_rank}. Try train.batch_tokens = {nearest}."
+                f"train.sequence_tokens {self.sequence_tokens:,}){on_each_rank}. Try train.batch_tokens = {nearest}, "
+                f"or for an existing run fewer micro-batch sequences or ranks."
             )
         return count
 
@@ -163,7 +164,7 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluations of a trained model. Not pinned to the run: each evaluation records its own settings."""
+    """How to evaluate checkpoints. May change at any time: each evaluation records its own settings."""
 
     checkpoint: str = Field(
         "last",
@@ -173,12 +174,12 @@ class EvaluationConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
-    validation_tokens: int = Field(0, ge=0, description="Tokens of the val split to score (0 = all).")
+    validation_tokens: int = Field(0, ge=0, description="Maximum tokens of the validation split to score (0 = all).")
     hellaswag: str = Field(
         "Rowan/hellaswag",
-        description="Hub dataset or file of HellaSwag items (empty = use a completion set made from val documents).",
+        description="Hugging Face dataset or file of HellaSwag items (empty = make items from validation documents).",
     )
-    completion_items: Positive = Field(200, description="Items in the completion set, used if hellaswag is empty.")
+    completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
     prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
     samples: Positive = Field(2, description="Samples per prompt.")
     sample_tokens: Positive = Field(64, description="New tokens per sample.")
@@ -190,31 +191,31 @@ class EvaluationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """Where and how jobs run. Never part of a recipe; may change with every command."""
+    """Where and how jobs run, not what they compute. May change at any time."""
 
-    runner: Literal["threads", "processes", "dask"] = Field("threads", description="How shard jobs run in parallel.")
-    workers: int = Field(0, ge=0, description="Shard jobs at once (0 = one per core).")
+    runner: Literal["threads", "processes", "dask"] = Field("threads", description="How to tokenise in parallel.")
+    workers: int = Field(0, ge=0, description="Shards to tokenise at once (0 = one per core).")
     dask_address: str = Field(
         "", description="Scheduler of a running Dask cluster, tcp://HOST:PORT (empty = start a cluster on this host)."
     )
     shards_per_task: int = Field(
         0, ge=0, description="Shards per Prefect task (0 = automatic: 1, or more for a build of over 2,000 shards)."
     )
-    audit: bool = Field(False, description="Write a leak report (gpt2 dataset audit) after each build.")
+    audit: bool = Field(False, description="After each build, report duplicates and test text in the training data.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device (auto = CUDA, else MPS, else CPU)."
     )
     processes: int = Field(0, ge=0, description="Training processes per host (0 = one per GPU, else 1).")
-    nodes: Positive = Field(1, description="Hosts that train together; run the printed command on each other host.")
+    nodes: Positive = Field(1, description="Hosts that train together; the log shows the command for each other host.")
     rendezvous: str = Field("", description="HOST:PORT of the first host; required with several hosts.")
     prefetch_batches: int = Field(4, ge=0, description="Micro-batches to prefetch (0 = none).")
     unsaved_minutes: float = Field(
         30.0, gt=0, description="Minutes to keep training while checkpoints cannot be saved."
     )
     tensorboard: str = Field("", description="Folder for TensorBoard event files (empty = none).")
-    concurrent_evaluations: Positive = Field(1, description="Evaluations that run at once.")
+    concurrent_evaluations: Positive = Field(1, description="Maximum number of evaluations that run at once.")
     evaluation_processes: int = Field(1, ge=0, description="Processes per evaluation (0 = one per GPU, else 1).")
-    cache_bytes: Positive = Field(50_000_000_000, description="Maximum size of this host's cache for shards from S3.")
+    cache_bytes: Positive = Field(50_000_000_000, description="Maximum bytes of this host's cache for shards in S3.")
 
 
 class How(Section):
@@ -227,7 +228,7 @@ class How(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    name: str = Field("gpt2-124m", description="Name of the run in the store.")
+    name: str = Field("gpt2-124m", description="Name of the run. To change what it computes, choose a new name.")
     store_url: str = Field(
         "./data", description="The store: a folder, or s3://bucket/prefix (endpoint and credentials: AWS_* variables)."
     )
@@ -258,7 +259,7 @@ class RunConfig(Section):
         return self
 
     def computed(self) -> dict[str, Any]:
-        """What is computed, as JSON values."""
+        """The sections that decide what is computed, as JSON values."""
         return self.model_dump(mode="json", include={"data", "model", "train", "evaluation"})
 
     def pinned(self) -> dict[str, dict[str, object]]:

@@ -20,7 +20,7 @@ def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
             f"--config {file}: {error.strerror}. The configurations of this project are in deploy/configs/."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file}: invalid TOML: {error}. Correct that line.") from error
+        raise ValueError(f"--config {file}: invalid TOML: {error}. Correct the file.") from error
     return config_of(values, overrides)
 
 

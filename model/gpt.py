@@ -168,13 +168,13 @@ class GPT(nn.Module):
         return sum(unpadded(name, weight).numel() for name, weight in self.named_parameters())
 
     def logits(self, x_BTC: Tensor) -> Tensor:
-        """Scores of the next token, … V, of the transformer's output. Without padding."""
+        """The next token's logits, … V without padding, from the transformer's output."""
         return F.linear(x_BTC, unpadded(EMBEDDING, self.head_VC))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross-entropy of the targets, summed, in nats."""
         x_NC = self.transformer(tokens_BT).flatten(0, 1)
-        options = None  # on CUDA torch.compile fuses whole logits with the loss
+        options = None  # no chunks: on CUDA torch.compile fuses the logits with the loss
         if self.training and x_NC.device.type == "cpu":
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(len(x_NC)))
         return F.linear_cross_entropy(

@@ -4,7 +4,7 @@ Tensor names are the same on both sides; only the Conv1D matrices are transposed
 
 The import is written by hand because `from_pretrained` (transformers 5.24) accepts more than GPT-2: other activations,
 integer tensors, unknown biases, an index that leaves the folder. It also needs 1.4 times the memory: 6.1 GB instead of
-4.2 GB for 355M.
+4.2 GB for the 355M model.
 """
 
 import json
@@ -46,12 +46,13 @@ TO_FLOAT32: dict[str, Callable[[bytes], np.ndarray]] = {
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),  # the upper half of a float32
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SAVED_FOLDER = "Give a folder that transformers' save_pretrained wrote."
 
 
 def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
     """Write the run's newest checkpoint as a transformers model with its tokenizer. Returns the checkpoint's record.
 
-    The folder appears complete or not at all. Raises ValueError if it is not empty or cannot be written, ObjectMissing
+    The folder appears complete or not at all. Raises ValueError if it is not empty or not writable, ObjectMissing
     for a run without a checkpoint, CheckpointInvalid for damaged weights.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -94,7 +95,7 @@ def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
 
 
 def ensure_imported(store: Store, run: str, folder: Path) -> None:
-    """Import the folder, unless the run was imported from the same model. Raises ValueError if it holds another."""
+    """Import the folder's model unless the run holds it already. Raises ValueError if the run holds another model."""
     saved = records.checkpoints(store, run)
     if not saved:
         import_folder(store, run, folder)
@@ -223,19 +224,20 @@ def _weight_files(folder: Path) -> list[Path]:
         if isinstance(files, dict):
             return [folder / name for name in sorted({Path(str(file)).name for file in files.values()})]
     pickles = [f"only {path.name}, a pickle, which can run any program" for path in folder.glob("pytorch_model*.bin")]
+    if not pickles:
+        raise _invalid(folder, WEIGHTS, "no such file", SAVED_FOLDER)
     conversion = f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained('another folder')"
-    remedy = f"If you trust the folder, convert it with transformers: {conversion}"
-    raise _invalid(folder, WEIGHTS, pickles[0] if pickles else "no such file", remedy)
+    raise _invalid(folder, WEIGHTS, pickles[0], f"If you trust the folder, convert it with transformers: {conversion}")
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    expected, remedy = f"a JSON object in {name}.json", "Give a folder that transformers' save_pretrained wrote."
+    expected = f"a JSON object in {name}.json"
     try:
         value = json.loads((folder / f"{name}.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise _invalid(folder, expected, f"an unreadable file ({error})", remedy) from error
+        raise _invalid(folder, expected, f"an unreadable file ({error})", SAVED_FOLDER) from error
     if not isinstance(value, dict):
-        raise _invalid(folder, expected, f"JSON of type {type(value).__name__}", remedy)
+        raise _invalid(folder, expected, f"JSON of type {type(value).__name__}", SAVED_FOLDER)
     return value
 
 

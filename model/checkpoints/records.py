@@ -1,6 +1,6 @@
 """The checkpoint records and metrics of a run in the store. Loads no weights, imports no torch.
 
-A checkpoint counts from the moment its record exists. Files without a record come from killed attempts.
+A checkpoint counts from the moment its record exists. Files without a record come from unfinished attempts.
 """
 
 import json
@@ -34,7 +34,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True)
 class Cursor:
-    """A training's position in the global window order: the next window, and what decides the order."""
+    """The position of a training run in the global window order: the next window, and what decides the order."""
 
     dataset: str
     manifest: str

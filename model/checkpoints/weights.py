@@ -19,7 +19,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class Snapshot:
-    """A checkpoint's files in memory. Buffers are reused: at 124M a copy into new memory took twice as long.
+    """A checkpoint's files in memory. Buffers are reused: a copy into new memory took twice as long (124M).
 
     Training pauses during a copy.
     """
@@ -73,8 +73,8 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
     weights = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: w.shape for name, w in weights.items()}:
         raise CheckpointInvalid(
-            f"run {run!r}: the weights of step {record.step:,} do not fit the configured model. Use the settings of "
-            f"that checkpoint: {', '.join(f'model.{name} = {value}' for name, value in record.model.items())}."
+            f"run {run!r}: the weights of step {record.step:,} do not fit the configured model. Start a new run with "
+            f"--set name=… {' '.join(f'--set model.{name}={value}' for name, value in record.model.items())}"
         )
     with torch.no_grad():
         for name, weight in weights.items():

@@ -27,8 +27,8 @@ class WindowOrder:
         if not self.epoch_windows:
             raise ValueError(
                 f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, the "
-                f"longest shard has {max(shard_tokens, default=0):,}. Use a smaller train.sequence_tokens or a larger "
-                f"data.shard_tokens."
+                f"longest shard has {max(shard_tokens, default=0):,}. Start a new run with a smaller "
+                f"train.sequence_tokens, or a new dataset with a larger data.shard_tokens."
             )
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:

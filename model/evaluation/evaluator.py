@@ -21,7 +21,7 @@ from model.gpt import EMBEDDING, GPT, unpadded
 from model.processes.distributed import DDPConfig
 
 EVALUATION_SEQUENCES = 8  # windows of one forward pass
-BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}  # of one forward pass over items; an H100 was 4.4 times as fast with more
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}  # of a forward pass over items; an H100 is 4.4 times slower with 4,096
 HEAD_POSITIONS, HEAD_TOKENS = 512, 1_024  # logits computed at once: rows, and columns on the CPU
 
 
@@ -73,7 +73,7 @@ class Evaluator:
 
     @torch.no_grad()
     def ending_losses(self, items: Sequence[Item]) -> np.ndarray:
-        """The summed loss of each ending after its context, in nats: float64, a row for each item, four columns.
+        """The summed loss of each ending after its context, in nats: float64, one row per item, four columns.
 
         Padding is never scored, and the batch size does not change the losses. The ranks share the items.
         """

@@ -1,4 +1,4 @@
-"""Generates text: seeded samples after a prompt, and the command that prints those of a run's newest checkpoint.
+"""Generates text: seeded samples after a prompt, and the command that prints samples of a run's newest checkpoint.
 
 python -m model.evaluation.generate <store url> <run> --prompt "…"
 
@@ -81,7 +81,7 @@ def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
 
 
 def next_tokens(logits_BV: Tensor, settings: EvaluationConfig, uniform_B: Tensor) -> Tensor:
-    """One token id per row: the likeliest at temperature 0, else drawn with a number in [0, 1) from top k and top p."""
+    """One token id per row: the likeliest at temperature 0, else drawn from top k and top p with `uniform_B`."""
     if settings.temperature == 0:
         return logits_BV.argmax(-1).cpu()
     ids_BV: Tensor | None = None

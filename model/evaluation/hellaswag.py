@@ -49,7 +49,7 @@ def questions(body: bytes | bytearray, name: str) -> list[Question]:
             )
         except ValidationError as error:
             problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"]))
+            field = ".".join(map(str, problem["loc"])) or "line"  # invalid JSON has no location
             raise SourceInvalid(
                 f"{name}: line {number:,} should be a HellaSwag item ({', '.join(Question.model_fields)}), found "
                 f"{field!r}: {problem['msg']}. Repair the file of evaluation.hellaswag, or leave the setting empty."

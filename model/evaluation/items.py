@@ -1,4 +1,4 @@
-"""Items with one true and three false endings, and a set of them made from a dataset's val documents.
+"""Items with one true and three false endings, and such items made from a dataset's val documents.
 
 Imports no model.
 """

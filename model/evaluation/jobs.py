@@ -188,14 +188,14 @@ def _check_finite(job: Job, losses: np.ndarray) -> None:
 
 
 def _progress_line(kind: str) -> Callable[[int, int], None]:
-    """A callback that prints how much is scored, at most once in PROGRESS_SECONDS."""
+    """A callback that prints the progress at most once per PROGRESS_SECONDS."""
     printed_at = time.monotonic()
 
     def print_progress(done: int, total: int) -> None:
         nonlocal printed_at
         if time.monotonic() - printed_at > PROGRESS_SECONDS:
             printed_at = time.monotonic()
-            print(f"{kind}: {done:,} of {total:,} scored", flush=True)
+            print(f"{kind}: {done:,} of {total:,} done", flush=True)
 
     return print_progress
 

@@ -46,7 +46,7 @@ class Batch:
 
 
 def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
-    """One row for each item, the longest first; one for each ending where an item does not fit into one row.
+    """One row per item, the longest first; one row per ending if the item does not fit into one row.
 
     A context that is too long is cut on the left, as lm-evaluation-harness does: the last `context_tokens` + 1 tokens
     of context and ending stay. Raises ValueError for an ending that is longer than the model's context.

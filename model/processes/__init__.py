@@ -1,1 +1,1 @@
-"""Ranks and devices, the torchrun launcher, parent watch, one Kubernetes pod."""
+"""Ranks and devices, the torchrun launcher, parent and child processes, Kubernetes."""

@@ -39,10 +39,10 @@ class DDPConfig:
         if device == "auto":
             device = available[0]
         if device not in available:
-            condition = " with one process" if device == "mps" else ""
+            condition = " (MPS needs a single process)" if device == "mps" else ""
             raise ValueError(
                 f"resources.device = {device!r}: torch {torch.__version__} has no such device here{condition}, only "
-                f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with gpt2 doctor."
+                f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with nvidia-smi."
             )
         if device != "cuda":
             return cls(rank, ranks, torch.device(device))
@@ -81,7 +81,7 @@ class DDPConfig:
     def process_group(self, last_save: timedelta) -> Iterator[None]:
         """Join the group of all ranks while the block lasts. Does nothing for a single rank.
 
-        A collective times out after `last_save` and ten minutes: the main rank may be storing the last checkpoint.
+        A collective times out after `last_save` plus ten minutes: the main rank may be storing the last checkpoint.
         The other ranks fail at once if a rank dies.
         """
         if self.ranks == 1:

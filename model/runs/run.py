@@ -63,7 +63,7 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run of that name; its first start pins it. Raises ObjectMissing if `train.start_from` has no checkpoint."""
+    """The run, pinned at its first start. Raises like `pinned_run`, or ObjectMissing without a start checkpoint."""
     start = _start(store, config.train.start_from) if config.train.start_from else None
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
@@ -98,7 +98,7 @@ def find_run(store: Store, name: str) -> Run | None:
 
 
 def training_job(run: Run) -> Job:
-    """The training of a run. Its recipe holds everything that decides the final weights."""
+    """The training job of a run. Its recipe holds everything that decides the final weights."""
     train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
     start = {} if run.start is None else {"start": asdict(run.start)}
     inputs = {"model": run.config["model"], "train": train, "dataset": run.dataset, "manifest": run.manifest}
@@ -106,7 +106,7 @@ def training_job(run: Run) -> Job:
 
 
 def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
-    """The evaluations of one checkpoint. Each recipe holds everything that decides its result.
+    """The evaluation jobs of one checkpoint. Each recipe holds everything that decides its result.
 
     Without a manifest there is no val split, so only HellaSwag and samples remain. HellaSwag needs its items.
     The completion set replaces it if `evaluation.hellaswag` is empty.

@@ -1,6 +1,6 @@
 """The metrics of each step: printed, kept until a checkpoint stores them, and shown live in the store and TensorBoard.
 
-Only the main rank has a log. The log computes nothing, and training never waits for the store.
+Only the main rank uses its log. The log computes nothing, and training never waits for the store.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Decides which optimizer steps to skip: NaN or infinite loss, or a gradient norm 10 times the recent median.
+"""Decides which optimizer steps to skip: NaN or infinite loss or gradient norm, or 10 times the recent median norm.
 
 The decision depends only on earlier gradient norms, which the metrics hold, so a resumed run makes the same decisions.
 """

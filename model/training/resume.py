@@ -22,8 +22,8 @@ def resume(
 ) -> tuple[int, list[str]]:
     """Load the checkpoint to start from. Returns its step, and the keys of the metrics that this run has so far.
 
-    Raises CheckpointInvalid if the checkpoint is damaged or belongs to another run, ObjectMissing if it was deleted,
-    and ValueError if it is not the same on all ranks.
+    Raises CheckpointInvalid if the checkpoint is damaged or belongs to another run, ObjectMissing if it was deleted.
+    Raises ValueError if the ranks see different checkpoints or no steps are left.
     """
     records = checkpoints(store, job.run)
     newest = records[-1] if records else None
@@ -54,8 +54,8 @@ def _start(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer)
     record = next((saved for saved in checkpoints(store, start["run"]) if saved.attempt == start["attempt"]), None)
     if record is None:
         raise ObjectMissing(
-            f"run {job.run!r} starts from step {start['step']:,} of run {start['run']!r}, which was deleted. "
-            f"Start a new run from its newest checkpoint: --set name=…"
+            f"run {job.run!r}: its start, the checkpoint of step {start['step']:,} of run {start['run']!r}, was "
+            f"deleted. To start from the newest checkpoint of {start['run']!r}, choose another name: --set name=…"
         )
     load_weights(store, start["run"], record, model)
     if train["start_with"] == "weights":

@@ -87,7 +87,7 @@ class Trainer:
             print(f"{job.job_id}: {self.evaluator.precision}, {mode}, from step {self.step:,}", flush=True)
 
     def fit(self) -> TrainingResult | None:
-        """Train to the last step. Returns None if a SIGTERM stopped it at a checkpoint."""
+        """Train to the last step. Returns None if SIGTERM stopped it after a save. Raises ValueError if it diverges."""
         handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         self.batches = MicroBatches(
             self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
@@ -108,7 +108,7 @@ class Trainer:
             self.batches.close()
             self.saver.close()
             self.log.close()
-            if self.ddp.ranks == 1:  # with several ranks, rank 0 may still be saving, and a SIGTERM would kill it
+            if self.ddp.ranks == 1:  # else a SIGTERM would kill this rank while rank 0 still saves
                 signal.signal(signal.SIGTERM, handler)
 
     def _train_step(self) -> tuple[StepMetrics, bool]:
@@ -153,7 +153,7 @@ class Trainer:
             waiting = time.perf_counter()
             tokens_BT, targets_BT = self.batches.next()
             self._data_seconds += time.perf_counter() - waiting
-            # DDP sums gradients over the ranks only after the last micro-batch
+            # DDP synchronises gradients only after the last micro-batch
             is_synchronised = self.ddp.ranks == 1 or index == self.micro_batches - 1
             with nullcontext() if is_synchronised else self.parallel.no_sync(), self.evaluator.autocast():
                 loss = self.parallel(tokens_BT, targets_BT)
@@ -201,7 +201,7 @@ class Trainer:
     def _log_and_save(self, metrics: StepMetrics, *, stopping: bool) -> None:
         """On the main rank: log the metrics, and save a checkpoint if one is due.
 
-        A save waits for the previous save for as long as a step takes. If that still runs, the next step tries again.
+        A save waits up to one step's time for the previous save. If that save still runs, the next step tries again.
         """
         metrics.memory_bytes = self.ddp.memory_bytes()
         started = time.perf_counter()

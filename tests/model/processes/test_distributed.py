@@ -56,7 +56,7 @@ def test_the_device_is_the_configured_one_or_the_best(
         (0, False, {}, "cuda", ("resources.device = 'cuda'", "only cpu.", "resources.device=auto")),
         (0, True, {}, "cuda", ("only mps, cpu.",)),
         (0, False, {}, "mps", ("resources.device = 'mps'", "only cpu.")),
-        (0, True, TORCHRUN, "mps", ("with one process", "only cpu.")),
+        (0, True, TORCHRUN, "mps", ("single process", "only cpu.")),
         (1, False, TORCHRUN, "auto", ("process 1 of this host", "the host has 1", "resources.processes=1")),
     ],
 )
