@@ -2,11 +2,11 @@
 
     pretrain ─▶ download ─▶ tokenise ─▶ train ─▶ evaluate ─▶ report
 
-Each stage is a flow in its own module and checks the store for finished work before it starts.
+Each stage is a flow in its own module. Every stage but the report skips work that the store already holds.
 
     console/      the `gpt2` command. A new verb goes here.
-    runtime/      what stages share: task windows, child processes, progress, artifacts
-    inspection/   status, trace and doctor of a store, and deletion of its garbage
+    runtime/      what stages share: submitting tasks, child processes, progress, artifacts
+    inspection/   status, trace, doctor, gc, and the facts that a report shows
     pages/        HTML pages and plots
     platform/     Prefect's server, workers, deployments and automations
 """

@@ -1,6 +1,6 @@
 """The first stage: find the source files, mirror Hub files into the store, and plan the shards.
 
-A file whose shards are all done is neither downloaded nor read again: its plan is in the store.
+A file whose shards are all done is neither downloaded nor planned again: its plan is in the store.
 """
 
 from collections import Counter
@@ -39,7 +39,8 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
     """List the source's files. An unchanged Hub dataset costs one request; local files are hashed."""
     listing, unavailable = list_source(open_store(store_url), data.source, data.config, data.revision, "train")
     if unavailable:
-        say("download", f"using the earlier listing of commit {listing.origin['commit'][:12]}: {unavailable}")
+        reason = unavailable.partition(". ")[0]  # without the error's remedy: the build continues
+        say("download", f"using the earlier listing of commit {listing.origin['commit'][:12]}: {reason}")
     return listing
 
 
@@ -50,7 +51,7 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
 def prepare_file(
     file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, on_progress: Callable[[str, int], None]
 ) -> FilePlan:
-    """Mirror a Hub file into the store, then plan it. `on_progress` is called with the digest and bytes fetched."""
+    """Mirror a Hub file if data.mirror is on, then plan it. `on_progress` receives its digest and the bytes fetched."""
     store, settings = open_store(store_url), data.spec(tokenizer.identity()).settings
     located = mirror(store, file, partial(on_progress, file.digest)) if data.mirror else locate(store, file)
     plan = read_plan(store, data.dataset, file, settings, limit_tokens)
@@ -63,7 +64,7 @@ def prepare_file(
 
 @flow(name="download", flow_run_name="download-{config.data.dataset}", validate_parameters=False, task_runner=RUNNER)
 def download(config: RunConfig, with_items: bool = True) -> Downloaded:
-    """Find and plan the source files. A run pinned to a complete manifest needs no source files."""
+    """Find and plan the source files, unless the store has all shards of the manifest that the run is pinned to."""
     data = config.data
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
@@ -89,9 +90,9 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
 def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
     planned = sum(len(plan.row_ends) for plan in plans)
     if not planned:
-        filtered = " that data.filters keeps" if data.filters else ""
         raise ValueError(
-            f"data.source = {data.source!r}: its {len(plans)} files have no rows{filtered}. Use files with text."
+            f"data.source = {data.source!r}: no usable document in {len(plans)} files with data.filters = "
+            f"{list(data.filters)} and data.max_tokens = {data.max_tokens}. Use other files, or change these settings."
         )
     if planned <= data.val_shards:
         raise ValueError(
@@ -101,13 +102,16 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
 
 
 def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
-    """Plan all files concurrently. Returns the plans and the errors; an unavailable file does not stop the others."""
+    """Plan all files concurrently. Returns the plans, and an error for each unavailable file.
+
+    Raises an error that is not transient, or the first error if every file failed.
+    """
     data, settings = config.data, config.data.spec(tokenizer.identity()).settings
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         stored = pool.map(lambda file: read_plan(store, data.dataset, file, settings), listing.files)
     plans = {plan.file: plan for plan in stored if plan}
     done: set[SourceFile] = set(plans)
-    if data.mirror and listing.origin:  # a mirrored file is needed while one of its shards is missing
+    if data.mirror and listing.origin:  # a file must be mirrored while one of its shards is missing
         recorded = recorded_shards(store, data.dataset)
         done = {file for file, plan in plans.items() if recorded.issuperset(plan.shard_ids)}
     to_prepare = [file for file in listing.files if file not in done]

@@ -34,15 +34,15 @@ def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     store = open_store(store_url)
     stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
     if stored is None or stored.get("job") != job.job_id:
-        store.delete(RunKeys(job.run).result(job.job_id))  # a job with other settings has overwritten its evaluation
+        store.delete(RunKeys(job.run).result(job.job_id))  # its evaluation is missing or another job's
     return run_job(store, job, processes)
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
 def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # the stage to wait for
-    """Run the configured evaluations. A failed one does not stop the others.
+    """Run the configured evaluations. A failed evaluation does not stop the others.
 
-    Raises JobRefused or JobFailed, with every failure in its message, after all have ended.
+    Raises ObjectMissing without a checkpoint; after all evaluations, JobRefused or JobFailed with every failure.
     """
     store = open_store(config.store_url)
     records = chosen(store, config.name, config.evaluation)
@@ -67,7 +67,7 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
 
 
 def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
-    """Run the stage, `resources.concurrent_evaluations` evaluations at once. Returns its final state."""
+    """Run the stage, `resources.concurrent_evaluations` evaluations at a time. Returns its final state."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
     state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
     return state
@@ -85,10 +85,13 @@ def chosen(store: Store, run: str, evaluation: EvaluationConfig) -> list[Checkpo
     if selected:
         return selected
     if not records:
-        raise ObjectMissing(f"run {run!r} has no checkpoint in store {store.url!r}. Train it first: gpt2 train")
-    steps = ", ".join(f"{record.step:,}" for record in records)
+        raise ObjectMissing(
+            f"run {run!r} has no checkpoint in store {store.url!r}. Train it with gpt2 train, or choose another run: "
+            f"gpt2 status lists the runs."
+        )
+    steps = ", ".join(str(record.step) for record in records)
     raise ObjectMissing(
-        f"evaluation.checkpoint = {evaluation.checkpoint!r}: run {run!r} in store {store.url!r} has only the "
+        f"evaluation.checkpoint = {evaluation.checkpoint!r}: run {run!r} in store {store.url!r} has only "
         f"checkpoints of steps {steps}. Choose one of these steps."
     )
 
@@ -126,9 +129,10 @@ def _results(
 
 
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
-    """The manifest to evaluate on and the key of the HellaSwag items; None for a missing input.
+    """The manifest to evaluate on, or None without a dataset; the key of HellaSwag's items, or None if not mirrored.
 
-    A run uses the inputs that it is pinned to. An imported model uses the newest version of the dataset.
+    A run uses what it is pinned to, an imported model the dataset's newest version. Raises ValueError if the configured
+    model is not the imported model.
     """
     run = pinned_run(store, config)
     if run is not None:
@@ -136,8 +140,8 @@ def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[
         # A local file is read again, since it may have been edited. If it is gone, the copy in the store is used.
         use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
         return run.manifest, run.items if use_pinned else None
-    if differing := differences(config.model.model_dump(mode="json"), record.model):
-        raise ValueError(f"run {config.name!r}: {'; '.join(differing)}. Use the settings of the imported model.")
+    if differing := differences(config.model.model_dump(mode="json"), record.model, "model"):
+        raise ValueError(f"imported run {config.name!r}: {'; '.join(differing)}. Use the imported model's settings.")
     newest = latest_manifest(store, config.data.dataset)
     if newest is None:
         say(

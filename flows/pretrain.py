@@ -1,4 +1,4 @@
-"""The whole pipeline as one flow of five stages, and its parts as flows. Each stage checks the store for finished work.
+"""The whole pipeline as one flow of five stages, and its parts as flows.
 
 Each stage receives the same object that the previous stage returned: Prefect tracks and draws dependencies by
 identity. (`wait_for` orders sub-flows too, but Prefect's UI draws no arrow for it.)
@@ -74,7 +74,7 @@ def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported
     if isinstance(result, BaseException) and not isinstance(result, JobFailed | JobRefused):
         raise result
     evaluated = result if isinstance(result, Evaluated) else Evaluated([])
-    link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a flow's return value: its UI draws the arrow
+    link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a returned value; its UI then draws the arrow
     reported = report(config, evaluated)
     pages = {"report": reported.page}
     if dataset := reported.dataset:

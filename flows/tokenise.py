@@ -43,14 +43,14 @@ from storage.stores.store import Store
 IN_FLIGHT = 4  # tasks submitted per worker: enough to keep all busy, few enough to keep the flow small
 MOST_TASKS = 2_000  # per flow run: more slow down its page and Prefect's server
 MOST_LINES = 1_000  # in the table of shard jobs
-MOST_POOLS = 3  # process pools started in a row, each after a worker process was killed
+MOST_POOLS = 3  # process pools to try: a killed worker process breaks its pool
 
 
 @task(
     task_run_name="{name}", cache_policy=NO_CACHE,  # Prefect's cache can outlive the data; the record decides
     retries=2, retry_delay_seconds=[2, 10], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
 )  # fmt: skip
-def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # its name
+def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # run name
     """Make shards of one source file and their records, unless done. A failed shard does not stop the others."""
     store = open_store(store_url)
     made = 0
@@ -78,14 +78,14 @@ def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
 
 
 @task(task_run_name="seal-{dataset}", cache_policy=NO_CACHE)
-def seal_dataset(dataset: str, build: building.Build, origin: dict[str, str], store_url: str) -> Manifest:  # noqa: ARG001  # its name
-    """Write the manifest of all planned shards and point `latest` at it."""
+def seal_dataset(dataset: str, build: building.Build, origin: dict[str, str], store_url: str) -> Manifest:  # noqa: ARG001  # run name
+    """Write the manifest of all planned shards and point `latest` at it, unless nothing changed."""
     return building.finish_build(open_store(store_url), build, origin)
 
 
 @flow(name="tokenise", flow_run_name="tokenise-{config.data.dataset}", validate_parameters=False)
 def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
-    """Bring the dataset up to date with its source files."""
+    """Bring the dataset up to date with its source files. For a pinned run, only rebuild its lost shards."""
     store = open_store(config.store_url, create=True)
     run = pinned_run(store, config)
     manifest = _repair(store, config, run, downloaded) if run else _build(store, config, downloaded)
@@ -94,7 +94,7 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     text += "| split | shards | documents | tokens |\n| --- | ---: | ---: | ---: |"
     for split, counts in manifest.totals.items():
         text += f"\n| {split} | {counts['shards']:,} | {counts['documents']:,} | {counts['tokens']:,} |"
-    show(create_markdown_artifact, markdown=text, key="dataset-manifest", description=f"What {dataset} holds")
+    show(create_markdown_artifact, markdown=text, key="dataset-manifest", description=f"Contents of {dataset}")
     if config.resources.audit:
         find_leaks(dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
     return DatasetVersion(manifest.digest, manifest.origin.get("commit"), downloaded.items)
@@ -103,13 +103,14 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     """Run the stage on the task runner that `resources.runner` names.
 
-    A pool of processes is unusable once one of them is killed, so the stage then starts again with a new pool.
+    A killed worker process breaks its process pool; the stage then starts again with a new pool. Raises JobFailed after
+    MOST_POOLS pools.
     """
-    for _ in range(MOST_POOLS):
+    for number in range(1, MOST_POOLS + 1):
         try:
             return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
         except BrokenExecutor:
-            say("tokenise", "a worker process was killed: starting new ones for the missing shards")
+            say("tokenise", f"process pool {number} of at most {MOST_POOLS} ended: a worker process was killed")
     raise JobFailed(
         f"dataset {config.data.dataset!r}: a worker process was killed in each of {MOST_POOLS} process pools. "
         f"Memory probably ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
@@ -117,7 +118,7 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
 
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
-    """The task runner for the shard jobs. Every runner gives the same bytes."""
+    """The task runner for the shard jobs. Every runner gives the same bytes. Raises ValueError if Dask is missing."""
     workers = worker_count(resources)
     if resources.runner == "processes":
         return ProcessPoolTaskRunner(workers)
@@ -141,14 +142,14 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     _run_jobs(config, build.missing_jobs, len(build.missing), len(build.planned))
     if downloaded.failed:
         raise SourceUnavailable(
-            f"dataset {dataset!r}: {len(downloaded.failed):,} source files were unavailable; the shards of all others "
-            f"are made. {downloaded.failed[0]}"
+            f"dataset {dataset!r}: {len(downloaded.failed):,} source files were unavailable; the shards of the "
+            f"others are done. {downloaded.failed[0]}"
         )
     quoted: Any = quote(build)  # else Prefect searches all plans for futures; the task receives the build itself
     manifest = seal_dataset(dataset, quoted, downloaded.origin, config.store_url)
-    pinned = f"manifest {manifest.digest[:12]}"
+    name = f"manifest {manifest.digest[:12]}"
     is_new = build.parent is None or build.parent.digest != manifest.digest
-    say("tokenise", f"sealed {pinned}" if is_new else f"{pinned} is unchanged")
+    say("tokenise", f"sealed {name}" if is_new else f"{name} is unchanged")
     return manifest
 
 
@@ -170,13 +171,13 @@ def _groups(jobs: Iterable[ShardJob], size: int) -> Iterator[list[ShardJob]]:
 
 
 def _run_jobs(config: RunConfig, jobs: Iterable[ShardJob], missing: int, total: int) -> None:
-    """Run the missing jobs as tasks, a window at a time, and show each one's state. Raises the first error."""
+    """Run the missing jobs as tasks and show their states in a table. Raises the first error after all tasks end."""
     dataset = config.data.dataset
     say("tokenise", f"{total - missing:,} of {total:,} shards done")
     if not missing:
         return
     bar = Bar("tokenise", missing, "shards")
-    before = {"shards": f"{total - missing:,} others", "state": "Done before", "why": "", "to run it again": ""}
+    before = {"shards": f"{total - missing:,} others", "state": "Already done", "why": "", "to run it again": ""}
     lines = [before] if missing < total else []
     retry_command = ""
     errors: list[BaseException] = []
@@ -198,13 +199,13 @@ def _run_jobs(config: RunConfig, jobs: Iterable[ShardJob], missing: int, total: 
     bar.close()
     if errors:
         if len(errors) > 1:
-            say("tokenise", f"{len(errors):,} tasks failed, of {missing:,} shard jobs; gpt2 status lists them")
+            say("tokenise", f"{len(errors):,} tasks failed; gpt2 status lists the failed shards")
         raise errors[0]
-    say("tokenise", f"{total:,} of {total:,} shards done, {missing:,} of them built by this run")
+    say("tokenise", f"{total:,} of {total:,} shards done, {missing:,} of them built now")
 
 
 def _retry_command(config: RunConfig) -> str:
-    """The command that runs the failed jobs again: a retry of the deployment's run, or of the console's."""
+    """The command that repeats the failed jobs: `prefect flow-run retry` for a deployment's run, else `gpt2 retry`."""
     try:
         with get_client(sync_client=True) as client:
             root = client.read_flow_run(UUID(flow_run.root_flow_run_id))

@@ -31,13 +31,13 @@ CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
 
 @task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
 def train_model(job: Job, store_url: str, processes: Processes) -> Any:
-    """Run the training's processes to their end. Returns the result: the last step and the tokens seen."""
+    """Run the training processes to their end. Returns the result: steps done, tokens seen, hardware and versions."""
     return run_job(open_store(store_url), job, processes)
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
 def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
-    """Train the run to its last step. Without a version, a new run takes the dataset's newest."""
+    """Train the run to its last step. Without `version`, a new run takes the dataset's newest version."""
     store = open_store(config.store_url)
     run = started_run(store, config, version)
     job = training_job(run)
@@ -83,7 +83,7 @@ def _summary(step: int, max_steps: int, metrics: list[StepMetrics], *, done_befo
 
 
 def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
-    """Follow the trainer's progress object until the training ends: move the bar and draw the loss curve."""
+    """Follow the trainer's progress object until training ends: move the bar and draw the loss curve."""
     curve = Picture("train-loss", f"Loss of {run.name} so far")
     drawn_at = 0.0
     lines_by_step: dict[int, StepMetrics] = {}

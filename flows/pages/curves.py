@@ -49,7 +49,7 @@ def loss_curve(metrics: list[StepMetrics]) -> str:
 
 
 def thinned(points: list[Point]) -> list[Point]:
-    """At most MAXIMUM_POINTS points: means of neighbours, each at the step of the last one."""
+    """At most MAXIMUM_POINTS points: means of neighbours, each at its last step."""
     width = -(-len(points) // MAXIMUM_POINTS)
     groups = [points[start : start + width] for start in range(0, len(points), max(width, 1))]
     return [(group[-1][0], sum(value for _, value, _ in group) / len(group), 0.0) for group in groups]

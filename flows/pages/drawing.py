@@ -1,4 +1,4 @@
-"""Renders templates and draws plots as inline SVG. A page requests nothing and is legible in light and dark."""
+"""Renders templates and draws plots as inline SVG. A page needs no network and is legible in light and dark."""
 
 import io
 import re

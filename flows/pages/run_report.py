@@ -87,7 +87,7 @@ def _provenance(evaluation: Evaluation) -> str:
 
 
 def write_page(store: Store, names: list[str], path: Path) -> None:
-    """Write one .html or .md page about these runs. Raises ValueError for another suffix or an unwritable path."""
+    """Write one .html or .md page about these runs. Raises ValueError for a bad path, ObjectMissing for a bad name."""
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"--to {path}: give a file name that ends in .html or .md.")
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]

@@ -24,7 +24,7 @@ WAITS_SECONDS = (1, 2, 4, 8, 16, 32, 0)  # after each try: a restarted server an
 
 
 def show(create: Callable[..., Any], **arguments: Any) -> Any:
-    """Create an artifact with a function of prefect.artifacts. Returns its id, or None when the server is down."""
+    """Create an artifact with a function of prefect.artifacts. Returns its id, or None when every request failed."""
     for wait in WAITS_SECONDS:
         try:
             return create(**arguments)
@@ -32,7 +32,7 @@ def show(create: Callable[..., Any], **arguments: Any) -> Any:
             reason = error
             time.sleep(wait)
     get_run_logger().warning(
-        "artifact %r is not shown: Prefect's server does not answer (%s)", arguments.get("key"), reason
+        "artifact %r is not shown: requests to Prefect's server failed: %s", arguments.get("key"), reason
     )
     return None
 

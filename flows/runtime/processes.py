@@ -1,4 +1,4 @@
-"""Starts, logs and stops the training and evaluation processes of a flow run, whatever the job computes.
+"""Starts, logs and stops the training and evaluation processes of a flow run.
 
     task's thread: run_job ──▶ Processes.run ──▶ python -m model STORE JOB ──▶ result in the store
     main thread:   with Processes(…): wait for the tasks; leaving the block stops every process
@@ -55,7 +55,7 @@ class Processes:
                 _signal_group(process, signal.SIGKILL)
 
     def run(self, job_key: str, log: Callable[[str], None]) -> None:
-        """Run the job to its end, from a task's thread. Raises JobRefused or JobFailed when it does not succeed."""
+        """Run the job to its end in a task's thread. Raises JobRefused (exit code 2) or JobFailed (other failures)."""
         argv = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
         with self._lock:
             if self._closed:
@@ -102,7 +102,7 @@ def _start(argv: list[str]) -> subprocess.Popen[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a process. TRAINER_* credentials, if set, replace the flow's; Prefect's password is removed.
+    """The environment of a process. If TRAINER_* credentials are set, they replace the flow's and PREFECT_* is removed.
 
     The trainer's credentials write runs and read the rest; the flow's also write shards.
     """

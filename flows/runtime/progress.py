@@ -39,7 +39,7 @@ def on_console(console: Console) -> Iterator[None]:
 
 
 def say(stage: str, text: str) -> None:
-    """Print one line on the console, and write it to the flow run's log."""
+    """Print one line on the console, if there is one, and write it to the flow run's log."""
     get_run_logger().info("%s: %s", stage, text)
     if bars := _bars.get():
         _print(bars.console, stage, text)
@@ -65,7 +65,7 @@ class Bar:
         self._task = self._bars.add_task(stage, total=total, note=unit)
 
     def to(self, done: int, note: str = "") -> None:
-        """Set the progress to `done`. The note replaces the unit behind the bar."""
+        """Set the progress to `done`. On a terminal, the note replaces the unit after the bar."""
         self._done = done
         now = time.monotonic()
         is_last = done == self._total
