@@ -23,7 +23,7 @@ ROW_GROUP = 100
 # not part of every installation
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 COMMON_WORDS = frozenset(
-    "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905
+    "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905  # words read better than a list
 )
 LEAST_WORDS = 8  # per paragraph
 LEAST_COMMON = 0.2  # share of common words in a paragraph; lower in tables and lists of options

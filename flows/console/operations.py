@@ -35,7 +35,7 @@ def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
 
 @app.command(group=INSPECT)
 def doctor(*, settings: Settings = DEFAULTS) -> int:
-    """Check packages, store, clock, disk, cache and server. Exit code 1 when a check fails; its line says why.
+    """Check store, clock, disk, cache and server. Exit code 1 when a check fails; its line says why.
 
     Example: gpt2 doctor --set store_url=s3://bucket/prefix
     """

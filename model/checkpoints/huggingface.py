@@ -202,7 +202,7 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor in fp32 by its full name (GPT2Model saves without `transformer.`), without the mask buffers."""
     for path in _weight_files(folder):
         try:
-            tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+            tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # untyped in safetensors
         except (OSError, SafetensorError) as error:
             raise _invalid(folder, f"safetensors in {path.name}", str(error), "Fetch the folder again.") from error
         for saved_name, saved in tensors:

@@ -91,7 +91,7 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-_COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(ShardRow, include_extras=True).items()}  # type: ignore[valid-type]
+_COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(ShardRow, include_extras=True).items()}  # type: ignore[valid-type]  # read at run time
 
 
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:

@@ -160,7 +160,7 @@ def _walk(folder: Path, prefix: str, name_start: str) -> Iterator[Stat]:
         if not name.startswith(name_start) or not keys.is_key(name):
             continue  # a file that the store did not write
         try:
-            status = os.stat(f"{folder}/{name}")  # noqa: PTH116
+            status = os.stat(f"{folder}/{name}")  # noqa: PTH116  # as above
         except FileNotFoundError:
             continue  # deleted since the folder was read
         if S_ISDIR(status.st_mode):
