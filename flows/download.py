@@ -91,7 +91,7 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
     planned = sum(len(plan.row_ends) for plan in plans)
     if not planned:
         raise ValueError(
-            f"data.source = {data.source!r}: no usable document in {len(plans)} files with data.filters = "
+            f"data.source = {data.source!r}: its {len(plans)} files have no rows within data.filters = "
             f"{list(data.filters)} and data.max_tokens = {data.max_tokens}. Use other files, or change these settings."
         )
     if planned <= data.val_shards:

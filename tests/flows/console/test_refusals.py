@@ -122,6 +122,7 @@ def test_a_bad_setting_is_refused_before_anything_starts(
     assert not (folder / "data").exists()
 
 
+@pytest.mark.full
 def test_the_verbs_in_sequence(api: str, gpt2: Gpt2, folder: Path) -> None:
     outcome = gpt2("train", *settings(), cwd=folder)
     assert (outcome.code, "'./data'" in outcome.error) == (2, True)

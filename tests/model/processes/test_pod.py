@@ -97,6 +97,7 @@ def start(log: Path, argv: list[str], index: int = 0) -> subprocess.Popen[bytes]
         return subprocess.Popen(argv, stdout=out, stderr=out, env=os.environ | variables)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("argv", [1], indirect=True)
 def test_a_pod_succeeds_at_the_last_step_only(tmp_path: Path, argv: list[str]) -> None:
     pod = start(log := tmp_path / "log", argv)
