@@ -82,7 +82,7 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
-        assert "cancelled" in output
+        assert "cancelling active runs" in output
         assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
     saved = steps()
     assert saved < 600
