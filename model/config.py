@@ -117,7 +117,7 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: int = Field(1337, ge=0, description="Random seed of initial weights, data order, dropout and evaluation.")
-    start_from: str = Field("", description="Another run, to start from its newest checkpoint (empty = from scratch).")
+    start_from: str = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
     start_with: Literal["weights", "everything"] = Field(
         "weights", description="What to load from that run: only the weights, or also the step and optimizer state."
     )

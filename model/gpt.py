@@ -28,7 +28,7 @@ class KeyValues:
         self.length = 0
 
     def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of all positions so far. The first call may pass one row for all texts."""
+        """Add new positions; return the keys and values of all so far. The first call may pass B = 1 for all texts."""
         assert k_BHTD.shape[2] == 1 or self.length == 0
         start, self.length = self.length, self.length + k_BHTD.shape[2]
         self.k_BHSD[:, :, start : self.length] = k_BHTD

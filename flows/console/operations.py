@@ -57,7 +57,7 @@ def gc(
     delete: bool = False,
     grace_days: Annotated[float, Parameter(validator=Number(gte=0.05))] = 7.0,
 ) -> None:
-    """List or delete what nothing refers to: orphan shards, old checkpoints, unfinished uploads, damaged files.
+    """List or delete what nothing refers to, such as orphan shards, old checkpoints and unfinished uploads.
 
     Safe while builds and training runs are active.
 

@@ -73,7 +73,7 @@ def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
         unfinished.replace(folder)
     except (OSError, SafetensorError) as error:
         size_bytes = sum(tensor.nbytes for tensor in weights.values())
-        remedy = "Free some space, or give another folder."
+        remedy = "Free some space, fix the permissions, or give another folder."
         raise ValueError(f"cannot export {size_bytes:,} bytes to {folder}: {error}. {remedy}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,12 +2,12 @@
 
 A shard is cut into windows of T + 1 tokens that start T apart. An epoch is a seeded order of all windows of the split.
 Step k takes the next windows of the order, whatever the number of ranks: 1 rank and 8 see the same batch. The state
-is (manifest, seed, next window):
+is (manifest, seed, next window).
 
     window index ─▶ epoch, place ─▶ group of shards ─▶ shard, start ─▶ T + 1 tokens
 
 Shards are shuffled, then cut into groups of GROUP_SHARDS, and windows are shuffled within a group. Reads therefore stay
-within a few shards at a time, and no array is longer than the windows of a group.
+within a few shards at a time, and no array holds the windows of a whole epoch.
 """
 
 from functools import lru_cache
@@ -26,7 +26,7 @@ class WindowOrder:
         self._seed = seed
         if not self.epoch_windows:
             raise ValueError(
-                f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, the "
+                f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, but the "
                 f"longest shard has {max(shard_tokens, default=0):,}. Start a new run with a smaller "
                 f"train.sequence_tokens, or a new dataset with a larger data.shard_tokens."
             )

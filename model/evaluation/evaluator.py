@@ -45,7 +45,7 @@ class Evaluator:
         precision: str = "auto",
         on_progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """`on_progress` receives the scored part of this rank's share, and the size of the share."""
+        """`on_progress` receives the numbers done and in total: this rank's windows or rows, or prompts for samples."""
         self.model, self.ddp, self.on_progress = model, ddp, on_progress
         self._sums_on = "cuda" if ddp.device.type == "cuda" else "cpu"  # float64 sums: MPS has no float64
         has_bf16 = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

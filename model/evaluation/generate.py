@@ -74,8 +74,8 @@ def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
     ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
     if len(ids) > context_tokens:
         raise ValueError(
-            f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, the model takes at most {context_tokens - 1:,} "
-            f"tokens (model.context_tokens less one for <|endoftext|>). Shorten it."
+            f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, but the model takes at most "
+            f"{context_tokens - 1:,} tokens (model.context_tokens less one for <|endoftext|>). Shorten it."
         )
     return ids
 

@@ -16,7 +16,7 @@ FACTOR = 10.0  # times the median of the last MEMORY_STEPS norms; one spike alre
 
 
 class Outliers:
-    """The recent gradient norms, and the numbers of skipped and of allowed steps."""
+    """The recent gradient norms, the number of steps skipped so far, and the maximum number to skip."""
 
     def __init__(self, allowed: int, norms: list[float], skipped: int) -> None:
         self.allowed, self.skipped = allowed, skipped

@@ -41,7 +41,7 @@ class Difference(BaseModel, frozen=True):
 
 
 def newest_version(store: Store, dataset: str) -> Manifest:
-    """The newest version. Raises ObjectMissing if the dataset was never sealed."""
+    """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
     manifest = latest_manifest(store, dataset)
     if manifest is None:
         raise ObjectMissing(

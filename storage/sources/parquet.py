@@ -74,7 +74,7 @@ def _opened(file: SourceFile, text_column: str) -> Iterator[pq.ParquetFile]:
         reason = str(error).splitlines()[0].rstrip(". ")
         raise SourceInvalid(
             f"{file.place}: cannot be read as parquet: {reason}. "
-            f"If the file is damaged, download it again; otherwise convert it, or remove it from data.source."
+            f"Check the file's permissions; if it is damaged, download it again or remove it from data.source."
         ) from error
 
 

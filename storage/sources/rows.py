@@ -27,7 +27,7 @@ class RowTokens(NamedTuple):
 class Row(NamedTuple):
     """A row that passed the filters: its number in the file, its text, and the columns that name the document.
 
-    `text` is whatever the text column holds: it is not a string in a row that cannot be tokenised.
+    `text` is whatever the text column holds. A row whose text is not a string cannot be tokenised.
     """
 
     number: int

@@ -87,7 +87,7 @@ def link_client(endpoint: str) -> Any:
 
 
 def check_endpoint(url: str, endpoint: str, *, plain_http: bool) -> None:
-    """Raise StoreUnusable for an endpoint that would send data and signatures unencrypted over a network."""
+    """Raise StoreUnusable for an unencrypted endpoint on another host, unless `plain_http` allows it."""
     parts = urlsplit(endpoint)
     if parts.scheme == "https" or plain_http or parts.hostname in ("localhost", "127.0.0.1", "::1"):
         return

@@ -14,12 +14,12 @@ from tests.polling import poll
 def call_api(api: str, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
     """Send a request: POST with a body, GET without one, or another method. Returns the decoded JSON.
 
-    A 503 (SQLite is busy) is retried, as in Prefect's own clients.
+    Like Prefect's own clients it waits 60 s for a busy server, and retries after a 503 (SQLite is busy).
     """
     method = method or ("GET" if body is None else "POST")
 
     def available() -> httpx.Response | None:
-        response = httpx.request(method, f"{api}{path}", json=body)
+        response = httpx.request(method, f"{api}{path}", json=body, timeout=60)
         return None if response.status_code == httpx.codes.SERVICE_UNAVAILABLE else response
 
     response = poll(available)
