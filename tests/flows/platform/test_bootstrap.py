@@ -135,7 +135,7 @@ def test_the_form_refuses_a_bad_value_with_a_message_for_that_field(
     config = pretrain["parameters"]["config"]
     config["train"][field] = value
     body = {"parameters": {"config": config}}
-    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body)
+    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body, timeout=60)
     assert (response.status_code, message in response.text) == (409, True), response.text
 
 
