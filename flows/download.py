@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from prefect import flow, task
@@ -21,9 +22,11 @@ from flows.runtime.tasks import in_window, is_transient, retry_if_transient
 from model import tokenizer
 from model.config import DataConfig, RunConfig
 from model.runs.run import pinned_run
+from storage.datasets.building import val_split
 from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import FilePlan, plan_file, plan_files, put_plan, read_plan
 from storage.datasets.records import finished_shards, recorded_shards
+from storage.datasets.sealing import check_binding
 from storage.sources.files import Listing, SourceFile, check_distinct
 from storage.sources.mirror import list_source, locate, mirror
 from storage.stores.opening import open_store
@@ -56,7 +59,7 @@ def prepare_file(
     located = mirror(store, file, partial(on_progress, file.digest)) if data.mirror else locate(store, file)
     plan = read_plan(store, data.dataset, file, settings, limit_tokens)
     if plan is None:
-        plan = replace(plan_file(located, settings, limit_tokens), file=file)
+        plan = replace(plan_file(located, settings, tokenizer.encode, limit_tokens), file=file)
         put_plan(store, data.dataset, plan, limit_tokens)
     on_progress(file.digest, file.size_bytes)
     return plan
@@ -82,8 +85,10 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
         _check_planned(data, plans)
     hellaswag = config.evaluation.hellaswag if with_items else ""
     items = mirror_items(hellaswag, config.store_url) if hellaswag else None
-    size_bytes = sum(plan.file.size_bytes for plan in plans)
-    say("download", f"{len(plans):,} of {len(listing.files):,} source files, {size_bytes / 1e6:,.1f} MB")
+    size_bytes, tokens = sum(plan.file.size_bytes for plan in plans), sum(plan.tokens for plan in plans)
+    estimated = ", estimated from a sample" if any(plan.estimated for plan in plans) else ""
+    size = f"{size_bytes / 1e6:,.1f} MB, {tokens:,} tokens{estimated}"
+    say("download", f"{len(plans):,} of {len(listing.files):,} source files, {size}")
     return Downloaded(plans, listing.origin, items, failed)
 
 
@@ -91,8 +96,8 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
     planned = sum(len(plan.row_ends) for plan in plans)
     if not planned:
         raise ValueError(
-            f"data.source = {data.source!r}: its {len(plans)} files have no rows within data.filters = "
-            f"{list(data.filters)} and data.max_tokens = {data.max_tokens}. Use other files, or change these settings."
+            f"data.source = {data.source!r}: data.filters = {list(data.filters)} and data.max_tokens = "
+            f"{data.max_tokens} leave 0 rows of its {len(plans)} files. Use other files, or change these settings."
         )
     if planned <= data.val_shards:
         raise ValueError(
@@ -104,16 +109,17 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
 def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
     """Plan all files concurrently. Returns the plans, and an error for each unavailable file.
 
-    Raises an error that is not transient, or the first error if every file failed.
+    Raises an error that is not transient, or the first error if the val split depends on a file that failed.
     """
-    data, settings = config.data, config.data.spec(tokenizer.identity()).settings
+    data, spec = config.data, config.data.spec(tokenizer.identity())
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
-        stored = pool.map(lambda file: read_plan(store, data.dataset, file, settings), listing.files)
+        stored = pool.map(lambda file: read_plan(store, data.dataset, file, spec.settings), listing.files)
     plans = {plan.file: plan for plan in stored if plan}
     done: set[SourceFile] = set(plans)
     if data.mirror and listing.origin:  # a file must be mirrored while one of its shards is missing
+        split = val_split(store, spec, [plans[file] for file in listing.files if file in plans])
         recorded = recorded_shards(store, data.dataset)
-        done = {file for file, plan in plans.items() if recorded.issuperset(plan.shard_ids)}
+        done = {file for file in plans if recorded.issuperset(job.shard_id for job in plans[file].jobs(split))}
     to_prepare = [file for file in listing.files if file not in done]
     fetched_bytes: Counter[str] = Counter()
     total_bytes = sum(file.size_bytes for file in to_prepare)
@@ -130,8 +136,11 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
         else:
             errors.append(error)
     bar.close()
+    # The first files become val, and every train shard depends on val.
+    first = [len(plans[file].row_ends) for file in takewhile(plans.__contains__, listing.files)]
+    is_val_known = sum(first) >= data.val_shards or check_binding(store, spec) is not None
     for error in errors:
-        if len(errors) == len(listing.files) or not is_transient(error):
+        if not is_val_known or not is_transient(error):
             raise error
     return [plans[file] for file in listing.files if file in plans], [str(error) for error in errors]
 

@@ -14,6 +14,7 @@ from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.evaluation.hellaswag import completion_style, questions
 from storage.datasets.manifest import read_manifest
+from storage.datasets.val_documents import normalised
 from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
 from storage.inspection import matching
@@ -88,7 +89,7 @@ def _item_ngrams(store: Store, key: str) -> tuple[list[np.ndarray], list[np.ndar
 
 
 def _ngrams(ids: list[int]) -> np.ndarray:
-    return matching.ngrams(matching.normalised(tokenizer.decode_bytes(ids)))
+    return matching.ngrams(normalised(tokenizer.decode_bytes(ids)))
 
 
 def _overlapping(ngrams_of_items: list[np.ndarray], in_train: np.ndarray) -> list[int]:

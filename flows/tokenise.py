@@ -3,7 +3,7 @@
 `storage/datasets/building.py` decides what is missing and what a version contains. This stage adds tasks and tables.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from itertools import groupby
 from typing import Any
@@ -31,7 +31,7 @@ from model.runs.run import Run, pinned_run
 from storage import keys
 from storage.datasets import building
 from storage.datasets.manifest import Manifest, read_manifest
-from storage.datasets.plan import ShardJob
+from storage.datasets.plan import FilePlan, ShardJob, ValSplit
 from storage.datasets.records import is_finished
 from storage.datasets.sealing import check_rebuilt
 from storage.datasets.shards import build_shard
@@ -73,7 +73,7 @@ def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
         return False
     record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
     store.delete(keys.failure(DatasetKeys(dataset).record(job.shard_id)))
-    get_run_logger().info(f"{job.shard_id}: {record.tokens:,} tokens of {record.documents:,} documents")
+    get_run_logger().info(f"{job.name}: {record.tokens:,} tokens of {record.documents:,} documents")
     return True
 
 
@@ -139,7 +139,8 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     """Make the missing shards, then seal. If nothing changed, no version is added."""
     dataset = config.data.dataset
     build = building.start_build(store, config.data.spec(tokenizer.identity()), downloaded.plans)
-    _run_jobs(config, build.missing_jobs, len(build.missing), len(build.planned))
+    parts = _in_order(store, dataset, build.plans, build.split, build.missing)
+    _run_jobs(config, parts, len(build.missing), len(build.planned))
     if downloaded.failed:
         raise SourceUnavailable(
             f"dataset {dataset!r}: {len(downloaded.failed):,} source files were unavailable; the shards of the "
@@ -156,11 +157,21 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
 def _repair(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -> Manifest:
     """Rebuild only the shards of the run's manifest that the store lacks. A pinned run gets no new version."""
     manifest = read_manifest(store, run.dataset, run.manifest)
-    lost = building.lost_shards(store, run.dataset, manifest, downloaded.plans)
-    jobs = (job for plan in downloaded.plans for job in plan.jobs() if job.shard_id in lost)
-    _run_jobs(config, jobs, len(lost), len(manifest.shard_ids))
+    split = building.val_split(store, config.data.spec(tokenizer.identity()), downloaded.plans)
+    lost = building.lost_shards(store, run.dataset, manifest, downloaded.plans, split)
+    parts = _in_order(store, run.dataset, downloaded.plans, split, lost)
+    _run_jobs(config, parts, len(lost), len(manifest.shard_ids))
     check_rebuilt(store, run.dataset, manifest, lost)
     return manifest
+
+
+def _in_order(
+    store: Store, dataset: str, plans: list[FilePlan], split: ValSplit, missing: Collection[str]
+) -> Iterator[Iterator[ShardJob]]:
+    """The missing val shards. Once these are done, hashes their documents, then yields the missing train shards."""
+    yield building.missing_jobs(plans, split, missing, "val")
+    building.put_val_documents(store, dataset, split, tokenizer.decode_bytes)
+    yield building.missing_jobs(plans, split, missing, "train")
 
 
 def _groups(jobs: Iterable[ShardJob], size: int) -> Iterator[list[ShardJob]]:
@@ -170,8 +181,11 @@ def _groups(jobs: Iterable[ShardJob], size: int) -> Iterator[list[ShardJob]]:
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def _run_jobs(config: RunConfig, jobs: Iterable[ShardJob], missing: int, total: int) -> None:
-    """Run the missing jobs as tasks and show their states in a table. Raises the first error after all tasks end."""
+def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: int, total: int) -> None:
+    """Run the missing jobs as tasks, part by part, and show their states in a table.
+
+    Raises the first error of a part after all of its tasks end.
+    """
     dataset = config.data.dataset
     say("tokenise", f"{total - missing:,} of {total:,} shards done")
     if not missing:
@@ -182,19 +196,22 @@ def _run_jobs(config: RunConfig, jobs: Iterable[ShardJob], missing: int, total: 
     retry_command = ""
     errors: list[BaseException] = []
     settled = 0
-    for group, error, future in in_window(
-        _groups(jobs, config.resources.shards_per_task or -(-missing // MOST_TASKS)),
-        lambda group: tokenise_shards.submit(_task_name(group), group, dataset, config.store_url),
-        IN_FLIGHT * worker_count(config.resources),
-    ):
-        settled += len(group)
-        bar.to(settled)
-        if error:
-            errors.append(error)
-            retry_command = retry_command or _retry_command(config)
-        if error or len(lines) < MOST_LINES:
-            line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")[:300]}
-            lines.append(line | {"to run it again": retry_command if error else ""})
+    for part in parts:
+        for group, error, future in in_window(
+            _groups(part, config.resources.shards_per_task or -(-missing // MOST_TASKS)),
+            lambda group: tokenise_shards.submit(_task_name(group), group, dataset, config.store_url),
+            IN_FLIGHT * worker_count(config.resources),
+        ):
+            settled += len(group)
+            bar.to(settled)
+            if error:
+                errors.append(error)
+                retry_command = retry_command or _retry_command(config)
+            if error or len(lines) < MOST_LINES:
+                line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")[:300]}
+                lines.append(line | {"to run it again": retry_command if error else ""})
+        if errors:
+            break
     show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
     bar.close()
     if errors:
@@ -218,4 +235,4 @@ def _retry_command(config: RunConfig) -> str:
 
 def _task_name(jobs: list[ShardJob]) -> str:
     more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-    return f"shard-{jobs[0].shard_id}{more}"
+    return f"shard-{jobs[0].name}{more}"

@@ -51,6 +51,9 @@ class DataConfig(Section):
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
+    keep_val_duplicates: bool = Field(
+        False, description="Keep documents in train that are also in val, to reproduce a published stream of tokens."
+    )
 
     @model_validator(mode="after")
     def _filters_parse(self) -> Self:
@@ -67,6 +70,7 @@ class DataConfig(Section):
             filters=tuple(str(parse(condition)) for condition in self.filters),
             on_bad_document=self.on_bad_document,
             max_tokens=self.max_tokens,
+            keep_val_duplicates=self.keep_val_duplicates,
         )
         return DatasetSpec(self.dataset, settings, self.source, self.config, self.val_shards, tokenizer)
 

@@ -93,6 +93,10 @@ class DatasetKeys:
         shard_id, _, suffix = key.removeprefix(self.shards).rpartition(".")
         return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
 
+    def val_documents(self, name: str) -> str:
+        """Hashes of the val documents, which train shards leave out."""
+        return check_key(f"{self.prefix}val/{name}.bin")
+
     def plan(self, digest: str) -> str:
         return check_key(f"{self.plans}{digest}.json")
 

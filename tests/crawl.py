@@ -105,7 +105,9 @@ class Crawl:
         """Build the missing shards and seal the dataset."""
         data = self.config.data
         listing, _ = list_source(self.store, data.source, data.config, data.revision, "train")
-        return building.build_dataset(self.store, data.spec(tokenizer.identity()), listing, tokenizer.encode)
+        return building.build_dataset(
+            self.store, data.spec(tokenizer.identity()), listing, tokenizer.encode, tokenizer.decode_bytes
+        )
 
     def kept(self) -> list[Kept]:
         """The documents that the dataset must hold, in order."""

@@ -22,9 +22,10 @@ from flows.console.options import (
 )
 from model import tokenizer
 from model.config import DataConfig, RunConfig
+from storage.datasets.building import val_split
 from storage.datasets.copy import copy_dataset
 from storage.datasets.manifest import Manifest
-from storage.datasets.plan import plan_files
+from storage.datasets.plan import plan_files, planner
 from storage.datasets.versions import newest_version
 from storage.inspection.verify import check_documents, verify_dataset
 from storage.keys import DatasetKeys
@@ -126,8 +127,11 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
 
     Raises ValueError, and deletes nothing, when the source and settings no longer give all of these shards.
     """
-    plans = plan_files(store, data.dataset, files, data.spec(tokenizer.identity()).settings)
-    missing = shard_ids.difference(*(plan.shard_ids for plan in plans))
+    spec = data.spec(tokenizer.identity())
+    make_plan = planner(store, spec.settings, tokenizer.encode)
+    plans = list(plan_files(store, data.dataset, files, spec.settings, make_plan))
+    split = val_split(store, spec, plans)
+    missing = shard_ids.difference(job.shard_id for plan in plans for job in plan.jobs(split))
     if missing:
         raise ValueError(
             f"--repair: {len(missing):,} damaged shards (first: {min(missing)}) cannot be rebuilt from data.source = "

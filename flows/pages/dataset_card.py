@@ -31,6 +31,7 @@ def print_card(console: Console, card: DatasetSummary) -> None:
         ("tokenizer", f"{card.tokenizer['name']}, sha256 {card.tokenizer['sha256'][:12]}"),
         ("settings", ", ".join(f"{name} {value}" for name, value in card.recipe.items() if name != "tokenizer")),
         ("filtered", f"{card.filtered:,} of {card.rows:,} rows ({card.filtered_share:.1%})"),
+        ("left out", _left_out(card)),
         ("leaks", leak_line(card.audit)),
     ]
     for name, text in lines:
@@ -54,7 +55,13 @@ def page(card: DatasetSummary) -> bytes:
         for title, (counts, unit) in counts_by_title.items()
         if counts and len(counts) <= MAXIMUM_BARS
     }
-    return render("card.html", **dict(card), plots=plots, leaks=leak_line(card.audit)).encode()
+    return render(
+        "card.html", **dict(card), plots=plots, left_out=_left_out(card), leaks=leak_line(card.audit)
+    ).encode()
+
+
+def _left_out(card: DatasetSummary) -> str:
+    return f"{card.in_val:,} train documents that are also in val, {card.in_val_added:,} of them from new shards"
 
 
 def _lengths(card: DatasetSummary) -> dict[str, int]:

@@ -1,47 +1,84 @@
 """Builds a dataset: finds and builds the missing shards, then seals a version. Independent of Prefect.
 
-start_build ─▶ Build.missing_jobs ─▶ build_shard, in any order, by any number of workers ─▶ finish_build
+start_build ─▶ build_shard for each missing val shard ─▶ put_val_documents ─▶ the same for train ─▶ finish_build
+
+The shards of one split are built in any order, by any number of workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
 
+import numpy as np
+
+from storage.datasets import val_documents
 from storage.datasets.lease import claim
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.plan import FilePlan, ShardJob, plan_files
+from storage.datasets.plan import Encode, FilePlan, ShardJob, ValSplit, plan_files, planner
 from storage.datasets.recipe import DatasetSpec
-from storage.datasets.records import failures, finished_shards
+from storage.datasets.records import DTYPE, failures, finished_shards, read_record
 from storage.datasets.sealing import check_binding, check_rebuilt, seal
-from storage.datasets.shards import Encode, build_shard
+from storage.datasets.shards import build_shard, document_bounds, read_shard
+from storage.digests import digest
 from storage.errors import DatasetMismatch
 from storage.keys import DatasetKeys, failure
 from storage.sources.files import Listing
 from storage.stores.store import Store
 
+Decode = Callable[[list[int]], bytes]
+SPLITS: tuple[Literal["val", "train"], ...] = ("val", "train")  # in the order in which they are built
+
 
 @dataclass(frozen=True)
 class Build:
-    """One build: the plans of the source files, their shards, the missing shards, and the previous version."""
+    """One build: the plans of the source files, the val split, all and the missing shards, and the previous version."""
 
     spec: DatasetSpec
-    plans: Sequence[FilePlan]
+    plans: list[FilePlan]
+    split: ValSplit
     planned: list[str]
     missing: frozenset[str]
     parent: Manifest | None
 
-    @property
-    def missing_jobs(self) -> Iterator[ShardJob]:
-        return (job for plan in self.plans for job in plan.jobs() if job.shard_id in self.missing)
+
+def val_split(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> ValSplit:
+    """The pinned val shards or, before the first seal, the first shards. Raises DatasetMismatch."""
+    val = check_binding(store, spec)
+    if val is None:
+        val = [job.shard_id for job in islice((job for plan in plans for job in plan.jobs()), spec.val_shards)]
+    return ValSplit(frozenset(val), "" if spec.settings.keep_val_duplicates else digest(val))
 
 
-def start_build(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Build:
+def missing_jobs(
+    plans: Sequence[FilePlan], val: ValSplit, missing: Collection[str], split: Literal["train", "val"]
+) -> Iterator[ShardJob]:
+    """The jobs of the missing shards of one split."""
+    jobs = (job for plan in plans for job in plan.jobs(val) if job.shard_id in missing)
+    return (job for job in jobs if (job.shard_id in val.shard_ids) == (split == "val"))
+
+
+def put_val_documents(store: Store, dataset: str, split: ValSplit, decode: Decode) -> None:
+    """Hash the documents of the finished val shards for the train shards, unless it is done or they keep all."""
+    if not split.documents or val_documents.is_stored(store, dataset, split.documents):
+        return
+    hashes: list[int] = []
+    for shard_id in split.shard_ids:
+        record = read_record(store, dataset, shard_id)
+        ids = np.frombuffer(read_shard(store, dataset, shard_id, record.tokens, record.sha256), DTYPE)
+        bounds = zip(*document_bounds(ids), strict=True) if len(ids) else ()
+        hashes += [val_documents.hashed(decode(ids[start + 1 : stop].tolist())) for start, stop in bounds]
+    val_documents.put(store, dataset, split.documents, hashes)
+
+
+def start_build(store: Store, spec: DatasetSpec, plans: list[FilePlan]) -> Build:
     """Take the dataset's lease and find its missing shards. Raises DatasetMismatch, and Conflict while gpt2 gc runs."""
-    check_binding(store, spec)
+    split = val_split(store, spec, plans)
     claim(store, spec.name, "build")  # before relying on any stored shard
     parent = latest_manifest(store, spec.name)
-    planned = [shard_id for plan in plans for shard_id in plan.shard_ids]
+    planned = [job.shard_id for plan in plans for job in plan.jobs(split)]
     finished = finished_shards(store, spec.name, planned, parent.rows_by_id if parent else {})
-    return Build(spec, plans, planned, frozenset(planned) - finished.keys(), parent)
+    return Build(spec, plans, split, planned, frozenset(planned) - finished.keys(), parent)
 
 
 def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
@@ -57,20 +94,22 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
     return manifest
 
 
-def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode) -> Manifest:
+def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode) -> Manifest:
     """Plan the files, build the missing shards one by one, and seal."""
-    plans = list(plan_files(store, spec.name, listing.files, spec.settings))
+    plans = list(plan_files(store, spec.name, listing.files, spec.settings, planner(store, spec.settings, encode)))
     build = start_build(store, spec, plans)
-    for job in build.missing_jobs:
-        build_shard(store, spec.name, job, encode, spec.tokenizer["eot"])
+    for split in SPLITS:
+        for job in missing_jobs(plans, build.split, build.missing, split):
+            build_shard(store, spec.name, job, encode, spec.tokenizer["eot"])
+        put_val_documents(store, spec.name, build.split, decode)
     return finish_build(store, build, listing.origin)
 
 
-def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan]) -> set[str]:
+def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan], val: ValSplit) -> set[str]:
     """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans lack any of them."""
     finished = finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
     lost = set(manifest.shard_ids) - finished.keys()
-    recoverable = lost.intersection(shard_id for plan in plans for shard_id in plan.shard_ids)
+    recoverable = lost.intersection(job.shard_id for plan in plans for job in plan.jobs(val))
     if len(recoverable) < len(lost):
         raise DatasetMismatch(
             f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are missing from "

@@ -18,7 +18,7 @@ from storage.stores.store import Store, read_json
 
 SCHEMA = 1
 LARGEST_SHARD_TOKENS = 1 << 31  # 4 GiB
-COUNTS = ("tokens", "documents", "skipped", "text_bytes")  # of a shard, added up per split
+COUNTS = ("tokens", "documents", "skipped", "text_bytes", "in_val")  # of a shard, added up per split
 FILE_COLUMNS = ("name", "digest", "size_bytes")  # of source files
 
 
@@ -35,6 +35,7 @@ class ShardRow(NamedTuple):
     text_bytes: int
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     split: Literal["train", "val"] = "train"
+    in_val: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, but this version reads up to "
                 f"{SCHEMA}. Update gpt2-pipeline."
             )
-        columns = {name: kind.validate_python(value["shards"][name], strict=True) for name, kind in _COLUMNS.items()}
+        shards = {"in_val": [0] * len(value["shards"]["shard_id"])} | value["shards"]  # absent from older versions
+        columns = {name: kind.validate_python(shards[name], strict=True) for name, kind in _COLUMNS.items()}
         if len({len(column) for column in columns.values()}) > 1:
             raise ValueError("columns of different lengths")
         origin = dict(value["source"])

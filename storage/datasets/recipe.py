@@ -32,6 +32,7 @@ class DatasetSettings:
     filters: tuple[str, ...] = ()
     on_bad_document: str = "fail"
     max_tokens: int = 0
+    keep_val_duplicates: bool = False
 
     def to_json(self) -> dict[str, object]:
         return _without_defaults(self)
@@ -56,7 +57,10 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    """Everything that decides a shard's bytes: rows `row_from` to `row_to - 1` of a file. `source` is its digest."""
+    """Everything that decides a shard's bytes: rows `row_from` to `row_to - 1` of a file. `source` is its digest.
+
+    `leave_out` names the val documents that a train shard leaves out; it is empty for a val shard.
+    """
 
     source: str
     row_from: int
@@ -65,6 +69,7 @@ class ShardRecipe:
     text_column: str = "text"
     filters: tuple[str, ...] = ()
     on_bad_document: str = "fail"
+    leave_out: str = ""
 
     def to_json(self) -> dict[str, object]:
         return FIXED | _without_defaults(self)

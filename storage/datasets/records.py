@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from storage.datasets.manifest import ShardRow
+from storage.datasets.manifest import COUNTS, ShardRow
 from storage.datasets.recipe import ShardRecipe
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, StorageError
@@ -24,9 +24,9 @@ RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
 class Record:
     """A finished shard: its counts, the sha256 of its bytes, its recipe, and the package versions that built it.
 
-    Of the recipe's rows, `documents` were tokenised, `skipped` could not be (`skipped_rows` lists them) and `filtered`
-    were dropped by a filter. `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens, EOT included; `dumps` counts
-    documents of each crawl.
+    Of the recipe's rows, `documents` were tokenised, `skipped` could not be (`skipped_rows` lists them), `in_val_rows`
+    hold val documents, and `filtered` were dropped by a filter. `lengths[n]` counts documents of 2**n to 2**(n+1) - 1
+    tokens, EOT included; `dumps` counts documents of each crawl.
     """
 
     shard_id: str
@@ -42,6 +42,11 @@ class Record:
     skipped_rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     dumps: dict[str, int] = field(default_factory=dict)
+    in_val_rows: list[int] = field(default_factory=list)
+
+    @property
+    def in_val(self) -> int:
+        return len(self.in_val_rows)
 
     @property
     def size_bytes(self) -> int:
@@ -49,7 +54,8 @@ class Record:
 
     @property
     def row(self) -> ShardRow:
-        return ShardRow(self.shard_id, self.tokens, self.documents, self.skipped, self.text_bytes, self.sha256)
+        counts = {name: getattr(self, name) for name in COUNTS}
+        return ShardRow(shard_id=self.shard_id, sha256=self.sha256, **counts)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"recipe": self.recipe.to_json()}

@@ -15,7 +15,7 @@ from storage.datasets.manifest import COUNTS, FILE_COLUMNS, Manifest, ShardRow, 
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import corrupt, finished_shards, read_record
 from storage.digests import canonical_json, sha256
-from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing
+from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
 from storage.stores.store import Store, read_json
@@ -25,14 +25,19 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     """Write the manifest of these shards and settings, and point `latest` at it. If neither changed, return the parent.
 
     The first seal pins the first `val_shards` shards as val; they stay in every later version, whatever happens to
-    their source. A shard without documents is listed only in `empty`. Raises ObjectMissing if a shard is not done,
-    DatasetMismatch if the name is bound to other settings, Conflict if another builder sealed another version first.
+    their source. A shard without documents is listed only in `empty`. Raises ObjectMissing if a shard is not done, and
+    DatasetMismatch if the name is bound to other settings. Raises SourceInvalid if a split would have no documents,
+    Conflict if another builder sealed another version first.
     """
     pinned = check_binding(store, spec)
     pointer: Any = read_json(store, DatasetKeys(spec.name).latest) or {}
     parent = latest_manifest(store, spec.name)
     val = planned[: spec.val_shards] if pinned is None else pinned
     rows = _finished_rows(store, spec.name, planned, val, parent)
+    totals = {split: _totals([row for row in rows if row.split == split]) for split in ("train", "val")}
+    for split, counts in totals.items():
+        if not counts["documents"]:
+            raise _empty(store, spec, split, [row.shard_id for row in rows if row.split == split])
     if pinned is None:
         _pin_val(store, spec, val)
     columns = {name: [getattr(row, name) for row in rows if row.tokens] for name in ShardRow._fields}
@@ -43,7 +48,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
         recipe=spec.settings,
         tokenizer=spec.tokenizer,
         origin=listing.origin,
-        totals={split: _totals([row for row in rows if row.split == split]) for split in ("train", "val")},
+        totals=totals,
         parent=parent.digest if parent else pointer.get("parent"),  # a lost version is sealed again as it was
         columns=columns,
         source_files={name: [getattr(file, name) for file in listing.files] for name in FILE_COLUMNS},
@@ -152,6 +157,19 @@ def _finished_rows(
             f"{missing[0]!r}. {remedy}"
         )
     return [finished[shard_id]._replace(split="val" if shard_id in in_val else "train") for shard_id in listed]
+
+
+def _empty(store: Store, spec: DatasetSpec, split: str, shard_ids: list[str]) -> SourceInvalid:
+    records = [read_record(store, spec.name, shard_id) for shard_id in shard_ids]
+    rows = sum(record.recipe.row_to - record.recipe.row_from for record in records)
+    filtered, skipped, in_val = (
+        sum(getattr(record, name) for record in records) for name in ("filtered", "skipped", "in_val")
+    )
+    return SourceInvalid(
+        f"dataset {spec.name!r}: split {split} would have no documents. Of its {rows:,} rows, data.filters = "
+        f"{list(spec.settings.filters)} dropped {filtered:,}, {skipped:,} could not be tokenised, and {in_val:,} are "
+        f"also in val. Relax the filters or add source files, and choose another data.dataset."
+    )
 
 
 def _totals(rows: list[ShardRow]) -> dict[str, int]:

@@ -1,31 +1,32 @@
 """A shard: the token ids of whole documents in one object of about `shard_tokens` tokens.
 
 A job puts the shard first and its record last, both create-only. A job that is killed in between runs again
-and writes the same bytes to the same keys. The tokenizer is passed in as a function.
+and writes the same bytes to the same keys. A train shard leaves out the val documents. The tokenizer is passed in as a
+function.
 """
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 
 import numpy as np
 
-from storage.datasets.plan import ShardJob
+from storage.datasets import val_documents
+from storage.datasets.plan import Encode, ShardJob
+from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import DTYPE, Record, corrupt, delete_shard, put_record
 from storage.digests import sha256 as sha256_of
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
-from storage.sources import documents, rows
+from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
-from storage.sources.rows import Row
+from storage.sources.rows import Row, bad_document, no_text
 from storage.stores.store import Body, Store
 
 BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer would need two copies
-Encode = Callable[[str], np.ndarray]
 
 
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: int) -> Record:
@@ -39,8 +40,19 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
     text_bytes = 0
     lengths: list[int] = []  # tokens of each document, EOT included
     skipped_rows: list[int] = []
+    in_val_rows: list[int] = []
     dumps: Counter[str] = Counter()
-    for row, ids in _encoded(locate(store, job.source), job, encode):
+    val = val_documents.read(store, dataset, recipe.leave_out) if recipe.leave_out else ()
+    file = locate(store, job.source)
+    rows = documents.documents(
+        file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
+    )
+    for row in rows:
+        text = row.text.encode(errors="surrogatepass") if isinstance(row.text, str) else b""
+        if text in val:
+            in_val_rows.append(row.number)
+            continue
+        ids = _encoded(file, recipe, row, encode)
         if ids is None:
             skipped_rows.append(row.number)
             continue
@@ -51,7 +63,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
         buffer[used + 1 : end] = ids
         lengths.append(end - used)
         used = end
-        text_bytes += len(row.text.encode(errors="surrogatepass"))
+        text_bytes += len(text)
         if row.dump is not None:
             dumps[str(row.dump)] += 1
     body = buffer[:used].view(np.uint8).data
@@ -65,8 +77,9 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
         source=job.source.name,
         recipe=recipe,
         versions=_versions(),
-        filtered=recipe.row_to - recipe.row_from - len(lengths) - len(skipped_rows),
+        filtered=recipe.row_to - recipe.row_from - len(lengths) - len(skipped_rows) - len(in_val_rows),
         skipped_rows=skipped_rows,
+        in_val_rows=in_val_rows,
         lengths=_histogram(lengths),
         dumps=dict(dumps),
     )
@@ -111,21 +124,16 @@ def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.append(starts[1:], len(ids))
 
 
-def _encoded(file: SourceFile, job: ShardJob, encode: Encode) -> Iterator[tuple[Row, np.ndarray | None]]:
-    """The documents of a job and their token ids, or None for a skipped document."""
-    recipe = job.recipe
-    for row in documents.documents(
-        file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
-    ):
-        ids = None
-        try:
-            if not isinstance(row.text, str):
-                raise ValueError(rows.no_text(row, recipe.text_column))
-            ids = encode(row.text)
-        except ValueError as error:
-            if recipe.on_bad_document != "skip":
-                raise rows.bad_document(file, row, str(error)) from error
-        yield row, ids
+def _encoded(file: SourceFile, recipe: ShardRecipe, row: Row, encode: Encode) -> np.ndarray | None:
+    """The document's token ids, or None if it is skipped. Raises SourceInvalid."""
+    try:
+        if not isinstance(row.text, str):
+            raise ValueError(no_text(row, recipe.text_column))
+        return encode(row.text)
+    except ValueError as error:
+        if recipe.on_bad_document != "skip":
+            raise bad_document(file, row, str(error)) from error
+        return None
 
 
 def _histogram(lengths: list[int]) -> list[int]:

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
+from storage.datasets.building import Decode
 from storage.datasets.manifest import ShardRow
 from storage.datasets.records import DTYPE
 from storage.datasets.shards import document_bounds, read_shard
+from storage.datasets.val_documents import normalised
 from storage.errors import ObjectCorrupt
-from storage.inspection.matching import NGRAM_WORDS, HashSet, ngrams, normalised, text_digest
+from storage.inspection.matching import NGRAM_WORDS, HashSet, ngrams, text_digest
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 
-Decode = Callable[[list[int]], bytes]
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
 Scanned = tuple[np.ndarray, np.ndarray]  # a shard's documents as SEEN, and hashes of n-grams
 SHARDS_AT_ONCE = 64  # handed to the pool together: 230 KB of results each

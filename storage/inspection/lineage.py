@@ -46,7 +46,8 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
     recipe = record.recipe
     row_from, row_to = recipe.row_from, recipe.row_to
     first = 0  # the first document that is read
-    if not (record.filtered or record.skipped_rows):  # each row is a document: read only the requested rows
+    left_out = frozenset(record.skipped_rows + record.in_val_rows)
+    if not (record.filtered or left_out):  # each row is a document: read only the requested rows
         first = min(numbers)
         row_from, row_to = row_from + first, row_from + max(numbers) + 1
     rows = documents.documents(
@@ -55,7 +56,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
         row_from,
         row_to,
         filters=recipe.filters,
-        skip_rows=frozenset(record.skipped_rows),
+        skip_rows=left_out,
         names=(ID, URL),
     )
     for number, row in enumerate(islice(rows, max(numbers) + 1 - first), first):

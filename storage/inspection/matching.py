@@ -1,6 +1,5 @@
-"""Text matching for the leak report: normalised texts, their digests, and hashes of their n-grams of 13 words.
+"""Text matching for the leak report: digests of normalised texts, and hashes of their n-grams of 13 words.
 
-Normalisation: lower-case ASCII letters, replace every other ASCII character but digits by a space, collapse spaces.
 GPT-3's training data was cleaned with n-grams of 13 words, too (arXiv:2005.14165, appendix C).
 """
 
@@ -16,13 +15,6 @@ BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 INVERSE = pow(BASE, -1, 1 << 64)
 PREFIX_BITS = 24
 PREFIX_SHIFT = np.uint64(64 - PREFIX_BITS)
-_KEPT = bytes(range(ord("0"), ord("9") + 1)) + bytes(range(ord("a"), ord("z") + 1)) + bytes(range(0x80, 0x100))
-_TABLE = bytes(byte if byte in _KEPT else ord(" ") for byte in bytes(range(256)).lower())
-
-
-def normalised(text: bytes) -> bytes:
-    """The lower-case words of a text, without ASCII punctuation and separated by single spaces."""
-    return b" ".join(text.translate(_TABLE).split())
 
 
 def text_digest(words: bytes) -> bytes:

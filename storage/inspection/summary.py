@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from storage.datasets.manifest import Manifest
+from storage.datasets.manifest import COUNTS, Manifest, read_manifest
 from storage.datasets.recipe import TokenizerIdentity
 from storage.datasets.records import RECORDS_AT_ONCE, read_record
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.stores.store import Store
 
-COUNTED = ("tokens", "documents", "skipped", "filtered", "text_bytes")
+COUNTED = (*COUNTS, "filtered")
 
 
 class FileSummary(BaseModel, frozen=True):
@@ -26,6 +26,7 @@ class FileSummary(BaseModel, frozen=True):
     skipped: int
     filtered: int
     text_bytes: int
+    in_val: int
 
 
 class DatasetSummary(BaseModel, frozen=True):
@@ -33,7 +34,8 @@ class DatasetSummary(BaseModel, frozen=True):
 
     `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens. `rows` counts the source rows of the version's
     shards, and `filtered` the rows that filters dropped. A file without any kept row has no shard and is not counted.
-    `audit` is the leak report.
+    `in_val` counts the documents that train leaves out because they are in val, and `in_val_added` those in shards that
+    the parent lacks. `audit` is the leak report.
     """
 
     dataset: str
@@ -49,6 +51,8 @@ class DatasetSummary(BaseModel, frozen=True):
     rows: int
     filtered: int
     filtered_share: float
+    in_val: int
+    in_val_added: int
     audit: LeakReport | None
 
 
@@ -57,16 +61,20 @@ def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
     counts: dict[str, Counter[str]] = {}
     dumps: Counter[str] = Counter()
     lengths: list[int] = []
+    parent = read_manifest(store, dataset, manifest.parent) if manifest.parent else None
+    in_parent = {*parent.shard_ids, *parent.empty} if parent else set()
+    in_val_added = 0
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         shard_ids = [*manifest.shard_ids, *manifest.empty]
         for record in pool.map(lambda shard_id: read_record(store, dataset, shard_id), shard_ids):
             counted = counts.setdefault(record.source, Counter())
             counted.update({name: getattr(record, name) for name in COUNTED}, shards=int(record.tokens > 0))
+            in_val_added += 0 if record.shard_id in in_parent else record.in_val
             dumps.update(record.dumps)
             lengths = [total + count for total, count in zip_longest(lengths, record.lengths, fillvalue=0)]
     files = [FileSummary(name=name, **counted) for name, counted in counts.items()]
     filtered = sum(file.filtered for file in files)
-    rows = sum(file.documents + file.skipped + file.filtered for file in files)
+    rows = sum(file.documents + file.skipped + file.filtered + file.in_val for file in files)
     return DatasetSummary(
         dataset=dataset,
         manifest=manifest.digest,
@@ -81,5 +89,7 @@ def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
         rows=rows,
         filtered=filtered,
         filtered_share=filtered / rows if rows else 0.0,
+        in_val=sum(file.in_val for file in files),
+        in_val_added=in_val_added,
         audit=read_leak_report(store, dataset, manifest.digest),
     )

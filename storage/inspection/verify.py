@@ -6,14 +6,12 @@ Three depths: `quick` trusts the sizes and checksums that the store reports, `fu
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from storage.datasets.manifest import COUNTS, Manifest, ShardRow, read_manifest
-from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import DTYPE, read_record
 from storage.datasets.shards import document_bounds, read_shard
 from storage.errors import ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
@@ -100,7 +98,7 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
 
 
 def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """The first unreadable ancestor or, if there is none, the train shards that share source rows with val."""
+    """The first unreadable ancestor of a version."""
     parent = manifest.parent
     while parent is not None:
         try:
@@ -108,7 +106,6 @@ def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[D
         except DAMAGES as error:
             yield Damage(f"manifest {parent}", str(error))
             return
-    yield from _overlaps(store, dataset, manifest)
 
 
 def check_documents(
@@ -160,23 +157,3 @@ def _compared(
 
 def _damaged(row: ShardRow, wrong: str) -> Damage:
     return Damage(row.shard_id, wrong, repairable=True)
-
-
-def _overlaps(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
-    """Train shards that share source rows with a val shard. Reads only the records of files with val shards."""
-    val: dict[str, list[tuple[str, int, int]]] = {}
-    for shard_id, recipe in _recipes(store, dataset, [row.shard_id for row in manifest.rows("val")]):
-        val.setdefault(recipe.source, []).append((shard_id, recipe.row_from, recipe.row_to))
-    names = (name for name, digest in manifest.files.items() if digest in val)  # including renamed files
-    stems = {SourceFile(name, size_bytes=0, digest="", place="").stem for name in names}
-    candidates = [row.shard_id for row in manifest.rows("train") if row.shard_id.rsplit("-", 2)[0] in stems]
-    for shard_id, recipe in _recipes(store, dataset, candidates):
-        for name, row_from, row_to in val.get(recipe.source, []):
-            if recipe.row_from < row_to and row_from < recipe.row_to:
-                yield Damage(shard_id, f"shares rows of its source file with {name}, which is in split val")
-
-
-def _recipes(store: Store, dataset: str, shard_ids: list[str]) -> Iterator[tuple[str, ShardRecipe]]:
-    for shard_id in shard_ids:
-        with suppress(*DAMAGES):  # without its record, a shard's rows are unknown; `check_fully` reports it
-            yield shard_id, read_record(store, dataset, shard_id).recipe

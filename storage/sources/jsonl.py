@@ -34,10 +34,10 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         names.update(item)
     if starts:
         check_columns(filters, sorted(names), file.place)
-    tokens = rows.estimated_tokens(np.array(text_bytes, np.int64))
-    if len(counts) == len(starts):
-        tokens = np.array(counts, np.int64) + rows.EOT_TOKENS
-    return rows.RowTokens(tokens * np.array(kept, bool), np.array(starts, np.int64))
+    counted = len(counts) == len(starts)
+    tokens = np.array(counts, np.int64) + rows.EOT_TOKENS if counted else rows.estimated_tokens(np.array(text_bytes))
+    tokens = tokens * np.array(kept, bool)
+    return rows.RowTokens(tokens, np.array(starts, np.int64), counted, np.arange(len(starts)))
 
 
 def read_rows(

@@ -25,15 +25,16 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         if strict:
             _check_no_null(chunks, file.place, text_column)
         tokens = _counted(parquet)
+        counted = tokens is not None
+        counts = np.array([chunk.num_values for chunk in chunks], np.int64)
         if tokens is None:  # estimated from the mean text size of each row group
             sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64)
-            counts = np.array([chunk.num_values for chunk in chunks], np.int64)
             tokens = np.repeat(estimated_tokens(-(-sizes // np.maximum(counts, 1))), counts)
         if filters:
             names = sorted({condition.column for condition in filters})
             rows = (row for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=names) for row in _as_rows(batch))
             tokens *= np.array([keeps_row(filters, row) for row in rows], bool)
-    return RowTokens(tokens, None)
+    return RowTokens(tokens, None, counted, np.cumsum(counts) - counts)
 
 
 def read_rows(

@@ -17,11 +17,14 @@ EOT_TOKENS = 1  # each document costs one more token than its text
 class RowTokens(NamedTuple):
     """Tokens of each row, EOT included, and for JSON lines the byte where each row starts.
 
-    A row that a filter drops has 0 tokens.
+    A row that a filter drops has 0 tokens. The tokens are `counted` by the source or estimated from sizes. Reading can
+    begin at each of the `entries`, which ascend, without decoding the rows before.
     """
 
     tokens: np.ndarray
     starts: np.ndarray | None
+    counted: bool
+    entries: np.ndarray
 
 
 class Row(NamedTuple):

@@ -17,6 +17,7 @@ from model.config import RunConfig
 from model.runs.job import note_failure
 from storage.datasets import records
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
+from storage.datasets.records import read_record
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.keys import DatasetKeys
 from storage.stores import retries
@@ -157,14 +158,15 @@ def test_a_refresh_builds_only_the_shards_of_changed_files(
     assert list(second.rows("val")) == list(first.rows("val"))
     fetched = {"new": ["part-3.parquet"], "changed": ["part-1.parquet"], "removed": []}
     assert stored(hub) == fetched[how]
-    shards_of = {
-        name: {shard_id for shard_id in shard_ids(first) | shard_ids(second) if shard_id.startswith(name)}
-        for name in ("part-1", "part-3")
-    }
+    store = open_store(config.store_url)
+    shards_of: dict[str, set[str]] = {"part-1.parquet": set(), "part-3.parquet": set()}
+    for shard_id in shard_ids(first) | shard_ids(second):
+        source = read_record(store, "small", shard_id).source.rpartition("/")[2]
+        shards_of.setdefault(source, set()).add(shard_id)
     if how == "new":
-        assert shard_ids(second) - shard_ids(first) == shards_of["part-3"] != set()
+        assert shard_ids(second) - shard_ids(first) == shards_of["part-3.parquet"] != set()
     else:
-        assert shard_ids(first) ^ shard_ids(second) == shards_of["part-1"] != set()
+        assert shard_ids(first) ^ shard_ids(second) == shards_of["part-1.parquet"] != set()
 
 
 def test_available_files_are_tokenised_and_nothing_is_sealed(config: RunConfig, hub: Hub) -> None:
@@ -172,8 +174,9 @@ def test_available_files_are_tokenised_and_nothing_is_sealed(config: RunConfig, 
     with pytest.raises(SourceUnavailable, match=r"'small': 1 source files were unavailable.*part-1"):
         build_dataset(config)
     store = open_store(config.store_url)
-    files_with_shards = {listed.key.rpartition("/")[2][:6] for listed in store.list(DatasetKeys("small").shards)}
-    assert files_with_shards == {"part-0", "part-2"}
+    shards = records.recorded_shards(store, "small")
+    files = {read_record(store, "small", shard_id).source.rpartition("/")[2] for shard_id in shards}
+    assert files == {"part-0.parquet", "part-2.parquet"}
     assert latest_manifest(store, "small") is None
     hub.faults.clear()
     hub.requests.clear()

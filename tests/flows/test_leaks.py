@@ -67,6 +67,7 @@ def built(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
         write_parquet(folder / "source" / f"file_{number}.parquet", texts[number * 33 : number * 33 + 33])
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     settings = [f"evaluation.hellaswag={folder / 'items.jsonl'}", "resources.audit=true", "resources.workers=2"]
+    settings.append("data.keep_val_duplicates=true")
     config = tiny_config(str(folder / "store"), str(folder / "source"), *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(identity, "REMEMBERED", folder / "digests")

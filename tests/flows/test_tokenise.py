@@ -83,7 +83,7 @@ def test_one_lost_record_is_one_job(api: str, config: RunConfig) -> None:
 
 
 def test_a_bad_document_fails_its_shard_and_leaves_the_others(tmp_path: Path, api: str) -> None:
-    texts: list[str | None] = [document(number) for number in range(60)]
+    texts: list[str | None] = [document(number) for number in range(90)]
     texts[31] = None
     path = tmp_path / "bad.parquet"
     pq.write_table(pa.table({"text": texts}), path, write_statistics=False)  # so that no footer shows the null

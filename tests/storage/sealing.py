@@ -35,7 +35,7 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
 
 def plans_of(*paths: Path | str, **settings: Any) -> list[FilePlan]:
     """The plans of the files: shards of 500 tokens, unless the settings differ."""
-    return [plan_file(identity.identify(path), replace(SPEC.settings, **settings)) for path in paths]
+    return [plan_file(identity.identify(path), replace(SPEC.settings, **settings), tokenizer.encode) for path in paths]
 
 
 def jobs_of(*paths: Path, **settings: Any) -> list[ShardJob]:

@@ -106,8 +106,13 @@ def test_only_failed_jobs_are_rerun(api: str, failed: Failed, how: str) -> None:
             build_dataset(failed.config)
     assert sorted(jobs.shard_ids) == failed.failed
     assert failed.sealed() == failed.expected
-    names = sorted(f"shard-{shard_id}" for shard_id in failed.failed)
-    poll(lambda: sorted(name for task_run, name in completed(api).items() if task_run not in before) == names)
+    names = sorted(shard_id.partition("-")[2] for shard_id in failed.failed)  # its file's name replaces the digest
+
+    def rerun() -> list[str]:
+        new = (name for task_run, name in completed(api).items() if task_run not in before)
+        return sorted("-".join(name.split("-")[-2:]) for name in new)
+
+    poll(lambda: rerun() == names)
     audit = read_json(failed.store, DatasetKeys(DATASET).leaks(failed.expected.digest))
     assert (audit is not None) == (how == "retry")  # the retry's own setting is used
 

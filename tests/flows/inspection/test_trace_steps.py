@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         config = tiny_config(crawl.config.store_url, crawl.config.data.source, *SETTINGS)
         run = pin_run(crawl.store, config, manifest.digest, None)
         assert run_job(crawl.store.url, put_job(crawl.store, training_job(run))) == 0
-        crawl.write("file_20.parquet", crawl.rows["file_00.parquet"][:2])
+        crawl.write("file_20.parquet", crawl.rows["file_05.parquet"][:2])
         assert crawl.build().parent == manifest.digest
         crawl.write("file_20.parquet", None)
     step_windows = [np.concatenate(parts) for parts in np.array_split(np.stack(micro_batches), STEPS)]

@@ -7,19 +7,27 @@ import pytest
 from model import tokenizer
 from model.config import RunConfig
 from storage.datasets import building, shards
-from storage.datasets.plan import plan_files
+from storage.datasets.plan import FilePlan, plan_files, planner
+from storage.datasets.recipe import DatasetSpec
 from storage.errors import DatasetMismatch
 from storage.keys import DatasetKeys
+from storage.sources.files import Listing
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.making import build_dataset, document, tiny_config, write_parquet
+
+
+def plans_of(store: Store, spec: DatasetSpec, listing: Listing) -> list[FilePlan]:
+    make_plan = planner(store, spec.settings, tokenizer.encode)
+    return list(plan_files(store, spec.name, listing.files, spec.settings, make_plan))
 
 
 def missing(config: RunConfig) -> frozenset[str]:
     """The shards that the next build would make."""
     store, spec = open_store(config.store_url), config.data.spec(tokenizer.identity())
     listing, _ = list_source(store, spec.source, spec.config, "main", "train")
-    return building.start_build(store, spec, list(plan_files(store, spec.name, listing.files, spec.settings))).missing
+    return building.start_build(store, spec, plans_of(store, spec, listing)).missing
 
 
 @pytest.mark.parametrize("damage", ["record", "shard and record", "cut"])

@@ -37,8 +37,8 @@ def test_a_failed_seal_does_not_bind_the_name(store: Store, tmp_path: Path, file
     with pytest.raises(ObjectMissing):
         seal(store, "small", planned)
     other = source_file(tmp_path / "other", 5)
-    manifest = seal(store, "small", built(store, other), config="other")
-    assert {row.shard_id.split("-")[0] for row in manifest.rows()} == {"file_5"}
+    planned = built(store, other)
+    assert seal(store, "small", planned, config="other").shard_ids == planned
 
 
 def test_a_shard_of_the_wrong_size_is_not_done(store: Store, files: list[Path]) -> None:
@@ -157,7 +157,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any], str], object]] = {
 }
 
 
-@pytest.mark.parametrize("column", ShardRow._fields)
+@pytest.mark.parametrize("column", set(ShardRow._fields) - {"in_val"})  # which older versions lack
 @pytest.mark.parametrize("how", DAMAGES)
 def test_columns_of_different_lengths_are_refused(store: Store, files: list[Path], column: str, how: str) -> None:
     with pytest.raises(ObjectCorrupt, match="not a valid manifest"):

@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import tokenizer
 from storage.datasets import shards
-from storage.datasets.plan import ShardJob, cut, plan_file, plan_files
+from storage.datasets.plan import FilePlan, ShardJob, cut, plan_file, plan_files, planner
 from storage.datasets.recipe import DatasetSettings
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
@@ -23,6 +26,7 @@ from tests.making import document, write_parquet
 from tests.storage.sealing import rows_of
 
 TOKENIZER = tokenizer.identity()["sha256"]
+SETTINGS = DatasetSettings(1_000, TOKENIZER)
 COUNTS = [0, 15, 16, 17, 33, 100]
 
 
@@ -30,7 +34,7 @@ def planned(
     *paths: Path, shard_tokens: int = 1_000, text_column: str = "text", digest: str = TOKENIZER
 ) -> list[ShardJob]:
     shape = DatasetSettings(shard_tokens, digest, text_column)
-    return [job for path in paths for job in plan_file(identity.identify(path), shape).jobs()]
+    return [job for path in paths for job in plan_file(identity.identify(path), shape, tokenizer.encode).jobs()]
 
 
 def ranges_of(tokens: np.ndarray, shard_tokens: int) -> list[tuple[int, int]]:
@@ -188,20 +192,21 @@ def _with_column(tmp_path: Path) -> ShardJob:
 
 
 def test_a_default_never_enters_a_recipe(tmp_path: Path) -> None:
-    """Existing stores hold shards of these names: a change would tokenise everything again."""
+    """Existing stores hold shards of these names: another name would tokenise everything again."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "hello world"}\n')
     (job,) = planned(path)
     assert set(job.recipe.to_json()) == {"format", "source", "row_from", "row_to", "tokenizer", "eot", "dtype"}
-    assert job.shard_id == "a-00000-f1e642bd2279"
+    assert job.shard_id == "c63b7329f362-00000-f1e642bd2279"
 
 
-def test_every_shard_of_a_plan_has_its_own_name(tmp_path: Path) -> None:
+def test_content_and_not_its_file_name_names_a_shard(tmp_path: Path) -> None:
     texts = [document(n) for n in range(30)]
     same_name = [write_parquet(tmp_path / where / "a.parquet", texts[:n]) for where, n in (("x", 29), ("y", 30))]
-    renamed = write_parquet(tmp_path / "b.parquet", texts)
-    shard_ids = ids(planned(*same_name, renamed, shard_tokens=100))
+    shard_ids = ids(planned(*same_name, shard_tokens=100))
     assert len(set(shard_ids)) == len(shard_ids)
+    renamed = write_parquet(tmp_path / "b.parquet", texts)
+    assert ids(planned(renamed, shard_tokens=100)) == ids(planned(same_name[1], shard_tokens=100))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,11 @@ def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
         with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
             list(
                 plan_files(
-                    store, "small", [identity.identify(source) for source in paths], DatasetSettings(1_000, TOKENIZER)
+                    store,
+                    "small",
+                    [identity.identify(source) for source in paths],
+                    SETTINGS,
+                    planner(store, SETTINGS, tokenizer.encode),
                 )
             )
 
@@ -240,3 +249,60 @@ def test_the_place_of_a_source_file_is_not_in_the_recipe(tmp_path: Path) -> None
     (job,) = planned(write_parquet(tmp_path / "a.parquet", ["text"]))
     moved = replace(job, source=replace(job.source, place="/elsewhere"), start_byte=5)
     assert (moved.recipe, moved.shard_id) == (job.recipe, job.shard_id)
+
+
+# Counts
+
+
+def tokens_of(plan: FilePlan) -> int:
+    """The real tokens of the planned rows."""
+    path = Path(plan.file.place)
+    table = (
+        pq.read_table(path).to_pylist() if path.suffix == ".parquet" else map(json.loads, path.read_text().splitlines())
+    )
+    texts = [row["text"] for row in islice(table, plan.row_ends[-1])]
+    return sum(1 + len(tokenizer.encode(text)) for text in texts)
+
+
+CHINESE = "我能吞下玻璃而不伤身体。你呢？今天天气很好，我们去公园散步吧。"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("rows", [100, 3_000])
+@pytest.mark.parametrize("counts", ["absent", "zero", "words"])
+def test_a_limit_and_a_shard_hold_real_tokens(tmp_path: Path, kind: str, rows: int, counts: str) -> None:
+    """Chinese has 2.9 times the tokens that its bytes suggest; some token_count columns hold zeros or words."""
+    texts = [CHINESE[number % 7 :] * (1 + number % 5) for number in range(rows)]
+    columns: dict[str, list[int]] = {
+        "absent": {}, "zero": {"token_count": [0] * rows}, "words": {"token_count": [len(text) for text in texts]},
+    }[counts]  # fmt: skip
+    table = pa.table({"text": texts} | columns)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=200)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    file, total = identity.identify(path), sum(1 + len(tokenizer.encode(text)) for text in texts)
+    shape = DatasetSettings(total // 10, TOKENIZER)
+    whole = plan_file(file, shape, tokenizer.encode)
+    assert len(whole.row_ends) in (10, 11, 12)
+    assert whole.estimated == (rows == 3_000)
+    assert abs(whole.tokens / total - 1) < 0.03
+    half = plan_file(file, shape, tokenizer.encode, total // 2)
+    assert abs(tokens_of(half) / (total // 2) - 1) < 0.05
+
+
+def test_published_counts_that_agree_with_the_sample_stand(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [document(number) for number in range(1_000)])
+    plan = plan_file(identity.identify(path), DatasetSettings(1_000, TOKENIZER), tokenizer.encode)
+    assert (plan.tokens, plan.estimated) == (tokens_of(plan), False)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_limit_does_not_count_documents_that_a_filter_on_length_drops(tmp_path: Path, counted: bool) -> None:
+    texts = [document(number, 300 if number % 4 else 5) for number in range(200)]
+    path = write_parquet(tmp_path / "a.parquet", texts, counted=counted)
+    shape = DatasetSettings(1_000, TOKENIZER, filters=("length < 200",))
+    plan = plan_file(identity.identify(path), shape, tokenizer.encode, 300)
+    kept = [text for text in texts[: plan.row_ends[-1]] if len(text) < 200]
+    assert 280 < plan.tokens == sum(1 + len(tokenizer.encode(text)) for text in kept) <= 300

@@ -75,7 +75,7 @@ def finished(store: Store, *jobs: ShardJob) -> list[bool]:
 
 
 def written(store: Store) -> list[str]:
-    return [listed.key for listed in store.list(DatasetKeys("small").shards)]
+    return sorted(listed.key for listed in store.list(DatasetKeys("small").shards))
 
 
 @pytest.fixture

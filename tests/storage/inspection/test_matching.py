@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from storage.datasets.val_documents import normalised
 from storage.inspection import matching
-from storage.inspection.matching import HashSet, ngrams, normalised, text_digest
+from storage.inspection.matching import HashSet, ngrams, text_digest
 from tests.leaks import NGRAM_WORDS, Words, ngrams_of, words_of
 
 VOCABULARY = [b"a", b"b", b"ab", b"0", b"the", b"model", "é".encode(), "語".encode(), b"x" * 40]

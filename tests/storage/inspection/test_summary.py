@@ -69,6 +69,7 @@ def test_a_summary_counts_what_the_source_files_hold(tmp_path: Path, kind: str, 
         "tokenizer": manifest.tokenizer, "totals": manifest.totals, "origin": {}, "audit": None,
         "files": [file.model_dump() for file in summary.files], "dumps": summary.dumps, "lengths": summary.lengths,
         "rows": summary.rows, "filtered": summary.filtered, "filtered_share": summary.filtered_share,
+        "in_val": 0, "in_val_added": 0,
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@
 also finds bytes that changed on disk beneath the store.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,13 +32,12 @@ from storage.inspection.verify import (
 )
 from storage.keys import DatasetKeys
 from storage.sources import identity
-from storage.sources.files import Listing
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.conftest import S3Url
 from tests.damage import flip_bit
 from tests.making import document
-from tests.storage.sealing import built, jobs_of, rows_of, seal, sealed
+from tests.storage.sealing import jobs_of, rows_of, seal, sealed
 from tests.storage.source_files import write_lines
 from tests.storage.store_kinds import STORES, each
 
@@ -312,24 +310,6 @@ def test_a_version_whose_parent_is_gone_or_damaged_is_named(store: Store, files:
     assert [damage.name for damage in check_versions(store, "small", third)] == [f"manifest {first.digest}"]
     store.delete(DatasetKeys("small").manifest(second.digest))
     assert [damage.name for damage in check_versions(store, "small", third)] == [f"manifest {second.digest}"]
-
-
-def test_rows_in_both_splits_are_found(store: Store, files: list[Path]) -> None:
-    """From another cut of the file, or the same file under another name."""
-    renamed = Path(shutil.copy(files[0], files[0].with_name("renamed.parquet")))
-    others = [*jobs_of(*files[:2], shard_tokens=300), *jobs_of(renamed)]
-    for job in others:
-        build(store, job)
-    val = jobs_of(*files[:2])[:2]
-    built(store, *files[:2])
-    source = Listing(tuple(identity.identify(path) for path in [*files[:2], renamed]), {})
-    manifest = seal(store, "small", [job.shard_id for job in [*val, *others]], source)
-    last = max(rows_of(job)[1] for job in val)
-    expected = {job.shard_id for job in others if job.source.digest == val[0].source.digest and rows_of(job)[0] < last}
-    assert {damage.name for damage in check_versions(store, "small", manifest)} == expected
-    assert {name.split("-")[0] for name in expected} == {"file_0", "renamed"}
-    assert len(expected) < len(others)
-    assert fully(store, manifest) == []
 
 
 def test_the_checksum_of_a_row_is_that_of_its_bytes(store: Store, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """Filters: each has one canonical spelling; dropped rows are counted and in no shard."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def test_null_text_is_skipped_on_request(tmp_path: Path, store: Store, kind: str
 
 def test_a_shard_whose_rows_are_all_filtered_is_done_and_has_no_tokens(tmp_path: Path, store: Store) -> None:
     path = write_table(tmp_path / "a.parquet", {"text": ["one", "two"]})
-    (job,) = jobs_of(path, filters=("length > 9",))
+    (job,) = jobs_of(path)
+    job = replace(job, recipe=replace(job.recipe, filters=("length > 9",)))
     record = shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     assert (record.tokens, record.filtered) == (0, 2)
     assert records.is_finished(store, "small", job.shard_id)
