@@ -54,7 +54,8 @@ $(KEPT)/minio:
 	@command -v go >/dev/null || { echo "go was not found; make minio needs it to build a MinIO server. Install Go 1.24 or newer (https://go.dev)."; exit 2; }
 	CGO_ENABLED=0 GOTOOLCHAIN=auto GOBIN=$(KEPT) go install -trimpath -tags kqueue $(MINIO)
 
-# Writes random secrets, one file each, and the settings for docker-compose.yml. Existing files stay.
+# Writes random secrets, one file each, and the settings for docker-compose.yml. Existing files stay. Files have mode 444,
+# since containers read them as other users; their folder has mode 700, here and in the image.
 env:
 	@umask 077; mkdir -p .secrets; for name in postgres s3_root s3_pipeline s3_trainer prefect; do \
 		[ -s .secrets/$$name ] || { value=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \

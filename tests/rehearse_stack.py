@@ -6,6 +6,7 @@ Takes about ten minutes and prints each step. After a failed assertion the stack
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import time
@@ -27,6 +28,7 @@ S3 = "http://127.0.0.1:9000"
 KILL_ORDER = ("server", "train", "postgres", "s3", "data")
 GAP_SECONDS = 45.0  # between two kills, so that the killed service is up again
 BUCKET = "gpt2"
+HUB = "of-the-hub"  # the value of HF_TOKEN
 
 
 class Stack:
@@ -116,6 +118,15 @@ def refused(client: Any, key: str) -> bool:
     return False
 
 
+def check_boundary(stack: Stack) -> None:
+    """While a training process runs: everything that its user can read contains its own secret and no other."""
+    everything = "cat /proc/[0-9]*/environ /run/secrets/* /work/.prefect/* 2>/dev/null; true"
+    argv = ["exec", "--no-TTY", "--user", "trainer", "train", "env", "-i", "/bin/sh", "-c", everything]
+    readable = poll(lambda: stack.secret("s3_trainer") in (text := stack.compose(*argv)) and text, 600, every_seconds=1)
+    for secret in (stack.secret("s3_pipeline"), stack.secret("prefect"), HUB):
+        assert secret not in readable
+
+
 def shards(stack: Stack) -> dict[str, Any]:
     """When each shard was written."""
     listed = stack.bucket("pipeline").list_objects_v2(Bucket=BUCKET, Prefix="datasets/python-docs/shards/")
@@ -133,6 +144,7 @@ def main() -> None:
     up = shlex.split(options.up) or [*shlex.split(options.compose), "up", "--wait"]
 
     subprocess.run(["make", "env"], cwd=ROOT, check=True)
+    os.environ["HF_TOKEN"] = HUB
     subprocess.run(up, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     stack.log("up and healthy")
     config = stack.compose("config")
@@ -155,7 +167,10 @@ def main() -> None:
     stack.log("the trainer's identity is refused (403) outside its own prefix")
 
     name = f"rehearsal-{int(time.time())}"
-    stack.finish(stack.click(name, options.steps), list(KILL_ORDER))
+    flow_run = stack.click(name, options.steps)
+    check_boundary(stack)
+    stack.log("a training process can read neither its flow's secrets nor HF_TOKEN")
+    stack.finish(flow_run, list(KILL_ORDER))
     shards_before = shards(stack)
     stack.compose("rm", "--stop", "--force", "postgres", "server", "bootstrap", "data", "train")
     project = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["name"]

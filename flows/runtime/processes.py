@@ -8,6 +8,7 @@ Prefect raises a cancellation in the main thread, which then leaves the block.
 """
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -28,6 +29,12 @@ from storage.stores.store import Store
 GRACE_SECONDS = 8.0  # for a last checkpoint: Prefect expects a cancelled run to end within 10 s
 TAIL_LINES = 40
 LOG_SECONDS = 10.0  # each logged line is a row in Prefect's database: about 2,000 for a run of 6 hours
+# The variables that a process with the trainer's credentials inherits, by how their names begin.
+INHERITED = (
+    "PATH", "HOME", "LANG", "LC_", "TZ", "PYTHON", "VIRTUAL_ENV", "LD_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_",
+    "CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "GOMP_", "KMP_", "MKL_",
+)  # fmt: skip
 
 
 class Processes:
@@ -96,20 +103,28 @@ def run_job(store: Store, job: Job, processes: Processes) -> Any:
 
 def _start(argv: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        [*_as_trainer(), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         text=True, errors="replace", start_new_session=True, env=_environment(),
     )  # fmt: skip
 
 
+def _as_trainer() -> list[str]:
+    """The command that starts another as TRAINER_USER, without this process's capabilities: Linux would keep them."""
+    if "TRAINER_USER" not in os.environ:
+        return []
+    user = pwd.getpwnam(os.environ["TRAINER_USER"])
+    change = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--no-new-privs"]
+    return [*change, "--inh-caps=-all", "--ambient-caps=-all", "env", f"HOME={user.pw_dir}"]
+
+
 def _environment() -> dict[str, str]:
-    """The environment of a process. If TRAINER_* credentials are set, they replace the flow's and PREFECT_* is removed.
+    """The environment of a process. If TRAINER_* credentials are set, they replace the flow's; INHERITED is the rest.
 
     The trainer's credentials write runs and read the rest; the flow's also write shards.
     """
-    if "TRAINER_ACCESS_KEY_ID" not in os.environ:
+    if not any(name.startswith("TRAINER_") for name in os.environ):
         return dict(os.environ)
-    hidden = ("TRAINER_", "PREFECT_", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    kept = {name: value for name, value in os.environ.items() if name.upper().startswith(INHERITED)}
     return kept | {f"AWS_{name}": os.environ[f"TRAINER_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
 
 

@@ -42,6 +42,11 @@ def test_every_container_has_limits_and_no_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+    # The worker of `train` starts processes as another user: tests/flows/runtime/test_trainer.py.
+    assert service.get("cap_add", []) == (["SETUID", "SETGID", "KILL"] if name == "train" else [])
+    assert (
+        ("TRAINER_USER" in (service.get("environment") or {})) == (service.get("user") == "root") == (name == "train")
+    )
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
     if name not in ONCE:
@@ -73,6 +78,10 @@ def test_secrets_are_files_and_each_service_has_only_its_own() -> None:
 
 def test_the_image_runs_as_a_plain_user_without_telemetry() -> None:
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
+    assert re.search(
+        r"install --directory --mode=700 --owner=10001 .*/run/secrets\b", DOCKERFILE
+    )  # not for the trainer
+    assert SERVICES["train"]["environment"]["TRAINER_USER"] in re.findall(r"useradd .* (\w+) ", DOCKERFILE)
     for setting in ("DO_NOT_TRACK=1", "PREFECT_SERVER_ANALYTICS_ENABLED=false"):
         assert setting in DOCKERFILE
     assert "--require-hashes -r requirements.lock" in DOCKERFILE

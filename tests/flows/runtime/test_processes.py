@@ -17,10 +17,17 @@ ENDLESS = "import signal; signal.signal(signal.SIGTERM, signal.{}); print('start
 def test_a_process_has_the_identity_of_the_trainer_if_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     flow_identity = {"AWS_ACCESS_KEY_ID": "pipeline", "AWS_SECRET_ACCESS_KEY": "p"}
     flow_identity |= {"AWS_SESSION_TOKEN": "t", "AWS_PROFILE": "x"}
-    kept = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000", "PATH": "/bin"}
+    flow_identity |= {"AWS_WEB_IDENTITY_TOKEN_FILE": "/f", "PREFECT_API_AUTH_STRING": "gpt2:secret"}
+    flow_identity |= {"HF_TOKEN": "h", "HUGGING_FACE_HUB_TOKEN": "h", "WANDB_API_KEY": "w"}
+    kept = {
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9000",
+        "PATH": "/bin",
+        "https_proxy": "http://p",
+        "NCCL_DEBUG": "INFO",
+    }
     for name in os.environ:
         monkeypatch.delenv(name)
-    for name, value in (flow_identity | kept | {"PREFECT_API_AUTH_STRING": "gpt2:secret"}).items():
+    for name, value in (flow_identity | kept).items():
         monkeypatch.setenv(name, value)
     assert _environment() == dict(os.environ)
     monkeypatch.setenv("TRAINER_ACCESS_KEY_ID", "trainer")
