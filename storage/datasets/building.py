@@ -62,13 +62,14 @@ def put_val_documents(store: Store, dataset: str, split: ValSplit, decode: Decod
     """Hash the documents of the finished val shards for the train shards, unless it is done or they keep all."""
     if not split.documents or val_documents.is_stored(store, dataset, split.documents):
         return
-    hashes: list[int] = []
+    hashes = []
     for shard_id in split.shard_ids:
         record = read_record(store, dataset, shard_id)
         ids = np.frombuffer(read_shard(store, dataset, shard_id, record.tokens, record.sha256), DTYPE)
         bounds = zip(*document_bounds(ids), strict=True) if len(ids) else ()
-        hashes += [val_documents.hashed(decode(ids[start + 1 : stop].tolist())) for start, stop in bounds]
-    val_documents.put(store, dataset, split.documents, hashes)
+        texts = (decode(ids[start + 1 : stop].tolist()) for start, stop in bounds)
+        hashes.append(np.fromiter(map(val_documents.hashed, texts), val_documents.HASH))
+    val_documents.put(store, dataset, split.documents, np.unique(np.concatenate(hashes)))
 
 
 def start_build(store: Store, spec: DatasetSpec, plans: list[FilePlan]) -> Build:

@@ -7,7 +7,6 @@ which would take a fifth of the time that tokenising takes.
 
 import hashlib
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -55,9 +54,9 @@ class ValDocuments:
         return bool(place < len(self._hashes) and self._hashes[place] == hashed(text))
 
 
-def put(store: Store, dataset: str, name: str, hashes: Iterable[int]) -> None:
-    """Store the hashes. Replaces a damaged object; the val shards decide every byte."""
-    body = np.unique(np.fromiter(hashes, HASH)).tobytes()
+def put(store: Store, dataset: str, name: str, hashes: np.ndarray) -> None:
+    """Store the hashes, which are sorted. Replaces a damaged object; the val shards decide every byte."""
+    body = hashes.tobytes()
     overwrite(store, DatasetKeys(dataset).val_documents(name), bytes.fromhex(sha256(body)) + body)
 
 
