@@ -44,6 +44,8 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
     if unavailable:
         reason = unavailable.partition(". ")[0]  # without the error's remedy: the build continues
         say("download", f"using the earlier listing of commit {listing.origin['commit'][:12]}: {reason}")
+    if listing.ignored:
+        say("download", f"not read: {'; '.join(listing.ignored)}")
     return listing
 
 

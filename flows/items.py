@@ -21,7 +21,7 @@ from storage.stores.opening import open_store
 def mirror_items(source: str, store_url: str) -> str:
     """Copy the file into the store. Returns its key. Raises SourceInvalid unless it is one file of HellaSwag items."""
     store = open_store(store_url)
-    listing, _ = list_source(store, source, "", "main", "validation")
+    listing, _ = list_source(store, source, "", "main", "validation", "evaluation.hellaswag")
     if len(listing.files) != 1:
         raise SourceInvalid(
             f"evaluation.hellaswag = {source!r}: expected one file (on the Hub: in split 'validation'), "

@@ -8,7 +8,7 @@ from typing import Any
 def canonical_json(value: Any) -> bytes:
     """The value as JSON with sorted keys, no spaces and no NaN: equal values give equal bytes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
 def sha256(body: bytes | bytearray | memoryview) -> str:

@@ -4,8 +4,16 @@ Invalid user input is a ValueError. Each message says what is wrong, what was fo
 """
 
 
+def printable(text: str) -> str:
+    """The text with lone surrogates as escapes: Python makes them from bytes that are not UTF-8, and prints none."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
 class StorageError(Exception):
-    """The base class of these errors."""
+    """The base class of these errors. A message quotes names of files and columns, so it is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ObjectMissing(StorageError):

@@ -23,6 +23,7 @@ from tests.ports import free_port
 Fault = Literal[
     "429",  # too many requests
     "429 later",  # with Retry-After: 1
+    "400",
     "500",
     "503",
     "reset",  # the connection ends before a response
@@ -160,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if self._fault in ("429", "429 later", "500", "503"):
+        if self._fault in ("429", "429 later", "400", "500", "503"):
             later = {"Retry-After": "1"} if self._fault == "429 later" else {}
             self._json({"error": "not now"}, int(self._fault.split()[0]), later)
             return

@@ -103,11 +103,8 @@ def check_inputs(config: RunConfig) -> None:
         source, items = config.data.source, config.evaluation.hellaswag
         if not sources.is_on_hub(source):
             sources.find_files(source)
-        if items and not sources.is_on_hub(items) and not Path(items).is_file():
-            raise ValueError(
-                f"evaluation.hellaswag = {items!r}: no such file. Give a Hub dataset or a .jsonl or .parquet file of "
-                f"items, or set it to ''."
-            )
+        if items and not sources.is_on_hub(items):
+            sources.find_files(items, "evaluation.hellaswag")
     open_store(config.store_url, create=True)
 
 

@@ -135,12 +135,16 @@ def _compared(
     text_bytes: list[int] = []
     for row in _sample(file, settings.text_column, rows, sample_rows):
         sampled[row.number] = True
-        if not rows.tokens[row.number] or not isinstance(row.text, str):
+        if not rows.tokens[row.number]:
             continue
-        text_bytes.append(len(row.text.encode(errors="surrogatepass")))
-        if keeps_row(by_length, {LENGTH: len(row.text)}):
-            with suppress(ValueError):  # its job fails or skips the document
-                counts[row.number] = len(encode(row.text)) + EOT_TOKENS
+        counts[row.number] = (
+            EOT_TOKENS  # a document that cannot be tokenised is in a shard, whose job fails or counts it
+        )
+        if isinstance(row.text, str):
+            text_bytes.append(len(row.text.encode(errors="surrogatepass")))
+            with suppress(ValueError):
+                kept = keeps_row(by_length, {LENGTH: len(row.text)}, file.place, row.number)
+                counts[row.number] = len(encode(row.text)) + EOT_TOKENS if kept else 0
     expected, by_size = int(rows.tokens[sampled].sum()), int(estimated_tokens(np.array(text_bytes)).sum())
     if not rows.counted and expected / 2 < by_size < expected * 2:  # else repeated texts hide behind a dictionary
         expected = by_size  # more precise: the footer has only the mean size of a row group

@@ -24,21 +24,22 @@ class Reader(Protocol):
     ) -> Iterator[dict[str, object]]:
         """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text column, and the `others` that the file has.
 
-        `start_byte` is where `row_from` starts, for formats without an index; 0 if unknown.
+        `start_byte` is where `row_from` starts, for formats without an index; 0 if unknown. The text of a row that
+        cannot be read is a ValueError; such a row counts in `count_tokens`, too.
         """
 
 
-READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffixes are `files.SUFFIXES`
+READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffixes are `selection.SUFFIXES`
 
 
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
     """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
 
-    Raises SourceInvalid for an unreadable file, a missing column or a text column of another type. If `strict` and no
-    filter is on a column, also for null text.
+    Raises SourceInvalid for an unreadable file, a missing column or a text column of another type. If `strict`, also
+    for an unreadable row and, unless a filter is on a column, for null text.
     """
     by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
-    return _reader(file).count_tokens(file, text_column, by_column, strict=strict and not by_column)
+    return _reader(file).count_tokens(file, text_column, by_column, strict=strict)
 
 
 def documents(
@@ -64,7 +65,9 @@ def documents(
     for number, item in enumerate(items, row_from):
         text = item[text_column]
         length = len(text) if isinstance(text, str) else None
-        if number not in skip_rows and keeps_row(conditions, item | {LENGTH: length}):
+        if number in skip_rows:
+            continue
+        if isinstance(text, ValueError) or keeps_row(conditions, item | {LENGTH: length}, file.place, number):
             yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
         raise SourceInvalid(
@@ -74,4 +77,4 @@ def documents(
 
 
 def _reader(file: SourceFile) -> Reader:
-    return next(reader for suffix, reader in READERS.items() if file.place.endswith(suffix))
+    return next(reader for suffix, reader in READERS.items() if file.place.lower().endswith(suffix))

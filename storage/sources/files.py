@@ -1,17 +1,18 @@
 """Finds source files by path, folder or glob, on this host or in a bucket. Opens none of them."""
 
-import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 
 from storage import keys
-from storage.errors import SourceInvalid
+from storage.errors import SourceInvalid, printable
+from storage.sources.selection import HIDDEN, SUFFIXES, leads_to_match, listed, select
 from storage.stores.opening import is_in_bucket, open_bucket
 
-SUFFIXES = (".parquet", ".jsonl")  # each has its reader in `documents.READERS`
+WILDCARD = re.compile(r"[*?\[]")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -35,15 +36,19 @@ class SourceFile:
 
     @property
     def key(self) -> str:
-        return keys.source(self.digest, self.stem + PurePosixPath(self.name).suffix)
+        return keys.source(self.digest, self.stem + PurePosixPath(self.name).suffix.lower())
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source in order, and their origin: dataset, config, commit and licence; empty for local files."""
+    """The files of a source in order, and their origin: dataset, config, commit and licence; empty for local files.
+
+    `ignored` lists the first files of the same folders that are not read, each with the reason.
+    """
 
     files: tuple[SourceFile, ...]
     origin: dict[str, str]
+    ignored: tuple[str, ...] = ()
 
 
 def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
@@ -67,49 +72,85 @@ def check_distinct(files: Sequence[SourceFile]) -> None:
 
 def is_on_hub(source: str) -> bool:
     """Whether a source names a Hub dataset: it has the form `owner/name`, and no local file has that path."""
-    return bool(HUB_NAME.fullmatch(source)) and Path(source).suffix not in SUFFIXES and not Path(source).exists()
+    return bool(HUB_NAME.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not os.path.lexists(source)
 
 
-def find_files(source: str) -> list[str]:
-    """The places of the source files that a path, a folder or a glob names, sorted.
+def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tuple[str, ...]]:
+    """The places of the source files that a path, a folder or a glob names, sorted; and what else is there, and why.
 
-    Raises ValueError if no file matches, or if a file has another suffix.
+    A folder means all files in it, and no sub-folder. Raises ValueError as `select` does, and if there is no source
+    file; SourceInvalid for a file or folder that cannot be read.
     """
-    places = _in_bucket(source) if is_in_bucket(source) else _on_host(source)
-    if not places:
-        where = "" if is_in_bucket(source) else f" (looked in {Path.cwd()})"
+    in_bucket = is_in_bucket(source)
+    if "://" in source and not in_bucket:  # not quoted: a URL may contain a secret
         raise ValueError(
-            f"source {source!r}: no {' or '.join(SUFFIXES)} file found{where}. "
-            f"Give a path, a folder or a quoted glob, or a Hub dataset as owner/name."
+            f"{setting}: a URL of another kind than s3://bucket/…. Give a path, or a Hub dataset owner/name."
         )
-    for place in places:
-        if not place.endswith(SUFFIXES):
-            raise ValueError(
-                f"source {source!r}: {place} is not a {' or '.join(SUFFIXES)} file. "
-                f"Narrow the glob, or convert the file."
-            )
-    return places
+    try:
+        root, pattern, names = _in_bucket(source) if in_bucket else _on_host(source)
+        files, ignored = select(setting, source, root, pattern, names)
+        places = sorted(root + name for name in files)
+        for place in places:
+            if printable(place) != place:
+                raise ValueError(f"{setting}: the name of {place!r} is not UTF-8. Rename the file or its folder.")
+            if not in_bucket and not S_ISREG(os.stat(place).st_mode):  # noqa: PTH116  # a Path costs more
+                raise ValueError(f"{setting}: {place!r} is neither a file nor a folder. Copy its content to a file.")
+    except OSError as error:
+        raise SourceInvalid(
+            f"{setting}: {error.filename!r} cannot be read: {error.strerror}. Check its permissions; a link may dangle."
+        ) from error
+    if not places:
+        others = f", only {'; '.join(listed(ignored))}" if ignored else ""
+        raise ValueError(
+            f"{setting} = {source!r}: no such file or folder, or no {' or '.join(SUFFIXES)} file there{others}. Give a "
+            f"path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a Hub dataset as owner/name."
+        )
+    return places, listed(ignored)
 
 
-def _on_host(source: str) -> list[str]:
+Names = tuple[str, list[str], Iterable[str]]  # a folder with a final "/", the parts of a pattern, names in the folder
+
+
+def _on_host(source: str) -> Names:
     path = Path(source).expanduser()
-    if path.is_file():  # before the glob: its name may contain [ or *
-        return [str(path)]
-    if path.is_dir():
-        return sorted(str(child) for child in path.iterdir() if child.suffix in SUFFIXES and child.is_file())
-    matches = glob.glob(str(path), recursive=True)  # noqa: PTH207  # a pattern may be absolute
-    return sorted(match for match in matches if not Path(match).is_dir())
+    is_folder, parts = path.is_dir(), path.parts
+    if os.path.lexists(path) and not is_folder:  # before the glob: its name may contain [ or *
+        return f"{path.parent}/".replace("//", "/"), [], [path.name]
+    wildcards = (depth for depth, part in enumerate(parts) if WILDCARD.search(part) and not is_folder)
+    fixed = next(wildcards, len(parts))
+    root, pattern = Path(*parts[:fixed]), ["*"] if is_folder else list(parts[fixed:])
+    return f"{root}/".replace("//", "/"), pattern, _walk(root, pattern) if pattern and root.is_dir() else ()
 
 
-def _in_bucket(source: str) -> list[str]:
+def _walk(root: Path, pattern: list[str]) -> Iterator[str]:
+    """The files below `root` where a pattern leads, and with a final "/" the folders that are not entered."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set[str]()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        parts = Path(folder).relative_to(root).parts
+        prefix = "".join(f"{part}/" for part in parts)
+        resolved = os.path.realpath(folder)
+        if resolved in seen:  # a loop of links, or a second path to the same files
+            folders.clear()
+            yield prefix
+            continue
+        seen.add(resolved)
+        hidden = {name for name in folders if HIDDEN.fullmatch(name)}
+        folders[:] = sorted(name for name in {*folders} - hidden if leads_to_match([*parts, name], pattern))
+        yield from sorted([*(f"{prefix}{name}/" for name in hidden), *(prefix + name for name in files)])
+
+
+def _in_bucket(source: str) -> Names:
     store, pattern = open_bucket(source)
-    prefix = re.split(r"[*?\[]", pattern)[0]
-    listed_keys = [listed.key for listed in store.list(prefix)]
-    if pattern in listed_keys:
-        return [f"{store.url}/{pattern}"]
-    is_folder = prefix == pattern  # no wildcard
-    escaped = re.escape(pattern.rstrip("/") + "/*" if is_folder else pattern)
-    # As on a file system: `*` and `?` stay within one level, `**/` crosses levels.
-    expression = escaped.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-    matches = [key for key in listed_keys if re.fullmatch(expression, key)]
-    return sorted(f"{store.url}/{key}" for key in matches if not is_folder or key.endswith(SUFFIXES))
+    fixed = WILDCARD.split(pattern)[0]
+    keys_in_store = sorted(entry.key for entry in store.list(fixed) if not entry.key.endswith("/"))  # no folder markers
+    folder = fixed[: fixed.rfind("/") + 1]
+    if pattern in keys_in_store:
+        return f"{store.url}/{folder}", [], [pattern.removeprefix(folder)]
+    parts = pattern.removeprefix(folder).split("/")
+    if fixed == pattern:
+        folder, parts = f"{pattern.rstrip('/')}/".lstrip("/"), ["*"]
+    return f"{store.url}/{folder}", parts, (key.removeprefix(folder) for key in keys_in_store if key.startswith(folder))

@@ -38,16 +38,8 @@ class Filter(NamedTuple):
         return f"{self.column} {self.comparison} {self.operand!r}"
 
     def keeps(self, value: Any) -> bool:
-        """Whether a row with this value passes; null never passes. Raises SourceInvalid for values of another type."""
-        if value is None:
-            return False
-        try:
-            return COMPARISONS[self.comparison](value, self.operand)
-        except TypeError as error:
-            raise SourceInvalid(
-                f"data.filters: {self} compares values of different types: column {self.column!r} holds "
-                f"{type(value).__name__}, for example {str(value)[:40]!r}. Use a value of that type."
-            ) from error
+        """Whether a row with this value passes; null never passes. Raises TypeError for values of another type."""
+        return value is not None and COMPARISONS[self.comparison](value, self.operand)
 
 
 def parse(text: str) -> Filter:
@@ -69,9 +61,19 @@ def parse(text: str) -> Filter:
     return Filter(column, comparison, operand)
 
 
-def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object]) -> bool:
+def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: str, row: int) -> bool:
     """Whether a row passes all filters; a missing column counts as null. Raises SourceInvalid."""
-    return all(condition.keeps(columns.get(condition.column)) for condition in filters)
+    for condition in filters:
+        value = columns.get(condition.column)
+        try:
+            if not condition.keeps(value):
+                return False
+        except TypeError as error:
+            raise SourceInvalid(
+                f"{place}: row {row:,}: data.filters: {condition} compares values of different types: column "
+                f"{condition.column!r} holds {type(value).__name__} {str(value)[:40]!r}. Use a value of that type."
+            ) from error
+    return True
 
 
 def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> None:

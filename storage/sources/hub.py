@@ -8,17 +8,19 @@ The Hub client reads HF_TOKEN and HF_ENDPOINT. The token is sent only to the end
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, RepoFile, errors, get_session, hf_hub_url
+from huggingface_hub import DatasetInfo, HfApi, RepoFile, errors, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
 
 from storage.errors import SourceInvalid, SourceUnavailable
-from storage.sources.files import SUFFIXES, SourceFile
+from storage.sources.files import Listing, SourceFile
+from storage.sources.selection import SUFFIXES, listed, reason_to_ignore
 from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
 
 SCHEME = "hf://datasets/"
@@ -26,6 +28,7 @@ PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_RETRY_AFTER_SECONDS = 330.0  # the Hub limits requests per 5 minutes and sends the rest of that time
 READ_SECONDS = 30.0  # without a byte
+UNREACHABLE_SECONDS = 3.0  # without a first connection; the name of the dataset may be a mistyped path
 PIECE_BYTES = 1 << 20
 DIGEST_TRIES = 3  # downloads of a whole file whose digest does not match
 Result = TypeVar("Result")
@@ -37,17 +40,28 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
     Raises ValueError if the dataset or revision does not exist or is not accessible, SourceUnavailable if the Hub does
     not respond.
     """
-    info = _with_retries(
-        f"{dataset} at {revision}", lambda: HfApi().dataset_info(dataset, revision=revision, timeout=READ_SECONDS)
-    )
+    began, timeout = time.monotonic(), httpx2.Timeout(READ_SECONDS, connect=UNREACHABLE_SECONDS)
+
+    def request() -> DatasetInfo:
+        try:
+            return HfApi().dataset_info(dataset, revision=revision, timeout=timeout)  # type: ignore[arg-type]
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if time.monotonic() - began < UNREACHABLE_SECONDS:
+                raise
+            raise SourceUnavailable(
+                f"{dataset}: cannot reach the Hub: {error}. Check the network and HF_ENDPOINT."
+            ) from error
+
+    info = _with_retries(f"{dataset} at {revision}", request)
     licence = info.card_data.get("license") if info.card_data else None
     return str(info.sha), ", ".join(licence) if isinstance(licence, list) else str(licence or "not stated")
 
 
-def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[SourceFile, ...]:
+def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
     """The files of one split of a configuration at a commit, in `load_dataset` order, with published digests.
 
-    Raises ValueError if the configuration, the split or a file format is not available.
+    Other data files in the same folders are listed as ignored. Raises ValueError if the configuration, the split or a
+    file format is not available.
     """
     what = f"{dataset} ({config or 'default'}) at {commit}"
     data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
@@ -58,7 +72,7 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
         )
     names = [_parse_place(place)[2] for place in data_files[split]]
     for name in names:
-        if not name.endswith(SUFFIXES):
+        if not name.lower().endswith(SUFFIXES):
             raise ValueError(
                 f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another dataset or "
                 f"configuration (--set data.config=…), or the parquet files that the Hub converts: "
@@ -66,7 +80,11 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> tuple[Sour
             )
     entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
     digests = {name: entry.lfs.sha256 if entry.lfs else entry.blob_id for name, entry in entries.items()}
-    return tuple(SourceFile(name, entries[name].size, digests[name], place_of(dataset, commit, name)) for name in names)
+    files = (SourceFile(name, entries[name].size, digests[name], place_of(dataset, commit, name)) for name in names)
+    folders = {PurePosixPath(name).parent for name in names}
+    others = (name for name in sorted(entries.keys() - set(names)) if PurePosixPath(name).parent in folders)
+    ignored = {name: f"not in split {split!r}" for name in others if not reason_to_ignore([PurePosixPath(name).name])}
+    return Listing(tuple(files), {}, listed(ignored))
 
 
 def place_of(dataset: str, commit: str, name: str) -> str:
@@ -157,10 +175,9 @@ def _with_retries(what: str, request: Callable[[], Result], received_bytes: Call
             _check_transient(what, error)
             headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
             if not backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
-                first_line = str(error).partition("\n")[0]
                 raise SourceUnavailable(
                     f"{what}: {backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: "
-                    f"{first_line}. Check the network and HF_ENDPOINT, then run the same command again to continue."
+                    f"{_first_line(error)}. Check the network and HF_ENDPOINT, then run the same command again."
                 ) from error
 
 
@@ -181,7 +198,12 @@ def _check_transient(what: str, error: Exception) -> None:
     if isinstance(error, errors.OfflineModeIsEnabled):
         raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
-        raise SourceInvalid(f"{what}: the Hub answered {error}. Check HF_TOKEN and HF_ENDPOINT.") from error
+        answer = f"{error.response.status_code}: {_first_line(error)}"
+        raise SourceInvalid(f"{what}: the Hub answered {answer}. Check HF_TOKEN and HF_ENDPOINT.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".:")
 
 
 def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
@@ -190,10 +212,11 @@ def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
 
     try:
         builder = load_dataset_builder(dataset, config or None, revision=commit)
-    except (DatasetNotFoundError, DataFilesNotFoundError, ValueError) as error:  # ValueError: no such configuration
+    except (DatasetNotFoundError, DataFilesNotFoundError, ValueError, RuntimeError) as error:
+        # ValueError: no such configuration; RuntimeError: the repository holds a loading script
         raise ValueError(
-            f"data.config = {config!r} of {dataset} at {commit}: {str(error).rstrip('.')}. "
-            f"Check data.source, or choose another configuration: --set data.config=…"
+            f"data.config = {config!r} of {dataset} at {commit}: {_first_line(error)}. Check data.source, or choose "
+            f"another configuration (--set data.config=…) or the Hub's copy: --set data.revision=refs/convert/parquet"
         ) from error
     return dict(builder.config.data_files)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.errors import SourceInvalid
+from storage.errors import SourceInvalid, printable
 from storage.sources import rows
 from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row
@@ -21,18 +21,26 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
     """Tokens of every row, from `token_count` if every row has it, else from text sizes. Raises SourceInvalid."""
     counts, text_bytes, starts = list[int](), list[int](), list[int]()
     kept, names = list[bool](), set[str]()
-    for number, (start, item) in enumerate(_lines(file, text_column, 0, 0)):
+    for number, (start, item) in enumerate(_lines(file, text_column, 0)):
         text, count = item[text_column], item.get(rows.COUNT_COLUMN)
-        if strict and not isinstance(text, str):
+        is_unreadable = isinstance(text, ValueError)
+        if strict and (is_unreadable or not (filters or isinstance(text, str))):
             row = rows.Row(number, text, None, item.get(rows.ID))
             raise rows.bad_document(file, row, rows.no_text(row, text_column))
         if type(count) is int and count >= 0:  # a bool is an int, too
             counts.append(min(count, rows.MOST_TOKENS))
+        elif is_unreadable:
+            counts.append(0)
         text_bytes.append(len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0)
         starts.append(start)
-        kept.append(keeps_row(filters, item))
-        names.update(item)
-    if starts:
+        kept.append(is_unreadable or keeps_row(filters, item, file.place, number))
+        names.update(item.keys() - {text_column} if is_unreadable else item)
+    if names:
+        if text_column not in names:
+            raise SourceInvalid(
+                f"{file.place}: no row has column {text_column!r}, found {', '.join(sorted(names))}. Set the column "
+                f"with the text: --set data.text_column=…"
+            )
         check_columns(filters, sorted(names), file.place)
     counted = len(counts) == len(starts)
     tokens = np.array(counts, np.int64) + rows.EOT_TOKENS if counted else rows.estimated_tokens(np.array(text_bytes))
@@ -50,20 +58,23 @@ def read_rows(
 ) -> Iterator[dict[str, object]]:
     """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
     first = row_from if start_byte else 0
-    lines = _lines(file, text_column, first, start_byte)
+    lines = _lines(file, text_column, start_byte)
     return (item for _, item in islice(lines, row_from - first, row_to - first))
 
 
-def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Iterator[tuple[int, dict[str, object]]]:
-    """The first byte and the object of each row, beginning with row number `row` at `start_byte`."""
+def _lines(file: SourceFile, text_column: str, start_byte: int) -> Iterator[tuple[int, dict[str, object]]]:
+    """The first byte and the object of each row from `start_byte` on."""
     source = open_source(file)
     try:
         with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, BUFFER_BYTES) as body:
             body.seek(start_byte)
             for line in body:
                 if not line.isspace():
-                    yield start_byte, _parsed(line, file.place, row, text_column)
-                    row += 1
+                    item = _parsed(line, text_column)
+                    for name in (rows.DUMP, rows.ID, rows.URL):
+                        if isinstance(value := item.get(name), str):
+                            item[name] = printable(value)
+                    yield start_byte, item
                 start_byte += len(line)
     except OSError as error:
         raise SourceInvalid(
@@ -71,19 +82,18 @@ def _lines(file: SourceFile, text_column: str, row: int, start_byte: int) -> Ite
         ) from error
 
 
-def _parsed(line: bytes, place: str, row: int, text_column: str) -> dict[str, object]:
+def _parsed(line: bytes, text_column: str) -> dict[str, object]:
+    """The line's object. If it has no text, or the line is not an object, the text is a ValueError that says so."""
+    columns: dict[str, object] = {}
     try:
         item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SourceInvalid(
-            f"{place}: row {row:,} should be a JSON object, found {line[:60]!r}. Repair or delete that line."
-        ) from error
-    if isinstance(item, dict) and text_column in item:
-        return item
-    shown = type(item).__name__
-    if isinstance(item, dict):
-        shown = ", ".join(item) or "no columns"
-    raise SourceInvalid(
-        f"{place}: row {row:,} should be a JSON object with column {text_column!r}, found {shown}. "
-        f"Repair that line, or set the column with the text: --set data.text_column=…"
-    )
+    except (ValueError, RecursionError):
+        shown = repr(line[:60])
+    else:
+        shown = type(item).__name__
+        if isinstance(item, dict):
+            if text_column in item:
+                return item
+            columns, shown = item, ", ".join(item) or "no columns"
+    reason = f"should be a JSON object with column {text_column!r} (data.text_column), found {shown}"
+    return columns | {text_column: ValueError(reason)}

@@ -26,18 +26,21 @@ HASHING_THREADS = 4
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
 
 
-def list_source(store: Store, source: str, config: str, revision: str, split: str) -> tuple[Listing, str]:
+def list_source(
+    store: Store, source: str, config: str, revision: str, split: str, setting: str = "data.source"
+) -> tuple[Listing, str]:
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
     A Hub dataset costs at most one request while its revision is the same commit: the store keeps its listing.
-    If the Hub does not respond, the stored listing is returned with the reason.
+    If the Hub does not respond, the stored listing is returned with the reason. Errors name the setting.
     Raises ValueError if the source does not exist, SourceInvalid if a file cannot be read, SourceUnavailable if the
     Hub does not respond and no listing is stored.
     """
     if not is_on_hub(source):
+        places, ignored = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            files = list(pool.map(identify, find_files(source)))
-        return Listing(with_distinct_names(files), {}), ""
+            files = list(pool.map(identify, places))
+        return Listing(with_distinct_names(files), {}, ignored), ""
     key = keys.listing(digest([source, config, revision, split]))
     value = read_json(store, key)
     known = None if value is None else TypeAdapter(Listing).validate_python(value)
@@ -47,12 +50,14 @@ def list_source(store: Store, source: str, config: str, revision: str, split: st
         commit, licence = hub.resolve(source, revision)
     except SourceUnavailable as error:
         if known is None:
-            raise
+            raise SourceUnavailable(
+                f"{setting} = {source!r}: no local file or folder; as a Hub dataset, {error}"
+            ) from error
         return known, str(error)
     if known and known.origin["commit"] == commit:
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
-    listing = Listing(hub.list_files(source, config, commit, split), origin)
+    listing = replace(hub.list_files(source, config, commit, split), origin=origin)
     overwrite(store, key, canonical_json(asdict(listing)))
     return listing, ""
 

@@ -1,7 +1,8 @@
 """Parquet: tokens of all rows from one column or the footer, and any rows of any row group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,45 @@ import pyarrow.parquet as pq
 from storage.errors import SourceInvalid
 from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row
-from storage.sources.reading import open_source
-from storage.sources.rows import COUNT_COLUMN, EOT_TOKENS, MOST_TOKENS, RowTokens, estimated_tokens
+from storage.sources.reading import RangeFile, open_source
+from storage.sources.rows import COUNT_COLUMN, DUMP, EOT_TOKENS, ID, MOST_TOKENS, RowTokens, estimated_tokens
 
 ROWS_AT_ONCE = 250  # 1,000 at once take 30 MB more per worker and save no time
+PLAUSIBLE_ROWS = 1 << 24  # more rows, and less than a byte each, are a damaged footer; a plan takes 8 bytes a row
+TEXT = (pa.string(), pa.large_string(), pa.string_view())
+BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
 def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
     """Tokens of every row, from the `token_count` column or estimated from the footer. Raises SourceInvalid."""
-    with _opened(file, text_column) as parquet:
+    names = sorted({condition.column for condition in filters})
+    with _opened(file, text_column, [COUNT_COLUMN, DUMP, ID, *names]) as parquet:
+        groups = {group: rows for group, rows in enumerate(_row_counts(parquet)) if rows}
+        counts = np.array(list(groups.values()), np.int64)
+        if not groups:
+            return RowTokens(np.array([], np.int64), None, False, counts)
         check_columns(filters, parquet.schema_arrow.names, file.place)
-        chunks = _text_chunks(parquet.metadata, text_column)
-        if strict:
+        _check_metadata(parquet, file, groups, [text_column])
+        _check_metadata(
+            parquet, file, list(groups)[:1], {COUNT_COLUMN, DUMP, ID, *names} & {*parquet.schema_arrow.names}
+        )
+        leaf = _leaf(parquet.metadata, text_column)
+        chunks = {group: parquet.metadata.row_group(group).column(leaf) for group in groups}
+        if strict and not filters:
             _check_no_null(chunks, file.place, text_column)
         tokens = _counted(parquet)
         counted = tokens is not None
-        counts = np.array([chunk.num_values for chunk in chunks], np.int64)
         if tokens is None:  # estimated from the mean text size of each row group
-            sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64)
-            tokens = np.repeat(estimated_tokens(-(-sizes // np.maximum(counts, 1))), counts)
+            sizes = np.array([chunk.total_uncompressed_size for chunk in chunks.values()], np.int64)
+            tokens = np.repeat(estimated_tokens(-(-sizes // counts)), counts)
+        kept = np.ones(sum(counts), bool)
         if filters:
-            names = sorted({condition.column for condition in filters})
-            rows = (row for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=names) for row in _as_rows(batch))
-            tokens *= np.array([keeps_row(filters, row) for row in rows], bool)
-    return RowTokens(tokens, None, counted, np.cumsum(counts) - counts)
+            batches = parquet.iter_batches(ROWS_AT_ONCE, columns=names)
+            rows = enumerate(row for batch in batches for row in _as_rows(batch))
+            kept = np.array([keeps_row(filters, row, file.place, number) for number, row in rows], bool)
+        if not len(tokens) == len(kept) == sum(counts):
+            raise pa.ArrowInvalid("its columns have different numbers of rows")
+    return RowTokens(tokens * kept, None, counted, np.cumsum(counts) - counts)
 
 
 def read_rows(
@@ -46,50 +62,72 @@ def read_rows(
     start_byte: int,  # noqa: ARG001  # the footer states where each row group starts
 ) -> Iterator[dict[str, object]]:
     """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
-    with _opened(file, text_column) as parquet:
+    with _opened(file, text_column, others) as parquet:
         names = sorted({text_column, *others} & set(parquet.schema_arrow.names))
-        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        groups = [group for group in range(len(sizes)) if starts[group] < row_to and starts[group + 1] > row_from]
+        starts = np.cumsum([0, *_row_counts(parquet)])
+        groups = [group for group in range(len(starts) - 1) if starts[group] < row_to and starts[group + 1] > row_from]
         first = int(starts[groups[0]]) if groups else 0
         # One call per group: pyarrow holds all groups of a call in memory.
         batches = (batch for group in groups for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], names))
         for batch in batches:
             start, stop = max(row_from - first, 0), min(row_to - first, batch.num_rows)
             if start < stop:
-                yield from _as_rows(batch.slice(start, stop - start))
+                yield from _as_rows(batch.slice(start, stop - start), text_column)
             first += batch.num_rows
             if first >= row_to:
                 return
 
 
 @contextmanager
-def _opened(file: SourceFile, text_column: str) -> Iterator[pq.ParquetFile]:
-    """Open the file. Raises SourceInvalid for a wrong text column, and for pyarrow's errors here or in the block."""
+def _opened(file: SourceFile, text_column: str, others: list[str]) -> Iterator[pq.ParquetFile]:
+    """Open the file to read these columns. Raises SourceInvalid, also for pyarrow's errors in the block.
+
+    A file without rows may have any columns.
+    """
     source = open_source(file)
     try:
         with pq.ParquetFile(source) as parquet:
-            _check_text_type(parquet.schema_arrow, file.place, text_column)
+            rows = sum(_row_counts(parquet))
+            if rows > max(PLAUSIBLE_ROWS, file.size_bytes):
+                raise pa.ArrowInvalid(f"its footer claims {rows:,} rows in {file.size_bytes:,} bytes")
+            if rows:
+                _check_schema(parquet.schema_arrow, file.place, text_column, others)
             yield parquet
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: the name of a column
+        reason = str(error).partition("\n")[0].rstrip(". ")
         raise SourceInvalid(
-            f"{file.place}: cannot be read as parquet: {reason}. "
-            f"Check the file's permissions; if it is damaged, download it again or remove it from data.source."
+            f"{file.place}: cannot be read as parquet: {reason}. Check the file's permissions, and whether it is "
+            f"encrypted; if it is damaged, download it again or remove it from data.source."
         ) from error
 
 
-def _check_text_type(schema: pa.Schema, place: str, text_column: str) -> None:
+def _row_counts(parquet: pq.ParquetFile) -> list[int]:
+    """The rows of each row group."""
+    return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+
+
+def _check_schema(schema: pa.Schema, place: str, text_column: str, others: list[str]) -> None:
+    """Raise SourceInvalid if the text column is missing or of another type, or one of the columns exists twice."""
+    for name in (text_column, *others):
+        if (count := schema.names.count(name)) > 1:
+            raise SourceInvalid(f"{place}: {count} columns are named {name!r}. Rename all but one of them.")
     kind = schema.field(text_column).type if text_column in schema.names else None
-    if kind not in (pa.string(), pa.large_string()):
+    if kind is None or _storage(kind) not in (*TEXT, *BYTES, pa.null()):
         raise SourceInvalid(
             f"{place}: column {text_column!r} should hold strings, found {kind or 'no such column'}; the file has "
             f"{', '.join(schema.names) or 'no columns'}. Set the column with the text: --set data.text_column=…"
         )
 
 
-def _check_no_null(chunks: list[pq.ColumnChunkMetaData], place: str, text_column: str) -> None:
-    for group, chunk in enumerate(chunks):
+def _storage(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary or an extension type."""
+    while isinstance(kind, pa.DictionaryType | pa.BaseExtensionType):
+        kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind.storage_type
+    return kind
+
+
+def _check_no_null(chunks: dict[int, pq.ColumnChunkMetaData], place: str, text_column: str) -> None:
+    for group, chunk in chunks.items():
         if chunk.statistics is not None and chunk.statistics.null_count:
             raise SourceInvalid(
                 f"{place}: column {text_column!r} should hold text in every row, found {chunk.statistics.null_count} "
@@ -97,11 +135,36 @@ def _check_no_null(chunks: list[pq.ColumnChunkMetaData], place: str, text_column
             )
 
 
-def _text_chunks(footer: pq.FileMetaData, text_column: str) -> list[pq.ColumnChunkMetaData]:
-    """The text column's chunk of each row group, by its path: nested columns shift the schema's indices."""
-    groups = (footer.row_group(group) for group in range(footer.num_row_groups))
-    chunks = (group.column(leaf) for group in groups for leaf in range(group.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema == text_column]
+def _leaf(footer: pq.FileMetaData, column: str) -> int:
+    """The column's number in a row group, by its path: nested columns shift the schema's indices."""
+    return next(leaf for leaf in range(footer.num_columns) if footer.schema.column(leaf).path == column)
+
+
+class _ValuesReached(Exception):
+    """pyarrow has accepted a column's metadata, and begins to read its values."""
+
+
+def _check_metadata(parquet: pq.ParquetFile, file: SourceFile, groups: Iterable[int], names: Iterable[str]) -> None:
+    """Raise SourceInvalid if a column's metadata are encrypted or damaged. Reads no values.
+
+    `RowGroupMetaData.column` would abort the process; an attempt to read values raises an error, 0.2 ms a row group.
+    """
+
+    def stop(*_: int) -> bytes:
+        raise _ValuesReached
+
+    with pq.ParquetFile(RangeFile(file.size_bytes, stop), metadata=parquet.metadata) as without_values:
+        for group, name in product(groups, names):
+            try:
+                next(without_values.iter_batches(1, [group], [name]), None)
+            except _ValuesReached:
+                continue
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).rstrip(".")
+                raise SourceInvalid(
+                    f"{file.place}: column {name!r} of row group {group} cannot be read: {reason}. Decrypt the file; "
+                    f"if it is damaged, download it again."
+                ) from error
 
 
 def _counted(parquet: pq.ParquetFile) -> np.ndarray | None:
@@ -116,18 +179,24 @@ def _counted(parquet: pq.ParquetFile) -> np.ndarray | None:
     return np.clip(counts, 0, MOST_TOKENS) + EOT_TOKENS
 
 
-def _as_rows(batch: pa.RecordBatch) -> Iterator[dict[str, object]]:
-    columns = [_values(column) for column in batch.columns]
-    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
+def _as_rows(batch: pa.RecordBatch, text_column: str = "") -> Iterator[dict[str, object]]:
+    names = batch.schema.names
+    columns = [_values(column, name == text_column) for name, column in zip(names, batch.columns, strict=True)]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """The column's values. Text that is not UTF-8 stays bytes, so that the error can name its row."""
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast(pa.large_binary()).to_pylist()
-        for index, body in enumerate(values):
+def _values(column: pa.Array, is_text: bool) -> list[Any]:
+    """The column's values, with bytes as text. Text that is not UTF-8 stays bytes, so that the error can name its row.
+
+    In another column, bytes that are not UTF-8 become escapes, and values that Python cannot hold become text.
+    """
+    kind = _storage(column.type)
+    if kind not in BYTES:
+        with suppress(ValueError, OverflowError, LookupError):  # not UTF-8; a date after 9999; an unknown time zone
+            return list(column.to_pylist())
+    values: list[Any] = column.cast(pa.large_binary() if kind in (*TEXT, *BYTES) else pa.string()).to_pylist()
+    for index, body in enumerate(values):
+        if isinstance(body, bytes):
             with suppress(UnicodeDecodeError):
-                values[index] = None if body is None else body.decode()
+                values[index] = body.decode(errors="strict" if is_text else "backslashreplace")
     return values

@@ -30,7 +30,8 @@ class RowTokens(NamedTuple):
 class Row(NamedTuple):
     """A row that passed the filters: its number in the file, its text, and the columns that name the document.
 
-    `text` is whatever the text column holds. A row whose text is not a string cannot be tokenised.
+    `text` is whatever the text column holds, or a ValueError that says why the row cannot be read. A row whose text is
+    not a string cannot be tokenised.
     """
 
     number: int
@@ -42,7 +43,7 @@ class Row(NamedTuple):
 
 def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:
     """Tokens of documents of these sizes, EOT included, rounded up."""
-    tokens: np.ndarray = -(-text_bytes // BYTES_PER_TOKEN) + EOT_TOKENS
+    tokens: np.ndarray = -(-text_bytes.clip(0, MOST_TOKENS) // BYTES_PER_TOKEN) + EOT_TOKENS
     return tokens
 
 
@@ -56,5 +57,8 @@ def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:
 
 def no_text(row: Row, text_column: str) -> str:
     """Why a row whose text is not a string cannot be tokenised."""
-    shown = "null" if row.text is None else f"{type(row.text).__name__} {str(row.text)[:40]!r}"
-    return f"column {text_column!r} should hold text, found {shown}"
+    if isinstance(row.text, ValueError):
+        return str(row.text)
+    kind = "bytes that are not UTF-8" if isinstance(row.text, bytes) else type(row.text).__name__
+    value = "null" if row.text is None else f"{kind} {str(row.text)[:40]!r}"
+    return f"column {text_column!r} should hold text, found {value}"

@@ -13,7 +13,7 @@ from storage.stores.store import Store
 LAYOUT = 1
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 SCHEMES = {"s3": False, "s3+http": True}  # of buckets, and whether each permits plain http to another host
-PLACE = re.compile(rf"({'|'.join(map(re.escape, SCHEMES))})://([^/]+)/(.+)")
+PLACE = re.compile(rf"({'|'.join(map(re.escape, SCHEMES))})://([^/]*)/?(.*)", re.DOTALL)
 
 
 def open_store(url: str, *, create: bool = False) -> Store:
@@ -44,10 +44,15 @@ def is_in_bucket(place: str) -> bool:
 
 
 def open_bucket(place: str) -> tuple[Store, str]:
-    """The bucket of a place, opened to read objects of any name, and the key or pattern in it."""
+    """The bucket of a place, opened to read objects of any name, and the key or pattern in it (empty: all objects)."""
     match = PLACE.fullmatch(place)
     assert match is not None
     scheme, bucket, key = match.groups()
+    if not BUCKET.fullmatch(bucket):  # without the URL, which may contain a secret
+        raise StoreUnusable(
+            "source: expected s3://bucket/key, and a bucket name has lower-case letters, digits, '.' and '-'. Put "
+            "credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, not in the URL."
+        )
     return _s3_store(scheme, bucket, "", f"{scheme}://{bucket}", foreign=True), key
 
 

@@ -1,7 +1,10 @@
 """Source files: which ones a pattern finds, and that the digest depends on the content."""
 
+import glob
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,58 +18,204 @@ from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write
 # Finding
 
 
-@pytest.mark.parametrize("pattern", ["nothing.parquet", "*.parquet", "none/*.jsonl", "**/*.jsonl", "[", ""])
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def chosen(folder: Path, pattern: str = "") -> list[str]:
+    places, _ = files.find_files(f"{folder}/{pattern}")
+    return [str(Path(place).relative_to(folder)) for place in places]
+
+
+def ignored(folder: Path, pattern: str = "") -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in files.find_files(f"{folder}/{pattern}")[1])
+
+
+def written_source(error: pytest.ExceptionInfo[ValueError]) -> str:
+    """The first source that the message says to write."""
+    match = re.search(r"--set data\.source='([^']+)'", str(error.value))
+    assert match is not None
+    return match[1]
+
+
+@pytest.mark.parametrize("pattern", ["nothing.parquet", "*.parquet", "none/*.jsonl", "**/*.jsonl", "[", "", "a/b.c"])
 def test_a_source_that_names_no_file_is_refused(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no \.parquet or \.jsonl file") as error:
+    with pytest.raises(ValueError, match=r"no such file.*no \.parquet or \.jsonl file") as error:
         files.find_files(pattern)
     assert repr(pattern) in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=str(tmp_path)):
+@pytest.mark.parametrize(
+    "url", ["https://user:hidden@host/a.parquet", "S3://KEY:hidden@bucket/a", "s3a://KEY:hidden@b"]
+)
+def test_a_url_of_another_scheme_is_refused_without_its_secret(url: str) -> None:
+    with pytest.raises(ValueError, match="s3://bucket") as error:
+        files.find_files(url, "evaluation.hellaswag")
+    assert "evaluation.hellaswag" in str(error.value)
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["b.csv", "b.txt", "b.json", "b.jsonl.gz", "b.parquet.zst", "b.arrow", "b", "c.part.1", "readme.json.gz"]
+)
+def test_a_file_of_another_format_is_an_error_unless_a_pattern_excludes_it(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "a.parquet", name)
+    for pattern in ("", "*"):
+        with pytest.raises(ValueError, match=rf"'{name}' is not a \.parquet or \.jsonl file") as error:
+            files.find_files(f"{tmp_path}/{pattern}")
+    assert files.find_files(written_source(error)) == (
+        [f"{tmp_path}/a.parquet"],
+        (f"{name}: not matched by the pattern",),
+    )
+    with pytest.raises(ValueError, match=rf"{name}.*\.parquet or \.jsonl"):
+        files.find_files(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**/*"])
+@pytest.mark.parametrize(
+    "name",
+    ["_SUCCESS", ".gitattributes", ".a.parquet.crc", "_temporary/b.parquet", ".cache/c.jsonl", "_b.parquet",
+     "b.parquet~", "b.parquet.tmp", "b.jsonl.part", "b.parquet.crdownload", "b.incomplete",
+     "README.md", "readme", "LICENSE", "LICENCE.txt", "dataset_infos.json", "a.parquet.sha256", "MD5SUMS", "notes.md"],
+)  # fmt: skip
+def test_files_that_are_no_corpus_are_ignored_and_listed(tmp_path: Path, name: str, pattern: str) -> None:
+    touch(tmp_path, "a.parquet", name)
+    assert chosen(tmp_path, pattern) == ["a.parquet"]
+    (first,) = ignored(tmp_path, pattern)
+    assert name.startswith(first)
+    if name.endswith(files.SUFFIXES):
+        assert chosen(tmp_path, name) == [name]  # it is the source
+
+
+def test_many_ignored_files_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.parquet", *(f"_{number}" for number in range(1_000)))
+    _, lines = files.find_files(str(tmp_path))
+    assert len(lines) < 50
+    assert sum("hidden" in line for line in lines) + int(re.sub(r"\D", "", lines[-1])) == 1_000
+
+
+def test_suffixes_are_read_in_any_case(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "A.PARQUET", TEXTS)
+    write_jsonl(tmp_path / "b.JsonL", TEXTS)
+    assert chosen(tmp_path) == ["A.PARQUET", "b.JsonL"]
+    for name in chosen(tmp_path):
+        assert texts_of(tmp_path / name, 0, len(TEXTS)) == TEXTS
+        shutil.rmtree(tmp_path / f"0-{len(TEXTS)}")
+        assert identity.identify(tmp_path / name).key.endswith(files.SUFFIXES)
+    assert not files.is_on_hub("texts/A.PARQUET")
+
+
+def test_a_sub_folder_with_files_is_an_error_unless_a_pattern_decides(tmp_path: Path) -> None:
+    touch(tmp_path, "a.parquet", "b/c/d.parquet", "b/README.md")
+    (tmp_path / "empty").mkdir()
+    for pattern in ("", "*"):
+        with pytest.raises(ValueError, match=r"'b/c/d\.parquet' is in a sub-folder") as error:
+            files.find_files(f"{tmp_path}/{pattern}")
+    assert len(files.find_files(written_source(error))[0]) == 2
+    assert chosen(tmp_path, "*.parquet") == ["a.parquet"]
+    (tmp_path / "b/c/d.parquet").rename(tmp_path / "b/c/d.csv")
+    with pytest.raises(ValueError, match=r"'b/c/d\.csv' is in a sub-folder"):
         files.find_files(str(tmp_path))
-
-
-def test_a_file_of_another_format_is_refused_and_named(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").touch()
-    (tmp_path / "b.csv").touch()
-    for source in (f"{tmp_path}/*", f"{tmp_path}/b.csv"):
-        with pytest.raises(ValueError, match=r"b\.csv.*\.parquet.*\.jsonl"):
-            files.find_files(source)
-
-
-def test_a_folder_gives_its_source_files_sorted_and_no_others(tmp_path: Path) -> None:
-    for name in ("b.parquet", "a.jsonl", "c.parquet", "notes.txt", "_SUCCESS"):
-        (tmp_path / name).touch()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below" / "d.parquet").touch()
-    assert [Path(place).name for place in files.find_files(str(tmp_path))] == ["a.jsonl", "b.parquet", "c.parquet"]
 
 
 def test_a_folder_named_like_a_file_is_not_a_source_file(tmp_path: Path) -> None:
     (tmp_path / "spark.parquet").mkdir()
-    (tmp_path / "a.parquet").touch()
-    for source in (str(tmp_path), f"{tmp_path}/*.parquet"):
-        assert [Path(place).name for place in files.find_files(source)] == ["a.parquet"]
-    (tmp_path / "spark.parquet" / "part-0.parquet").touch()
-    assert [Path(place).name for place in files.find_files(f"{tmp_path}/spark.parquet")] == ["part-0.parquet"]
+    touch(tmp_path, "a.parquet")
+    for pattern in ("", "*.parquet"):
+        assert chosen(tmp_path, pattern) == ["a.parquet"]
+    touch(tmp_path, "spark.parquet/part-0.parquet")
+    assert chosen(tmp_path / "spark.parquet") == ["part-0.parquet"]
+    for pattern in ("", "*.parquet"):
+        with pytest.raises(ValueError, match=r"spark\.parquet/part-0\.parquet.*sub-folder") as error:
+            files.find_files(f"{tmp_path}/{pattern}")
+    assert len(files.find_files(written_source(error))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-0.parquet", "test-0.parquet", "validation-0.parquet", "train-1.parquet"],
+        ["train/0.parquet", "test/0.parquet", "val/0.parquet", "train/1.parquet"],
+        ["train/a/0.parquet", "train/b/0.parquet", "dev/0.parquet"],
+        ["web_train_000.jsonl", "web_train_001.jsonl", "web_val_000.jsonl"],
+        ["train.jsonl", "train_extra.jsonl", "eval.jsonl", "README.md"],
+        ["Train-0.PARQUET", "Train-1.PARQUET", "Test-0.PARQUET"],
+    ],
+)
+def test_several_splits_are_an_error_that_says_what_to_write(tmp_path: Path, names: list[str]) -> None:
+    folder = tmp_path / "odd [1]"
+    touch(folder, *names)
+    source = f"{glob.escape(str(folder))}/**/*" if "/" in names[0] else str(folder)
+    with pytest.raises(ValueError, match="splits") as error:
+        files.find_files(source)
+    places, _ = files.find_files(written_source(error))
+    assert [str(Path(place).relative_to(folder)) for place in places] == [name for name in names if "rain" in name]
+
+
+def test_names_that_only_resemble_splits_are_one_corpus(tmp_path: Path) -> None:
+    names = ["latest.jsonl", "pretraining.jsonl", "testament.jsonl", "trains.jsonl", "valley.jsonl"]
+    touch(tmp_path, *names)
+    assert chosen(tmp_path) == names
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "*.parquet", "gone.parquet"])
+def test_a_dangling_link_is_an_error(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "a.parquet")
+    (tmp_path / "gone.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SourceInvalid, match=r"gone\.parquet"):
+        files.find_files(f"{tmp_path}/{pattern}")
+
+
+def test_a_pipe_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for pattern in ("", "*", "a.jsonl"):
+        with pytest.raises(ValueError, match=r"a\.jsonl"):
+            files.find_files(f"{tmp_path}/{pattern}")
+
+
+def test_loops_of_links_end_and_each_file_counts_once(tmp_path: Path) -> None:
+    touch(tmp_path, "texts/a.parquet", "texts/b/c.parquet")
+    (tmp_path / "texts/b/loop").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts/same").symlink_to(tmp_path / "texts/b")
+    assert chosen(tmp_path / "texts", "**/*.parquet") == ["a.parquet", "b/c.parquet"]
+    assert ignored(tmp_path / "texts", "**/*.parquet").keys() == {"b/loop/", "same/"}
+    (tmp_path / "linked").symlink_to(tmp_path / "texts/b")
+    with pytest.raises(ValueError, match="b/c"):
+        files.find_files(str(tmp_path / "texts"))
+    assert chosen(tmp_path, "linked/*.parquet") == ["linked/c.parquet"]
+
+
+def test_a_name_that_is_not_utf8_is_an_error_that_can_be_printed(tmp_path: Path) -> None:
+    try:
+        (tmp_path / os.fsdecode(b"a\xff.jsonl")).touch()
+    except OSError:
+        pytest.skip("this file system only has names in UTF-8")
+    with pytest.raises(ValueError, match="UTF-8") as error:
+        files.find_files(str(tmp_path))
+    assert str(error.value).encode()
+    touch(tmp_path, "b.parquet")
+    assert [line.encode() for line in files.find_files(f"{tmp_path}/*.parquet")[1]]
 
 
 def test_globs_are_sorted_and_may_be_recursive(tmp_path: Path) -> None:
-    for name in ("b/2.jsonl", "a/1.jsonl", "c.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    names = [str(Path(place).relative_to(tmp_path)) for place in files.find_files(f"{tmp_path}/**/*.jsonl")]
-    assert names == ["a/1.jsonl", "b/2.jsonl", "c.jsonl"]
+    touch(tmp_path, "b/2.jsonl", "a/1.jsonl", "c.jsonl", "a/b/c/3.jsonl", "a/b/4.parquet")
+    assert chosen(tmp_path, "**/*.jsonl") == ["a/1.jsonl", "a/b/c/3.jsonl", "b/2.jsonl", "c.jsonl"]
+    assert (
+        chosen(tmp_path, "**") == chosen(tmp_path, "**/*") == sorted([*chosen(tmp_path, "**/*.jsonl"), "a/b/4.parquet"])
+    )
+    assert chosen(tmp_path, "*/[!b].jsonl") == ["a/1.jsonl", "b/2.jsonl"]
+    assert chosen(tmp_path, "[ab]/?.jsonl") == ["a/1.jsonl", "b/2.jsonl"]
+    assert chosen(tmp_path, "a/**/c/*") == ["a/b/c/3.jsonl"]
 
 
 def test_a_path_that_looks_like_a_glob_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "data[1].parquet"
-    path.touch()
-    assert files.find_files(str(path)) == [str(path)]
+    touch(tmp_path, "data[1].parquet", "odd [2]/b.parquet")
+    assert chosen(tmp_path, "data[1].parquet") == ["data[1].parquet"]
+    assert chosen(tmp_path, "odd [2]") == ["odd [2]/b.parquet"]
 
 
 # Identity

@@ -7,7 +7,7 @@ import pytest
 
 from model import tokenizer
 from storage.datasets import records, shards
-from storage.errors import SourceInvalid
+from storage.errors import SourceInvalid, StoreUnusable
 from storage.keys import DatasetKeys
 from storage.sources import files, identity
 from storage.stores.s3_client import own_client
@@ -37,8 +37,9 @@ def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("", ["lines.jsonl"]),
         ("/*.jsonl", ["lines.jsonl"]),
+        ("/**/*", ["lines.jsonl", "year=2024/part 1.parquet"]),
+        ("/[kl]ines.json[!x]", ["lines.jsonl"]),
         ("/**/*.parquet", ["year=2024/part 1.parquet"]),
         ("/year=*/part ?.parquet", ["year=2024/part 1.parquet"]),
         ("/lines.jsonl", ["lines.jsonl"]),
@@ -46,12 +47,47 @@ def bucket(request: pytest.FixtureRequest, s3_url: S3Url, tmp_path: Path) -> str
     ],
 )
 def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]) -> None:
-    assert files.find_files(bucket + pattern) == [f"{bucket}/{name}" for name in names]
+    assert files.find_files(bucket + pattern)[0] == [f"{bucket}/{name}" for name in names]
+
+
+def test_what_a_bucket_does_not_contribute_is_listed_or_an_error(bucket: str) -> None:
+    places, ignored = files.find_files(f"{bucket}/*.jsonl")
+    assert (len(places), len(ignored)) == (1, 2)
+    assert ignored[0].startswith("_SUCCESS: ")
+    with pytest.raises(ValueError, match=r"'year=2024/part 1\.parquet' is in a sub-folder.*/\*\*/\*"):
+        files.find_files(bucket)
+    prefix = bucket.rpartition("/")[2]
+    own_client().put_object(Bucket=servers.BUCKET, Key=f"{prefix}/year=2024/rest.jsonl.gz", Body=b"")
+    for pattern in ("year=2024", "year=*/*", "**/*"):
+        with pytest.raises(ValueError, match=r"rest\.jsonl\.gz' is not"):
+            files.find_files(f"{bucket}/{pattern}")
+
+
+def test_a_whole_bucket_is_a_source_and_folder_markers_are_no_files(bucket: str) -> None:
+    name = secrets.token_hex(6)
+    own_client().create_bucket(Bucket=name)
+    for key, body in {"a.PARQUET": b"1", "[x].jsonl": b"1", "b/": b"", "c/": b"", "c/d.jsonl": b"1"}.items():
+        own_client().put_object(Bucket=name, Key=key, Body=body)
+    for source in (f"s3://{name}/*.*", f"s3://{name}/[[a]*"):
+        assert files.find_files(source)[0] == [f"s3://{name}/[x].jsonl", f"s3://{name}/a.PARQUET"]
+    assert files.find_files(f"s3://{name}/[x].jsonl")[0] == [f"s3://{name}/[x].jsonl"]
+    for source in (f"s3://{name}/c", f"s3://{name}/c/", f"s3://{name}/c/*"):
+        assert files.find_files(source)[0] == [f"s3://{name}/c/d.jsonl"]
+    own_client().delete_object(Bucket=name, Key="c/d.jsonl")
+    for source in (f"s3://{name}", f"s3://{name}/"):
+        assert len(files.find_files(source)[0]) == 2
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:hidden@bucket/a.jsonl", "s3://KEY:hidden@bucket", "s3://", "s3+http://K/x"])
+def test_a_url_with_a_secret_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(StoreUnusable, match="AWS_SECRET_ACCESS_KEY") as error:
+        files.find_files(url)
+    assert "hidden" not in str(error.value)
 
 
 def test_a_pattern_without_matches_is_refused(bucket: str) -> None:
     for pattern in ("/*.parquet", "/none.jsonl", "/none"):
-        with pytest.raises(ValueError, match=r"source .*no \.parquet or \.jsonl file"):
+        with pytest.raises(ValueError, match=r"source = .*no \.parquet or \.jsonl file"):
             files.find_files(bucket + pattern)
 
 

@@ -26,7 +26,7 @@ def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def first_file(hub: Hub) -> SourceFile:
     hub.dataset("org/edu", FILES)
     commit, _ = client.resolve("org/edu", "main")
-    file = client.list_files("org/edu", "default", commit, "train")[0]
+    file = client.list_files("org/edu", "default", commit, "train").files[0]
     hub.requests.clear()
     return file
 
@@ -57,11 +57,14 @@ def test_files_are_listed_in_order_with_their_published_digests(hub: Hub) -> Non
         configs={"ten": {"train": "data/*.parquet"}},
     )
     (commit,) = repository.commits
-    files = client.list_files("org/edu", "ten", commit, "train")
+    listing = client.list_files("org/edu", "ten", commit, "train")
+    files = listing.files
     assert [(file.name, file.size_bytes) for file in files] == [(name, len(body)) for name, body in FILES.items()]
     assert [file.place for file in files] == [f"hf://datasets/org/edu@{commit}/{name}" for name in FILES]
     for file in files:
         assert fetched(file) == FILES[file.name]
+    assert len(listing.ignored) == 1  # in the folder of the split, but not in the split
+    assert listing.ignored[0].startswith("data/small.jsonl: ")
 
 
 @pytest.mark.parametrize("name", ["data/part-0.csv", "data/part-0.json.gz"])
@@ -74,7 +77,7 @@ def test_files_of_another_format_are_refused_before_any_download(hub: Hub, name:
 
 def test_the_digest_of_a_small_file_is_its_git_id(hub: Hub) -> None:
     repository = hub.dataset("org/edu", {"data/a.jsonl": b'{"text": "a"}\n'})
-    (file,) = client.list_files("org/edu", "default", next(iter(repository.commits)), "train")
+    (file,) = client.list_files("org/edu", "default", next(iter(repository.commits)), "train").files
     assert len(file.digest) == 40
     assert fetched(file) == b'{"text": "a"}\n'
 
@@ -100,6 +103,20 @@ def test_an_unknown_configuration_or_split_is_refused_with_the_available_ones(hu
         client.list_files("org/edu", "two", commit, "train")
 
 
+def test_a_repository_with_a_loading_script_is_refused(hub: Hub) -> None:
+    repository = hub.dataset("org/edu", {"edu.py": b"raise SystemExit"})
+    with pytest.raises(ValueError, match=r"org/edu.*script.*data\.config"):
+        client.list_files("org/edu", "", next(iter(repository.commits)), "train")
+
+
+def test_an_answer_of_several_lines_is_quoted_by_its_first(hub: Hub) -> None:
+    hub.dataset("org/edu", FILES)
+    hub.inject("*", "400")
+    with pytest.raises(SourceInvalid, match=r"org/edu.*400.*HF_ENDPOINT") as caught:
+        client.resolve("org/edu", "main")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", ["/api/datasets/org/edu*", "*README.md"])
 @pytest.mark.parametrize("fault", ["500", "429", "reset"])
 def test_metadata_requests_are_retried(hub: Hub, path: str, fault: Fault) -> None:
@@ -109,7 +126,7 @@ def test_metadata_requests_are_retried(hub: Hub, path: str, fault: Fault) -> Non
     hub.dataset("org/edu", files)
     hub.inject(path, fault, fault)
     commit, _ = client.resolve("org/edu", "main")
-    assert len(client.list_files("org/edu", "default", commit, "train")) == len(files)
+    assert len(client.list_files("org/edu", "default", commit, "train").files) == len(files)
     assert hub.faults == []
 
 

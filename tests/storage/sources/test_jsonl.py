@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from model import tokenizer
+from storage.datasets import shards
 from storage.datasets.plan import cut
 from storage.errors import SourceInvalid
+from storage.inspection.lineage import source_rows
+from storage.stores.folder import FolderStore
+from tests.storage.sealing import jobs_of, rows_of
 from tests.storage.source_files import READS, TEXTS, Read, rows, texts_of, write_lines
 
 
@@ -19,6 +24,46 @@ def test_a_line_that_is_not_json_is_refused_and_named(tmp_path: Path, line: str 
     path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', line)
     with pytest.raises(SourceInvalid, match=r"a\.jsonl.*row 1\b"):
         read(path)
+
+
+BAD_LINES: list[str | bytes] = [
+    "{", "text", '{"text": "a"', '{"text": "a"} {"text": "b"}', b'{"text": "\xff"}', b'{"text": "a\x00"}', b"\x00" * 50,
+    b'\x00\x00{"text": "a"}', "[" * 100_000, f'{{"text": "a", "n": {"9" * 5_000}}}', '{"content": "a"}', "{}", "[1]",
+    "7", '"text"', "null",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("filters", [(), ("int_score >= 4", "length >= 1")])
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_skipped_and_counted_on_request(
+    tmp_path: Path, bad: str | bytes, filters: tuple[str, ...]
+) -> None:
+    good = [f'{{"text": "{word}", "int_score": 5}}' for word in ("one", "two", "three")]
+    path = write_lines(tmp_path / "a.jsonl", good[0], bad, good[1], "", good[2], bad)
+    path.write_bytes(path.read_bytes()[:-1])
+    store = FolderStore(tmp_path / "store", "store")
+    for shard_tokens in (1, 1_000):
+        jobs = jobs_of(path, shard_tokens=shard_tokens, on_bad_document="skip", filters=filters)
+        assert [row for job in jobs for row in range(*rows_of(job))] == list(range(5))
+        built = [shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT) for job in jobs]
+        assert sorted(row for record in built for row in record.skipped_rows) == [1, 4]
+        assert sum(record.skipped for record in built) == 2
+        kept = (source_rows(job.source, made, range(made.documents)) for job, made in zip(jobs, built, strict=True))
+        assert [row.text for part in kept for _, row in part] == ["one", "two", "three"]
+    with pytest.raises(SourceInvalid, match=r"a\.jsonl: row 1\b.*on_bad_document=skip"):
+        jobs_of(path, filters=filters)
+
+
+def test_a_file_whose_rows_all_have_another_column_is_refused_although_bad_rows_are_skipped(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "{", '{"content": "a"}', '{"content": "b", "odd \\ud800": 1}')
+    with pytest.raises(SourceInvalid, match=r"a\.jsonl.*'text'.*content.*data\.text_column") as error:
+        rows(path, strict=False)
+    assert str(error.value).encode()
+
+
+def test_token_counts_are_used_beside_bad_lines(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", '{"text": "a", "token_count": 5}', "{", '{"text": "b", "token_count": 7}')
+    assert list(rows(path, strict=False).tokens) == [6, 1, 8]
 
 
 @pytest.mark.parametrize("count", [2**62, 10**30])

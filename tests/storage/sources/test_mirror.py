@@ -1,5 +1,6 @@
 """Copies of Hub files: downloaded once, complete or not at all, and resumed after a kill or a full disk."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -115,6 +116,22 @@ def test_the_last_listing_is_used_when_the_hub_is_unreachable(store: Store, hub:
     assert locate(store, known.files[0]) == mirror(store, known.files[0])
     with pytest.raises(SourceUnavailable):
         mirror(store, known.files[1])
+
+
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HF_HUB_OFFLINE"])
+def test_a_mistyped_path_costs_seconds_without_a_network(tmp_path: Path, variable: str) -> None:
+    """In a process of its own: the Hub's client reads its environment when it is imported."""
+    script = (
+        "import sys; from storage.sources.mirror import list_source; from storage.stores.opening import open_store\n"
+        "list_source(open_store(sys.argv[1], create=True), 'data/my-corpuss', '', 'main', 'train')"
+    )
+    value = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}[variable]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=30, env=os.environ | {variable: value},
+    )  # fmt: skip
+    (last,) = ended.stderr.splitlines()[-1:]
+    assert all(fact in last for fact in ("SourceUnavailable", "data/my-corpuss", "no local file", "Hub", variable))
 
 
 def test_wrong_bytes_never_reach_the_store(store: Store, hub: Hub) -> None:
