@@ -27,7 +27,7 @@ from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import FilePlan, plan_file, plan_files, put_plan, read_plan
 from storage.datasets.records import finished_shards, recorded_shards
 from storage.datasets.sealing import check_binding
-from storage.sources.files import Listing, SourceFile, check_distinct
+from storage.sources.files import Listing, SourceFile
 from storage.sources.mirror import list_source, locate, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -81,7 +81,6 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
             return Downloaded([], {}, run.items, [])
         data = data.model_copy(update={"revision": run.commit or data.revision})
     listing = list_files(data, config.store_url)
-    check_distinct(listing.files)
     plans, failed = _plan_first(config, store, listing) if data.max_tokens else _plan_all(config, store, listing)
     if run is None and not failed:
         _check_planned(data, plans)

@@ -18,7 +18,7 @@ from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectCorrupt
 from storage.keys import DatasetKeys
 from storage.sources import documents
-from storage.sources.files import SourceFile, check_distinct
+from storage.sources.files import SourceFile
 from storage.sources.filters import LENGTH, keeps_row, parse
 from storage.sources.mirror import locate
 from storage.sources.rows import EOT_TOKENS, Row, RowTokens, estimated_tokens
@@ -137,9 +137,7 @@ def _compared(
         sampled[row.number] = True
         if not rows.tokens[row.number]:
             continue
-        counts[row.number] = (
-            EOT_TOKENS  # a document that cannot be tokenised is in a shard, whose job fails or counts it
-        )
+        counts[row.number] = EOT_TOKENS  # of a document that cannot be tokenised: its job fails or counts it
         if isinstance(row.text, str):
             text_bytes.append(len(row.text.encode(errors="surrogatepass")))
             with suppress(ValueError):
@@ -186,7 +184,6 @@ def plan_files(
 
     Plans that an earlier build stored are read. `make_plan(file, limit_tokens)` makes the others.
     """
-    check_distinct(files)
     remaining = settings.max_tokens
     for file in files:
         plan = read_plan(store, dataset, file, settings, remaining) or make_plan(file, remaining)

@@ -59,15 +59,15 @@ def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     return tuple(replace(file, name=str(PurePosixPath(file.place).relative_to(common))) for file in files)
 
 
-def check_distinct(files: Sequence[SourceFile]) -> None:
-    """Raise SourceInvalid if a file is listed twice: its shards would have the same names."""
-    seen: dict[tuple[str, str], SourceFile] = {}
-    for file in files:
-        other = seen.setdefault((file.stem, file.digest), file)
-        if other is not file:
-            raise SourceInvalid(
-                f"{other.place}: the same file (name and content) as {file.place}. Narrow data.source or delete a copy."
-            )
+def without_copies(listing: Listing) -> Listing:
+    """The listing without files that have the content of an earlier file: shards are named by content."""
+    first: dict[str, SourceFile] = {}
+    copies = {
+        file.name: f"same content as {first[file.digest].name}"
+        for file in listing.files
+        if first.setdefault(file.digest, file) is not file
+    }
+    return replace(listing, files=tuple(first.values()), ignored=listing.ignored + listed(copies))
 
 
 def is_on_hub(source: str) -> bool:

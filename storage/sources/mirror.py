@@ -18,7 +18,7 @@ from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
-from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names
+from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names, without_copies
 from storage.sources.identity import identify
 from storage.stores.store import Store, overwrite, read_json
 
@@ -40,7 +40,7 @@ def list_source(
         places, ignored = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = list(pool.map(identify, places))
-        return Listing(with_distinct_names(files), {}, ignored), ""
+        return without_copies(Listing(with_distinct_names(files), {}, ignored)), ""
     key = keys.listing(digest([source, config, revision, split]))
     value = read_json(store, key)
     known = None if value is None else TypeAdapter(Listing).validate_python(value)
@@ -57,7 +57,7 @@ def list_source(
     if known and known.origin["commit"] == commit:
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
-    listing = replace(hub.list_files(source, config, commit, split), origin=origin)
+    listing = replace(without_copies(hub.list_files(source, config, commit, split)), origin=origin)
     overwrite(store, key, canonical_json(asdict(listing)))
     return listing, ""
 

@@ -81,9 +81,13 @@ def test_a_name_is_bound_to_its_filters_and_limits(tmp_path: Path, source: str) 
     assert len(missing(tiny_config(config.store_url, source, "data.dataset=other"))) == 6
 
 
-def test_the_same_content_under_two_names_is_two_files(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_parquet(tmp_path / "twice" / f"{name}.parquet", [document(number) for number in range(40)])
-    shard_ids = build_dataset(tiny_config(str(tmp_path / "store"), str(tmp_path / "twice"))).shard_ids
-    assert {name[0] for name in shard_ids} == {"a", "b"}
-    assert len(set(shard_ids)) == len(shard_ids) == 6
+def test_a_copy_of_a_file_adds_nothing_and_is_listed(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        texts = [document(number) for number in range(40)]
+        write_parquet(tmp_path / "twice" / f"{name}.parquet", texts if name != "c" else texts[:30])
+    config = tiny_config(str(tmp_path / "store"), str(tmp_path / "twice"))
+    manifest = build_dataset(config)
+    assert manifest.source_files["name"] == ["a.parquet", "c.parquet"]
+    assert len(set(manifest.shard_ids)) == len(manifest.shard_ids)
+    listing, _ = list_source(open_store(config.store_url), config.data.source, "", "main", "train")
+    assert listing.ignored == ("b.parquet: same content as a.parquet",)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from model import tokenizer
 from storage.datasets import shards
-from storage.datasets.plan import FilePlan, ShardJob, cut, plan_file, plan_files, planner
+from storage.datasets.plan import FilePlan, ShardJob, cut, plan_file
 from storage.datasets.recipe import DatasetSettings
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
@@ -218,24 +218,6 @@ def test_any_file_name_gives_names_that_are_keys(tmp_path: Path, name: str) -> N
 
 
 # Refused
-
-
-def test_the_same_file_twice_is_refused(tmp_path: Path, store: Store) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [document(1)])
-    copy = tmp_path / "copy" / "a.parquet"
-    copy.parent.mkdir()
-    shutil.copy(path, copy)
-    for paths in ((path, path), (path, copy)):
-        with pytest.raises(SourceInvalid, match=r"a\.parquet.*twice"):
-            list(
-                plan_files(
-                    store,
-                    "small",
-                    [identity.identify(source) for source in paths],
-                    SETTINGS,
-                    planner(store, SETTINGS, tokenizer.encode),
-                )
-            )
 
 
 def test_an_invalid_file_is_refused_before_any_job(tmp_path: Path) -> None:
