@@ -1,4 +1,4 @@
-"""Works around a bug of Prefect's server (3.8): after a restart, automations see some events 15 minutes late.
+"""Works around a bug of Prefect's server (3.9.1): after a restart, automations see some events 15 minutes late.
 
 An event may name a preceding event of the last 5 minutes. The server delays the event until it has seen the preceding
 one, for at most 15 minutes. It keeps the seen events in memory only, so an event whose predecessor came before
@@ -6,11 +6,9 @@ a restart waits the full 15 minutes; here it does not wait. PREFECT_SERVER_EVENT
 """
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from uuid import UUID
 
-from prefect.server.events.ordering import event_handler, memory
+from prefect.server.events.ordering import memory
 from prefect.server.events.schemas.events import ReceivedEvent
 
 STARTED_MILLISECONDS = time.time_ns() // 1_000_000  # the server imports this module when it starts
@@ -19,15 +17,10 @@ STARTED_MILLISECONDS = time.time_ns() // 1_000_000  # the server imports this mo
 class CausalOrdering(memory.CausalOrdering):
     """Prefect's ordering, except that no event waits for an event from before the server's start."""
 
-    @asynccontextmanager
-    async def preceding_event_confirmed(
-        self, handler: event_handler, event: ReceivedEvent, depth: int = 0
-    ) -> AsyncGenerator[None, None]:
-        """Handle the event inside the block. Raises EventArrivedEarly when its preceding event is still missing."""
-        if event.follows and created_milliseconds(event.follows) < STARTED_MILLISECONDS:
-            event = event.model_copy(update={"follows": None})
-        async with super().preceding_event_confirmed(handler, event, depth):
-            yield
+    async def wait_for_leader(self, event: ReceivedEvent) -> None:
+        """Return when the event can be handled. Raises EventArrivedEarly when its preceding event is still missing."""
+        if event.follows is None or created_milliseconds(event.follows) >= STARTED_MILLISECONDS:
+            await super().wait_for_leader(event)
 
 
 def created_milliseconds(event_id: UUID) -> int:

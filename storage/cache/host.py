@@ -125,8 +125,8 @@ def _write(path: Path, body: Body) -> BinaryIO:
         file.seek(0)
         return file
     except OSError:
-        file.close()
         part.unlink(missing_ok=True)
+        file.close()  # raises too when the disk is full and bytes are still buffered
         raise
 
 

@@ -19,7 +19,7 @@ from storage.errors import StoreUnusable
 from tests.polling import poll
 
 ROOT = Path(__file__).parents[3]
-SIZE = 10_000
+SIZE = 2_000  # fits in a file's buffer, which is written when the file is closed
 MUCH = 1 << 40
 
 # Opens one file and prints its sha256. Each fetch is logged; on request it waits in the fetch or in the write.

@@ -133,8 +133,9 @@ def test_a_link_opens_only_its_object_and_needs_no_credentials(store: Store) -> 
         assert page.read() == b"<p>one"
         assert page.headers["Content-Type"] == "text/html"
     if link.startswith("http"):
-        with pytest.raises(HTTPError, match="403"):
+        with pytest.raises(HTTPError, match="403") as refused:
             urlopen(link.replace("report", "other"))  # noqa: S310
+        refused.value.close()
         assert store.link("runs/a/report.html", "http://elsewhere:1").startswith("http://elsewhere:1/")
 
 
