@@ -119,7 +119,7 @@ def _results(
             rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
     show(create_table_artifact, table=rows, key="evaluations", description=f"Evaluations of {run}")
     for name, reason in failures:
-        say("evaluate", f"{name} failed: {reason}")
+        say("evaluate", f"{name} failed: {str(reason).partition(chr(10))[0]}")
     computed = sum(future.state.name == "Completed" for future in futures)  # else Skipped or Failed
     say("evaluate", f"{len(results)} of {len(results) + len(failures)} evaluations done, {computed} computed now")
     if failures:

@@ -23,10 +23,10 @@ from flows.handoffs import DatasetVersion, Downloaded
 from flows.leaks import find_leaks
 from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import in_window, is_transient, retry_if_transient, worker_count
+from flows.runtime.tasks import ending, in_window, is_transient, retry_if_transient, worker_count
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
-from model.runs.job import JobFailed, note_failure
+from model.runs.job import OUT_OF_MEMORY, JobFailed, note_failure
 from model.runs.run import Run, pinned_run
 from storage import keys
 from storage.datasets import building
@@ -58,9 +58,12 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
     for job in jobs:
         try:
             made += _make_shard(store, dataset, job)
-        except (ValueError, StorageError, OSError) as error:
-            note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(error))
+        except (ValueError, StorageError, OSError, MemoryError) as error:
             errors.append(error)
+            if isinstance(error, MemoryError):
+                rows = f"rows {job.recipe.row_from:,} to {job.recipe.row_to - 1:,} of {job.source.name!r}"
+                errors[-1] = JobFailed(f"shard {job.name!r}, {rows}: {OUT_OF_MEMORY}")
+            note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(errors[-1]))
     if errors:
         errors.sort(key=lambda error: not is_transient(error))  # transient errors first: Prefect then retries the task
         raise errors[0]
@@ -108,12 +111,13 @@ def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     """
     for number in range(1, MOST_POOLS + 1):
         try:
-            return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
+            with ending():
+                return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
         except BrokenExecutor:
             say("tokenise", f"process pool {number} of at most {MOST_POOLS} ended: a worker process was killed")
     raise JobFailed(
         f"dataset {config.data.dataset!r}: a worker process was killed in each of {MOST_POOLS} process pools. "
-        f"Memory probably ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
+        f"Probably {OUT_OF_MEMORY}"
     )
 
 

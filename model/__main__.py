@@ -20,7 +20,7 @@ from model.processes.parent import end_with_parent
 from model.processes.torchrun import launch
 from model.runs.job import USER_ERROR, put_result, read_job, read_result
 from model.training.trainer import Trainer
-from storage.errors import StorageError
+from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
 
 
@@ -56,7 +56,7 @@ def run_job(store_url: str, job_key: str) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message, lines=True), file=sys.stderr, flush=True)
     return exit_code
 
 

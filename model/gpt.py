@@ -194,6 +194,6 @@ def unpadded(name: str, tensor: Tensor) -> Tensor:
 def chunk_rows(rows: int) -> int:
     """Rows of logits to compute at once on a CPU. The logits of 1,024 rows take 206 MB.
 
-    On 2 cores, 256 to 1,024 rows were 1.05 to 1.15 times as fast as all rows; "auto" of torch 2.15 was 2 to 6 times slower.
+    On 2 cores, 256 to 1,024 rows were 1.05 to 1.15 times as fast as all rows; torch's "auto" was 2 to 6 times slower.
     """
     return min(max(rows // 4, 256), 1_024)

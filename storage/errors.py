@@ -3,14 +3,24 @@
 Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
 """
 
+import re
 
-def printable(text: str) -> str:
-    """The text with lone surrogates as escapes: Python makes them from bytes that are not UTF-8, and prints none."""
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+# Terminal controls (C0 and C1) except tab and line feed, bidi overrides, invisible characters, lone surrogates.
+CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with control characters as escapes, such as \\x1b, for terminals and logs. `lines` keeps line feeds."""
+    return CONTROLS.sub(
+        lambda match: match[0].encode("unicode_escape").decode(), text if lines else text.replace("\n", "\\n")
+    )
 
 
 class StorageError(Exception):
-    """The base class of these errors. A message quotes names of files and columns, so it is made printable."""
+    """The base class of these errors. A message quotes names and contents of files, so it is made printable."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,9 @@ from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
-from model.runs.job import JobFailed, put_job
+from model.runs.job import OUT_OF_MEMORY, JobFailed, is_out_of_memory, put_job
 from model.runs.run import training_job
-from storage.errors import StorageError
+from storage.errors import StorageError, printable
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
         sys.exit(1)
-    print(message, file=sys.stderr)
+    except Exception as error:
+        message, code = f"error: {OUT_OF_MEMORY}" if is_out_of_memory(error) else traceback.format_exc(), 1
+    print(printable(message, lines=True), file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,6 +1,5 @@
 """The verbs of `gpt2 dataset` that build, check and copy: build, verify, audit, copy."""
 
-import json
 import secrets
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from flows.console.options import (
     console,
     dataset_app,
     prefect,
+    print_json,
     progress_bar,
     run_flow,
     say,
@@ -99,7 +99,7 @@ def verify(
     if as_json:
         facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": len(compared)}
         damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
-        print(json.dumps(facts | {"damaged": damaged, "repair": repair_command}))
+        print_json(facts | {"damaged": damaged, "repair": repair_command})
     else:
         for damage in damages:
             say("damaged", f"{damage.name}: {damage.wrong}")

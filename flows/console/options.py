@@ -3,9 +3,10 @@
 Importing Prefect takes 3 s and reads settings from the environment, so only functions import it.
 """
 
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,11 +17,12 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.progress import Progress
+from rich.segment import Segment
 
 from model.config import RunConfig
 from model.config_file import load_config
 from model.runs.run import pinned_run
-from storage.errors import ObjectMissing
+from storage.errors import ObjectMissing, printable
 from storage.sources import files as sources
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -43,7 +45,16 @@ MODELS = Group.create_ordered("Models")
 INSPECT = Group.create_ordered("Inspect and clean up")
 SERVICE = Group.create_ordered("Run as a service")
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Terminal(Console):
+    """Shows control characters of a text as escapes; its own controls, such as those of a bar, stay."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):  # every output passes here
+            yield Segment(text if control else printable(text, lines=True), style, control)
+
+
+console = _Terminal(highlight=False, markup=False, soft_wrap=True)
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
@@ -82,7 +93,12 @@ DEFAULTS = Settings()
 
 def say(label: str, text: str) -> None:
     """Print one line: a label, then its text."""
-    console.print(f"{label:<10} {text}")
+    console.print(f"{label:<10} {printable(text)}")
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON in ASCII. DEL is the one control character that `json` leaves as it is."""
+    print(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The verbs of `gpt2 dataset` that read versions and change nothing: log, diff, show, trace, export."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from flows.console.options import DEFAULTS, AsJson, Settings, console, dataset_app, progress_bar, say
+from flows.console.options import DEFAULTS, AsJson, Settings, console, dataset_app, print_json, progress_bar, say
 from flows.inspection.trace import trace_target, window_range, windows
 from model import tokenizer
 from storage.datasets import versions
@@ -37,7 +36,7 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
         changes = versions.difference(parent, version) if parent else None
         if as_json:
             facts = {"manifest": version.digest, "sealed": sealed, "commit": commit, "shards": shards, "tokens": tokens}
-            print(json.dumps(facts | {"changes": changes.model_dump() if changes else None}))
+            print_json(facts | {"changes": changes.model_dump() if changes else None})
             continue
         at_commit = f", commit {commit[:12]}" if commit else ""
         say(version.digest[:12], f"{sealed}  {shards:,} shards, {tokens:,} tokens{at_commit}")
@@ -59,7 +58,7 @@ def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_
     old_version, new_version = (versions.find_version(store, config.data.dataset, digest) for digest in (old, new))
     changes = versions.difference(old_version, new_version)
     if as_json:
-        print(changes.model_dump_json())
+        print_json(changes.model_dump())
         return
     say("changes", _change_counts(changes))
     for kind, names in changes.files:
@@ -89,7 +88,7 @@ def show(
     if html is not None:
         _write_page(html, page(card))
     if as_json:
-        print(json.dumps(card.model_dump()))
+        print_json(card.model_dump())
     elif html is not None:
         say("show", f"dataset card written to {html}")
     else:
@@ -134,7 +133,7 @@ def trace(
         text = tokenizer.decode([token for token in document.ids.tolist() if token != tokenizer.EOT])
         if as_json:
             facts = document._asdict() | {"ids": document.ids.tolist(), "text": text, "window": number}
-            print(json.dumps(facts, default=str))  # a document's id may be of any type
+            print_json(facts)  # a document's id may be of any type
             continue
         say(f"window {number}", _origin(document))
         console.print(text if step is None else " ".join(text.split())[:STEP_TEXT_CHARACTERS], style="dim")

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from flows.inspection.facts import leak_line
 from flows.pages.drawing import bars, render
+from storage.errors import printable
 from storage.inspection.summary import DatasetSummary
 
 MAXIMUM_LINES = 20  # of a table on a terminal; the page and --json have all lines
@@ -77,7 +78,7 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Mapping
         table.add_column(column, justify="right", no_wrap=True)
     rows = list(rows)
     for name, counts in rows[:MAXIMUM_LINES]:
-        table.add_row(Text(name), *(f"{counts[column]:,}" for column in columns))
+        table.add_row(Text(printable(name)), *(f"{counts[column]:,}" for column in columns))
     if len(rows) > MAXIMUM_LINES:
         table.add_row(f"and {len(rows) - MAXIMUM_LINES:,} more: --json and --html show all")
     return table
@@ -90,5 +91,5 @@ def _histogram(title: str, counts: dict[str, int]) -> Table:
     table.add_column("")
     highest = max([*counts.values(), 1])
     for name, count in list(counts.items())[:MAXIMUM_BARS]:
-        table.add_row(Text(name), f"{count:,}", "█" * round(BAR_CELLS * count / highest))
+        table.add_row(Text(printable(name)), f"{count:,}", "█" * round(BAR_CELLS * count / highest))
     return table

@@ -23,6 +23,7 @@ from prefect import get_run_logger
 from prefect.states import Completed
 
 from model.runs.job import USER_ERROR, Job, JobFailed, JobRefused, note_failure, put_job, read_result
+from storage.errors import printable
 from storage.keys import RunKeys
 from storage.stores.store import Store
 
@@ -133,7 +134,7 @@ def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     errors: dict[str, None] = {}  # a dict drops repetitions: every rank may print the same error
     logged_at = 0.0
-    for line in map(str.rstrip, output):
+    for line in (printable(line.rstrip()) for line in output):
         tail.append(line)
         if line.startswith("error: "):
             errors[line.removeprefix("error: ")] = None

@@ -1,10 +1,13 @@
 """A stage's progress: an artifact in Prefect's UI, and bars on a terminal or plain lines on another console."""
 
+import logging
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 from prefect.artifacts import create_progress_artifact
 from prefect.logging import get_run_logger
@@ -12,11 +15,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flows.runtime import artifacts
+from storage.errors import printable
 
 UPDATE_SECONDS = 1.0  # each update of an artifact is one call of Prefect's API
 LINE_SECONDS = 15.0  # between plain lines
 
+_make_record = logging.getLogRecordFactory()
 _bars: ContextVar[Progress | None] = ContextVar("bars", default=None)  # None under a worker, which has no console
+
+
+def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
+    """A log record of any library, Prefect's included, that shows control characters as escapes."""
+    record = _make_record(*arguments, **options)
+    message = record.getMessage()
+    if (shown := printable(message, lines=True)) != message:
+        record.msg, record.args = shown, ()
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = printable("".join(traceback.format_exception(*record.exc_info)), lines=True).rstrip()
+    return record
+
+
+logging.setLogRecordFactory(_printable_record)  # at import, since a task runner's processes only import the tasks
 
 
 @contextmanager
@@ -40,6 +59,7 @@ def on_console(console: Console) -> Iterator[None]:
 
 def say(stage: str, text: str) -> None:
     """Print one line on the console, if there is one, and write it to the flow run's log."""
+    text = printable(text)
     get_run_logger().info("%s: %s", stage, text)
     if bars := _bars.get():
         _print(bars.console, stage, text)

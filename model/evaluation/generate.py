@@ -18,7 +18,7 @@ from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
-from storage.errors import StorageError
+from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
 
 
@@ -124,7 +124,7 @@ def main() -> int:
         prompt_ids(args.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed
         model.to(DDPConfig.detect({}, args.device).device)
     except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
         return 2
     for index in range(args.samples):
         if index:
@@ -135,15 +135,15 @@ def main() -> int:
 
 def _print(prompt: str, generated: Iterator[list[int]]) -> None:
     """Print the prompt, then each token as soon as it completes a character."""
-    print(prompt, end="", flush=True)
+    print(printable(prompt, lines=True), end="", flush=True)
     pending: list[int] = []
     for ids in generated:
         pending += ids
         text = tokenizer.decode(pending)
         if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-            print(text, end="", flush=True)
+            print(printable(text, lines=True), end="", flush=True)
             pending = []
-    print(tokenizer.decode(pending))
+    print(printable(tokenizer.decode(pending), lines=True))
 
 
 if __name__ == "__main__":

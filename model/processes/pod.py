@@ -16,7 +16,7 @@ import time
 
 from model.config import ResourcesConfig
 from model.runs.job import USER_ERROR, read_job, read_result
-from storage.errors import StorageError
+from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
 
 RUN_AGAIN = 1
@@ -78,7 +78,7 @@ def main() -> int:
     try:
         return run(args.store_url, args.job_key, index, address)
     except (ValueError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return USER_ERROR
 
 

@@ -12,6 +12,7 @@ from torch.distributed.run import main as torchrun
 
 from model.config import ResourcesConfig
 from model.runs.job import USER_ERROR
+from storage.errors import printable
 
 SHUTDOWN_SECONDS = 30  # torchrun's own default, on top of the time for a last checkpoint
 
@@ -45,7 +46,7 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
             f"connection was lost: {str(error).rstrip('.')}. Give an address of the first host that the other hosts "
             f"can reach. Start the same command on all hosts within a minute, beginning with the first host."
         )
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
         return 1
     return 0
 

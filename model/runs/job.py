@@ -19,6 +19,12 @@ from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_json
 
 USER_ERROR = 2  # exit code of a process that failed because of something a user can fix
+OUT_OF_MEMORY = "memory ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out in Python, or for a thread's stack."""
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 class JobFailed(Exception):

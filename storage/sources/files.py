@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 
 from storage import keys
-from storage.errors import SourceInvalid, printable
+from storage.errors import SourceInvalid
 from storage.sources.selection import HIDDEN, SUFFIXES, leads_to_match, listed, select
 from storage.stores.opening import is_in_bucket, open_bucket
 
@@ -91,7 +91,7 @@ def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tu
         files, ignored = select(setting, source, root, pattern, names)
         places = sorted(root + name for name in files)
         for place in places:
-            if printable(place) != place:
+            if place.encode(errors="replace").decode() != place:
                 raise ValueError(f"{setting}: the name of {place!r} is not UTF-8. Rename the file or its folder.")
             if not in_bucket and not S_ISREG(os.stat(place).st_mode):  # noqa: PTH116  # a Path costs more
                 raise ValueError(f"{setting}: {place!r} is neither a file nor a folder. Copy its content to a file.")

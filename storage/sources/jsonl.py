@@ -14,6 +14,7 @@ from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row
 from storage.sources.reading import open_source
 
+LINE_BYTES = 1 << 28  # 256 MiB: a file without line feeds must not fill the memory
 BUFFER_BYTES = 1 << 20  # over a network each refill is a request
 
 
@@ -68,7 +69,12 @@ def _lines(file: SourceFile, text_column: str, start_byte: int) -> Iterator[tupl
     try:
         with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, BUFFER_BYTES) as body:
             body.seek(start_byte)
-            for line in body:
+            while line := body.readline(LINE_BYTES):
+                if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+                    raise SourceInvalid(
+                        f"{file.place}: the line that starts at byte {start_byte:,} is longer than {LINE_BYTES:,} "
+                        f"bytes. A file of JSON lines has one document in each line: split or delete it."
+                    )
                 if not line.isspace():
                     item = _parsed(line, text_column)
                     for name in (rows.DUMP, rows.ID, rows.URL):

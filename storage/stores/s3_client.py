@@ -19,7 +19,7 @@ from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from storage.errors import ObjectMissing, StoreUnavailable, StoreUnusable
+from storage.errors import ObjectMissing, StoreUnavailable, StoreUnusable, printable
 from storage.stores import retries
 from storage.stores.retries import Transient
 
@@ -117,7 +117,7 @@ def with_retries(
                     f"Check that the server runs and AWS_ENDPOINT_URL is its address, then run the same command again."
                 ) from error
             if backoff.tries == WARN_AFTER_TRIES:
-                log.warning("%s: %s; retrying for up to %.0f s", what, error, retries.RETRY_SECONDS)
+                log.warning("%s: %s; retrying for up to %.0f s", what, printable(str(error)), retries.RETRY_SECONDS)
 
 
 def status(error: ClientError) -> int:

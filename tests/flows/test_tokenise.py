@@ -1,11 +1,15 @@
 """Tokenising under Prefect: the same bytes under every runner, and only missing shards are built."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +25,14 @@ from model.config import ResourcesConfig, RunConfig
 from model.runs.job import JobFailed
 from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import ShardJob
+from storage.datasets.records import Record
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.flows.client import shard_runs
 from tests.making import build_dataset as build_without_prefect
-from tests.making import document, published, tiny_config, write_parquet
+from tests.making import document, published, settings_of, tiny_config, write_parquet
 from tests.polling import poll
 from tests.processes import kill, matching, parent
 
@@ -167,3 +172,60 @@ def test_pools_that_keep_breaking_fail_with_a_remedy(config: RunConfig, monkeypa
     monkeypatch.setattr(tokenise, "_run_jobs", broken)
     with pytest.raises(JobFailed, match=r"3 process pools.*resources.workers=1"):
         build_dataset(config)
+
+
+def test_a_shard_without_memory_fails_in_words_and_leaves_the_others(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = tokenise.build_shard
+
+    def build_with_less_memory(store: Store, dataset: str, job: ShardJob, *rest: Any) -> Record:
+        if job.name.startswith("file_1-00001"):
+            raise MemoryError
+        return build(store, dataset, job, *rest)
+
+    monkeypatch.setattr(tokenise, "build_shard", build_with_less_memory)
+    with pytest.raises(JobFailed, match=r"rows 15 to 29 of 'file_1.parquet': memory ran out.*resources.workers=1"):
+        build_dataset(config)
+    assert [line.error for line in dataset_status(opened(config), "small") if "memory ran out" in line.error]
+    monkeypatch.undo()
+    assert build_dataset(config)
+
+
+# Under a memory limit a thread may die before it starts: its starter then waits forever, such as a thread of Prefect.
+STALLS = {
+    "thread": "thread = threading.Thread()\nthread._bootstrap = lambda: [0] * 2**60\nthread.start()\n",
+    "shard": "print('stalled', flush=True)\nthreading.Event().wait()\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("stall", "signum", "code", "word"),
+    [
+        ("thread", None, 1, "memory ran out"),
+        ("shard", signal.SIGTERM, 143, "stopped"),
+        ("shard", signal.SIGINT, 130, "stopped"),
+    ],
+)
+def test_a_stalled_build_ends(config: RunConfig, stall: str, signum: int | None, code: int, word: str) -> None:
+    overrides = [word for setting in settings_of(config) for word in ("--set", setting)]
+    body = "".join(f"    {line}\n" for line in STALLS[stall].splitlines())
+    script = (
+        "import sys, threading\nfrom flows import tokenise\nfrom flows.console import cli\n"
+        "from flows.runtime import tasks\ntasks.STOP_SECONDS = 1\nbuild = tokenise.build_shard\n"
+        f"def stall(*arguments):\n{body}    return build(*arguments)\n"
+        "tokenise.build_shard = stall\ncli.main(['dataset', 'build', *sys.argv[1:]])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        if signum:
+            assert any(line == "stalled\n" for line in process.stdout)
+            process.send_signal(signum)
+        try:
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert word in error

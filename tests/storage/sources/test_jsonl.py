@@ -11,6 +11,7 @@ from storage.datasets import shards
 from storage.datasets.plan import cut
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
+from storage.sources import jsonl
 from storage.stores.folder import FolderStore
 from tests.storage.sealing import jobs_of, rows_of
 from tests.storage.source_files import READS, TEXTS, Read, rows, texts_of, write_lines
@@ -141,3 +142,16 @@ def test_a_file_without_lines_has_no_documents(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceInvalid, match=r"gone\.jsonl"):
         rows(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Read
+) -> None:
+    exact = json.dumps({"text": "b" * 987})
+    path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', exact)
+    monkeypatch.setattr(jsonl, "LINE_BYTES", len(exact) + 1)  # with its line feed
+    read(path)
+    path = write_lines(tmp_path / "b.jsonl", '{"text": "a"}', exact + " " * 1_000)
+    with pytest.raises(SourceInvalid, match=r"b\.jsonl: the line that starts at byte 14 is longer than 1,000 bytes"):
+        read(path)
