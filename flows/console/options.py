@@ -127,29 +127,41 @@ def check_inputs(config: RunConfig) -> None:
 @contextmanager
 def prefect(verbose: bool) -> Iterator[None]:
     """Provide a Prefect server for the block. Prefect's log stays off the console unless `verbose`."""
+    from flows.console.watch import end_with_server
     from flows.platform.server import prefect_server
 
+    is_named = bool(os.environ.get("PREFECT_API_URL"))  # such a server may restart: Prefect repeats its requests
+    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"  # without heartbeats a run whose host died stays Running
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with ExitStack() as stack:
         with console.status("starting Prefect's server"):
             url = stack.enter_context(prefect_server())
         say("Prefect", url.removesuffix("/api"))
+        if not is_named:
+            stack.enter_context(end_with_server(url))
         yield
 
 
 def run_flow(flow: Any, config: RunConfig) -> Any:
     """Run the flow in this process, show its progress, and wait until Prefect has stored the task runs."""
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow as run_created
+    from prefect.states import Pending
+    from prefect.utilities.callables import get_call_parameters
     from prefect.utilities.urls import url_for
 
+    from flows.platform.automations import TAG
     from flows.runtime import progress, settle
 
-    def show_page(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001  # Prefect passes these by name
-        say("run", str(url_for("flow-run", obj_id=flow_run.id)))
-
     since = datetime.now(UTC)
+    arguments = get_call_parameters(flow.fn, (config,), {})
+    form = flow.serialize_parameters(arguments)
+    with get_client(sync_client=True) as client:  # not `prefect.tags`, which would cost each task a request
+        run = client.create_flow_run(flow, parameters=form, state=Pending(), tags=[TAG])
+    say("run", str(url_for("flow-run", obj_id=run.id)))
     with progress.on_console(console):
         try:
-            return flow.with_options(on_running=[show_page])(config)
+            return run_created(flow, run, arguments)
         finally:
             settle.wait_for_task_runs(since, RECORDS_SECONDS)

@@ -1,6 +1,6 @@
 """Automations of Prefect's server: mark dead runs as crashed, restart crashed runs, notify about failures.
 
-They apply only to runs with the TAG of our deployments, since the server may be shared with other projects.
+They apply only to runs with our TAG, since the server may be shared with other projects.
 """
 
 from datetime import timedelta
@@ -11,12 +11,17 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, PauseAutomation, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-TAG = "gpt2"
+TAG = "gpt2"  # of our deployments' runs, and of the runs that the console starts, which nobody restarts
+OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+DEPLOYED = {"prefect.resource.id": "prefect.deployment.*", "prefect.resource.role": "deployment"}
+PENDING = {"Pending", "Submitting", "InfrastructurePending"}
 HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
+PENDING_LIMIT_SECONDS = 300  # a process starts in seconds, on a busy host with a pull step in a minute or two
 RESTART_SECONDS = 20  # a worker reports a crash twice; the second report must not hit the restarted run
 MAX_CRASHES, CRASH_MINUTES = 8, 15  # only instant crashes reach this: a missing heartbeat takes 2 minutes to detect
 
 MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
+MARK_ORPHANED = "gpt2: mark runs that never started as crashed"
 RESTART = "gpt2: restart crashed runs"
 PAUSE_RESTARTS = "gpt2: pause automatic restarts after repeated crashes"
 NOTIFY = "gpt2: notify about failed runs"
@@ -34,7 +39,18 @@ def mark_crashed() -> AutomationCore:
     return AutomationCore(
         name=MARK_CRASHED,
         description=reason,
-        trigger=_silence_after("prefect.flow-run.heartbeat", HEARTBEAT_LIMIT_SECONDS),
+        trigger=_silence_after({"heartbeat", "Running"}, HEARTBEAT_LIMIT_SECONDS, match_related=OURS),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
+    )
+
+
+def mark_orphaned() -> AutomationCore:
+    """Mark a run as Crashed whose worker died before its first heartbeat. Pending, it would hold its slot forever."""
+    reason = f"Not started within {PENDING_LIMIT_SECONDS} s: the run's worker or process died."
+    return AutomationCore(
+        name=MARK_ORPHANED,
+        description=reason,
+        trigger=_silence_after(PENDING, PENDING_LIMIT_SECONDS, match_related=OURS),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
     )
 
@@ -46,7 +62,7 @@ def restart() -> AutomationCore:
         name=RESTART,
         description=f"Restarts a crashed run after {RESTART_SECONDS} s; it resumes from the store. "
         f"Failed runs are left for people to retry.",
-        trigger=_silence_after("prefect.flow-run.Crashed", RESTART_SECONDS),
+        trigger=_silence_after({"Crashed"}, RESTART_SECONDS),
         actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)],
     )
 
@@ -85,17 +101,19 @@ def notify(block_id: UUID) -> AutomationCore:
     )
 
 
-def _silence_after(event: str, seconds: int) -> EventTrigger:
-    """A trigger that fires when no other event of the run follows `event` within `seconds`."""
+def _silence_after(names: set[str], seconds: int, **options: Any) -> EventTrigger:
+    """A trigger that fires when no other event of the run follows one of these within `seconds`."""
     return _trigger(
         posture=Posture.Proactive,
-        after={event},
+        after={f"prefect.flow-run.{name}" for name in names},
         expect={"prefect.flow-run.*"},
         for_each={"prefect.resource.id"},
         within=timedelta(seconds=seconds),
+        **options,
     )
 
 
 def _trigger(**options: Any) -> EventTrigger:
-    has_our_tag = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
-    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, match_related=has_our_tag, **options)
+    """A trigger for runs of our deployments, unless `match_related` says otherwise."""
+    options.setdefault("match_related", [OURS, DEPLOYED])
+    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, **options)

@@ -39,6 +39,7 @@ def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> 
             yield _pool(client, name, limit)
         yield from _deployments(client, config, scheduled=scheduled)
         yield _automation(client, automations.mark_crashed())
+        yield _automation(client, automations.mark_orphaned())
         yield _automation(client, automations.restart())
         [restart] = client.read_automations_by_name(automations.RESTART)
         yield _automation(client, automations.pause_restarts(restart.id))
@@ -90,7 +91,7 @@ def _deploy(project: str) -> None:
 def _automation(client: SyncPrefectClient, desired: AutomationCore) -> str:
     """Create or update the automation. A disabled automation stays disabled."""
     existing = client.read_automations_by_name(desired.name)
-    existing = existing or client.read_automations_by_name(automations.FORMER_NAMES[desired.name])
+    existing = existing or client.read_automations_by_name(automations.FORMER_NAMES.get(desired.name, desired.name))
     if not existing:
         client.create_automation(desired)
         return f"automation {desired.name!r}: created"

@@ -16,7 +16,7 @@ from storage.stores.opening import open_store
 from tests.flows.client import gpt2, run_gpt2
 from tests.making import document, write_parquet
 from tests.polling import poll
-from tests.processes import family, kill
+from tests.processes import children, family, kill
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
@@ -149,3 +149,23 @@ def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path
     process.send_signal(signum)
     process.communicate(timeout=60)
     poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 60)
+
+
+def test_the_console_ends_soon_after_its_server_and_the_next_command_continues(
+    tmp_path: Path, undisturbed: tuple[Path, Outcome]
+) -> None:
+    calm, expected = undisturbed
+    shutil.copytree(calm / "source", tmp_path / "source")
+    process = gpt2(*PRETRAIN, "--set", "train.checkpoint_every_steps=1000", cwd=tmp_path)
+    poll((tmp_path / "data/runs/tiny/progress.json").exists, 180)
+    members = set(family(process.pid)) - {process.pid}
+    trainers = [pid for pid in members if "\0model\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    [server] = set(children(process.pid)) - set(trainers)
+    kill([server])
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, "error: " in output, "Traceback" in output) == (1, True, False), output
+    assert not any(Path(f"/proc/{pid}/cmdline").read_text() for pid in members if Path(f"/proc/{pid}").exists())
+    assert checkpoints(open_store(str(tmp_path / "data")), "tiny")
+    code, output = run_gpt2(*PRETRAIN, cwd=tmp_path)
+    assert code == 0, output
+    assert outcome(tmp_path) == expected

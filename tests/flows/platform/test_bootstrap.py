@@ -172,6 +172,41 @@ def test_a_crashed_run_is_restarted_and_a_failed_or_cancelled_one_is_not(api: st
     set_state(api, crashed, "CANCELLED")
 
 
+@pytest.fixture
+def soon(api: str, restarts: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs count as dead after 10 s of silence, Prefect's least."""
+    monkeypatch.setattr(automations, "PENDING_LIMIT_SECONDS", 10)
+    monkeypatch.setattr(automations, "HEARTBEAT_LIMIT_SECONDS", 10)
+    with get_client(sync_client=True) as client:
+        assert "updated" in _automation(client, automations.mark_orphaned())
+        assert "updated" in _automation(client, automations.mark_crashed())
+        yield
+        monkeypatch.undo()
+        _automation(client, automations.mark_orphaned())
+        _automation(client, automations.mark_crashed())
+
+
+def test_a_run_whose_worker_and_host_died_crashes_in_any_state_and_only_a_deployments_is_restarted(
+    api: str, soon: None
+) -> None:
+    """Each of these states holds a slot of the pool; the host may die in any of them."""
+    deployed = {name: start(api, name, CONFIG) for name in ("pretrain", "demo", "train", "evaluate")}
+    held = dict(zip(deployed.values(), ("Pending", "Submitting", "InfrastructurePending", "Running"), strict=True))
+    for flow_run, name in held.items():
+        set_state(api, flow_run, "RUNNING" if name == "Running" else "PENDING", name)
+    flow = run(api, deployed["train"])["flow_id"]
+    body = {"flow_id": flow, "tags": [automations.TAG], "state": {"type": "RUNNING", "name": "Running"}}
+    consoles = call_api(api, "/flow_runs/", body)["id"]
+    foreign = call_api(api, "/flow_runs/", body | {"tags": []})["id"]
+    for flow_run, name in held.items():
+        poll(lambda flow_run=flow_run: run(api, flow_run)["state_name"] == "AwaitingRetry", 120)
+        assert states(api, flow_run)[-3:] == [name, "Crashed", "AwaitingRetry"]
+        set_state(api, flow_run, "CANCELLED")
+    poll(lambda: run(api, consoles)["state_name"] == "Crashed")
+    assert run(api, foreign)["state_name"] == "Running"
+    set_state(api, foreign, "CANCELLED")
+
+
 def test_repeated_crashes_pause_the_restart_until_a_person_enables_it(api: str, restarts: str) -> None:
     crashing = start(api, "train", CONFIG)
     for _ in range(automations.MAX_CRASHES):

@@ -145,6 +145,29 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
         call_api(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
 
 
+@pytest.mark.nightly  # waits for PENDING_LIMIT_SECONDS
+def test_a_run_that_died_with_its_worker_before_it_started_is_restarted(
+    api: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_dataset(config)
+    monkeypatch.setattr(automations, "PENDING_LIMIT_SECONDS", 60)
+    list(bootstrap(RunConfig(), scheduled=False))
+    try:
+        with worker("train", tmp_path / "worker.log") as process:
+            short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
+            flow_run = start(api, "train", config.model_copy(update={"train": short}))
+            poll(lambda: of_flow_run(flow_run), 120)
+            kill([process.pid, *of_flow_run(flow_run)])
+            process.wait()
+        assert run(api, flow_run)["state_type"] == "PENDING"
+        with worker("train", tmp_path / "worker.log"):
+            poll(lambda: run(api, flow_run)["state_name"] == "Completed", 300)
+            assert "Crashed" in states(api, flow_run)
+    finally:
+        monkeypatch.undo()
+        list(bootstrap(RunConfig(), scheduled=False))
+
+
 def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_worker: int, config: RunConfig) -> None:
     build_dataset(config)
     flow_run = start(api, "train", config)
