@@ -1,5 +1,6 @@
 """The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in its own process."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from model.evaluation.results import EvaluationSummary
 from model.runs.job import Job, JobFailed, JobRefused
 from model.runs.run import evaluation_jobs, pinned_run
 from storage.datasets.manifest import latest_manifest
-from storage.errors import ObjectMissing, StorageError
+from storage.errors import ObjectCorrupt, ObjectMissing, StorageError
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
@@ -32,7 +33,9 @@ Failure = tuple[str, Exception]  # the evaluation, and why it failed
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     """Run one evaluation job in its own process. Returns its result as JSON."""
     store = open_store(store_url)
-    stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
+    stored: dict[str, object] | None = None
+    with suppress(ObjectCorrupt):  # the job writes it anew
+        stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
     if stored is None or stored.get("job") != job.job_id:
         store.delete(RunKeys(job.run).result(job.job_id))  # its evaluation is missing or another job's
     return run_job(store, job, processes)

@@ -92,20 +92,29 @@ def verify(
         )
     seed = secrets.randbits(32)  # different documents each time
     compared = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
-    damages += [damage for damage in compared if damage is not None]
+    damages += [damage for damage in compared if damage is not None and not damage.of_source]
+    uncompared = [damage for damage in compared if damage is not None and damage.of_source]
     damaged_shards = {damage.name for damage in damages if damage.repairable}
     whole = total - len(damaged_shards)
     repair_command = settings.command("dataset verify --repair") if damaged_shards else None
     if as_json:
-        facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": len(compared)}
+        facts = {
+            "dataset": data.dataset,
+            "manifest": manifest.digest,
+            "whole": whole,
+            "documents": len(compared) - len(uncompared),
+        }
         damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
-        print_json(facts | {"damaged": damaged, "repair": repair_command})
+        skipped = [{"name": damage.name, "why": damage.wrong} for damage in uncompared]
+        print_json(facts | {"damaged": damaged, "uncompared": skipped, "repair": repair_command})
     else:
         for damage in damages:
             say("damaged", f"{damage.name}: {damage.wrong}")
         say("verify", f"{whole:,} of {total:,} shards match the manifest")
+        for damage in uncompared:
+            say("uncompared", f"{damage.name}: {damage.wrong}")
         if compared:
-            say("verify", f"{len(compared):,} documents of the source compared")
+            say("verify", f"{len(compared) - len(uncompared):,} documents of the source compared")
         if repair_command and not repair:
             say("to repair", repair_command)
     if repair and damaged_shards:

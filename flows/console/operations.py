@@ -14,8 +14,10 @@ from flows.inspection.status import run_status, store_status
 
 
 @app.command(group=INSPECT)
-def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
+def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> int:
     """Show what is done, what is missing and what failed. Reads only the store, so it works without Prefect.
+
+    Exit code 1 when a run or dataset is damaged; its line says why.
 
     Example: gpt2 status gpt2-124m
     Next, when something failed: gpt2 retry NAME
@@ -31,6 +33,7 @@ def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> None:
             console.print(f"{'':<20} failed: {line.error}", style="red")
     if not lines:
         console.print(f"{store.url} has no runs or datasets. Start with: {settings.command('pretrain')}")
+    return 1 if any(line.damaged for line in lines) else 0
 
 
 @app.command(group=INSPECT)
@@ -56,10 +59,10 @@ def gc(
     settings: Settings = DEFAULTS,
     delete: bool = False,
     grace_days: Annotated[float, Parameter(validator=Number(gte=0.05))] = 7.0,
-) -> None:
+) -> int:
     """List or delete what nothing refers to, such as orphan shards, old checkpoints and unfinished uploads.
 
-    Safe while builds and training runs are active.
+    Safe while builds and training runs are active. Deletes nothing of a damaged run or dataset (exit code 1).
 
     Example: gpt2 gc --delete --grace-days 1
 
@@ -69,8 +72,12 @@ def gc(
     """
     _, store = settings.load_with_store()
     grace_seconds = grace_days * 86_400
-    count = size_bytes = 0
+    count = size_bytes = damaged = 0
     for item in garbage.collect(store, grace_seconds) if delete else garbage.find(store, grace_seconds):
+        if isinstance(item, garbage.Damaged):
+            say("damaged", f"{item.name}: {item.reason}")
+            damaged = 1
+            continue
         say(item.kind, f"{item.name}  {item.size_bytes:,} bytes")
         count += 1
         size_bytes += item.size_bytes
@@ -78,6 +85,7 @@ def gc(
     say("gc", f"{what}: {'deleted' if delete else 'nothing was deleted'}")
     if count and not delete:
         say("to delete", settings.command(f"gc --delete --grace-days {grace_days:g}"))
+    return damaged
 
 
 @app.command(group=SERVICE)

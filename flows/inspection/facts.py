@@ -14,7 +14,7 @@ from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ObjectMissing
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.keys import RunKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 VAL_KINDS = ("val_loss", "completion")  # evaluations on the run's own dataset
 
@@ -109,8 +109,14 @@ def run_facts(store: Store, name: str) -> RunFacts:
 def read_evaluations(store: Store, run: str) -> list[Evaluation]:
     """The evaluations of a run in the store, by step and name."""
     listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
-    values = (read_json(store, key) for key in listed_keys)  # None: deleted meanwhile, since its job runs again
-    return [Evaluation.model_validate(value) for value in values if value is not None and "job" in value]
+    stored = (read_as(store, key, Evaluation, _is_complete, "Run gpt2 evaluate again.") for key in listed_keys)
+    return [evaluation for evaluation in stored if evaluation is not None]  # None: deleted, since its job runs again
+
+
+def _is_complete(evaluation: Evaluation) -> bool:
+    """Whether it has what a report shows beside each metric."""
+    is_scored = evaluation.items is not None or evaluation.tokens is not None or not evaluation.metrics
+    return is_scored and evaluation.metrics.keys() <= evaluation.conventions.keys()
 
 
 def newest(evaluations: list[Evaluation]) -> list[Evaluation]:

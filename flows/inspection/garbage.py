@@ -9,19 +9,20 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from flows.inspection.status import dataset_names, run_names
 from model.checkpoints.records import checkpoints, retained
+from model.config import TrainingConfig
+from model.runs.job import Job
 from model.runs.run import find_run, training_job
 from storage import keys
 from storage.cache import host
 from storage.datasets.lease import claim, holds, last_build, release
 from storage.datasets.manifest import read_manifest
 from storage.datasets.versions import version_digests
-from storage.errors import Conflict
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import DatasetKeys, RunKeys
-from storage.stores.store import Stat, Store, clock, read_json
+from storage.stores.store import Stat, Store, clock, read_as
 
 SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, record and failure note
 
@@ -35,32 +36,57 @@ class Garbage:
     size_bytes: int
 
 
-def find(store: Store, grace_seconds: float) -> list[Garbage]:
-    """Everything that `collect` would delete now. Changes nothing."""
-    before = time.time() - grace_seconds
-    shards = [listed for name in dataset_names(store) for listed in _dead_shards(store, name, before)]
-    garbage = [Garbage("shard", listed.key, listed.size) for listed in shards]
-    return garbage + list(_beside_shards(store, before, remove=False))
+@dataclass(frozen=True)
+class Damaged:
+    """A run or dataset of which nothing is deleted, because one of its objects is damaged or missing."""
+
+    name: str
+    reason: str
 
 
-def collect(store: Store, grace_seconds: float) -> Iterator[Garbage]:
+def find(store: Store, grace_seconds: float) -> list[Garbage | Damaged]:
+    """Everything that `collect` would delete now. Deletes nothing."""
+    now = time.time()
+    with suppress(StoreUnusable):  # it cannot be written
+        now = clock(store)
+    return list(_garbage(store, now - grace_seconds, remove=False))
+
+
+def collect(store: Store, grace_seconds: float) -> Iterator[Garbage | Damaged]:
     """Delete what `find` lists and yield each item once it is gone. Safe while builds run.
 
     Raises Conflict if a build starts on a dataset while its shards are being deleted.
     """
-    before = clock(store) - grace_seconds
+    return _garbage(store, clock(store) - grace_seconds, remove=True)
+
+
+def _garbage(store: Store, before: float, *, remove: bool) -> Iterator[Garbage | Damaged]:
     for name in dataset_names(store):
-        if _dead_shards(store, name, before):
-            yield from _collect_shards(store, name, before)
-    yield from _beside_shards(store, before, remove=True)
+        yield from _unless_damaged(f"dataset {name}", _shards(store, name, before, remove=remove))
+    for name in run_names(store):
+        yield from _unless_damaged(
+            f"run {name}", _objects(store, "run", _dead_run_objects(store, name, before), remove)
+        )
+    yield from _objects(store, "probe", _old(store, keys.TEMPORARY, before), remove)
+    yield from _unfinished(store, before, remove=remove)
 
 
-def _beside_shards(store: Store, before: float, *, remove: bool) -> Iterator[Garbage]:
-    """All garbage except shards: from runs, probes, unfinished writes and this host's cache."""
-    for kind, listed in _dead_objects(store, before):
+def _unless_damaged(name: str, garbage: Iterable[Garbage]) -> Iterator[Garbage | Damaged]:
+    try:
+        yield from garbage
+    except (ObjectCorrupt, ObjectMissing, ValueError) as error:
+        yield Damaged(name, str(error))
+
+
+def _objects(store: Store, kind: str, dead: Iterable[Stat], remove: bool) -> Iterator[Garbage]:
+    for listed in dead:
         if remove:
             store.delete(listed.key)
         yield Garbage(kind, listed.key, listed.size)
+
+
+def _unfinished(store: Store, before: float, *, remove: bool) -> Iterator[Garbage]:
+    """Unfinished writes, and damaged files in this host's cache."""
     for upload in store.unfinished(before, remove=remove):
         yield Garbage("unfinished", upload, 0)
     for path in host.HostCache(host.FOLDER, 0).quarantined():
@@ -72,8 +98,12 @@ def _beside_shards(store: Store, before: float, *, remove: bool) -> Iterator[Gar
                 yield Garbage("quarantine", path.name, stat.st_size)
 
 
-def _collect_shards(store: Store, dataset: str, before: float) -> Iterator[Garbage]:
-    """Delete a dataset's dead shards under a lease. Raises Conflict when a build takes the lease over."""
+def _shards(store: Store, dataset: str, before: float, *, remove: bool) -> Iterator[Garbage]:
+    """A dataset's dead shards, deleted under a lease. Raises Conflict when a build takes the lease over."""
+    unleased = _dead_shards(store, dataset, before)
+    if not remove or not unleased:
+        yield from _objects(store, "shard", unleased, remove=False)
+        return
     lease = claim(store, dataset, "collector", before)
     try:
         for dead in _records_first(_dead_shards(store, dataset, before, leased=True)):
@@ -100,27 +130,24 @@ def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = Fa
     return dead if max(last_used, default=0.0) < before else []
 
 
-def _dead_objects(store: Store, before: float) -> Iterator[tuple[str, Stat]]:
-    """Each dead object of a run or a probe, with its kind."""
-    for name in run_names(store):
-        yield from (("run", listed) for listed in _dead_run_objects(store, name, before))
-    yield from (("probe", listed) for listed in _old(store, keys.TEMPORARY, before))
-
-
-def _dead_run_objects(store: Store, name: str, before: float) -> list[Stat]:
+def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:
     """Checkpoints beyond retention, files of killed attempts, and metrics that no kept checkpoint lists."""
     run = find_run(store, name)
     if run is None:
-        return []  # an imported model has one checkpoint and no training
-    job: Any = read_json(store, training_job(run).key) or {}
-    train = run.config["train"] | job.get("how", {}).get("train", {})  # retention as last requested
+        return  # an imported model has one checkpoint and no training
+
+    def train_of(job: Job | None) -> TrainingConfig:  # retention as last requested
+        values = run.config["train"] | (job.how.train if job else {})
+        return TrainingConfig.model_validate(values, extra="ignore")
+
+    train = train_of(read_as(store, training_job(run).key, Job, train_of))
     old = [*_old(store, RunKeys(name).checkpoints, before), *_old(store, RunKeys(name).metrics, before)]
     live = set()
-    for record in retained(checkpoints(store, name), train["keep_last"], train["keep_every_steps"]):
+    for record in retained(checkpoints(store, name), train.keep_last, train.keep_every_steps):
         live.add(RunKeys(name).checkpoint_record(record.step))
         live.update(RunKeys(name).checkpoint_file(record.step, record.attempt, file) for file in record.files)
         live.update(record.metrics)
-    return _records_first(listed for listed in old if listed.key not in live)
+    yield from _records_first(listed for listed in old if listed.key not in live)
 
 
 def _records_first(dead: Iterable[Stat]) -> list[Stat]:

@@ -1,5 +1,6 @@
 """What is done, what is missing and what failed, read from the store alone, without Prefect."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ from model.runs.run import Run, find_run, training_job
 from storage import keys
 from storage.datasets import records
 from storage.datasets.manifest import latest_manifest, read_manifest
-from storage.errors import ObjectMissing
+from storage.errors import ObjectMissing, StorageError, StoreUnavailable
 from storage.keys import RunKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 Evaluation = tuple[str, int]  # kind, step
+EVALUATION = re.compile(r"([0-9]{6,18})/([^/]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,31 @@ class Line:
     what: str
     state: str
     error: str = ""
+    damaged: bool = False
 
 
 def store_status(store: Store) -> list[Line]:
-    """The status of every run, then of every dataset."""
-    lines = [line for name in run_names(store) for line in run_status(store, name)]
-    return lines + [line for name in dataset_names(store) for line in dataset_status(store, name)]
+    """The status of every run, then of every dataset. A damaged object costs only its own run or dataset the status."""
+    lines = []
+    for kind, names, status in (("run", run_names, run_status), ("dataset", dataset_names, dataset_status)):
+        for name in names(store):
+            try:
+                lines += status(store, name)
+            except StoreUnavailable:
+                raise
+            except (ValueError, StorageError) as error:
+                lines.append(Line(f"{kind} {name}", "damaged", str(error), damaged=True))
+    return lines
 
 
 def run_names(store: Store) -> list[str]:
     """The runs that were started in this store, and the models that were imported into it."""
-    run_keys = {listed.key for listed in store.list(keys.RUNS)}
-    names = {key.removeprefix(keys.RUNS).split("/")[0] for key in run_keys}
-    return sorted(name for name in names if {RunKeys(name).config, RunKeys(name).checkpoint_record(0)} & run_keys)
+    names = set()
+    for listed in store.list(keys.RUNS):
+        name = listed.key.removeprefix(keys.RUNS).split("/")[0]
+        if listed.key == RunKeys(name).config or listed.key.startswith(RunKeys(name).checkpoints):
+            names.add(name)
+    return sorted(names)
 
 
 def dataset_names(store: Store) -> list[str]:
@@ -74,10 +88,20 @@ def run_status(store: Store, name: str) -> list[Line]:
         kinds = ["samples"]
     else:
         lines = _training_status(store, run, step)
-        request: Any = read_json(store, RunKeys(name).request) or run.config
+        request = read_request(store, RunKeys(name).request) or run.config
         kinds = ["val_loss", "hellaswag" if request["evaluation"].get("hellaswag") else "completion", "samples"]
     report = "written" if any(store.list(RunKeys(name).report("html"))) else "missing"
     return [*lines, *_evaluation_status(store, name, step, kinds), Line("  report", report)]
+
+
+def read_request(store: Store, key: str) -> dict[str, Any] | None:
+    """The last request for a run or dataset: a configuration whose values are not checked. Raises ObjectCorrupt."""
+    remedy = "Delete it, then run gpt2 pretrain or gpt2 dataset build with the settings."
+    return read_as(store, key, dict[str, Any], _has_sections, remedy)
+
+
+def _has_sections(request: dict[str, Any]) -> bool:
+    return all(isinstance(request.get(name), dict) for name in ("data", "model", "train", "evaluation", "resources"))
 
 
 def _training_status(store: Store, run: Run, step: int) -> list[Line]:
@@ -88,8 +112,8 @@ def _training_status(store: Store, run: Run, step: int) -> list[Line]:
         training = Line("  train", "done")
     else:
         saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
-        failure = read_json(store, keys.failure(RunKeys(run.name).result(job.job_id)))
-        training = Line("  train", saved, str(failure["why"]) if failure else "")
+        failure = records.read_failure(store, keys.failure(RunKeys(run.name).result(job.job_id)))
+        training = Line("  train", saved, failure)
     return [
         Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
         Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
@@ -115,9 +139,8 @@ def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
     prefix = RunKeys(run).evaluations
     written = {}
     for listed in store.list(prefix):
-        if listed.key.endswith(".json"):
-            step, _, kind = listed.key.removeprefix(prefix).removesuffix(".json").partition("/")
-            written[kind, int(step)] = listed.modified
+        if match := EVALUATION.fullmatch(listed.key.removeprefix(prefix)):
+            written[match[2], int(match[1])] = listed.modified
     return written
 
 
@@ -126,10 +149,11 @@ def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]
     errors = {}
     for listed in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
         job_key = keys.failed_job(listed.key)
-        failure = read_json(store, listed.key) if job_key else None
+        failure = records.read_failure(store, listed.key) if job_key else ""
         if not job_key or not failure:
             continue
         job = read_job(store, job_key)
-        if job.kind != "train" and listed.modified >= written.get((job.kind, job.recipe["step"]), 0):
-            errors[job.kind, job.recipe["step"]] = str(failure["why"])
+        evaluation = job.kind, int(job.recipe.get("step", 0))
+        if job.kind != "train" and listed.modified >= written.get(evaluation, 0):
+            errors[evaluation] = failure
     return errors

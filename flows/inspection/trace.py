@@ -42,10 +42,8 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     run = find_run(store, config.name)
     if run is None:
         return TraceTarget(newest_version(store, config.data.dataset), config.data, config.train)
-    data = DataConfig.model_construct(**run.config["data"])  # not validated: it may hold settings that were removed
-    return TraceTarget(
-        read_manifest(store, run.dataset, run.manifest), data, TrainingConfig.model_validate(run.config["train"])
-    )
+    pinned = RunConfig.model_validate(run.config, extra="ignore")  # it may hold settings that were removed
+    return TraceTarget(read_manifest(store, run.dataset, run.manifest), pinned.data, pinned.train)
 
 
 def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:

@@ -89,9 +89,8 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
         check_rebuilt(store, dataset, build.parent, build.missing)
     listing = Listing(tuple(plan.file for plan in build.plans), origin)
     manifest = seal(store, build.spec, build.planned, listing)
-    if build.missing:
-        for shard_id in failures(store, dataset):  # including jobs that are no longer planned
-            store.delete(failure(DatasetKeys(dataset).record(shard_id)))
+    for shard_id in failures(store, dataset):  # including jobs that are no longer planned
+        store.delete(failure(DatasetKeys(dataset).record(shard_id)))
     return manifest
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from storage.datasets.lease import claim
-from storage.datasets.manifest import Manifest, ShardRow
+from storage.datasets.manifest import Manifest, ShardRow, read_pointer
 from storage.datasets.records import finished_shards
 from storage.datasets.sealing import update_latest
 from storage.datasets.shards import put_shard, read_shard
@@ -74,8 +74,8 @@ def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Ma
 def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
     """The digest in the target's `latest`, or None. Raises DatasetMismatch for a version or split not in the source."""
     dataset_keys = DatasetKeys(dataset)
-    pointer = read_json(target, dataset_keys.latest)
-    latest = str(pointer["manifest"]) if pointer else None
+    pointer = read_pointer(target, dataset)
+    latest = pointer.manifest if pointer else None
     split = read_json(target, dataset_keys.split)
     known = [version.digest for version in versions]
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):

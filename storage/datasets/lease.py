@@ -4,18 +4,26 @@ A build relies on shards of earlier builds, and a collector deletes such shards.
 each detects the other. Times are from the store's clock.
 """
 
-import json
 import secrets
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 from storage.digests import canonical_json
 from storage.errors import Conflict, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.stores.store import Store, clock
+from storage.stores.store import Store, clock, read_as
 
 COLLECTING_SECONDS = 3600.0  # then a build may take over: a killed collector must not block it for longer
 Holder = Literal["build", "collector"]
+REMEDY = "Make sure that no gpt2 gc runs, delete the object, and run the command again."
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who took the lease last."""
+
+    holder: Holder
 
 
 def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> str:
@@ -27,12 +35,11 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
     while True:
         etag = None
         with suppress(ObjectMissing):
-            lease, claimed_at = store.read(key), last_build(store, dataset)
-            etag = lease.etag
+            etag, claimed_at = store.read(key).etag, last_build(store, dataset)
             if holder == "collector" and claimed_at >= idle_since:
                 raise Conflict(f"dataset {dataset!r}: a build or gpt2 gc has just started. Run gpt2 gc again later.")
-            is_collecting = json.loads(lease.body)["holder"] == "collector"
-            if is_collecting and clock(store) - claimed_at < COLLECTING_SECONDS:
+            lease = read_as(store, key, Lease, remedy=REMEDY)
+            if lease == Lease("collector") and clock(store) - claimed_at < COLLECTING_SECONDS:
                 raise Conflict(
                     f"dataset {dataset!r}: gpt2 gc is deleting shards. Run the same command again later; a killed "
                     f"gpt2 gc blocks builds for at most {COLLECTING_SECONDS / 60:.0f} minutes."

@@ -4,38 +4,49 @@ A manifest is a pure function of the settings, the source listing, the records a
 workers, in any order and with any retries, therefore produce the same manifest.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import Field, TypeAdapter
+from pydantic_core import from_json
 
 from storage.datasets.recipe import DatasetSettings, TokenizerIdentity
 from storage.errors import ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import NAME, DatasetKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, first_problem, read_as
 
 SCHEMA = 1
 LARGEST_SHARD_TOKENS = 1 << 31  # 4 GiB
 COUNTS = ("tokens", "documents", "skipped", "text_bytes", "in_val")  # of a shard, added up per split
 FILE_COLUMNS = ("name", "digest", "size_bytes")  # of source files
+# These values become keys, file names and sizes, so whatever reads them from the store checks them.
+ShardId = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Tokens = Annotated[int, Field(ge=0, le=LARGEST_SHARD_TOKENS)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
 
 
 class ShardRow(NamedTuple):
-    """One shard as a manifest lists it. A shard that is in no manifest yet counts as train.
+    """One shard as a manifest lists it. A shard that is in no manifest yet counts as train."""
 
-    The values become keys, file names and sizes, so `read_manifest` checks the constraints.
-    """
-
-    shard_id: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-    tokens: Annotated[int, Field(gt=0, le=LARGEST_SHARD_TOKENS)]
-    documents: int
-    skipped: int
-    text_bytes: int
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    shard_id: ShardId
+    tokens: Annotated[Tokens, Field(gt=0)]
+    documents: Count
+    skipped: Count
+    text_bytes: Count
+    sha256: Digest
     split: Literal["train", "val"] = "train"
-    in_val: int = 0
+    in_val: Count = 0
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The content of `latest`: the newest manifest, its parent, and how often `latest` was swapped."""
+
+    manifest: Digest
+    parent: Digest | None = None
+    sequence: Count = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,10 @@ class Manifest:
     tokenizer: TokenizerIdentity
     origin: dict[str, str]
     totals: dict[str, dict[str, int]]
-    parent: str | None
+    parent: Digest | None
     columns: dict[str, list[Any]]
     source_files: dict[str, list[Any]] = field(default_factory=dict)
-    empty: tuple[str, ...] = ()
+    empty: tuple[ShardId, ...] = ()
 
     @property
     def shard_ids(self) -> list[str]:
@@ -105,7 +116,7 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
             f"build, which seals the newest version again; copy an older version back with gpt2 dataset copy."
         )
     try:
-        value = json.loads(body)
+        value = from_json(body)
         if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
             raise StoreUnusable(
                 f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, but this version reads up to "
@@ -113,33 +124,34 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
             )
         shards = {"in_val": [0] * len(value["shards"]["shard_id"])} | value["shards"]  # absent from older versions
         columns = {name: kind.validate_python(shards[name], strict=True) for name, kind in _COLUMNS.items()}
-        if len({len(column) for column in columns.values()}) > 1:
-            raise ValueError("columns of different lengths")
         origin = dict(value["source"])
         files = origin.pop("files")
+        if len({*map(len, columns.values())}) > 1 or len({len(files[name]) for name in FILE_COLUMNS}) > 1:
+            raise ValueError("columns of different lengths")
+        if any(value["totals"][split].keys() < {*COUNTS[:2], "shards"} for split in ("train", "val")):
+            raise ValueError("incomplete totals")
         fields = {"digest": digest, "columns": columns, "origin": origin, "source_files": files}
         return _MANIFEST.validate_python(value | fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} is not a valid manifest ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]}). Delete it, then run gpt2 dataset build."
+            f"object {key!r} of store {store.url!r} is not a valid manifest ({first_problem(error)}). "
+            f"Delete it, then run gpt2 dataset build."
         ) from error
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     """The dataset's newest version, or None if it was never sealed or its manifest was deleted."""
-    key = DatasetKeys(dataset).latest
-    pointer = read_json(store, key)
-    if pointer is None:
-        return None
-    if "manifest" not in pointer:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} does not name a manifest. Delete it, then run gpt2 dataset build."
-        )
+    pointer = read_pointer(store, dataset)
     try:
-        return read_manifest(store, dataset, str(pointer["manifest"]))
+        return read_manifest(store, dataset, pointer.manifest) if pointer else None
     except ObjectMissing:  # damaged and deleted, as its error advised: the next build seals it again from the records
         return None
+
+
+def read_pointer(store: Store, dataset: str) -> Pointer | None:
+    """What `latest` holds, or None if the dataset was never sealed. Raises ObjectCorrupt."""
+    remedy = "Delete it, then run gpt2 dataset build."
+    return read_as(store, DatasetKeys(dataset).latest, Pointer, remedy=remedy)
 
 
 def ancestors(store: Store, dataset: str, digest: str | None) -> Iterator[Manifest]:

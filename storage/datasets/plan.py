@@ -6,23 +6,23 @@ of the file and the settings, and is kept in the store, so the next build does n
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import TypeAdapter
 
+from storage.datasets.manifest import Count
 from storage.datasets.recipe import FORMAT, DatasetSettings, ShardRecipe
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists, ObjectCorrupt
+from storage.errors import AlreadyExists
 from storage.keys import DatasetKeys
 from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.filters import LENGTH, keeps_row, parse
 from storage.sources.mirror import locate
 from storage.sources.rows import EOT_TOKENS, Row, RowTokens, estimated_tokens
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 PlanFile = Callable[[SourceFile, int], "FilePlan"]
 Encode = Callable[[str], np.ndarray]
@@ -93,7 +93,21 @@ class FilePlan:
         return ShardJob(shard_id, recipe, self.file, self.start_bytes[index] if self.start_bytes else 0)
 
 
-_PLAN = TypeAdapter(FilePlan)
+@dataclass(frozen=True)
+class Cut:
+    """The part of a plan that the store holds: its key is a digest of the rest."""
+
+    row_ends: tuple[Count, ...]
+    start_bytes: tuple[Count, ...] | None
+    tokens: Count
+    limited: bool
+    estimated: bool = False
+
+    def is_valid(self) -> bool:
+        starts = self.start_bytes or range(len(self.row_ends))  # each increases
+        return len(starts) == len(self.row_ends) and all(
+            first < second for places in (starts, (0, *self.row_ends)) for first, second in pairwise(places)
+        )
 
 
 def plan_file(file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0) -> FilePlan:
@@ -204,21 +218,14 @@ def read_plan(
 ) -> FilePlan | None:
     """The file's plan if an earlier build stored it. Raises ObjectCorrupt."""
     key = _key(dataset, file, settings, limit_tokens)
-    value = read_json(store, key)
-    if value is None:
-        return None
-    try:
-        return _PLAN.validate_python(value | {"file": file, "settings": settings})
-    except ValueError as error:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} is not a plan of {file.name!r}. Delete it, then repeat the command."
-        ) from error
+    stored = read_as(store, key, Cut, Cut.is_valid)
+    return FilePlan(file, settings, **vars(stored)) if stored else None
 
 
 def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) -> None:
     """Store the plan for the next build."""
     key = _key(dataset, plan.file, plan.settings, limit_tokens)
-    value = {name: getattr(plan, name) for name in ("row_ends", "start_bytes", "tokens", "limited", "estimated")}
+    value = {field.name: getattr(plan, field.name) for field in fields(Cut)}
     with suppress(AlreadyExists):  # the key is a digest of everything that decides the plan
         store.put_new(key, canonical_json(value | {"file": plan.file.name}))
 

@@ -5,8 +5,9 @@ its default, so a new setting does not rename earlier outputs.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic needs this TypedDict before Python 3.12
 
 FORMAT = 1  # raise it when the same recipe would produce other bytes
@@ -62,9 +63,11 @@ class ShardRecipe:
     `leave_out` names the val documents that a train shard leaves out; it is empty for a val shard.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a newer version may have other settings
+
     source: str
-    row_from: int
-    row_to: int
+    row_from: Annotated[int, Field(ge=0)]
+    row_to: Annotated[int, Field(ge=0, le=1 << 48)]
     tokenizer: str
     text_column: str = "text"
     filters: tuple[str, ...] = ()
@@ -74,11 +77,10 @@ class ShardRecipe:
     def to_json(self) -> dict[str, object]:
         return FIXED | _without_defaults(self)
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """The recipe of a record. Raises TypeError for an unknown or missing field."""
-        settings = {name: setting for name, setting in value.items() if name not in FIXED}
-        return cls(**(settings | {"filters": tuple(value.get("filters", ()))}))
+
+def without_fixed(recipe: Any) -> Any:
+    """The JSON of a shard recipe without what is the same in every recipe."""
+    return {name: value for name, value in recipe.items() if name not in FIXED} if isinstance(recipe, dict) else recipe
 
 
 def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, object]:

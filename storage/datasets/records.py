@@ -1,19 +1,20 @@
 """The record of a shard: the JSON that makes the shard count as done. It is written after the shard, create-only."""
 
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 
-from storage.datasets.manifest import COUNTS, ShardRow
-from storage.datasets.recipe import ShardRecipe
+from storage.datasets.manifest import COUNTS, LARGEST_SHARD_TOKENS, Count, Digest, ShardId, ShardRow, Tokens
+from storage.datasets.recipe import ShardRecipe, without_fixed
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, StorageError
+from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt, StorageError
 from storage.keys import DatasetKeys, failure
-from storage.stores.store import Store, overwrite, read_json
+from storage.stores.store import Store, overwrite, read_as
 
 DTYPE = np.dtype("<u2")  # of token ids: gpt2's 50,257 fit in 16 bits; little-endian on every host
 RECORDS_AT_ONCE = 16  # each read from a bucket is a round trip of 3 ms or more
@@ -29,20 +30,20 @@ class Record:
     tokens, EOT included; `dumps` counts documents of each crawl.
     """
 
-    shard_id: str
-    tokens: int
-    documents: int
-    skipped: int
-    text_bytes: int
-    sha256: str
+    shard_id: ShardId
+    tokens: Tokens
+    documents: Count
+    skipped: Count
+    text_bytes: Count
+    sha256: Digest
     source: str
-    recipe: ShardRecipe
+    recipe: Annotated[ShardRecipe, BeforeValidator(without_fixed)]
     versions: dict[str, str]
-    filtered: int = 0
-    skipped_rows: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    dumps: dict[str, int] = field(default_factory=dict)
-    in_val_rows: list[int] = field(default_factory=list)
+    filtered: Count = 0
+    skipped_rows: list[Count] = field(default_factory=list)
+    lengths: Annotated[list[Count], Field(max_length=LARGEST_SHARD_TOKENS.bit_length())] = field(default_factory=list)
+    dumps: dict[str, Count] = field(default_factory=dict)
+    in_val_rows: list[Count] = field(default_factory=list)
 
     @property
     def in_val(self) -> int:
@@ -61,6 +62,13 @@ class Record:
         return asdict(self) | {"recipe": self.recipe.to_json()}
 
 
+@dataclass(frozen=True)
+class Failure:
+    """The note that a failed job leaves beside the key of its record or result."""
+
+    why: str
+
+
 def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = ShardCorrupt) -> StorageError:
     """The error for a shard that has to be rebuilt."""
     return kind(f"shard {shard_id!r} of dataset {dataset!r}: {wrong} Rebuild it: gpt2 dataset verify --repair")
@@ -68,12 +76,15 @@ def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:
     """The record of a shard. Raises ObjectMissing if it does not exist, ShardCorrupt if it is unreadable."""
-    body = store.read(DatasetKeys(dataset).record(shard_id)).body
+    key = DatasetKeys(dataset).record(shard_id)
     try:
-        value = json.loads(body)
-        return Record(**(value | {"recipe": ShardRecipe.from_json(value["recipe"])}))
-    except (ValueError, TypeError, KeyError) as error:
-        raise corrupt(dataset, shard_id, f"its record is unreadable; it starts with {body[:40]!r}.") from error
+        record = read_as(store, key, Record, lambda record: record.shard_id == shard_id)
+    except ObjectCorrupt as error:
+        reason = str(error).rpartition(". ")[0]  # without the error's own remedy
+        raise corrupt(dataset, shard_id, f"its record is unreadable: {reason}.") from error
+    if record is None:
+        raise ObjectMissing(f"store {store.url!r} has no object {key!r}.")
+    return record
 
 
 def put_record(store: Store, dataset: str, record: Record) -> None:
@@ -136,8 +147,16 @@ def failures(store: Store, dataset: str) -> dict[str, str]:
     """The reason of each failed shard job, by shard_id."""
     prefix, suffix = DatasetKeys(dataset).shards, failure("")
     failed_keys = sorted(listed.key for listed in store.list(prefix) if listed.key.endswith(suffix))
-    reasons = {key: read_json(store, key) or {} for key in failed_keys}
-    return {key.removeprefix(prefix).removesuffix(suffix): str(note.get("why")) for key, note in reasons.items()}
+    return {key.removeprefix(prefix).removesuffix(suffix): read_failure(store, key) for key in failed_keys}
+
+
+def read_failure(store: Store, key: str) -> str:
+    """The reason in the failure note at a key, empty without a note. A damaged note is a reason too."""
+    try:
+        note = read_as(store, key, Failure)
+    except ObjectCorrupt as error:
+        return str(error)
+    return note.why if note else ""
 
 
 def _readable_row(store: Store, dataset: str, shard_id: str) -> ShardRow | None:

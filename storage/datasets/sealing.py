@@ -3,22 +3,38 @@
 The first seal fixes the val shards and the settings of the dataset's name, create-only, for every later version.
 """
 
-import json
 import secrets
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from storage.datasets.manifest import COUNTS, FILE_COLUMNS, Manifest, ShardRow, ancestors, latest_manifest
+from storage.datasets.manifest import (
+    COUNTS,
+    FILE_COLUMNS,
+    Manifest,
+    ShardId,
+    ShardRow,
+    ancestors,
+    latest_manifest,
+    read_pointer,
+)
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import corrupt, finished_shards, read_record
 from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
+
+
+@dataclass(frozen=True)
+class Split:
+    """The content of `split.json`: the val shards, and the settings that the dataset's name is bound to."""
+
+    val: list[ShardId]
+    bound: dict[str, Any]
 
 
 def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) -> Manifest:
@@ -30,7 +46,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     Conflict if another builder sealed another version first.
     """
     pinned = check_binding(store, spec)
-    pointer: Any = read_json(store, DatasetKeys(spec.name).latest) or {}
+    pointer = read_pointer(store, spec.name)
     parent = latest_manifest(store, spec.name)
     val = planned[: spec.val_shards] if pinned is None else pinned
     rows = _finished_rows(store, spec.name, planned, val, parent)
@@ -49,7 +65,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
         tokenizer=spec.tokenizer,
         origin=listing.origin,
         totals=totals,
-        parent=parent.digest if parent else pointer.get("parent"),  # a lost version is sealed again as it was
+        parent=parent.digest if parent else pointer.parent if pointer else None,  # a lost version gets its old one
         columns=columns,
         source_files={name: [getattr(file, name) for file in listing.files] for name in FILE_COLUMNS},
         empty=tuple(row.shard_id for row in rows if not row.tokens),
@@ -58,7 +74,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     manifest = replace(manifest, digest=sha256(body))
     with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same manifest
         store.put_new(DatasetKeys(spec.name).manifest(manifest.digest), body)
-    update_latest(store, spec.name, manifest, pointer.get("manifest"))
+    update_latest(store, spec.name, manifest, pointer.manifest if pointer else None)
     return manifest
 
 
@@ -69,17 +85,17 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
     """
     key, digest = DatasetKeys(dataset).latest, manifest.digest
     etag: str | None = None
-    pointer: Any = {"manifest": None, "sequence": 0}
     with suppress(ObjectMissing):
-        current = store.read(key)
-        etag, pointer = current.etag, json.loads(current.body)
-    if pointer["manifest"] == digest:
+        etag = store.read(key).etag
+    pointer = read_pointer(store, dataset)
+    latest = pointer.manifest if pointer else None
+    if latest == digest:
         return
-    if pointer["manifest"] == expected:
+    if latest == expected:
         body = {
             "manifest": digest,
             "parent": manifest.parent,
-            "sequence": pointer["sequence"] + 1,
+            "sequence": (pointer.sequence if pointer else 0) + 1,
             "commit_id": secrets.token_hex(8),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -87,11 +103,12 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
             store.swap(key, canonical_json(body), etag)
             return
         except Conflict:
-            pointer = read_json(store, key) or pointer
+            pointer = read_pointer(store, dataset)
+            latest = pointer.manifest if pointer else None
     # Another builder sealed the same manifest, or the reply to our swap was lost; others may have sealed after it.
-    if not any(version.digest == digest for version in ancestors(store, dataset, pointer["manifest"])):
+    if not any(version.digest == digest for version in ancestors(store, dataset, latest)):
         raise Conflict(
-            f"dataset {dataset!r}: another process sealed manifest {pointer['manifest']} while this process wrote "
+            f"dataset {dataset!r}: another process sealed manifest {latest} while this process wrote "
             f"manifest {digest}. Run the command again."
         )
 
@@ -112,10 +129,11 @@ def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
 
     Raises DatasetMismatch if the dataset's name is bound to other settings.
     """
-    split: Any = read_json(store, DatasetKeys(spec.name).split)
+    remedy = "Restore it from a copy of the store, or build another dataset: --set data.dataset=…"
+    split = read_as(store, DatasetKeys(spec.name).split, Split, lambda split: split.val, remedy)
     if split is None:
         return None
-    bound, binding = split["bound"], spec.binding
+    bound, binding = split.bound, spec.binding
     names = sorted(name for name in bound.keys() | binding.keys() if bound.get(name) != binding.get(name))
 
     def shown(settings: dict[str, object], name: str) -> str:
@@ -127,7 +145,7 @@ def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
             f"dataset {spec.name!r} is bound to the settings of its first build: {differences}. "
             f"Choose another name with --set data.dataset=…, or use the same settings."
         )
-    return list(split["val"])
+    return split.val
 
 
 def _pin_val(store: Store, spec: DatasetSpec, val: list[str]) -> None:

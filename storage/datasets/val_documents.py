@@ -64,7 +64,7 @@ def read(store: Store, dataset: str, name: str) -> ValDocuments:
     """The stored hashes. Raises ObjectMissing, ObjectCorrupt."""
     key = DatasetKeys(dataset).val_documents(name)
     body = memoryview(store.read(key, LIMIT_BYTES).body)
-    if bytes.fromhex(sha256(body[CHECKSUM_BYTES:])) != body[:CHECKSUM_BYTES]:
+    if len(body) % HASH.itemsize or bytes.fromhex(sha256(body[CHECKSUM_BYTES:])) != body[:CHECKSUM_BYTES]:
         raise ObjectCorrupt(
             f"object {key!r} of store {store.url!r} fails its checksum. Run the same command again: it is written anew "
             f"from the val shards."

@@ -20,11 +20,10 @@ from storage.datasets.manifest import ShardRow
 from storage.datasets.records import DTYPE
 from storage.datasets.shards import document_bounds, read_shard
 from storage.datasets.val_documents import normalised
-from storage.errors import ObjectCorrupt
 from storage.inspection.matching import NGRAM_WORDS, HashSet, ngrams, text_digest
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
 Scanned = tuple[np.ndarray, np.ndarray]  # a shard's documents as SEEN, and hashes of n-grams
@@ -75,14 +74,11 @@ class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_ali
 def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakReport | None:
     """The leak report of a version, or None if it was never written. Raises ObjectCorrupt."""
     key = DatasetKeys(dataset).leaks(manifest_digest)
-    value = read_json(store, key)
-    try:
-        return None if value is None else LeakReport.model_validate(value)
-    except ValueError as error:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} should be a leak report, found {str(value)[:40]!r}. "
-            f"Delete it, then run gpt2 dataset audit."
-        ) from error
+    return read_as(store, key, LeakReport, _is_complete, "Delete it, then run gpt2 dataset audit.")
+
+
+def _is_complete(report: LeakReport) -> bool:
+    return report.documents.keys() >= {"train", "val"} and report.duplicates.keys() >= {"train", "val_in_train"}
 
 
 def find_repeats(

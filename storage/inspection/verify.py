@@ -29,12 +29,14 @@ Encode = Callable[[str], np.ndarray]
 class Damage(NamedTuple):
     """A damaged shard or manifest, and what is wrong with it.
 
-    A `repairable` shard is repaired by deleting its record and running its job again.
+    A `repairable` shard is repaired by deleting its record and running its job again. With `of_source`, its source file
+    is gone or changed: its documents could not be compared, which is not damage of the shard.
     """
 
     name: str
     wrong: str
     repairable: bool = False
+    of_source: bool = False
 
 
 def verify_dataset(
@@ -133,7 +135,7 @@ def check_documents(
         try:
             yield from _compared(store, dataset, row, numbers.tolist(), files_by_digest, encode)
         except (*DAMAGES, SourceInvalid) as error:
-            yield Damage(row.shard_id, str(error))
+            yield Damage(row.shard_id, str(error), of_source=isinstance(error, SourceInvalid))
 
 
 def _compared(
@@ -147,7 +149,7 @@ def _compared(
         return
     file = files.get(record.recipe.source)
     if file is None:
-        yield Damage(row.shard_id, f"its source file {record.source} is no longer part of the source")
+        yield Damage(row.shard_id, f"its source file {record.source} is no longer part of the source", of_source=True)
         return
     for number, source_row in source_rows(locate(store, file), record, numbers):
         stored = ids[starts[number] + 1 : stops[number]]

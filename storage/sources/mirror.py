@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from storage import keys
 from storage.digests import canonical_json, digest
@@ -20,7 +19,7 @@ from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, Stor
 from storage.sources import hub
 from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names, without_copies
 from storage.sources.identity import identify
-from storage.stores.store import Store, overwrite, read_json
+from storage.stores.store import Store, overwrite, read_as
 
 HASHING_THREADS = 4
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
@@ -42,8 +41,7 @@ def list_source(
             files = list(pool.map(identify, places))
         return without_copies(Listing(with_distinct_names(files), {}, ignored)), ""
     key = keys.listing(digest([source, config, revision, split]))
-    value = read_json(store, key)
-    known = None if value is None else TypeAdapter(Listing).validate_python(value)
+    known = read_as(store, key, Listing, lambda known: "commit" in known.origin and [file.key for file in known.files])
     if known and known.origin["commit"] == revision:
         return known, ""
     try:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from storage import keys
 from storage.digests import sha256
-from storage.errors import Conflict, ObjectMissing, StoreUnusable
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, Store, check_conditions, check_size
 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
@@ -67,6 +67,8 @@ class FolderStore(Store):
                 try:
                     os.link(temporary, path)
                 except FileExistsError as error:
+                    if path.is_dir():  # no retry helps
+                        raise ObjectCorrupt(f"{path} should be a file, but is a folder. Move it away.") from error
                     raise conflict from error
             else:
                 with (self._folder / INTERNAL / "swap.lock").open("a") as lock:

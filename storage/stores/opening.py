@@ -5,6 +5,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from storage import keys
 from storage.errors import AlreadyExists, ObjectMissing, StoreUnusable
 from storage.stores.folder import FolderStore
@@ -82,14 +84,16 @@ def _s3_store(scheme: str, bucket: str, prefix: str, url: str, *, foreign: bool 
 
 def _check_layout(url: str, body: bytes | bytearray) -> None:
     try:
-        layout = int(json.loads(body)["layout"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        layout = from_json(body)["layout"]
+        if not isinstance(layout, int):
+            raise TypeError("not a number")
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreUnusable(
-            f"store {url!r}: its {keys.FORMAT} object holds {body[:80]!r}, not a layout number, so another program "
-            f"wrote it. Choose another place with --set store_url=…"
+            f"store {url!r}: its {keys.FORMAT} object holds {body[:80]!r}, not a layout number. If gpt2 wrote this "
+            f"store, delete that object and run gpt2 dataset build; else choose another with --set store_url=…"
         ) from error
     if layout > LAYOUT:
         raise StoreUnusable(
-            f"store {url!r}: its layout is {layout}, this version reads up to {LAYOUT}. "
+            f"store {url!r}: its {keys.FORMAT} object says layout {layout}, this version reads up to {LAYOUT}. "
             f"Update gpt2-pipeline, or choose another store."
         )

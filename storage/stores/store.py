@@ -3,17 +3,21 @@
 Every write is atomic: afterwards the key holds either all of the new bytes or what it held before.
 """
 
-import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from storage import keys
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 
 Body = bytes | bytearray | memoryview
+T = TypeVar("T")
+REMEDY = "Delete it and run the command again."
 LINK_SECONDS = 7 * 86_400  # the longest that S3 signatures allow
 LIMIT_BYTES = 1 << 26  # default size limit of a read; a manifest of 130,000 shards has 20 MB
 
@@ -129,30 +133,60 @@ def clock(store: Store) -> float:
         store.delete(key)
 
 
-def read_json(store: Store, key: str) -> dict[str, object] | None:
+def read_json(store: Store, key: str, remedy: str = REMEDY) -> dict[str, object] | None:
     """The JSON object at `key`, or None if the key does not exist. Raises ObjectCorrupt for anything else."""
+    return read_as(store, key, dict[str, object], remedy=remedy)
+
+
+def read_as(
+    store: Store, key: str, kind: type[T], fits: Callable[[T], object] = lambda _: True, remedy: str = REMEDY
+) -> T | None:
+    """The JSON object at `key` as a `kind`, or None if the key does not exist.
+
+    Raises ObjectCorrupt with the remedy for anything else, and if `fits` returns a false value or raises ValueError.
+    """
+    found, problem = f"object {key!r} of store {store.url!r} is damaged:", "its values do not belong together"
+    body: bytes | bytearray = b""
     try:
         body = store.read(key).body
+        value: T = _adapter(kind).validate_json(body)  # type: ignore[arg-type]  # mypy: a type is hashable
+        if fits(value):
+            return value
     except ObjectMissing:
-        return None
-    try:
-        value = json.loads(body)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} should be a JSON object, but starts with {body[:40]!r}. "
-            f"Delete it and run the command again."
-        )
-    return value
+        path = store.local_path(key)
+        if path is None or not path.is_dir():
+            return None
+        problem = "a folder is in its place"
+    except ObjectCorrupt as error:
+        found, problem = "", str(error).partition(". ")[0]  # without the error's own remedy
+    except ValueError as error:
+        problem = f"{first_problem(error)}; it begins with {bytes(body[:40])!r}"
+    raise ObjectCorrupt(f"{found} {problem}. {remedy}".lstrip())
+
+
+def first_problem(error: Exception) -> str:
+    """The first problem of a value that could not be parsed, in one line."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join(part for part in (".".join(map(str, first["loc"]))[:80], first["msg"][:160].rstrip(".")) if part)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def overwrite(store: Store, key: str, body: Body) -> None:
     """Write the object whether or not it exists. The last of several racing writers wins."""
     while True:
         etag = None
-        with suppress(ObjectMissing):
+        try:
             etag = store.read(key).etag
+        except ObjectMissing:
+            pass
+        except ObjectCorrupt:  # no read gives its etag
+            store.delete(key)
         with suppress(Conflict):  # another writer was faster
             store.swap(key, body, etag)
             return
