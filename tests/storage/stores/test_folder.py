@@ -81,7 +81,7 @@ def test_an_unknown_scheme_is_refused() -> None:
 def test_a_newer_layout_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "FORMAT").write_text('{"layout": 7}')
     for create in (False, True):
-        with pytest.raises(StoreUnusable, match=rf"layout is 7.*up to {LAYOUT}"):
+        with pytest.raises(StoreUnusable, match=rf"layout 7.*up to {LAYOUT}"):
             open_store(str(tmp_path), create=create)
     assert files(tmp_path) == [tmp_path / "FORMAT"]
 
