@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.errors import SourceInvalid, printable
+from storage.errors import SourceInvalid
 from storage.sources import rows
 from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row
@@ -79,7 +79,7 @@ def _lines(file: SourceFile, text_column: str, start_byte: int) -> Iterator[tupl
                     item = _parsed(line, text_column)
                     for name in (rows.DUMP, rows.ID, rows.URL):
                         if isinstance(value := item.get(name), str):
-                            item[name] = printable(value)
+                            item[name] = value.encode(errors="backslashreplace").decode()  # lone surrogates
                     yield start_byte, item
                 start_byte += len(line)
     except OSError as error:

@@ -12,6 +12,8 @@ import pytest
 
 from storage.errors import SourceInvalid
 from storage.sources import documents, files, identity
+from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
 from tests.making import write_parquet
 from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write_lines, write_table
 
@@ -89,6 +91,12 @@ def test_files_that_are_no_corpus_are_ignored_and_listed(tmp_path: Path, name: s
     assert name.startswith(first)
     if name.endswith(files.SUFFIXES):
         assert chosen(tmp_path, name) == [name]  # it is the source
+
+
+def test_a_listing_names_what_is_ignored(tmp_path: Path) -> None:
+    touch(tmp_path, "texts/a.jsonl", "texts/README.md", "texts/b.csv")
+    listing, _ = list_source(open_store(str(tmp_path / "store"), create=True), f"{tmp_path}/texts/*.jsonl", "", "", "")
+    assert [line.partition(":")[0] for line in listing.ignored] == ["README.md", "b.csv"]
 
 
 def test_many_ignored_files_are_counted(tmp_path: Path) -> None:

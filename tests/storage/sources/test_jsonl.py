@@ -9,6 +9,7 @@ import pytest
 from model import tokenizer
 from storage.datasets import shards
 from storage.datasets.plan import cut
+from storage.datasets.records import read_record
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
 from storage.sources import jsonl
@@ -59,6 +60,21 @@ def test_a_file_whose_rows_all_have_another_column_is_refused_although_bad_rows_
     path = write_lines(tmp_path / "a.jsonl", "{", '{"content": "a"}', '{"content": "b", "odd \\ud800": 1}')
     with pytest.raises(SourceInvalid, match=r"a\.jsonl.*'text'.*content.*data\.text_column") as error:
         rows(path, strict=False)
+    assert str(error.value).encode()
+
+
+def test_a_name_with_a_lone_surrogate_is_escaped(tmp_path: Path) -> None:
+    names = r'"dump": "d\ud800", "id": "i\udcff", "url": "u\udc00"'
+    path = write_lines(tmp_path / "a.jsonl", f'{{"text": "one", {names}}}', f'{{"text": null, {names}}}')
+    store = FolderStore(tmp_path / "store", "store")
+    (job,) = jobs_of(path, on_bad_document="skip")
+    shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
+    record = read_record(store, "small", job.shard_id)
+    assert record.dumps == {r"d\ud800": 1}
+    ((_, row),) = source_rows(job.source, record, [0])
+    assert (row.id, row.url) == (r"i\udcff", r"u\udc00")
+    with pytest.raises(SourceInvalid, match=r"row 1 \(id i\\udcff\)") as error:
+        jobs_of(path)
     assert str(error.value).encode()
 
 
