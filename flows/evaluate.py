@@ -15,13 +15,13 @@ from flows.items import mirror_items
 from flows.runtime.artifacts import show
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
-from model.checkpoints.records import CheckpointRecord, checkpoints
-from model.config import EvaluationConfig, RunConfig, differences
+from model.checkpoints.records import CheckpointRecord, chosen
+from model.config import RunConfig, differences
 from model.evaluation.results import EvaluationSummary
 from model.runs.job import Job, JobFailed, JobRefused
 from model.runs.run import evaluation_jobs, pinned_run
 from storage.datasets.manifest import latest_manifest
-from storage.errors import ObjectCorrupt, ObjectMissing, StorageError
+from storage.errors import ObjectCorrupt, StorageError
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
@@ -48,7 +48,7 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     Raises ObjectMissing without a checkpoint; after all evaluations, JobRefused or JobFailed with every failure.
     """
     store = open_store(config.store_url)
-    records = chosen(store, config.name, config.evaluation)
+    records = chosen(store, config.name, config.evaluation.checkpoint)
     manifest, items = _inputs(store, config, records[-1])
     failures: list[Failure] = []
     if config.evaluation.hellaswag and items is None:
@@ -74,29 +74,6 @@ def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
     state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
     return state
-
-
-def chosen(store: Store, run: str, evaluation: EvaluationConfig) -> list[CheckpointRecord]:
-    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when it selects none."""
-    records = checkpoints(store, run)
-    if evaluation.checkpoint == "last":
-        selected = records[-1:]
-    elif evaluation.checkpoint == "every":
-        selected = records
-    else:
-        selected = [record for record in records if str(record.step) == evaluation.checkpoint]
-    if selected:
-        return selected
-    if not records:
-        raise ObjectMissing(
-            f"run {run!r} has no checkpoint in store {store.url!r}. Train it with gpt2 train, or choose another run: "
-            f"gpt2 status lists the runs."
-        )
-    steps = ", ".join(str(record.step) for record in records)
-    raise ObjectMissing(
-        f"evaluation.checkpoint = {evaluation.checkpoint!r}: run {run!r} in store {store.url!r} has only "
-        f"checkpoints of steps {steps}. Choose one of these steps."
-    )
 
 
 def _results(

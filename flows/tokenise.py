@@ -25,7 +25,7 @@ from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
 from flows.runtime.tasks import ending, in_window, is_transient, retry_if_transient, worker_count
 from model import tokenizer
-from model.config import ResourcesConfig, RunConfig
+from model.config import ResourcesConfig, RunConfig, check_extra
 from model.runs.job import OUT_OF_MEMORY, JobFailed, note_failure
 from model.runs.run import Run, pinned_run
 from storage import keys
@@ -35,7 +35,7 @@ from storage.datasets.plan import FilePlan, ShardJob, ValSplit
 from storage.datasets.records import is_finished
 from storage.datasets.sealing import check_rebuilt
 from storage.datasets.shards import build_shard
-from storage.errors import SourceUnavailable, StorageError
+from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -128,12 +128,9 @@ def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
         return ProcessPoolTaskRunner(workers)
     if resources.runner == "threads":
         return ThreadPoolTaskRunner(workers)
-    try:
-        from prefect_dask.task_runners import DaskTaskRunner  # an extra
-    except ImportError as error:
-        raise ValueError(
-            "resources.runner = 'dask': prefect-dask is not installed. Install the extra: pip install -e '.[dask]'"
-        ) from error
+    check_extra("dask", "prefect_dask")
+    from prefect_dask.task_runners import DaskTaskRunner
+
     if resources.dask_address:
         return DaskTaskRunner(address=resources.dask_address)
     return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
@@ -162,7 +159,12 @@ def _repair(store: Store, config: RunConfig, run: Run, downloaded: Downloaded) -
     """Rebuild only the shards of the run's manifest that the store lacks. A pinned run gets no new version."""
     manifest = read_manifest(store, run.dataset, run.manifest)
     split = building.val_split(store, config.data.spec(tokenizer.identity()), downloaded.plans)
-    lost = building.lost_shards(store, run.dataset, manifest, downloaded.plans, split)
+    try:
+        lost = building.lost_shards(store, run.dataset, manifest, downloaded.plans, split)
+    except DatasetMismatch:
+        if downloaded.failed:  # their shards are not lost for good
+            raise SourceUnavailable(downloaded.failed[0]) from None
+        raise
     parts = _in_order(store, run.dataset, downloaded.plans, split, lost)
     _run_jobs(config, parts, len(lost), len(manifest.shard_ids))
     check_rebuilt(store, run.dataset, manifest, lost)

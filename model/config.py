@@ -4,6 +4,7 @@
 never does. Secrets and endpoints are environment variables.
 """
 
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,9 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from storage import keys
 from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
 from storage.sources.filters import parse
+from storage.stores.opening import CREDENTIALS
 
-Positive = Annotated[int, Field(ge=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+# Bounds, also of Prefect's form: with an integer of over 64 bits or a lone surrogate in the parameters of one run, its
+# server answers every list of runs with status 500. A form's JavaScript holds integers up to 2**53 - 1 exactly.
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53 - 1)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # PyTorch's generator ignores higher bits on a CPU
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e9)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+NAME = rf"^({keys.NAME.pattern})?(?!\n)$"
+TEXT = rf"^(?![\s\S]*{CREDENTIALS.pattern})[^\0\ud800-\udfff]*$"
+Name = Annotated[str, Field(max_length=200, pattern=NAME)]
+Text = Annotated[str, Field(max_length=4_096, pattern=TEXT)]
+Url = Annotated[str, Field(max_length=4_096, json_schema_extra={"pattern": TEXT})]  # `open_store` refuses credentials
+Lines = Annotated[
+    tuple[Annotated[str, Field(max_length=4_096, pattern=r"^[^\0\ud800-\udfff]*$")], ...], Field(max_length=100)
+]
 
 
 def _form(schema: dict[str, Any]) -> None:
@@ -26,27 +41,27 @@ class Section(BaseModel):
     """A part of the configuration. Frozen; an unknown field is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, json_schema_extra=_form
+        frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_form, regex_engine="python-re"
     )
 
 
 class DataConfig(Section):
     """The source text, and how it is cut into shards."""
 
-    dataset: str = Field("fineweb-edu-10b", description="Name of the dataset in the store.")
-    source: str = Field(
+    dataset: Name = Field("fineweb-edu-10b", min_length=1, description="Name of the dataset in the store.")
+    source: Text = Field(
         "HuggingFaceFW/fineweb-edu",
         description="Hugging Face dataset (owner/name), or path or s3:// URL: .parquet or .jsonl file, folder or glob.",
     )
-    config: str = Field("sample-10BT", description="Configuration (subset) of the Hugging Face dataset.")
-    revision: str = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
-    text_column: str = Field("text", description="Column that holds the text of a document.")
+    config: Text = Field("sample-10BT", description="Configuration (subset) of the Hugging Face dataset.")
+    revision: Text = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
+    text_column: Text = Field("text", description="Column that holds the text of a document.")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
     val_shards: Positive = Field(10, description="Shards in the validation split, from the start of the source.")
-    filters: tuple[str, ...] = Field(
+    filters: Lines = Field(
         (), description="Keep documents that meet all conditions, e.g. 'int_score >= 4', 'length >= 200' (characters)."
     )
-    max_tokens: int = Field(0, ge=0, description="Use only the first N tokens of the source (0 = all).")
+    max_tokens: Count = Field(0, description="Use only the first N tokens of the source (0 = all).")
     mirror: bool = Field(True, description="Copy Hugging Face files into the store (off = read them remotely).")
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
@@ -106,29 +121,29 @@ class TrainingConfig(Section):
     micro_batch_sequences: Positive = Field(8, description="Sequences per forward pass of a process.")
     batch_tokens: Positive = Field(524_288, description="Tokens per optimizer step, over all processes.")
     max_steps: Positive = Field(19_073, description="Optimizer steps in the whole run.")
-    warmup_steps: int = Field(715, ge=0, description="Steps of linear warm-up to the maximum learning rate.")
-    learning_rate: float = Field(6e-4, gt=0, description="Maximum learning rate.")
-    min_learning_rate: float = Field(6e-5, ge=0, description="Learning rate at the end of the cosine decay.")
-    weight_decay: float = Field(0.1, ge=0, description="Weight decay of matrices; biases and norms have none.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
-    clip: float = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
-    skip_outlier_steps: int = Field(
-        0, ge=0, description="Maximum number of steps to skip (NaN or infinite loss, or 10x the usual gradient norm)."
+    warmup_steps: Count = Field(715, description="Steps of linear warm-up to the maximum learning rate.")
+    learning_rate: Amount = Field(6e-4, gt=0, description="Maximum learning rate.")
+    min_learning_rate: Amount = Field(6e-5, description="Learning rate at the end of the cosine decay.")
+    weight_decay: Amount = Field(0.1, description="Weight decay of matrices; biases and norms have none.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
+    clip: Amount = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
+    skip_outlier_steps: Count = Field(
+        0, description="Maximum number of steps to skip (NaN or infinite loss, or 10x the usual gradient norm)."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability during training.")
+    dropout: Fraction = Field(0.0, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Precision of the forward pass (auto = bf16 on a CUDA GPU that supports it, else fp32)."
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
-    seed: int = Field(1337, ge=0, description="Random seed of initial weights, data order, dropout and evaluation.")
-    start_from: str = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
+    seed: Seed = Field(1337, description="Random seed of initial weights, data order, dropout and evaluation.")
+    start_from: Name = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
     start_with: Literal["weights", "everything"] = Field(
         "weights", description="What to load from that run: only the weights, or also the step and optimizer state."
     )
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
-    keep_every_steps: int = Field(5_000, ge=0, description="Steps between checkpoints kept permanently (0 = none).")
-    validate_every_steps: int = Field(250, ge=0, description="Steps between validations during training (0 = none).")
+    keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
+    validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
     validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation during training.")
 
     @model_validator(mode="after")
@@ -171,26 +186,23 @@ class EvaluationConfig(Section):
     """How to evaluate checkpoints. May change at any time: each evaluation records its own settings."""
 
     checkpoint: str = Field(
-        "last",
-        pattern="^(last|every|[0-9]+)$",
-        description="Checkpoint to evaluate: last, every (all that were kept) or a step number.",
+        "last", pattern="^(last|every|[0-9]{1,16})$", description="Checkpoint: last, every (all kept) or a step number."
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
-    validation_tokens: int = Field(0, ge=0, description="Maximum tokens of the validation split to score (0 = all).")
-    hellaswag: str = Field(
-        "Rowan/hellaswag",
-        description="Hugging Face dataset or file of HellaSwag items (empty = make items from validation documents).",
+    validation_tokens: Count = Field(0, description="Maximum tokens of the validation split to score (0 = all).")
+    hellaswag: Text = Field(
+        "Rowan/hellaswag", description="Hub dataset or file of HellaSwag items (empty = make items of val documents)."
     )
     completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
-    prompts: tuple[str, ...] = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
+    prompts: Lines = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
     samples: Positive = Field(2, description="Samples per prompt.")
     sample_tokens: Positive = Field(64, description="New tokens per sample.")
-    temperature: float = Field(0.9, ge=0, description="Sampling temperature (0 = always the most likely token).")
-    top_k: int = Field(50, ge=0, description="Sample from the k most likely tokens (0 = all).")
+    temperature: Amount = Field(0.9, description="Sampling temperature (0 = always the most likely token).")
+    top_k: Count = Field(50, description="Sample from the k most likely tokens (0 = all).")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Nucleus sampling: total probability of the top tokens to sample from (1 = all)."
+        1.0, strict=True, gt=0, le=1, description="Nucleus sampling: probability of the top tokens (1 = all)."
     )
 
 
@@ -198,27 +210,25 @@ class ResourcesConfig(Section):
     """Where and how jobs run, not what they compute. May change at any time."""
 
     runner: Literal["threads", "processes", "dask"] = Field("threads", description="How to tokenise in parallel.")
-    workers: int = Field(0, ge=0, description="Shards to tokenise at once (0 = one per core).")
-    dask_address: str = Field(
+    workers: Count = Field(0, description="Shards to tokenise at once (0 = one per core).")
+    dask_address: Text = Field(
         "", description="Scheduler of a running Dask cluster, tcp://HOST:PORT (empty = start a cluster on this host)."
     )
-    shards_per_task: int = Field(
-        0, ge=0, description="Shards per Prefect task (0 = automatic: 1, or more for a build of over 2,000 shards)."
+    shards_per_task: Count = Field(
+        0, description="Shards per Prefect task (0 = automatic: 1, or more for a build of over 2,000 shards)."
     )
     audit: bool = Field(False, description="After each build, report duplicates and test text in the training data.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Device (auto = CUDA, else MPS, else CPU)."
-    )
-    processes: int = Field(0, ge=0, description="Training processes per host (0 = one per GPU, else 1).")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = CUDA, else MPS, else CPU.")
+    processes: Count = Field(0, description="Training processes per host (0 = one per GPU, else 1).")
     nodes: Positive = Field(1, description="Hosts that train together; the log shows the command for each other host.")
-    rendezvous: str = Field("", description="HOST:PORT of the first host; required with several hosts.")
-    prefetch_batches: int = Field(4, ge=0, description="Micro-batches to prefetch (0 = none).")
-    unsaved_minutes: float = Field(
-        30.0, gt=0, description="Minutes to keep training while checkpoints cannot be saved."
+    rendezvous: str = Field(
+        "", pattern=r"^([\w.:\[\]-]{1,253}:[0-9]{1,5})?$", description="HOST:PORT of the first of several hosts."
     )
-    tensorboard: str = Field("", description="Folder for TensorBoard event files (empty = none).")
+    prefetch_batches: Count = Field(4, description="Micro-batches to prefetch (0 = none).")
+    unsaved_minutes: Amount = Field(30.0, gt=0, description="Minutes to train on while no checkpoint can be saved.")
+    tensorboard: Text = Field("", description="Folder for TensorBoard event files (empty = none).")
     concurrent_evaluations: Positive = Field(1, description="Maximum number of evaluations that run at once.")
-    evaluation_processes: int = Field(1, ge=0, description="Processes per evaluation (0 = one per GPU, else 1).")
+    evaluation_processes: Count = Field(1, description="Processes per evaluation (0 = one per GPU, else 1).")
     cache_bytes: Positive = Field(50_000_000_000, description="Maximum bytes of this host's cache for shards in S3.")
 
 
@@ -232,8 +242,8 @@ class How(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    name: str = Field("gpt2-124m", description="Name of the run. To change what it computes, choose a new name.")
-    store_url: str = Field(
+    name: Name = Field("gpt2-124m", min_length=1, description="Name of the run. To compute something else, change it.")
+    store_url: Url = Field(
         "./data", description="The store: a folder, or s3://bucket/prefix (endpoint and credentials: AWS_* variables)."
     )
     data: DataConfig = DataConfig()
@@ -244,10 +254,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        keys.check_name("name", self.name)
-        keys.check_name("data.dataset", self.data.dataset)
-        if self.train.start_from:
-            keys.check_name("train.start_from", self.train.start_from)
         if self.train.sequence_tokens > self.model.context_tokens:
             raise ValueError(
                 f"train.sequence_tokens = {self.train.sequence_tokens:,} is more than model.context_tokens = "
@@ -274,6 +280,12 @@ class RunConfig(Section):
 
     def how(self) -> How:
         return How(train=self.train.model_dump(include=set(TrainingConfig.HOW)), resources=self.resources)
+
+
+def check_extra(extra: str, package: str) -> None:
+    """Raise ValueError if the extra that a setting needs is not installed."""
+    if find_spec(package) is None:
+        raise ValueError(f"the package {package} is not installed. Install the extra: pip install -e '.[{extra}]'")
 
 
 def differences(requested: object, pinned: object, name: str = "") -> list[str]:

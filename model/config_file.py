@@ -3,12 +3,22 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from model.config import RunConfig
+from model.config import NAME, TEXT, RunConfig
+from storage.stores.opening import CREDENTIALS
+
+EXPLANATIONS = {  # by pydantic's type of the error, or by the pattern that does not match
+    "string_type": 'expected text. In TOML, put it into quotes: "…".',
+    "tuple_type": 'expected a list. Write it in TOML: --set \'evaluation.prompts=["One", "Two"]\'.',
+    "model_type": "this is a section. Set its fields: [train] in a file, --set train.max_steps=….",
+    NAME: "a name starts with a letter or a digit. Use only letters, digits, '.', '_' and '-'.",
+    TEXT: "a URL must not contain a user or password. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+}
 
 
 def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
@@ -19,7 +29,7 @@ def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
         raise ValueError(
             f"--config {file}: {error.strerror}. The configurations of this project are in deploy/configs/."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, UTF-8, or an integer of over 4,300 digits
         raise ValueError(f"--config {file}: invalid TOML: {error}. Correct the file.") from error
     return config_of(values, overrides)
 
@@ -31,7 +41,8 @@ def config_of(values: dict[str, Any], overrides: list[str]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(details) for details in error.errors())) from error
+        explained = "\n".join(_explain(details) for details in error.errors())
+        raise ValueError(CREDENTIALS.sub("://…@", explained)) from None  # pydantic's error quotes the values
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -39,16 +50,17 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not separator:
         raise ValueError(f"--set {override}: the value is missing. Write it like --set train.max_steps=200")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # an unquoted string: --set data.dataset=mine
+        [value] = tomllib.loads(f"x = {{x = {text}}}")["x"].values()  # braces refuse a comment and a second value
+    except ValueError:
+        value = text
+    setting = _settings().get(name.strip())
+    if setting is not None and (setting.annotation is str or get_origin(setting.annotation) is Literal):
+        value = value if isinstance(value, str) else text  # TOML's strings are in quotes
     *sections, field = name.strip().split(".")
-    for depth, section in enumerate(sections, 1):
+    for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ValueError(
-                f"--set {override}: {section!r} is a field, not a section. Write --set {'.'.join(sections[:depth])}=…"
-            )
+            raise ValueError(f"--set {override}: {section} = {values!r} is set too, but is not a section. Correct it.")
     values[field] = value
 
 
@@ -60,16 +72,19 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         if isinstance(value, dict) and value:
             name = f"{name}.{next(iter(value))}"
-        close = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, _settings(), n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else "model/config.py lists every setting."
         return f"unknown setting {name}. {remedy}"
-    message = error["msg"]
-    return f"{name} = {value!r}: {message[0].lower()}{message[1:]}. Give another value."
+    message = f"{error['msg'][0].lower()}{error['msg'][1:]}. Give another value."
+    message = EXPLANATIONS.get(error.get("ctx", {}).get("pattern", error["type"]), message)
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return f"{name} = {shown:.200}: {message}"
 
 
-def _field_names() -> list[str]:
+def _settings() -> dict[str, FieldInfo]:
     """Every setting as it is written after --set."""
-    names = []
-    for section, value in RunConfig().model_dump().items():
-        names += [f"{section}.{field}" for field in value] if isinstance(value, dict) else [section]
-    return names
+    settings: dict[str, FieldInfo] = {}
+    for name, field in RunConfig.model_fields.items():
+        section = getattr(field.annotation, "model_fields", None)
+        settings |= {f"{name}.{inner}": setting for inner, setting in section.items()} if section else {name: field}
+    return settings

@@ -17,16 +17,16 @@ from cyclopts.validators import Number
 
 from flows.console import models, operations, versions  # noqa: F401  # importing them registers their verbs
 from flows.console.dataset import build_dataset
-from flows.console.options import DEFAULTS, Settings, Verbose, app, check_inputs, console, prefect, run_flow, say
+from flows.console.options import DEFAULTS, Settings, Verbose, app, check_inputs, console, run_flow, say
 from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
 from model.runs.job import OUT_OF_MEMORY, JobFailed, is_out_of_memory, put_job
-from model.runs.run import training_job
+from model.runs.run import find_run, training_job
 from storage.errors import StorageError, printable
 from storage.keys import DatasetKeys, RunKeys
-from storage.stores.opening import open_store
+from storage.stores.opening import CREDENTIALS, open_store
 from storage.stores.store import read_json
 
 
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:
         message, code = f"error: {OUT_OF_MEMORY}" if is_out_of_memory(error) else traceback.format_exc(), 1
-    print(printable(message, lines=True), file=sys.stderr)
+    print(printable(CREDENTIALS.sub("://…@", message), lines=True), file=sys.stderr)
     sys.exit(code)
 
 
 @app.command
-def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2))] = 3, verbose: Verbose = False) -> None:
+def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2, lt=9999))] = 3, verbose: Verbose = False) -> None:
     """Run the whole pipeline offline: train and evaluate a small GPT-2 on Python's own documentation.
 
     Writes to ./data, ./.gpt2 and ~/.cache/gpt2-pipeline. Running it again skips finished stages.
@@ -101,8 +101,14 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
     store_override = [text for text in settings.overrides if text.partition("=")[0].strip() == "store_url"]
     store_url = load_config(settings.file, store_override).store_url
     store = open_store(store_url)
-    for key, run_again in ((RunKeys(name).request, _pretrain), (DatasetKeys(name).request, build_dataset)):
-        if (request := read_json(store, key)) is not None:
+    run = find_run(store, name)
+    pinned = {"name": name} | run.config if run else None
+    for request, run_again in (
+        (read_json(store, RunKeys(name).request), _pretrain),
+        (pinned, _train),  # started by gpt2 train, which stores no request
+        (read_json(store, DatasetKeys(name).request), build_dataset),
+    ):
+        if request is not None:
             run_again(config_of(request | {"store_url": store_url}, list(settings.overrides)), verbose)
             return
     raise ValueError(
@@ -130,10 +136,7 @@ def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose 
         key = put_job(store, training_job(started_run(store, config)))
         say("on each host", f"python -m model {config.store_url} {key}")
         return
-    with prefect(verbose):
-        from flows.train import train as flow
-
-        run_flow(flow, config)
+    _train(config, verbose)
 
 
 @app.command
@@ -151,14 +154,11 @@ def evaluate(*, settings: Settings = DEFAULTS, model: Path | None = None, verbos
     config = settings.load()
     if model is not None:
         config = models.imported_run(config, model)
-    open_store(config.store_url)
-    with prefect(verbose):
-        from flows.pretrain import evaluate_and_report
-
-        _print_summary(run_flow(evaluate_and_report, config), config)
+    check_inputs(config, "evaluate")
+    _print_summary(run_flow("flows.pretrain:evaluate_and_report", config, verbose), config)
 
 
-@app.command
+@app.command(usage="Usage: gpt2 report [OPTIONS] [NAMES...]")
 def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -> None:
     """Write the report of a run again, or write one page that compares several runs.
 
@@ -182,11 +182,13 @@ def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -
 
 
 def _pretrain(config: RunConfig, verbose: bool) -> None:
-    check_inputs(config)
-    with prefect(verbose):
-        from flows.pretrain import pretrain as flow
+    check_inputs(config, "tokenise", "train", "evaluate")
+    _print_summary(run_flow("flows.pretrain:pretrain", config, verbose), config)
 
-        _print_summary(run_flow(flow, config), config)
+
+def _train(config: RunConfig, verbose: bool) -> None:
+    check_inputs(config, "train")
+    run_flow("flows.train:train", config, verbose)
 
 
 def _print_summary(reported: Reported, config: RunConfig) -> None:

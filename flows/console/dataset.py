@@ -12,9 +12,9 @@ from flows.console.options import (
     Settings,
     Verbose,
     check_inputs,
+    check_source,
     console,
     dataset_app,
-    prefect,
     print_json,
     progress_bar,
     run_flow,
@@ -49,11 +49,8 @@ def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
     """Check the inputs, then run the flow of the same name."""
-    check_inputs(config)
-    with prefect(verbose):
-        from flows.pretrain import build_dataset as flow
-
-        run_flow(flow, config)
+    check_inputs(config, "tokenise", *(["audit"] if config.resources.audit else []))
+    run_flow("flows.pretrain:build_dataset", config, verbose)
 
 
 @dataset_app.command
@@ -160,11 +157,10 @@ def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     Example: gpt2 dataset audit --set evaluation.hellaswag=items.jsonl
     Next: gpt2 dataset show prints the leak report
     """
-    config, _ = settings.load_with_store()
-    with prefect(verbose):
-        from flows.leaks import find_leaks_of_newest
-
-        run_flow(find_leaks_of_newest, config)
+    config, store = settings.load_with_store()
+    newest_version(store, config.data.dataset)
+    check_source(config.evaluation.hellaswag, "evaluation.hellaswag")
+    run_flow("flows.leaks:find_leaks_of_newest", config, verbose)
 
 
 @dataset_app.command

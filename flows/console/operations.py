@@ -13,7 +13,7 @@ from flows.inspection import garbage
 from flows.inspection.status import run_status, store_status
 
 
-@app.command(group=INSPECT)
+@app.command(group=INSPECT, usage="Usage: gpt2 status [OPTIONS] [RUN]")
 def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> int:
     """Show what is done, what is missing and what failed. Reads only the store, so it works without Prefect.
 

@@ -7,11 +7,13 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
@@ -19,9 +21,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.segment import Segment
 
-from model.config import RunConfig
+from model import tokenizer
+from model.checkpoints.records import chosen, newest_checkpoint
+from model.config import RunConfig, check_extra, differences
 from model.config_file import load_config
 from model.runs.run import pinned_run
+from storage.datasets.sealing import check_binding
+from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, printable
 from storage.sources import files as sources
 from storage.stores.opening import open_store
@@ -55,6 +61,7 @@ class _Terminal(Console):
 
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
+SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
@@ -69,9 +76,7 @@ class Settings:
     file: Annotated[
         Path | None, Parameter("--config", help="A TOML file with the settings that differ from the defaults.")
     ] = None
-    overrides: Annotated[
-        tuple[str, ...], Parameter("--set", help="Override one setting: train.max_steps=200. Repeatable.")
-    ] = ()
+    overrides: Annotated[tuple[str, ...], Parameter("--set", help=SET)] = ()
 
     def load(self) -> RunConfig:
         return load_config(self.file, list(self.overrides))
@@ -109,19 +114,42 @@ def progress_bar(label: str, total: int, *, hidden: bool = False) -> Iterator[Ca
         yield lambda count=1: progress.advance(task, count)
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Raise ValueError or StorageError when the pipeline cannot start; otherwise create the store."""
-    try:
+def check_inputs(config: RunConfig, *stages: str) -> None:
+    """Raise ValueError or StorageError if one of the stages lacks an input. "tokenise" creates the store."""
+    resources, run = config.resources, None
+    with suppress(ObjectMissing):
         run = pinned_run(open_store(config.store_url), config)
-    except ObjectMissing:
-        run = None
-    if run is None:
-        source, items = config.data.source, config.evaluation.hellaswag
-        if not sources.is_on_hub(source):
-            sources.find_files(source)
-        if items and not sources.is_on_hub(items):
-            sources.find_files(items, "evaluation.hellaswag")
-    open_store(config.store_url, create=True)
+    if "tokenise" in stages and run is None:
+        check_source(config.data.source, "data.source")
+    items = config.evaluation.hellaswag
+    if "audit" in stages or ("evaluate" in stages and (run is None or run.config["evaluation"]["hellaswag"] != items)):
+        check_source(items, "evaluation.hellaswag")
+    if "tokenise" in stages and resources.runner == "dask":
+        check_extra("dask", "prefect_dask")
+    if "train" in stages and resources.tensorboard:
+        check_extra("tensorboard", "tensorboard")
+        try:
+            Path(resources.tensorboard).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=resources.tensorboard).close()
+        except OSError as error:
+            raise ValueError(f"resources.tensorboard: {error}. Give a writable folder.") from error
+    store = open_store(config.store_url, create="tokenise" in stages)
+    if "tokenise" in stages and run is None:
+        check_binding(store, config.data.spec(tokenizer.identity()))
+    elif "train" in stages and run is None:
+        newest_version(store, config.data.dataset)
+    if "train" in stages and run is None and (parent := config.train.start_from):
+        shape = newest_checkpoint(store, parent, "train.start_from").model
+        if differing := differences(config.model.model_dump(), shape, "model"):
+            raise ValueError(f"train.start_from = {parent!r}: {'; '.join(differing)}. Use that run's shape.")
+    if "evaluate" in stages and "train" not in stages:
+        chosen(store, config.name, config.evaluation.checkpoint)
+
+
+def check_source(source: str, setting: str) -> None:
+    """Raise ValueError if the setting names files, and they are missing or unreadable."""
+    if source and not sources.is_on_hub(source):
+        sources.find_files(source, setting)
 
 
 @contextmanager
@@ -143,25 +171,27 @@ def prefect(verbose: bool) -> Iterator[None]:
         yield
 
 
-def run_flow(flow: Any, config: RunConfig) -> Any:
-    """Run the flow in this process, show its progress, and wait until Prefect has stored the task runs."""
-    from prefect.client.orchestration import get_client
-    from prefect.flow_engine import run_flow as run_created
-    from prefect.states import Pending
-    from prefect.utilities.callables import get_call_parameters
-    from prefect.utilities.urls import url_for
+def run_flow(name: str, config: RunConfig, verbose: bool) -> Any:
+    """Run the flow MODULE:NAME in this process, show its progress, and wait until Prefect has stored the task runs."""
+    with prefect(verbose):
+        from prefect.client.orchestration import get_client
+        from prefect.flow_engine import run_flow as run_created
+        from prefect.states import Pending
+        from prefect.utilities.callables import get_call_parameters
+        from prefect.utilities.urls import url_for
 
-    from flows.platform.automations import TAG
-    from flows.runtime import progress, settle
+        from flows.platform.automations import TAG
+        from flows.runtime import progress, settle
 
-    since = datetime.now(UTC)
-    arguments = get_call_parameters(flow.fn, (config,), {})
-    form = flow.serialize_parameters(arguments)
-    with get_client(sync_client=True) as client:  # not `prefect.tags`, which would cost each task a request
-        run = client.create_flow_run(flow, parameters=form, state=Pending(), tags=[TAG])
-    say("run", str(url_for("flow-run", obj_id=run.id)))
-    with progress.on_console(console):
-        try:
-            return run_created(flow, run, arguments)
-        finally:
-            settle.wait_for_task_runs(since, RECORDS_SECONDS)
+        since = datetime.now(UTC)
+        flow = resolve_name(name)
+        arguments = get_call_parameters(flow.fn, (config,), {})
+        form = flow.serialize_parameters(arguments)
+        with get_client(sync_client=True) as client:  # not `prefect.tags`, which would cost each task a request
+            run = client.create_flow_run(flow, parameters=form, state=Pending(), tags=[TAG])
+        say("run", str(url_for("flow-run", obj_id=run.id)))
+        with progress.on_console(console):
+            try:
+                return run_created(flow, run, arguments)
+            finally:
+                settle.wait_for_task_runs(since, RECORDS_SECONDS)

@@ -44,7 +44,7 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
             say("  changed", _change_counts(changes))
 
 
-@dataset_app.command
+@dataset_app.command(usage="Usage: gpt2 dataset diff [OPTIONS] OLD [NEW]")
 def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
     """Compare two versions: the files, shards, documents and tokens that NEW adds to OLD and removes from it.
 

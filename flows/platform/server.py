@@ -13,6 +13,8 @@ from pathlib import Path
 
 import httpx
 
+from storage.stores.opening import CREDENTIALS
+
 HOME = Path(".gpt2")
 SERVED = HOME / "server.json"  # the port of `gpt2 serve` while it runs
 START_SECONDS = 120.0  # the first start creates the database: 15 s on two busy cores
@@ -49,6 +51,8 @@ def prefect_server() -> Iterator[str]:
 
 def _check_named(url: str) -> None:
     """Raise ValueError when no Prefect server answers at PREFECT_API_URL, or when it refuses this user."""
+    if CREDENTIALS.search(url):
+        raise ValueError("PREFECT_API_URL contains a password. Put user:password into PREFECT_API_AUTH_STRING instead.")
     from prefect.client.orchestration import get_client
 
     try:

@@ -77,12 +77,27 @@ def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
     return sorted(complete, key=lambda record: record.step)
 
 
-def newest_checkpoint(store: Store, run: str) -> CheckpointRecord:
-    """The newest complete checkpoint of the run. Raises ObjectMissing when there is none."""
+def newest_checkpoint(store: Store, run: str, setting: str = "name") -> CheckpointRecord:
+    """The newest complete checkpoint of the run, which the setting names. Raises ObjectMissing when there is none."""
+    return chosen(store, run, "last", setting)[0]
+
+
+def chosen(store: Store, run: str, checkpoint: str, setting: str = "name") -> list[CheckpointRecord]:
+    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when it selects none."""
     records = checkpoints(store, run)
     if not records:
-        raise ObjectMissing(f"run {run!r} has no checkpoint in {store.url!r}. Train it first: gpt2 pretrain")
-    return records[-1]
+        raise ObjectMissing(
+            f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train, import "
+            f"a model with gpt2 import, or choose another run: gpt2 status lists the runs."
+        )
+    numbered = [record for record in records if str(record.step) == checkpoint]
+    if selected := {"last": records[-1:], "every": records}.get(checkpoint, numbered):
+        return selected
+    steps = ", ".join(str(record.step) for record in records)
+    raise ObjectMissing(
+        f"evaluation.checkpoint = {checkpoint!r}: run {run!r} in store {store.url!r} has only checkpoints of steps "
+        f"{steps}. Choose one of these steps."
+    )
 
 
 def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name: str) -> bytes:

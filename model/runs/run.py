@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, newest_checkpoint
 from model.config import How, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
+from storage.errors import AlreadyExists, DatasetMismatch
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_json
 
@@ -64,7 +64,10 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
     """The run, pinned at its first start. Raises like `pinned_run`, or ObjectMissing without a start checkpoint."""
-    start = _start(store, config.train.start_from) if config.train.start_from else None
+    start = None
+    if parent := config.train.start_from:
+        newest = newest_checkpoint(store, parent, "train.start_from")
+        start = Start(parent, newest.step, newest.attempt)
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
     try:
@@ -74,17 +77,6 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
         pinned = pinned_run(store, config)
         assert pinned is not None
         return pinned
-
-
-def _start(store: Store, parent: str) -> Start:
-    """The newest checkpoint of the run `parent`. Raises ObjectMissing if that run has none."""
-    records = checkpoints(store, parent)
-    if not records:
-        raise ObjectMissing(
-            f"train.start_from = {parent!r}: that run has no checkpoint in store {store.url!r}. "
-            f"gpt2 status lists the runs; gpt2 import makes a run from a Hugging Face model."
-        )
-    return Start(parent, records[-1].step, records[-1].attempt)
 
 
 def keep_request(store: Store, key: str, config: RunConfig) -> None:

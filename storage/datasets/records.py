@@ -71,7 +71,9 @@ class Failure:
 
 def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = ShardCorrupt) -> StorageError:
     """The error for a shard that has to be rebuilt."""
-    return kind(f"shard {shard_id!r} of dataset {dataset!r}: {wrong} Rebuild it: gpt2 dataset verify --repair")
+    older = f"If no newest version lists it, delete {DatasetKeys(dataset).record(shard_id)!r} and build again."
+    remedy = f"Rebuild it: gpt2 dataset verify --repair. {older}"
+    return kind(f"shard {shard_id!r} of dataset {dataset!r}: {wrong} {remedy}")
 
 
 def read_record(store: Store, dataset: str, shard_id: str) -> Record:

@@ -121,7 +121,8 @@ def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: Colle
         record = read_record(store, dataset, row.shard_id)
         if record.sha256 != row.sha256:
             wrong = f"manifest {manifest.digest[:12]} lists sha256 {row.sha256}, the rebuilt shard has {record.sha256}."
-            raise corrupt(dataset, row.shard_id, f"{wrong} Other package versions can cause this.")
+            cause = "Other package versions can cause this: install those that its sealed version was built with."
+            raise corrupt(dataset, row.shard_id, f"{wrong} {cause}")
 
 
 def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:

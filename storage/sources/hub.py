@@ -15,12 +15,13 @@ from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
 
 import httpx2
-from huggingface_hub import DatasetInfo, HfApi, RepoFile, errors, get_session, hf_hub_url
+from huggingface_hub import DatasetInfo, HfApi, RepoFile, constants, errors, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
 
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.sources.files import Listing, SourceFile
 from storage.sources.selection import SUFFIXES, listed, reason_to_ignore
+from storage.stores.opening import CREDENTIALS
 from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
 
 SCHEME = "hf://datasets/"
@@ -68,7 +69,7 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
     if split not in data_files:
         raise ValueError(
             f"{what}: no split {split!r}, only {', '.join(data_files)}. "
-            f"Choose another dataset or configuration: --set data.config=…"
+            f"Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
         )
     names = [_parse_place(place)[2] for place in data_files[split]]
     for name in names:
@@ -167,6 +168,8 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Respo
 
 
 def _with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
+    if CREDENTIALS.search(constants.ENDPOINT):  # every error of the Hub's client quotes the URL
+        raise ValueError("HF_ENDPOINT contains a password. Remove it; the Hub's own credential is HF_TOKEN.")
     backoff = Backoff(MAX_RETRY_AFTER_SECONDS)
     while True:
         try:
@@ -214,9 +217,10 @@ def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
         builder = load_dataset_builder(dataset, config or None, revision=commit)
     except (DatasetNotFoundError, DataFilesNotFoundError, ValueError, RuntimeError) as error:
         # ValueError: no such configuration; RuntimeError: the repository holds a loading script
+        name = f"data.config = {config!r} of {dataset}" if config else dataset
         raise ValueError(
-            f"data.config = {config!r} of {dataset} at {commit}: {_first_line(error)}. Check data.source, or choose "
-            f"another configuration (--set data.config=…) or the Hub's copy: --set data.revision=refs/convert/parquet"
+            f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), or "
+            f"choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
         ) from error
     return dict(builder.config.data_files)
 

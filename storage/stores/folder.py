@@ -23,11 +23,12 @@ from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
 FULL = "Free some space, then run the same command again to continue."
 DENIED = "Change the folder's owner or permissions, or choose another store."
+NO_LINKS = "Its file system may lack hard links (exFAT, some network drives): choose a folder on another disk."
 REMEDIES = {  # each follows the system's own text, as in "Permission denied"
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
     errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
+    **dict.fromkeys((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK), NO_LINKS),
     errno.EROFS: "Mount it writable, or choose another store.",
 }
 
@@ -88,6 +89,7 @@ class FolderStore(Store):
         if slash:
             keys.check_key(folder)
         with self._reporting(prefix):
+            self._check_present(prefix)
             yield from _walk(self._folder / folder, folder + slash, name_start)
 
     def delete(self, key: str) -> None:
@@ -115,12 +117,18 @@ class FolderStore(Store):
     def link(self, key: str, endpoint: str = "") -> str:  # noqa: ARG002  # only a bucket needs it
         return self.local_path(key).as_uri()
 
+    def _check_present(self, key: str) -> None:
+        """Raise StoreUnusable when the folder is missing or empty: nothing in it can be repaired or made again."""
+        if key != keys.FORMAT and not (self._folder / keys.FORMAT).exists() and not any(_walk(self._folder, "", "")):
+            raise StoreUnusable(f"store {self.url!r}: the folder is missing or empty. Mount or restore {self._folder}.")
+
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:
         with self._reporting(key):
             try:
                 file = self.local_path(key).open("rb")
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                self._check_present(key)
                 raise ObjectMissing(f"store {self.url!r} has no object {key!r}.") from error
             with file:
                 yield file

@@ -15,6 +15,7 @@ from storage.stores.store import Store
 LAYOUT = 1
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 SCHEMES = {"s3": False, "s3+http": True}  # of buckets, and whether each permits plain http to another host
+CREDENTIALS = re.compile(r"://(?:[^\s/:@]*:\S*|[^\s/@]*)@")  # user:password@ in a URL; AWS's secrets may contain "/"
 PLACE = re.compile(rf"({'|'.join(map(re.escape, SCHEMES))})://([^/]*)/?(.*)", re.DOTALL)
 
 
@@ -59,14 +60,14 @@ def open_bucket(place: str) -> tuple[Store, str]:
 
 
 def _store_at(url: str) -> Store:
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme == "file":
-        return FolderStore(Path(rest if separator else url).expanduser().absolute(), url)
+    scheme, _, rest = url.partition(":")
+    if scheme == "file" or (scheme not in SCHEMES and not rest.startswith("//")):
+        return FolderStore(Path(rest.removeprefix("//") if scheme == "file" else url).expanduser().absolute(), url)
     if scheme not in SCHEMES:
         raise StoreUnusable(
             f"store_url: unknown scheme {scheme!r}. Use a folder (--set store_url=./data) or s3://bucket/prefix."
         )
-    bucket, _, prefix = rest.removesuffix("/").partition("/")
+    bucket, _, prefix = rest.partition("//")[2].removesuffix("/").partition("/")  # no bucket in s3:/bucket
     if not BUCKET.fullmatch(bucket) or (prefix and not keys.is_key(prefix)):
         raise StoreUnusable(  # without the URL, which may contain a secret
             "store_url: expected s3://bucket/prefix. A bucket name has lower-case letters, digits, '.' and '-'; each "

@@ -7,6 +7,7 @@ boto3's transfer manager is never used, because its CRT client ignores the endpo
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ WARN_AFTER_TRIES = 5
 RETRYABLE_CODES = {"RequestTimeout", "SlowDown", "InternalError"}
 DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}  # the body, in transit
 DAMAGED_TRIES = 3
+ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/.*)?")  # without user and password
 NETWORK = (OSError, HTTPError, exceptions.ConnectionError, exceptions.HTTPClientError)
 TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, Transient)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -52,21 +54,16 @@ log = logging.getLogger(__name__)
 @lru_cache(maxsize=1)
 def client(_process_id: int) -> Any:
     """The S3 client of a process. Connections shared across a fork fail (2 to 4 errors in 160 requests)."""
-    session = boto3.Session()
-    s3 = session.client(
-        "s3",
-        region_name=session.region_name or "us-east-1",
-        config=Config(
-            signature_version="s3v4",
-            retries={"mode": "adaptive", "total_max_attempts": 1},  # throttles itself; `with_retries` does the retries
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            tcp_keepalive=True,
-            max_pool_connections=CONNECTIONS,
-            request_checksum_calculation="when_required",  # every put carries its SHA-256, so no trailer is sent
-            response_checksum_validation="when_required",  # `s3_body` hashes every read, so no second checksum
-            user_agent_extra="gpt2-pipeline",
-        ),
+    s3 = _new_client(
+        signature_version="s3v4",
+        retries={"mode": "adaptive", "total_max_attempts": 1},  # throttles itself; `with_retries` does the retries
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        tcp_keepalive=True,
+        max_pool_connections=CONNECTIONS,
+        request_checksum_calculation="when_required",  # every put carries its SHA-256, so no trailer is sent
+        response_checksum_validation="when_required",  # `s3_body` hashes every read, so no second checksum
+        user_agent_extra="gpt2-pipeline",
     )
     # Request the stored checksum without botocore's own check of it, which `readinto` silently skips.
     header = {"x-amz-checksum-mode": "ENABLED"}
@@ -81,9 +78,24 @@ def own_client() -> Any:
 
 def link_client(endpoint: str) -> Any:
     """A client that signs links for browsers, which may reach the server under another name."""
-    region = own_client().meta.region_name
-    config = Config(signature_version="s3v4", s3={"addressing_style": "path"})
-    return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint or None, config=config)
+    return _new_client(endpoint, signature_version="s3v4", s3={"addressing_style": "path"})
+
+
+def _new_client(endpoint: str = "", **settings: Any) -> Any:
+    """A client with these settings and the environment's. If any is invalid, raises StoreUnusable without a secret."""
+    reason = "an AWS_* setting is invalid; an endpoint should be http(s)://HOST:PORT, without user and password"
+    try:
+        session = boto3.Session()
+        region, config = session.region_name or "us-east-1", Config(**settings)
+        created = session.client("s3", region_name=region, endpoint_url=endpoint or None, config=config)
+        if ENDPOINT.fullmatch(created.meta.endpoint_url):
+            return created
+    except (exceptions.BotoCoreError, ValueError) as error:
+        reason = str(error) if isinstance(error, exceptions.BotoCoreError) else reason
+    # Raised outside the handler, because the cause may quote a secret.
+    raise StoreUnusable(
+        f"S3: {reason}. Correct AWS_PROFILE, BROWSER_S3_ENDPOINT, AWS_* or ~/.aws/{{config,credentials}}."
+    )
 
 
 def check_endpoint(url: str, endpoint: str, *, plain_http: bool) -> None:
@@ -143,6 +155,8 @@ def _check_transient(what: str, error: Exception, tries: int) -> float:
         raise StoreUnusable(f"{what}: the server answered {response}. {remedy}") from error
     if isinstance(error, exceptions.NoCredentialsError):
         raise StoreUnusable(f"{what}: no credentials were found. {CREDENTIALS}") from error
+    if "Invalid header" in str(error):  # the error quotes the credential
+        raise StoreUnusable(f"{what}: a credential contains a line break. {CREDENTIALS}") from None
     if not isinstance(error, TRANSIENT):
         raise StoreUnusable(f"{what}: {error}. Check the AWS_* settings.") from error
     if "CERTIFICATE_VERIFY_FAILED" in str(error):

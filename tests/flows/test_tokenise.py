@@ -17,16 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import tokenise
+from flows.handoffs import Downloaded
 from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
 from flows.runtime import settle
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig
 from model.runs.job import JobFailed
+from model.runs.run import pin_run
 from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import ShardJob
-from storage.datasets.records import Record
-from storage.errors import SourceInvalid
+from storage.datasets.records import Record, delete_shard
+from storage.errors import DatasetMismatch, SourceInvalid, SourceUnavailable
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -49,6 +51,16 @@ def shard_tasks_of_next_build(api: str, config: RunConfig) -> int:
     build_dataset(config)
     settle.wait_for_task_runs(since, 60)
     return len(shard_runs(api, {"start_time": {"after_": since.isoformat()}}))
+
+
+def test_a_lost_shard_of_an_unreachable_source_is_not_called_unrecoverable(config: RunConfig) -> None:
+    manifest, store = build_without_prefect(config), opened(config)
+    run = pin_run(store, config, manifest.digest, None)
+    delete_shard(store, "small", manifest.shard_ids[-1])
+    for failed, kind in ((["the Hub did not respond"], SourceUnavailable), ([], DatasetMismatch)):
+        with pytest.raises(kind) as caught:
+            tokenise._repair(store, config, run, Downloaded([], {}, None, failed))
+        assert ("Restore" in str(caught.value)) == (kind is DatasetMismatch)
 
 
 @pytest.mark.parametrize(

@@ -131,12 +131,33 @@ def test_computed_settings_exclude_resources_store_and_name() -> None:
         ("evaluation.prompts=[]", ()),
         ("evaluation.top_k=0", 0),
         ("resources.processes=2", 2),
+        ("data.mirror=off", False),
+        ("data.text_column= a b ", " a b "),
+        ("data.text_column=it's", "it's"),
+        ("data.text_column='it is'", "it is"),
+        ('data.text_column="a" # b', '"a" # b'),
+        ('data.text_column="a", "b"', '"a", "b"'),
     ],
 )
 def test_an_override_sets_its_field(override: str, value: object) -> None:
     loaded = value_of(load_config(None, [override]), override.partition("=")[0].strip())
     assert loaded == value
     assert type(loaded) is type(value)
+
+
+LIKE_TOML = ["12e4567", "1.10", "2024-06-01", "true", "0x10", "1_000", "nan", "007"]
+
+
+@pytest.mark.parametrize("name", [name for name, field in fields() if field.annotation is str])
+def test_text_is_never_read_as_a_number_or_a_date(tmp_path: Path, name: str) -> None:
+    """An override has it as typed; without quotes in a file it is an error that names the setting and the quotes."""
+    section, _, field = name.rpartition(".")
+    for text in LIKE_TOML:
+        if name not in ("evaluation.checkpoint", "resources.rendezvous"):
+            assert value_of(load_config(None, [f"{name}={text}"]), name) == text
+        (tmp_path / "a.toml").write_text(f"[{section}]\n{field} = {text}\n" if section else f"{field} = {text}\n")
+        with pytest.raises(ValueError, match=r"invalid TOML" if text == "007" else rf"{name} = .*quotes"):
+            load_config(tmp_path / "a.toml", [])
 
 
 def test_an_override_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
@@ -184,6 +205,18 @@ def test_an_unknown_name_without_a_near_match_is_refused() -> None:
         ("=", []),
         ("train=5", ["train", "5"]),
         ("train.seed.x=1", ["train.seed"]),
+        ("train.max_steps=true", ["train.max_steps", "integer"]),
+        ("train.max_steps=1e3", ["train.max_steps", "integer"]),
+        ("train.learning_rate=true", ["train.learning_rate", "number"]),
+        ("train.max_steps=5 # five", ["train.max_steps", "5 # five"]),
+        ("evaluation.prompts=Hello", ["evaluation.prompts", "Hello", "list"]),
+        ('evaluation.prompts=["a", 1.10]', ["evaluation.prompts.1", "1.1", "quotes"]),
+        ("data.dataset=con fig", ["data.dataset", "con fig", "letters"]),
+        ("name=a\n", ["name", "letters"]),
+        ("data.source=s3://key:se/kret@bucket/x", ["data.source", "password", "AWS_SECRET_ACCESS_KEY"]),
+        ("evaluation.checkpoint=" + "9" * 99, ["evaluation.checkpoint"]),
+        ("train.seed=4294967296", ["train.seed", "4294967295"]),
+        ("train.max_steps=" + "9" * 5000, ["train.max_steps"]),
         ("train.max_steps=many", ["train.max_steps", "many"]),
         ("train.max_steps=1.5", ["train.max_steps", "1.5"]),
         ("train.max_steps=0", ["train.max_steps", "0", "1"]),
@@ -292,6 +325,14 @@ def test_all_invalid_values_are_reported_at_once() -> None:
 
 
 # Files
+
+
+def test_a_section_that_the_file_sets_to_a_value_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("train = 5\n")
+    for overrides in ([], ["train.max_steps=2"]):
+        with pytest.raises(ValueError, match=r"train = 5.*section") as caught:
+            load_config(tmp_path / "a.toml", overrides)
+        assert "--set train=" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

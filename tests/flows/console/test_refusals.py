@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.items import mirror_items
+from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, put_checkpoint
+from model.config_file import load_config
 from storage.datasets.manifest import latest_manifest
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.damage import flip_bit
 from tests.flows.client import gpt2 as start_gpt2
 from tests.flows.client import run_gpt2
 from tests.flows.in_process import Gpt2
-from tests.making import document, write_parquet
+from tests.making import build_dataset, document, write_parquet
 
 TINY = {
     "name": "tiny", "data.dataset": "small", "data.source": "source/*.parquet", "data.shard_tokens": "1000",
@@ -122,6 +127,90 @@ def test_a_bad_setting_is_refused_before_anything_starts(
     assert not (folder / "data").exists()
 
 
+def prepare(folder: Path, what: str) -> None:
+    """Make an empty store, with the dataset, or with it and a run "parent" that has a checkpoint of step 4."""
+    config = load_config(None, [f"store_url={folder}/data", *settings()[1::2], f"data.source={folder}/source"])
+    store = open_store(config.store_url, create=True)
+    if what != "nothing":
+        build_dataset(config)
+    if what == "a parent":
+        record = CheckpointRecord(4, "train-x", config.model.model_dump(), {})
+        put_checkpoint(store, "parent", {WEIGHTS: b"", OPTIMIZER: b""}, record)
+
+
+@pytest.mark.parametrize(
+    ("verb", "there", "changes", "facts"),
+    [
+        ("train", "nothing", [], ["no sealed version", "gpt2 dataset build"]),
+        ("train", "a dataset", ["train.start_from=nobody"], ["train.start_from", "nobody"]),
+        ("train", "a parent", ["train.start_from=parent", "model.width=32"], ["train.start_from", "model.width is 16"]),
+        ("train", "a dataset", ["resources.tensorboard=taken"], ["resources.tensorboard", "taken"]),
+        ("pretrain", "nothing", ["resources.tensorboard=taken/logs"], ["resources.tensorboard", "taken"]),
+        ("pretrain", "nothing", ["train.start_from=nobody"], ["train.start_from", "nobody", "gpt2 import"]),
+        ("pretrain", "a dataset", ["data.text_column=body"], ["text_column is", "data.dataset"]),
+        ("pretrain", "nothing", ["data.source=none/*.jsonl"], ["data.source", "none/*.jsonl"]),
+        ("dataset build", "nothing", ["data.source=empty"], ["data.source", "no .parquet or .jsonl"]),
+        ("dataset build", "nothing", ["evaluation.hellaswag=none.jsonl", "resources.audit=true"], ["none.jsonl"]),
+        ("dataset audit", "a dataset", ["evaluation.hellaswag=none.jsonl"], ["evaluation.hellaswag", "none.jsonl"]),
+        ("dataset audit", "nothing", [], ["no sealed version"]),
+        ("evaluate", "a dataset", [], ["'tiny'", "no checkpoint", "gpt2 train"]),
+        ("evaluate", "a parent", ["name=parent", "evaluation.checkpoint=9"], ["evaluation.checkpoint", "steps 4"]),
+        ("evaluate", "a parent", ["name=parent", "evaluation.hellaswag=none.jsonl"], ["evaluation.hellaswag"]),
+    ],
+)
+def test_a_missing_input_is_refused_before_a_server_starts(
+    gpt2: Gpt2, folder: Path, verb: str, there: str, changes: list[str], facts: list[str]
+) -> None:
+    prepare(folder, there)
+    (folder / "taken").write_text("a file")
+    (folder / "empty").mkdir()
+    outcome = gpt2(*verb.split(), *settings(), *(word for change in changes for word in ("--set", change)), cwd=folder)
+    assert outcome.code == 2, outcome
+    for fact in facts:
+        assert fact in outcome.error
+    assert "PREFECT_API_URL" not in outcome.error  # no server answers there
+    assert not {"evaluation.hellaswag", "data.source"} <= set(re.findall(r"[a-z_]+\.[a-z_]+", outcome.error))
+
+
+def test_a_missing_file_of_items_does_not_blame_the_source(store: Store) -> None:
+    """In a flow too, which a deployment starts without the checks of the console."""
+    with pytest.raises(ValueError, match=r"evaluation\.hellaswag = 'none.jsonl'") as caught:
+        mirror_items.fn("none.jsonl", store.url)
+    assert "data.source" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "extra"),
+    [("resources.runner=dask", "prefect_dask", "dask"), ("resources.tensorboard=logs", "tensorboard", "tensorboard")],
+)
+def test_a_missing_package_is_refused_before_a_server_starts(
+    gpt2: Gpt2, folder: Path, monkeypatch: pytest.MonkeyPatch, changes: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = gpt2("pretrain", *settings(), "--set", changes, cwd=folder)
+    assert (outcome.code, f"pip install -e '.[{extra}]'" in outcome.error) == (2, True), outcome
+    assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["bootstrap"], "PREFECT_API_AUTH_STRING"),
+        (["train", "s3://key:sekret@bucket"], "unexpected"),
+        (["train", "--set", "s3://key:se/kret@bucket"], "value is missing"),
+        (["dataset", "copy", "s3://key:se/kret@bucket"], "credentials"),
+        (["status", "--set", "data.source=s3://key:sekret@bucket"], "data.source"),
+    ],
+)
+def test_no_message_contains_the_password_of_a_url(
+    gpt2: Gpt2, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], fact: str
+) -> None:
+    prepare(folder, "nothing")
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:sekret@127.0.0.1:1/api")
+    outcome = gpt2(*arguments, cwd=folder)
+    assert (outcome.code, fact in outcome.error, "kret" in outcome.text) == (2, True, False), outcome
+
+
 @pytest.mark.full
 def test_the_verbs_in_sequence(api: str, gpt2: Gpt2, folder: Path) -> None:
     outcome = gpt2("train", *settings(), cwd=folder)
@@ -201,6 +290,12 @@ def test_serve_refuses_a_port_in_use(gpt2: Gpt2, folder: Path) -> None:
     assert f"--port {port + 1}" in outcome.error
 
 
+def test_a_demo_of_too_many_minutes_is_refused(gpt2: Gpt2, tmp_path: Path) -> None:
+    """Its number of steps would be a parameter of over 64 bits of a flow run."""
+    outcome = gpt2("demo", "--minutes", "9" * 30, cwd=tmp_path)
+    assert (outcome.code, "minutes" in outcome.error, list(tmp_path.iterdir())) == (2, True, []), outcome
+
+
 def test_every_verb_has_help(gpt2: Gpt2) -> None:
     for group in ([], ["dataset"]):
         listed = gpt2(*group, "--help").out
@@ -209,6 +304,7 @@ def test_every_verb_has_help(gpt2: Gpt2) -> None:
         for verb in verbs:
             outcome = gpt2(*group, verb, "--help")
             assert (outcome.code, len(outcome.out.splitlines()) > 8) == (0, True), verb
+            assert "[ARGS" not in outcome.out  # but the name of the argument
 
 
 def test_without_arguments_the_help_names_the_first_command(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from flows.console import cli
 from flows.console.options import Settings
 from flows.handoffs import DatasetVersion
 from flows.pretrain import build_dataset, pretrain
-from model.config import RunConfig
+from model.config import ResourcesConfig, RunConfig
 from model.config_file import load_config
 from model.runs.job import JobFailed
-from model.runs.run import find_run, keep_request
+from model.runs.run import find_run, keep_request, pin_run
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
 from storage.errors import DatasetMismatch, ShardCorrupt
@@ -174,6 +174,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
     """The configurations that the verb passes to the flows, which are not run."""
     started: list[tuple[str, RunConfig]] = []
     monkeypatch.setattr(cli, "_pretrain", lambda config, _: started.append(("run", config)))
+    monkeypatch.setattr(cli, "_train", lambda config, _: started.append(("train", config)))
     monkeypatch.setattr(cli, "build_dataset", lambda config, _: started.append(("dataset", config)))
     return started
 
@@ -197,6 +198,14 @@ def test_the_last_request_is_repeated_with_every_setting(store: Store, started: 
     cli.retry("mine", settings=Settings(None, (f"store_url={store.url}",)))
     assert started == [(kind, requested(store, *UNUSUAL))]
     assert store.url not in bytes(store.read(key).body).decode()
+
+
+def test_a_run_that_was_only_trained_is_trained_again(store: Store, started: list[Any]) -> None:
+    """gpt2 train stores no request; the run is pinned to everything that decides its result."""
+    config = requested(store, *UNUSUAL)
+    pin_run(store, config, "a" * 64, None)
+    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.workers=1")))
+    assert started == [("train", config.model_copy(update={"resources": ResourcesConfig(workers=1)}))]
 
 
 def test_a_setting_is_checked_against_the_request(store: Store, started: list[Any]) -> None:

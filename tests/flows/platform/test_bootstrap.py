@@ -139,6 +139,36 @@ def test_the_form_refuses_a_bad_value_with_a_message_for_that_field(
     assert (response.status_code, message in response.text) == (409, True), response.text
 
 
+POISON = [  # as JSON
+    ("train", "seed", "9" * 30), ("train", "clip", "9" * 30), ("train", "betas", f"[0.5, {'9' * 30}]"),
+    ("train", "max_steps", "-" + "9" * 30), ("train", "learning_rate", "1e400"), ("train", "unknown", "9" * 30),
+    ("resources", "unsaved_minutes", "9" * 30), ("data", "source", r'"\ud800"'), ("data", "dataset", r'"\ud800"'),
+    ("evaluation", "prompts", r'["\ud800"]'), ("evaluation", "checkpoint", f'"{"9" * 30}"'),
+    ("data", "source", '"s3://key:sekret@bucket/x"'), (None, "store_url", '"s3://key:sekret@bucket/x"'),
+    ("data", "dataset", '"a/b"'), ("data", "dataset", '""'), ("train", "start_from", '".hidden"'),
+    (None, "name", '"a b"'), (None, "name", r'"a\n"'), (None, "name", f'"{"x" * 201}"'),
+    ("data", "text_column", f'"{"x" * 10_000}"'), ("data", "dataset", "1.10"),
+]  # fmt: skip
+
+
+def test_the_form_refuses_what_no_flow_or_no_list_of_runs_could_use(api: str) -> None:
+    """After one stored integer of over 64 bits, or one lone surrogate, the server could list no run again."""
+    pretrain = deployment(api, "pretrain")
+    for section, field, text in POISON:
+        config = json.loads(json.dumps(pretrain["parameters"]["config"]))
+        (config[section] if section else config)[field] = "@"
+        body = json.dumps({"parameters": {"config": config}}).replace('"@"', text)
+        response = httpx.post(
+            f"{api}/deployments/{pretrain['id']}/create_flow_run",
+            content=body, headers={"Content-Type": "application/json"}, timeout=60,
+        )  # fmt: skip
+        assert response.status_code in (409, 422), (section, field, text, response.text)
+    assert call_api(api, "/flow_runs/filter", {}) is not None
+    config = pretrain["parameters"]["config"]
+    config["evaluation"]["prompts"], config["data"]["source"] = ["Zwei\nZeilen 🙂"], "s3://bucket/żółć@1/*.parquet"
+    assert start(api, "pretrain", RunConfig.model_validate(config))
+
+
 def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str) -> None:
     refresh = deployment(api, "dataset-refresh")
     [schedule] = refresh["schedules"]

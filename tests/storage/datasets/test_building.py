@@ -1,5 +1,7 @@
 """Building a dataset: which shards are missing, and which settings a name is bound to."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,13 @@ from model.config import RunConfig
 from storage.datasets import building, shards
 from storage.datasets.plan import FilePlan, plan_files, planner
 from storage.datasets.recipe import DatasetSpec
-from storage.errors import DatasetMismatch
+from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
+from tests.damage import flip_bit
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 
@@ -47,6 +50,45 @@ def test_one_lost_shard_is_one_job(config: RunConfig, damage: str) -> None:
     assert build_dataset(config) == manifest
     for row in manifest.rows():
         shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+
+
+def test_the_remedy_for_a_wrong_record_works_before_the_first_version(config: RunConfig, tmp_path: Path) -> None:
+    """`gpt2 dataset verify --repair` needs a version."""
+    shard_id = build_dataset(config.model_copy(update={"store_url": str(tmp_path / "other")})).shard_ids[3]
+    other, store = open_store(str(tmp_path / "other")), open_store(config.store_url, create=True)
+    body = other.read(DatasetKeys("small").record(shard_id)).body
+    wrong = json.loads(body) | {"sha256": "0" * 64}
+    store.put_new(DatasetKeys("small").record(shard_id), json.dumps(wrong).encode())
+    with pytest.raises(ShardCorrupt) as caught:
+        build_dataset(config)
+    follow(store, caught.value)
+    assert build_dataset(config).shard_ids[3] == shard_id
+
+
+def test_the_remedy_for_a_damaged_shard_works_for_an_older_version(config: RunConfig, source: str) -> None:
+    """`gpt2 dataset verify --repair` reads the newest version."""
+    first, store, file = build_dataset(config), open_store(config.store_url), Path(source).parent / "file_1.parquet"
+    hidden = file.rename(file.with_suffix(".hidden"))
+    write_parquet(file.with_name("file_2.parquet"), [document(900 + number) for number in range(40)])
+    row = next(row for row in first.rows() if row.shard_id not in build_dataset(config).shard_ids)
+    flip_bit(store, DatasetKeys("small").shard(row.shard_id), 10)
+    with pytest.raises(ShardCorrupt) as caught:
+        shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+    hidden.rename(file)
+    follow(store, caught.value)
+    spec = config.data.spec(tokenizer.identity())
+    plans = list(plan_files(store, "small", list_source(store, source, "", "main", "train")[0].files, spec.settings))
+    assert building.lost_shards(store, "small", first, plans) == {row.shard_id}  # what gpt2 pretrain builds
+    job = next(job for plan in plans for job in plan.jobs() if job.shard_id == row.shard_id)
+    shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
+    shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+
+
+def follow(store: Store, error: Exception) -> None:
+    """Delete the object that the error says to delete."""
+    (key,) = re.findall(r"delete '([^']+)'", str(error))
+    assert key in [listed.key for listed in store.list("datasets/")]
+    store.delete(key)
 
 
 def test_a_new_file_makes_only_its_own_shards(config: RunConfig, source: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import time
+import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,13 @@ def fetched(file: SourceFile, partial: bytes = b"") -> bytes:
     body = io.BytesIO(partial)
     client.fetch(file, body, lambda _: None)
     return body.getvalue()
+
+
+def test_a_password_in_the_endpoint_is_refused_and_not_echoed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.constants, "ENDPOINT", "http://user:sekret@127.0.0.1:1")
+    with pytest.raises(ValueError, match="HF_ENDPOINT") as caught:
+        client.resolve("org/edu", "main")
+    assert "sekret" not in "".join(traceback.format_exception(caught.value))
 
 
 # Names

@@ -224,6 +224,31 @@ def test_a_write_that_the_disk_refuses_leaves_nothing(
     store.swap("pointer", b"new", etag)
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreUnusable, match="hard links") as caught:
+        open_store(str(tmp_path / "store"), create=True)
+    assert "permissions" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "temporary files"])
+def test_a_store_that_vanished_is_not_an_empty_store(store: Store, tmp_path: Path, left: str) -> None:
+    """Nothing in it can be repaired or built again: it is on a disk that is not mounted, or was deleted."""
+    store.put_new("a/key", b"1")
+    shutil.move(tmp_path / "store", tmp_path / "elsewhere")
+    if left != "nothing":
+        (tmp_path / "store" / (".store/tmp" if left == "temporary files" else "")).mkdir(parents=True)
+    reads = [lambda: store.read("a/key"), lambda: store.stat("a/key"), lambda: list(store.list("a/")),
+             lambda: store.read_range("a/key", 0, 1), lambda: read_json(store, "other")]  # fmt: skip
+    for read in reads:
+        with pytest.raises(StoreUnusable, match=rf"{tmp_path / 'store'}.*missing or empty.*[Mm]ount"):
+            read()
+
+
 HALF = """
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 for _ in range(2):

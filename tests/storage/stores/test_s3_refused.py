@@ -145,12 +145,57 @@ def test_plain_http_to_another_host_needs_an_explicit_scheme(
 
 
 @pytest.mark.parametrize(
-    "place", ["s3://key:sekret@bucket/x", "s3://Bucket", "s3://b", "s3://bucket//x", "s3://bucket/../x", "http://key:sekret@bucket/x"]
+    "place", ["s3://key:sekret@bucket/x", "s3://Bucket", "s3://b", "s3://bucket//x", "s3://bucket/../x", "http://key:sekret@bucket/x",
+              "s3:key:sekret@bucket/x", "s3:/bucket/x", "s3+http://key:se/kret@bucket"]
 )  # fmt: skip
 def test_an_invalid_url_is_not_echoed(place: str) -> None:
     with pytest.raises(StoreUnusable, match="store_url") as caught:
         open_store(place)
-    assert "sekret" not in str(caught.value)
+    assert "kret" not in str(caught.value)
+
+
+# Settings of AWS
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fact"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "http://key:sekret@127.0.0.1:1", "endpoint"),
+        ("AWS_ENDPOINT_URL", "https://key:se/kret@127.0.0.1:1", "endpoint"),
+        ("AWS_ENDPOINT_URL_S3", "key:sekret@127.0.0.1:1", "endpoint"),
+        ("AWS_ENDPOINT_URL_S3", "127.0.0.1:1", "http"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:sekret", "endpoint"),
+        ("AWS_PROFILE", "nope", "AWS_PROFILE"),
+        ("AWS_CONFIG_FILE", "[default]\nsekret\n", "config"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "[default]\naws_access_key_id = a\nsekret\n", "credentials"),
+        ("AWS_DEFAULTS_MODE", "often", "often"),
+        ("AWS_DEFAULT_REGION", "a b", "region"),
+        ("AWS_SESSION_TOKEN", "sekret\n", "line break"),
+    ],
+)
+def test_an_invalid_setting_is_reported_at_once_and_without_a_secret(
+    monkeypatch: pytest.MonkeyPatch, forget_client: Forget, tmp_path: Path, variable: str, value: str, fact: str
+) -> None:
+    if variable.endswith("_FILE"):
+        (tmp_path / "file").write_text(value)
+        value = str(tmp_path / "file")
+    for name, valid in servers.Server("http://127.0.0.1:1", None).environment.items():  # type: ignore[arg-type]
+        if not (name == "AWS_ENDPOINT_URL_S3" and variable == "AWS_ENDPOINT_URL"):
+            monkeypatch.setenv(name, valid)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("retried"))
+    forget_client()
+    with pytest.raises(StoreUnusable, match=fact) as caught:
+        open_store("s3://bucket/x")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "kret" not in shown and servers.SECRET not in shown
+
+
+@pytest.mark.parametrize("endpoint", ["files.example", "https://key:sekret@files.example"])
+def test_a_link_to_an_invalid_endpoint_is_refused_without_a_secret(url: str, endpoint: str) -> None:
+    with pytest.raises(StoreUnusable, match="BROWSER_S3_ENDPOINT") as caught:
+        open_store(url, create=True).link("key", endpoint)
+    assert "sekret" not in "".join(traceback.format_exception(caught.value))
 
 
 # Credentials
