@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MINIO := github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
 KEPT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gpt2-pipeline/tools/$(lastword $(subst @, ,$(MINIO)))
 
-.PHONY: demo test test-full nightly stress check lock minio env clean
+.PHONY: demo test test-full nightly stress check lock minio chromium env clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/gpt2 demo
@@ -22,8 +22,8 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(PYTEST) -m "not full and not nightly"
 
-# The tests that need a real MinIO, and the long tests. CI runs `test` and `test-full`.
-test-full: $(VENV)/.dev minio
+# The tests that need a real MinIO or a browser, and the long tests. CI runs `test` and `test-full`.
+test-full: $(VENV)/.dev minio chromium
 	$(PYTEST) -m "full and not nightly"
 
 # Random faults and kills, and every command of the README as written.
@@ -53,6 +53,11 @@ minio: .tools/minio
 $(KEPT)/minio:
 	@command -v go >/dev/null || { echo "go was not found; make minio needs it to build a MinIO server. Install Go 1.24 or newer (https://go.dev)."; exit 2; }
 	CGO_ENABLED=0 GOTOOLCHAIN=auto GOBIN=$(KEPT) go install -trimpath -tags kqueue $(MINIO)
+
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { command -v apt-get >/dev/null && [ $$(id -u) = 0 ] && \
+		apt-get -q update && apt-get -qy install --no-install-recommends chromium; } || \
+		{ echo "Chromium was not found; a test drives it. Install it (Debian: apt install chromium), then run this again."; exit 2; }
 
 # Writes random secrets, one file each, and the settings for docker-compose.yml. Existing files stay. Files have mode 444,
 # since containers read them as other users; their folder has mode 700, here and in the image.

@@ -129,11 +129,15 @@ def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
     if resources.runner == "threads":
         return ThreadPoolTaskRunner(workers)
     check_extra("dask", "prefect_dask")
+    import dask
     from prefect_dask.task_runners import DaskTaskRunner
 
     if resources.dask_address:
         return DaskTaskRunner(address=resources.dask_address)
-    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
+    dask.config.set({f"distributed.{process}.http.routes": [] for process in ("scheduler", "worker")})  # no web pages
+    # A Dask cluster runs what anyone sends it. `security`: TLS with a certificate that only its own processes have.
+    cluster = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "security": True}
+    return DaskTaskRunner(cluster_kwargs=cluster)
 
 
 def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:

@@ -1,7 +1,8 @@
-"""Finds processes of this host in /proc, and kills them."""
+"""Finds processes of this host in /proc, with the addresses on which they listen, and kills them."""
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,24 @@ def family(pid: int) -> list[int]:
     for known in members:
         members += children(known)
     return members
+
+
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """The addresses and ports on which these processes listen."""
+    inodes = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                inodes.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
+    addresses = set()
+    for table, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            local, state, inode = line.split()[1], line.split()[3], line.split()[9]
+            if state == "0A" and inode in inodes:  # LISTEN
+                packed = bytes.fromhex(local.partition(":")[0])
+                words = [packed[start : start + 4][::-1] for start in range(0, len(packed), 4)]
+                addresses.add((socket.inet_ntop(kind, b"".join(words)), int(local.partition(":")[2], 16)))
+    return addresses
 
 
 def kill(pids: list[int]) -> None:

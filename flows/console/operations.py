@@ -8,7 +8,7 @@ from cyclopts.validators import Number
 from rich.table import Table
 from rich.text import Text
 
-from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, console, prefect, say
+from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, console, prefect, say, starting
 from flows.inspection import garbage
 from flows.inspection.status import run_status, store_status
 
@@ -100,24 +100,25 @@ def serve(
     Ctrl-C cancels the active runs; training has 8 s to save a checkpoint. Retries continue from the newest checkpoint.
 
     Example: gpt2 serve --port 4300
-    Next: open the printed address, or run gpt2 demo in another terminal.
+    Next: open the printed address and log in, or run gpt2 demo in another terminal.
 
     Args:
         port: The port of Prefect's UI on this host.
     """
-    from flows.platform.serve import check_port, platform, wait_for_end
+    from flows.platform.serve import platform, wait_for_end
+    from flows.platform.server import login, running_port
 
     config = settings.load()
-    check_port(port)
     with ExitStack() as stack:
-        with console.status("starting Prefect's server, deployments and workers"):
+        with starting("Prefect's server, deployments and workers"):
             processes = stack.enter_context(platform(port, config))
         say("UI", f"http://127.0.0.1:{port}")
+        say("login", login() if console.is_terminal else "in .gpt2/login, which only you can read")
         say("one click", f"http://127.0.0.1:{port}/deployments: pretrain, demo, train, evaluate, dataset-refresh")
         say("commands", "gpt2 demo, gpt2 pretrain, … in another terminal use this server. Ctrl-C here stops it")
         wait_for_end(processes)
         say("stopping", "cancelling active runs; a retry continues from the store")
-    say("stopped", "")
+    say("stopped", f"except the server: another command uses it, on port {port}" if running_port() else "")
 
 
 @app.command(group=SERVICE)

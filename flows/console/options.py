@@ -6,6 +6,7 @@ Importing Prefect takes 3 s and reads settings from the environment, so only fun
 import json
 import os
 import shlex
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class _Terminal(Console):
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
 SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
+SLOW_SECONDS = 5.0  # a start that takes longer says why
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
@@ -153,6 +155,19 @@ def check_source(source: str, setting: str) -> None:
 
 
 @contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Show what starts while the block lasts: on a terminal, or as a line of output when it takes long."""
+    text = f"{what}; the first start creates the database; waiting up to 120 s"
+    line = threading.Timer(SLOW_SECONDS, say, ("starting", text))
+    line.start()
+    try:
+        with console.status(f"starting {text}"):
+            yield
+    finally:
+        line.cancel()
+
+
+@contextmanager
 def prefect(verbose: bool) -> Iterator[None]:
     """Provide a Prefect server for the block. Prefect's log stays off the console unless `verbose`."""
     from flows.console.watch import end_with_server
@@ -163,7 +178,7 @@ def prefect(verbose: bool) -> Iterator[None]:
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with ExitStack() as stack:
-        with console.status("starting Prefect's server"):
+        with starting("Prefect's server"):
             url = stack.enter_context(prefect_server())
         say("Prefect", url.removesuffix("/api"))
         if not is_named:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from flows.platform.server import served_port
+from flows.platform.server import running_port
 from model import tokenizer
 from storage.cache import host
 from storage.cache import shards as shard_cache
@@ -40,9 +40,9 @@ def examine(store_url: str) -> Iterator[Verdict]:
     yield from _store(store_url)
     yield _disk()
     yield _attempt("cache", _cache)
-    port = served_port()
-    other = "gpt2 serve is not running here; commands use PREFECT_API_URL or start their own server"
-    yield Verdict("server", True, f"gpt2 serve answers on port {port}" if port else other)
+    port = running_port()
+    other = "no Prefect server runs in this folder; commands use PREFECT_API_URL or start their own server"
+    yield Verdict("server", True, f"this folder's Prefect server runs on port {port}" if port else other)
 
 
 def _attempt(check: str, detail: Callable[[], str]) -> Verdict:

@@ -1,7 +1,7 @@
 """The whole platform as one process tree: Prefect's server with its UI, deployments, a worker per pool."""
 
+import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -18,21 +18,12 @@ WORKER_SECONDS = 3.0  # an idle worker stops within 1 s; after cancelling a run 
 POLL_SECONDS = 0.5
 
 
-def check_port(port: int) -> None:
-    """Raise ValueError when the port cannot be used."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise ValueError(
-            f"serve: {error.strerror}. Stop the process that uses port {port}, or choose another: --port {port + 1}"
-        ) from error
-
-
 @contextmanager
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Run everything that the deployments need while the block lasts. Yields the processes by name.
 
     `config` fills the deployments' forms. Leaving the block cancels active runs; a retry resumes them.
+    Raises ValueError when this folder already has a server, or when its server does not start.
     """
     with server.serving(port) as server_process:
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported
@@ -41,7 +32,8 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
         workers = {}
         for pool in POOLS:
             name = f"worker-{pool}"
-            workers[name] = server.start(name, port, "worker", "start", "--pool", pool, "--type", "process")
+            argv = ["flows.platform.command", str(os.getpid()), "worker", "start", "--pool", pool, "--type", "process"]
+            workers[name] = server.start(name, port, *argv)
         try:
             yield {"server": server_process, **workers}
         finally:

@@ -1,22 +1,30 @@
-"""A local Prefect server: on a port of 127.0.0.1, with its database in `.gpt2`."""
+"""This folder's Prefect server: on a port of 127.0.0.1, with its database, login and logs in `.gpt2`.
 
+Only one server runs in a folder: the commands that run at the same time share it, and it ends with the last of them.
+The kernel releases a lock when its holder dies, so locks tell who lives: the server holds that of `server.json`, which
+has its port, and every command that uses the server shares that of `users`.
+"""
+
+import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
 
 import httpx
 
 from storage.stores.opening import CREDENTIALS
 
 HOME = Path(".gpt2")
-SERVED = HOME / "server.json"  # the port of `gpt2 serve` while it runs
 START_SECONDS = 120.0  # the first start creates the database: 15 s on two busy cores
 SETTINGS = Path(__file__).with_name("prefect.env")
 
@@ -27,25 +35,50 @@ def prefect_environment(port: int | None = None) -> dict[str, str]:
     environment = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     environment |= {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_HOME": str((HOME / "prefect").absolute())}
     if port is not None:
-        url = f"http://127.0.0.1:{port}/api"
-        environment |= {"PREFECT_API_URL": url, "PREFECT_SERVER_UI_API_URL": url}  # the UI's default is port 4200
+        origins = _origins(port)
+        environment |= {"PREFECT_API_URL": f"{origins[0]}/api", "PREFECT_SERVER_UI_API_URL": f"{origins[0]}/api"}
+        environment |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins)}
+        environment |= dict.fromkeys(("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"), login())
     return environment
+
+
+def _origins(port: int) -> list[str]:
+    """The addresses of this folder's server, as browsers write them."""
+    return [f"http://{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")]
+
+
+def login() -> str:
+    """USER:PASSWORD of this folder's server, created at the first call. Only this user can enter `.gpt2`."""
+    HOME.mkdir(mode=0o700, exist_ok=True)
+    if HOME.stat().st_uid != os.geteuid():
+        raise ValueError(f"{HOME.absolute()} belongs to user {HOME.owner()}, who could read its password. Delete it.")
+    HOME.chmod(0o700)
+    path = HOME / "login"
+    if not path.exists():
+        with NamedTemporaryFile("w", dir=HOME) as file, suppress(FileExistsError):
+            file.write(f"gpt2:{secrets.token_hex(16)}")
+            file.flush()
+            os.link(file.name, path)  # atomic: another command may be creating it, too
+    path.chmod(0o600)
+    if ":" not in (text := path.read_text().strip()):
+        raise ValueError(f"{path} does not contain USER:PASSWORD. Delete it: the next command creates a new password.")
+    return text
 
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
     """Choose a Prefect server, set PREFECT_API_URL to its address and yield the address. Raises ValueError on failure.
 
-    In this order: the server at PREFECT_API_URL, the server of `gpt2 serve`, a new server for the block.
+    In this order: the server at PREFECT_API_URL, the running server of this folder, a new server.
     """
     if url := os.environ.get("PREFECT_API_URL"):
+        if (port := running_port()) and url == _origins(port)[0] + "/api":
+            os.environ.setdefault("PREFECT_API_AUTH_STRING", login())
         _check_named(url)
         yield url
         return
-    served = served_port()
-    port = served or free_port()
-    os.environ.update(prefect_environment(port))
-    with nullcontext() if served else running_server(port):
+    with running_server():
+        os.environ.update(prefect_environment(running_port()))
         yield os.environ["PREFECT_API_URL"]
 
 
@@ -62,63 +95,99 @@ def _check_named(url: str) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"PREFECT_API_URL = {url!r}: this Prefect server cannot be used: {reason}. Start the server, set "
-            f"PREFECT_API_AUTH_STRING=user:password if it requires one, or unset PREFECT_API_URL."
+            f"PREFECT_API_AUTH_STRING to its login (gpt2 serve has it in .gpt2/login), or unset PREFECT_API_URL."
         ) from error
 
 
 def named_server() -> bool:
-    """Whether PREFECT_API_URL or a running `gpt2 serve` names a server."""
-    return bool(os.environ.get("PREFECT_API_URL")) or served_port() is not None
+    """Whether PREFECT_API_URL names a server, or this folder's server runs."""
+    return bool(os.environ.get("PREFECT_API_URL")) or running_port() is not None
 
 
-def served_port() -> int | None:
-    """The port of this folder's `gpt2 serve`, or None when no server answers there."""
-    try:
-        port = int(json.loads(SERVED.read_text())["port"])
-    except (OSError, ValueError, KeyError):
-        return None
-    return port if _is_healthy(port) else None
+def running_port() -> int | None:
+    """The port of this folder's server, which may not answer yet, or None when no server runs."""
+    with suppress(FileNotFoundError), (HOME / "server.json").open() as pointer:
+        try:
+            fcntl.flock(pointer, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(json.load(pointer)["port"])
+    return None
 
 
 @contextmanager
 def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server while the block lasts, and let every `gpt2` command in this folder use it."""
-    os.environ.update(prefect_environment(port))
+    """Run this folder's server on that port, and make this process its client. Raises ValueError if it already runs."""
     with running_server(port) as process:
-        SERVED.write_text(json.dumps({"port": port}))
-        try:
-            yield process
-        finally:
-            SERVED.unlink(missing_ok=True)
+        assert process is not None
+        os.environ.update(prefect_environment(port))
+        yield process
 
 
 @contextmanager
-def running_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server on that port while the block lasts. Raises ValueError when it does not start."""
-    process = start("server", port, "server", "start", "--host", "127.0.0.1", "--port", str(port))
+def running_server(port: int = 0) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Use this folder's server while the block lasts; the last command that uses it stops it.
+
+    A server that runs is used, and None yielded. Raises ValueError if one runs and a port is given, or if none starts.
+    """
+    login()  # creates the folder
+    with (HOME / "users").open("w") as users:
+        with (HOME / "starting").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(users, fcntl.LOCK_SH)  # waits for the end of a server without users
+            process, running = None, running_port()
+            if port and running:
+                raise ValueError(
+                    f"Prefect's server of this folder already runs, on port {running}, for gpt2 serve or another "
+                    f"gpt2 command. Use it at http://127.0.0.1:{running}, or stop that command first."
+                )
+            if not running:
+                process = _start_server(port)
+        try:
+            _wait_until_healthy()
+            yield process
+        finally:
+            with suppress(BlockingIOError):  # another command uses the server
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if process:
+                    stop(process)
+
+
+def _start_server(port: int) -> subprocess.Popen[bytes]:
+    """Start a server, which inherits a socket that listens (so that no other user can take its port) and its lock."""
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _is_healthy(port):
-            code = process.poll()
-            if code is not None or time.monotonic() > deadline:
-                reason = f"no answer in {START_SECONDS:.0f} s" if code is None else f"exit code {code}"
-                log = log_path("server")
-                raise ValueError(f"Prefect's server did not start on port {port}: {reason}. See its log: {log}")
-            time.sleep(0.2)
-        yield process
-    finally:
-        stop(process)
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of 127.0.0.1: {error.strerror}. Choose another: gpt2 serve --port {free_port()}"
+        ) from error
+    with listener, (HOME / "server.json").open("w") as pointer:
+        port = listener.getsockname()[1]
+        json.dump({"port": port}, pointer)
+        pointer.flush()
+        fcntl.flock(pointer, fcntl.LOCK_EX)
+        inherited = (listener.fileno(), pointer.fileno())
+        argv = ("flows.platform.app", str(listener.fileno()), str((HOME / "users").absolute()))
+        return start("server", port, *argv, pass_fds=inherited, umask=0o077)
 
 
-def start(name: str, port: int, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a `prefect` command for the server at that port. It ends with this process and logs to `log_path(name)`."""
-    HOME.mkdir(exist_ok=True)
-    argv = [sys.executable, "-m", "flows.platform.command", str(os.getpid()), *arguments]
+def _wait_until_healthy() -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not (port := running_port()) or not _is_healthy(port):
+        if not port or time.monotonic() > deadline:
+            reason = f"no answer in {START_SECONDS:.0f} s" if port else "it has ended"
+            raise ValueError(f"Prefect's server did not start: {reason}. See its log: {log_path('server')}")
+        time.sleep(0.2)
+
+
+def start(name: str, port: int, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a Python module for the server at that port, with a log at `log_path(name)`."""
     environment = os.environ | prefect_environment(port)
     with log_path(name).open("ab") as log:
+        os.fchmod(log.fileno(), 0o600)
         return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
-        )
+            [sys.executable, "-m", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            env=environment, **options,
+        )  # fmt: skip
 
 
 def log_path(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Ranks and devices: reads torchrun's environment variables, picks the device, joins the process group.
 
-RANK, WORLD_SIZE, LOCAL_RANK (torchrun)  →  DDPConfig  →  device, backend, process group
+RANK, WORLD_SIZE, LOCAL_RANK (torchrun), INIT_METHOD (torchrun.py)  →  DDPConfig  →  device, backend, process group
 """
 
 import platform
@@ -23,6 +23,7 @@ class DDPConfig:
     rank: int
     ranks: int
     device: torch.device
+    init_method: str = "env://"
 
     @classmethod
     def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
@@ -33,6 +34,7 @@ class DDPConfig:
         rank = int(environment.get("RANK", "0"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
         local_rank = int(environment.get("LOCAL_RANK", "0"))
+        init_method = environment.get("INIT_METHOD", "env://")
         available = ["cuda"] if torch.cuda.is_available() else []
         available += ["mps"] if torch.backends.mps.is_available() and ranks == 1 else []  # MPS has no collectives
         available += ["cpu"]
@@ -45,7 +47,7 @@ class DDPConfig:
                 f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with nvidia-smi."
             )
         if device != "cuda":
-            return cls(rank, ranks, torch.device(device))
+            return cls(rank, ranks, torch.device(device), init_method)
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise ValueError(
@@ -53,7 +55,7 @@ class DDPConfig:
                 f"per GPU: --set resources.processes={gpus} (for evaluations: resources.evaluation_processes)"
             )
         torch.cuda.set_device(local_rank)
-        return cls(rank, ranks, torch.device("cuda", local_rank))
+        return cls(rank, ranks, torch.device("cuda", local_rank), init_method)
 
     @property
     def is_main(self) -> bool:
@@ -88,7 +90,8 @@ class DDPConfig:
             yield
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=last_save + timedelta(minutes=10))
+        timeout = last_save + timedelta(minutes=10)
+        dist.init_process_group(backend, self.init_method, timeout, self.ranks, self.rank)
         yield
         dist.barrier()  # no rank leaves while the main rank still writes
         # Not in a `finally`: after an error NCCL would wait here for ranks that wait for this rank.

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,14 +29,18 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     shutdown_seconds = round(60 * resources.unsaved_minutes) + SHUTDOWN_SECONDS
     argv = ["--shutdown-timeout", str(shutdown_seconds), "--nproc-per-node", str(ranks)]
     argv += ["-m", "model", store_url, job_key, "--parent", str(os.getpid())]
-    hosts = ["--standalone"]
+    hosts = ["--rdzv-backend", "c10d", "--rdzv-id", job_key.rpartition("/")[2]]
     try:
-        if resources.nodes > 1:
-            address, is_first = local_address(resources.rendezvous)
-            hosts = ["--nnodes", str(resources.nodes), "--rdzv-id", job_key.rpartition("/")[2]]
-            hosts += ["--rdzv-backend", "c10d", "--rdzv-endpoint", resources.rendezvous]
-            hosts += ["--rdzv-conf", f"is_host={is_first}", "--local-addr", address]
-        torchrun([*hosts, *argv])
+        with TemporaryDirectory() as folder:  # which other users cannot enter
+            if resources.nodes > 1:
+                address, is_first = local_address(resources.rendezvous)
+                hosts += ["--nnodes", str(resources.nodes), "--rdzv-endpoint", resources.rendezvous]
+                hosts += ["--rdzv-conf", f"is_host={is_first}", "--local-addr", address]
+            else:  # files: torchrun's ports are open to every network and unpickle what anyone sends them
+                hosts += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", f"{folder}/launcher"]
+                os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "INIT_METHOD": f"file://{folder}/ranks"}
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+            torchrun([*hosts, *argv])
     except ChildFailedError as error:  # the rank has printed its own error
         return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
     except SignalException as error:  # torchrun has forwarded the signal; ranks save a checkpoint at SIGTERM only

@@ -219,8 +219,8 @@ def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
         # ValueError: no such configuration; RuntimeError: the repository holds a loading script
         name = f"data.config = {config!r} of {dataset}" if config else dataset
         raise ValueError(
-            f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), or "
-            f"choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
+            f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), "
+            f"or choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
         ) from error
     return dict(builder.config.data_files)
 

@@ -11,15 +11,23 @@ import httpx
 from tests.polling import poll
 
 
+def login() -> tuple[str, str]:
+    """User and password of the tests' server."""
+    user, _, password = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
+    return user, password
+
+
 def call_api(api: str, path: str, body: dict[str, Any] | None = None, method: str = "") -> Any:
     """Send a request: POST with a body, GET without one, or another method. Returns the decoded JSON.
 
+    Without a login in the address (http://USER:PASSWORD@…), it sends that of the tests' server.
     Like Prefect's own clients it waits 60 s for a busy server, and retries after a 503 (SQLite is busy).
     """
     method = method or ("GET" if body is None else "POST")
+    auth = None if "@" in api else login()
 
     def available() -> httpx.Response | None:
-        response = httpx.request(method, f"{api}{path}", json=body, timeout=60)
+        response = httpx.request(method, f"{api}{path}", json=body, auth=auth, timeout=60)
         return None if response.status_code == httpx.codes.SERVICE_UNAVAILABLE else response
 
     response = poll(available)

@@ -81,6 +81,7 @@ def on_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         for name, value in database.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(server, "HOME", tmp_path / ".gpt2")
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", server.login())
         port = free_port()
         with server.running_server(port):
             monkeypatch.setenv("PREFECT_API_URL", url := f"http://127.0.0.1:{port}/api")

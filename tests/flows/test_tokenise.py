@@ -2,11 +2,14 @@
 
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect import task
 
 from flows import tokenise
 from flows.handoffs import Downloaded
@@ -36,9 +40,14 @@ from tests.flows.client import shard_runs
 from tests.making import build_dataset as build_without_prefect
 from tests.making import document, published, settings_of, tiny_config, write_parquet
 from tests.polling import poll
-from tests.processes import kill, matching, parent
+from tests.processes import family, kill, listening, matching, parent
 
 pytestmark = pytest.mark.usefixtures("api")
+
+
+@task
+def nothing() -> None:
+    pass
 
 
 def opened(config: RunConfig) -> Store:
@@ -146,6 +155,36 @@ def test_transient_errors_are_retried_and_bad_data_is_not(
         build_dataset(config.model_copy(update={"resources": ResourcesConfig(workers=1)}))
     assert tries_of.pop(min(tries_of)) == tries
     assert set(tries_of.values()) == {1}
+
+
+ASK = b"GET /info/main/workers.html HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+def answer(port: int, tls: ssl.SSLContext | None) -> bytes:
+    """The first bytes that a server sends to a client without a certificate."""
+    with suppress(OSError), ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        if tls:
+            connection = stack.enter_context(tls.wrap_socket(connection))
+        connection.sendall(ASK)
+        return connection.recv(100)
+    return b""
+
+
+def test_a_local_dask_cluster_serves_only_its_own_processes() -> None:
+    """A cluster runs whatever code a client sends."""
+    tls = ssl.create_default_context()
+    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    before = listening(family(os.getpid()))
+    with tokenise.task_runner(ResourcesConfig(runner="dask", workers=1)) as runner:
+        (future := runner.submit(nothing, {})).wait()
+        assert future.state.is_completed()
+        ports = listening(family(os.getpid())) - before
+        assert len(ports) >= 3  # of the scheduler, a worker and its nanny
+        for address, port in ports:
+            assert address == "127.0.0.1"
+            for answered in (answer(port, None), answer(port, tls)):
+                assert answered == b"" or b" 404 " in answered, answered
 
 
 def spawned(folder: Path) -> bool:

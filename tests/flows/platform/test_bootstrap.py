@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from flows.platform import automations
 from flows.platform.bootstrap import _automation, bootstrap
 from model.config import RunConfig
-from tests.flows.client import call_api
+from tests.flows.client import call_api, login
 from tests.flows.deployments import automation, deployment, run, set_state, start, states
 from tests.polling import poll
 
@@ -135,7 +135,7 @@ def test_the_form_refuses_a_bad_value_with_a_message_for_that_field(
     config = pretrain["parameters"]["config"]
     config["train"][field] = value
     body = {"parameters": {"config": config}}
-    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body, timeout=60)
+    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body, auth=login(), timeout=60)
     assert (response.status_code, message in response.text) == (409, True), response.text
 
 

@@ -101,6 +101,17 @@ def test_the_server_and_a_local_one_read_the_same_settings() -> None:
         assert name not in SERVICES["server"]["environment"]
 
 
+def test_the_server_answers_only_under_its_own_addresses() -> None:
+    settings = SERVICES["server"]["environment"]
+    origins = settings["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].replace("${UI_PORT:-4200}", "4300").split(",")
+    assert all(re.fullmatch(r"http://(127\.0\.0\.1|localhost|server):\d+", origin) for origin in origins)
+    clients = [settings["PREFECT_SERVER_UI_API_URL"], SERVICES["data"]["environment"]["PREFECT_API_URL"]]
+    clients.append(SERVICES["server"]["healthcheck"]["test"][-1])
+    used = {url.replace("${UI_PORT:-4200}", "4300").partition("/api")[0] for url in clients}
+    assert used | {"http://localhost:4300"} == set(origins)
+    assert "flows.platform.app:create" in SERVICES["server"]["command"]  # which reads them
+
+
 def test_make_env_writes_random_secrets_once(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
 

@@ -65,9 +65,9 @@ def test_a_run_that_crashes_after_a_restart_of_the_server_is_restarted(
 ) -> None:
     monkeypatch.setattr(server, "HOME", tmp_path / ".gpt2")
     port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
+    api = f"http://{server.login()}@127.0.0.1:{port}/api"
     with server.running_server(port):
-        code, said = run_gpt2("bootstrap", cwd=tmp_path, api=api)
+        code, said = run_gpt2("bootstrap", cwd=tmp_path)  # reads the password itself
         assert code == 0, said
         flow_run = start(api, "demo", RunConfig())
         set_state(api, flow_run, "RUNNING")

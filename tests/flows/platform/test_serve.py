@@ -1,26 +1,27 @@
-"""`gpt2 serve`: one process tree, on this host only, that Ctrl-C stops; and a server with a password."""
+"""`gpt2 serve`: one process tree, on this host only, that Ctrl-C stops; closed to others."""
 
+import json
 import os
 import signal
-import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 
-from flows.platform import server
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
-from tests.flows.client import gpt2, run_gpt2
+from tests.browser import browser
+from tests.flows.client import call_api, gpt2
 from tests.flows.deployments import ended, run, set_state, start
 from tests.making import document, tiny_config, write_parquet
 from tests.polling import poll
 from tests.ports import free_port
-from tests.processes import family
+from tests.processes import family, listening
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -31,7 +32,7 @@ def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Pop
     process = gpt2("serve", "--port", str(port), *arguments, cwd=folder)
     assert process.stdout is not None
     try:
-        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+        assert any(f"http://127.0.0.1:{port}" in line for line in process.stdout)  # a slow start says so first
         yield process
     finally:
         process.kill()
@@ -39,24 +40,8 @@ def serving(folder: Path, port: int, *arguments: str) -> Iterator[subprocess.Pop
         process.stdout.close()
 
 
-def listening(pids: list[int]) -> set[str]:
-    """The addresses on which these processes listen."""
-    inodes = set()
-    for pid in pids:
-        for handle in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                inodes.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
-            except OSError:
-                continue
-    addresses = set()
-    for table, kind in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            local, state, inode = line.split()[1], line.split()[3], line.split()[9]
-            if state == "0A" and inode in inodes:  # LISTEN
-                packed = bytes.fromhex(local.partition(":")[0])
-                words = [packed[start : start + 4][::-1] for start in range(0, len(packed), 4)]
-                addresses.add(socket.inet_ntop(kind, b"".join(words)))
-    return addresses
+def login(folder: Path) -> str:
+    return (folder / ".gpt2" / "login").read_text()
 
 
 def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(tmp_path: Path) -> None:
@@ -66,7 +51,6 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         "train.checkpoint_every_steps=1000", "resources.processes=2",
     )  # fmt: skip
     port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
     store = open_store(config.store_url, create=True)
 
     def steps() -> int:
@@ -75,7 +59,8 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
     with serving(tmp_path, port) as process:
         tree = family(process.pid)
         assert len(tree) >= 4  # gpt2, server, two workers
-        assert listening(tree) == {"127.0.0.1"}
+        assert listening(tree) == {("127.0.0.1", port)}
+        api = f"http://{login(tmp_path)}@127.0.0.1:{port}/api"
         flow_run = start(api, "pretrain", config)
         poll(lambda: steps() > 20, 120)
         tree = family(process.pid)
@@ -95,11 +80,16 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         process.kill()  # the other processes notice by themselves
         process.wait()
         poll(lambda: [pid for pid in tree if Path(f"/proc/{pid}").exists()] == [], 30)
+    password = login(tmp_path).partition(":")[2].encode()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files if password in path.read_bytes()] == ["login"]
 
 
-@pytest.mark.parametrize("name", ["server", pytest.param("worker-train", marks=pytest.mark.nightly)])
-def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path, name: str) -> None:
-    argument = name.removeprefix("worker-")
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("server", "flows.platform.app"), pytest.param("worker-train", "train", marks=pytest.mark.nightly)],
+)
+def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path, name: str, argument: str) -> None:
     with serving(tmp_path, free_port()) as process:
         tree = family(process.pid)
         argv = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in tree}
@@ -112,26 +102,60 @@ def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path
     assert "Traceback" not in output
 
 
-@pytest.fixture
-def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server with a password."""
-    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "gpt2:secret")
-    monkeypatch.setattr(server, "HOME", tmp_path / ".gpt2")
+HOSTILE_PAGE = """<script>
+const attempts = {
+  read: () => fetch(API + "/flows/filter", {method: "POST", headers: {"Content-Type": "application/json"}, body: "{}"}),
+  write: () => fetch(API + "/variables/", {method: "POST", headers: {"Content-Type": "application/json"}, body: BODY}),
+  write_without_preflight: () => fetch(API + "/variables/", {method: "POST", body: BODY}),
+  settings: () => fetch(API + "/../ui-settings"),
+  health: () => fetch(API + "/health"),
+  listen: () => new Promise((open, fail) => {
+    const socket = new WebSocket(API.replace("http", "ws") + "/events/out", "prefect")
+    socket.onopen = open, socket.onclose = fail
+  }),
+}
+async function succeeded() {
+  const names = []
+  for (const [name, attempt] of Object.entries(attempts)) await attempt().then(() => names.push(name), () => {})
+  return names
+}
+</script>"""
+
+
+class HostileSite(BaseHTTPRequestHandler):
+    page = ""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(self.page.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_browser_shows_the_ui_after_the_login_and_a_hostile_page_gets_nothing(tmp_path: Path) -> None:
     port = free_port()
-    with server.running_server(port):
-        yield f"http://127.0.0.1:{port}/api"
-
-
-def test_with_a_password_no_call_works_without_it(
-    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    methods = {"flow_runs/filter": "POST", "deployments/filter": "POST", "admin/version": "GET", "logs/filter": "POST"}
-    expected = [(None, 401), (("gpt2", "other"), 401), (("gpt2", "secret"), 200)]
-    for path, method in methods.items():
-        for auth, status in expected:
-            response = httpx.request(method, f"{guarded}/{path}", json={}, auth=auth, timeout=60)
-            assert response.status_code == status, (path, auth)
-    code, output = run_gpt2("bootstrap", cwd=tmp_path, api=guarded)
-    assert (code, "401" in output, "PREFECT_API_AUTH_STRING" in output) == (2, True, True), output
-    code, output = run_gpt2("bootstrap", cwd=tmp_path, api=guarded, password="gpt2:secret")  # noqa: S106
-    assert code == 0, output
+    api = f"http://127.0.0.1:{port}/api"
+    body = json.dumps({"name": "hostile", "value": "written"})
+    HostileSite.page = f"<script>const API = {api!r}, BODY = {body!r}</script>{HOSTILE_PAGE}"
+    everywhere = "--host-resolver-rules=MAP *.example 127.0.0.1"
+    with (
+        serving(tmp_path, port),
+        ThreadingHTTPServer(("127.0.0.1", 0), HostileSite) as site,
+        browser(tmp_path / "profile", everywhere) as page,
+    ):
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        for host in ("evil.example", "127.0.0.1"):  # of another site, and of another port of this host
+            page.visit(f"http://{host}:{site.server_port}/")
+            assert page.run("succeeded()") == []
+        site.shutdown()
+        page.visit(f"http://evil.example:{port}/")  # DNS rebinding
+        assert "answers only" in page.text()
+        for host in ("127.0.0.1", "localhost"):
+            page.visit(f"http://{host}:{port}/deployments")
+            page.type("input[type=password]", login(tmp_path))
+            poll(lambda: "dataset-refresh" in page.text())
+        page.screenshot(tmp_path / "deployments.png")
+        assert call_api(f"http://{login(tmp_path)}@127.0.0.1:{port}/api", "/variables/filter", {}) == []

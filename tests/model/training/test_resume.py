@@ -29,6 +29,7 @@ from tests.model.training_runs import (
     training,
 )
 from tests.polling import poll
+from tests.processes import listening
 
 PARENT = """
 import os, signal, subprocess, sys
@@ -145,7 +146,10 @@ def test_every_rank_ends_when_the_process_that_started_them_is_killed(dataset: S
         parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=out, stderr=out)
     try:
         poll(lambda: "step " in (tmp_path / "out").read_text(), failure="no step was run")
-        assert len(processes_of(dataset.store, key)) == 3  # the launcher and two ranks
+        assert len(pids := processes_of(dataset.store, key)) == 3  # the launcher and two ranks
+        # Only gloo listens. torchrun's own ports would be open to every host, and unpickle what is sent.
+        assert {address for address, _ in listening(pids)} == {"127.0.0.1"}
+        assert [pid for pid in pids if not listening([pid])], "the launcher listens"
         parent.kill()
         parent.wait()
         poll(lambda: not processes_of(dataset.store, key), 30, failure="a rank outlives the process that started it")

@@ -1,0 +1,69 @@
+"""Prefect's server, closed to other websites. In a folder it ends with the last process that uses it.
+
+python -m flows.platform.app SOCKET USERS      SOCKET: descriptor of the listening socket; USERS: the file users lock
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from base64 import b64encode
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+GRACE_SECONDS = 10.0
+
+
+def create() -> ASGIApp:
+    """Prefect's server, which refuses (403) a request with another Host or Origin than those of its own address.
+
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS lists its own. The page of another website sends its Origin; if the website's
+    name was made to resolve to this host (DNS rebinding), it sends that name as Host.
+    """
+    from prefect.server.api.server import create_app
+    from prefect.server.events import actions
+    from prefect.server.events.clients import PrefectServerEventsAPIClient
+    from prefect.settings import PREFECT_SERVER_API_AUTH_STRING, PREFECT_SERVER_CORS_ALLOWED_ORIGINS
+
+    # Works around a bug of Prefect's server (3.9.1): its automations that pause others send it no login.
+    login = b64encode(PREFECT_SERVER_API_AUTH_STRING.value().encode()).decode()
+    headers = {"Authorization": f"Basic {login}"}
+    vars(actions)["PrefectServerEventsAPIClient"] = partial(PrefectServerEventsAPIClient, headers)
+    app = create_app(final=True)
+    origins = PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(",")
+    hosts = [urlsplit(origin).netloc for origin in origins]
+
+    refusal = PlainTextResponse(f"This server answers only at {', '.join(origins)}.\n", 403)
+
+    def is_own(headers: Headers) -> bool:
+        return headers.get("host") in hosts and headers.get("origin", origins[0]) in origins
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        reply: ASGIApp = app if scope["type"] == "lifespan" or is_own(Headers(scope=scope)) else refusal
+        await reply(scope, receive, send)
+
+    return guarded
+
+
+def end_with_users(path: Path) -> None:
+    """End this process as soon as no other process shares the lock. The kernel releases the locks of dead processes."""
+    with path.open("w") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)  # kept until this process has ended, so that nobody becomes its user
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_users, args=(Path(sys.argv[2]),), daemon=True).start()
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    uvicorn.Server(uvicorn.Config(create(), log_level="warning")).run(sockets=[listener])
