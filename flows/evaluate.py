@@ -17,8 +17,7 @@ from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.records import CheckpointRecord, chosen
 from model.config import RunConfig, differences
-from model.evaluation.results import EvaluationSummary
-from model.runs.job import Job, JobFailed, JobRefused
+from model.runs.job import EvaluationSummary, Job, JobFailed, JobRefused
 from model.runs.run import evaluation_jobs, pinned_run
 from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectCorrupt, StorageError

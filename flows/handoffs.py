@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from flows.inspection.facts import DatasetFacts, TrainingFacts
-from model.evaluation.results import EvaluationSummary
+from model.runs.job import EvaluationSummary
 from storage.datasets.plan import FilePlan
 
 

@@ -17,7 +17,7 @@ from flows.train import train
 from model import tokenizer
 from model.config import RunConfig
 from model.runs.job import JobFailed, JobRefused
-from model.runs.run import keep_request, pinned_run
+from model.runs.run import find_start, keep_request, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
@@ -30,6 +30,7 @@ def pretrain(config: RunConfig) -> Reported:
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses changed settings before they are stored
         _check_binding(store, config)
+        find_start(store, config)
     downloaded = download(config)
     keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
     version = tokenise(config, downloaded)

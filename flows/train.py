@@ -92,10 +92,10 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
             if not lines_by_step:  # the steps before a restart
                 lines_by_step = {line.step: line for line in read_metrics(store, run.name)}
             progress = read_json(store, RunKeys(run.name).progress)
-        except StorageError:
+            lines = Progress.model_validate(progress).since_checkpoint if progress else []
+        except (StorageError, ValueError):
             continue  # the trainer reports the error, and keeps training
-        if progress is not None:
-            lines = Progress(**progress).since_checkpoint
+        if lines:
             loss = "NaN" if lines[-1].loss is None else f"{lines[-1].loss:.3f}"
             bar.to(lines[-1].step + 1, f"loss {loss}  {lines[-1].tokens_per_second:,.0f} tokens/s")
             lines_by_step |= {line.step: line for line in lines}

@@ -6,7 +6,6 @@ Exit codes: 0 done, or stopped at a checkpoint; 2 an error that a user can fix; 
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import torch
 
 from model.evaluation.jobs import evaluate
 from model.processes.distributed import DDPConfig
+from model.processes.output import drop_failing_output
 from model.processes.parent import end_with_parent
 from model.processes.torchrun import launch
 from model.runs.job import USER_ERROR, put_result, read_job, read_result
@@ -96,15 +96,11 @@ def main() -> int:
     parser.add_argument("--processes", type=int, help="ranks on this host (0 = one per GPU; default: the job's own)")
     parser.add_argument("--parent", type=int, help="exit when the parent process with this PID dies")
     args = parser.parse_args()
-    is_rank = "RANK" in os.environ
+    drop_failing_output()
     if args.parent is not None:
-        # Ranks get a SIGKILL: a rank that still saves or waits would collide with the ranks of the restarted job.
-        end_with_parent(args.parent, signal.SIGKILL if is_rank else signal.SIGTERM)
-    if is_rank:
-        code = run_job(args.store_url, args.job_key)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # a gloo thread aborts 1 of 50 normal exits (torch 2.15)
+        end_with_parent(args.parent)
+    if "RANK" in os.environ:
+        os._exit(run_job(args.store_url, args.job_key))  # a gloo thread aborts 1 of 50 normal exits (torch 2.15)
     try:
         return start_job(args.store_url, args.job_key, args.processes)
     except (ValueError, StorageError) as error:

@@ -197,8 +197,8 @@ class EvaluationConfig(Section):
     )
     completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
     prompts: Lines = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
-    samples: Positive = Field(2, description="Samples per prompt.")
-    sample_tokens: Positive = Field(64, description="New tokens per sample.")
+    samples: Positive = Field(2, le=10_000, description="Samples per prompt.")
+    sample_tokens: Positive = Field(64, le=1_000_000, description="New tokens per sample.")
     temperature: Amount = Field(0.9, description="Sampling temperature (0 = always the most likely token).")
     top_k: Count = Field(50, description="Sample from the k most likely tokens (0 = all).")
     top_p: float = Field(

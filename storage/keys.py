@@ -119,7 +119,6 @@ class RunKeys:
         self.evaluations = f"{self.prefix}evaluations/"
         self.config = f"{self.prefix}config.json"  # what the run is pinned to; create-only
         self.request = f"{self.prefix}asked.json"  # the last request for the run
-        self.latest = f"{self.prefix}latest.json"
         self.progress = f"{self.prefix}progress.json"  # steps done, swapped
 
     def job(self, job_id: str) -> str:

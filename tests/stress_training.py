@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 if __name__ == "__main__":
@@ -33,7 +33,7 @@ from storage.digests import sha256
 from storage.keys import RunKeys
 from storage.sources import identity
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
 from tests import servers
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training_runs import StoredDataset, Training, history, processes_of, training
@@ -49,7 +49,7 @@ KEEP_LAST = 2
 FURTHER_STEPS = 3 * EVERY_STEPS  # at most, before a process is killed
 STEPS_A_KILL = 2 * EVERY_STEPS  # on average at most, or the run would end too early
 STARTING = 0.25  # share of the kills that hit while the processes start
-WRITES = 5 + 3  # of a save: metrics, weights, optimizer, record, latest; then an old checkpoint's three deletions
+WRITES = 4 + 3  # of a save: metrics, weights, optimizer, record; then an old checkpoint's three deletions
 END_SECONDS = 60.0  # until all processes of a job have ended after a kill of one
 REST_SECONDS = 1200.0
 
@@ -59,7 +59,6 @@ class Figures(NamedTuple):
 
     kills: Counter[str]
     cut_saves: int  # kills that left files of a checkpoint without its record
-    stale: int  # kills that left `latest` one checkpoint behind
     steps: int
     made_steps: int
 
@@ -72,22 +71,16 @@ class Invariants:
         self._segments: dict[str, list[StepMetrics]] = {}
         self._attempts: set[str] = set()
         self.step = 0
-        self.cut_saves = self.stale = 0
+        self.cut_saves = 0
 
     def check(self) -> None:
-        """The newest checkpoint and the one that `latest` names can be loaded, with all metrics up to it."""
+        """The newest checkpoint can be loaded, with all metrics up to it."""
         records = checkpoints(self._store, RUN)
         steps = [record.step for record in records]
         assert (steps or [0])[-1] >= self.step, f"step {self.step} was saved, the checkpoints are now of steps {steps}"
-        latest: dict[str, Any] | None = read_json(self._store, RunKeys(RUN).latest)  # type: ignore[assignment]
-        assert latest is not None or len(records) <= 1, f"no latest, but checkpoints of {steps}"
         if records:
             self.step = steps[-1]
             self._load(records[-1])
-        if latest is not None and latest["step"] != self.step:
-            self.stale += 1
-            assert latest["step"] == steps[-2], f"latest is {latest}, the checkpoints are {steps}"
-            self._load(CheckpointRecord(**read_json(self._store, latest["record"])))  # type: ignore[arg-type]
         names = {
             listed.key.removeprefix(RunKeys(RUN).checkpoints) for listed in self._store.list(RunKeys(RUN).checkpoints)
         }
@@ -192,7 +185,7 @@ def stress(server: servers.Server, folder: Path, kills: int, seed: int) -> Figur
             invariants.check()
     _wait_until_gone(dataset.store, key)
     _compare(dataset.store, steps)
-    return Figures(kills_of, invariants.cut_saves, invariants.stale, steps, made_steps)
+    return Figures(kills_of, invariants.cut_saves, steps, made_steps)
 
 
 def _put_dataset(server: servers.Server, folder: Path) -> StoredDataset:
@@ -228,7 +221,6 @@ def _compare(store: Store, steps: int) -> None:
     ours, theirs = checkpoints(store, RUN), checkpoints(store, UNDISTURBED)
     assert ours[-1].step == theirs[-1].step == steps
     assert ours[-1].files == theirs[-1].files  # names, sizes and sha256s
-    assert (read_json(store, RunKeys(RUN).latest) or {})["step"] == steps
     assert len(ours) == KEEP_LAST
 
 
@@ -250,7 +242,7 @@ def main() -> None:
             server.stop()
     print(f"{options.server}, seed {options.seed}: {figures.kills.total()} kills of a run of {figures.steps:,} steps "
           f"on {RANKS} ranks ({figures.made_steps:,} steps run), {figures.cut_saves} between the files of a save, "
-          f"{figures.stale} before latest, {time.monotonic() - started:.0f} s; "
+          f"{time.monotonic() - started:.0f} s; "
           f"no data lost or wrong: {dict(figures.kills)}")  # fmt: skip
 
 

@@ -10,8 +10,7 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 
 from flows.console.options import DEFAULTS, MODELS, Settings, app, console, say
 from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, read_model_config
-from model.config import ModelConfig, RunConfig, differences
-from model.config_file import load_config
+from model.config import RunConfig, differences
 from storage import keys
 from storage.stores.opening import open_store
 
@@ -70,13 +69,18 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
         folder: The folder with config.json and model.safetensors.
     """
     config = settings.load()
-    _check_shape(folder, config.model, read_model_config(folder))
+    shaped = _shaped(config, folder)
+    chosen = config.model.model_dump(include=config.model.model_fields_set)
+    if differing := differences(chosen, shaped.model.model_dump(), "model"):
+        raise ValueError(f"cannot import {folder}: {'; '.join(differing)}. Leave these settings out.")
     with console.status("reading the model"):
         record = import_folder(open_store(config.store_url, create=True), config.name, folder)
+    shape = [f"model.{name}={value}" for name, value in shaped.model]
+    shape.append(f"train.sequence_tokens={shaped.train.sequence_tokens}")
     say("import", f"{folder} is step {record.step} of run {config.name} in {config.store_url}")
-    say("evaluate", settings.command("evaluate"))
+    say("evaluate", settings.command("evaluate", *shape))
     say("generate", f"{settings.command('generate')} --prompt 'Hello'")
-    say("train", settings.command("train", "name=NEW", f"train.start_from={config.name}"))
+    say("train", settings.command("train", *shape, "name=NEW", f"train.start_from={config.name}"))
 
 
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
@@ -85,23 +89,17 @@ def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     The run is named after the folder when the configuration has the default name. Raises ValueError for a folder
     without a GPT-2, or when the run holds another model.
     """
-    model = read_model_config(folder)
+    shaped = _shaped(config, folder)
     name = config.name
     if name == RunConfig.model_fields["name"].default:
         name = keys.as_name(folder.resolve().name) or "model"
     with console.status("reading the model"):
         ensure_imported(open_store(config.store_url, create=True), name, folder)
+    return shaped.model_copy(update={"name": name})
+
+
+def _shaped(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with the shape of the folder's model."""
+    model = read_model_config(folder)
     train = config.train.model_copy(update={"sequence_tokens": min(config.train.sequence_tokens, model.context_tokens)})
-    return config.model_copy(update={"name": name, "model": model, "train": train})
-
-
-def _check_shape(folder: Path, configured: ModelConfig, imported: ModelConfig) -> None:
-    """Raise ValueError, with the options to use, when the folder's model does not have the configured shape."""
-    differing = differences(configured.model_dump(), imported.model_dump())
-    if differing:
-        presets = [file for file in sorted(CONFIGS.glob("gpt2-*.toml")) if load_config(file, []).model == imported]
-        fields = " ".join(f"--set model.{name}={value}" for name, value in imported.model_dump().items())
-        options = " or ".join([*(f"--config {file}" for file in presets), fields])
-        raise ValueError(
-            f"cannot import {folder}: its shape differs from the configuration: {'; '.join(differing)}. Use {options}"
-        )
+    return config.model_copy(update={"model": model, "train": train})

@@ -23,10 +23,10 @@ from rich.progress import Progress
 from rich.segment import Segment
 
 from model import tokenizer
-from model.checkpoints.records import chosen, newest_checkpoint
-from model.config import RunConfig, check_extra, differences
+from model.checkpoints.records import chosen
+from model.config import RunConfig, check_extra
 from model.config_file import load_config
-from model.runs.run import pinned_run
+from model.runs.run import find_start, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, printable
@@ -140,10 +140,8 @@ def check_inputs(config: RunConfig, *stages: str) -> None:
         check_binding(store, config.data.spec(tokenizer.identity()))
     elif "train" in stages and run is None:
         newest_version(store, config.data.dataset)
-    if "train" in stages and run is None and (parent := config.train.start_from):
-        shape = newest_checkpoint(store, parent, "train.start_from").model
-        if differing := differences(config.model.model_dump(), shape, "model"):
-            raise ValueError(f"train.start_from = {parent!r}: {'; '.join(differing)}. Use that run's shape.")
+    if "train" in stages and run is None:
+        find_start(store, config)
     if "evaluate" in stages and "train" not in stages:
         chosen(store, config.name, config.evaluation.checkpoint)
 

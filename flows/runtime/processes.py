@@ -78,11 +78,11 @@ class Processes:
             raise JobRefused("\n".join(errors or tail))
         if code:
             ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            last_lines = "\n".join(tail)
-            raise JobFailed(
-                f"job {job_key!r} {ending}. Run the same command again to resume it. "
-                f"The last lines of its output:\n{last_lines}"
-            )
+            if code == -signal.SIGKILL and not self._closed:
+                ending += ", probably because memory ran out"
+            causes, last_lines = "".join(f"{error}: " for error in errors), "\n".join(tail)
+            shown = "" if errors else f" The last lines of its output:\n{last_lines}"
+            raise JobFailed(f"{causes}job {job_key!r} {ending}. Run the same command again to resume it.{shown}")
 
 
 def run_job(store: Store, job: Job, processes: Processes) -> Any:

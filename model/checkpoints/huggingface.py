@@ -39,6 +39,8 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {  # values of config.json that compute G
     "tie_word_embeddings": (True,),
 }
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, which older versions saved with the weights
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module"}  # parts of names from torch.compile, DDP and FSDP
+JSON_BYTES = 1 << 24  # at most
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 TO_FLOAT32: dict[str, Callable[[bytes], np.ndarray]] = {
     "F32": lambda data: np.frombuffer(data, "<f4"),
@@ -179,8 +181,15 @@ def read_weights(folder: Path, model: ModelConfig) -> dict[str, np.ndarray]:
 
     Raises ValueError if a name or shape does not match `model`, a value is not finite, or the head is not tied.
     """
-    shapes, tensors = tensor_shapes(model), dict(_read_tensors(folder))
+    _check_size(folder, model)
+    shapes = tensor_shapes(model)
+    pairs = list(_read_tensors(folder))
+    tensors = dict(pairs)
+    if len(tensors) < len(pairs):
+        raise _invalid(folder, "each tensor once", "a tensor twice", "Remove the files of another model.")
     head = tensors.pop(HEAD, None)
+    if head is not None:  # of two tied tensors, safetensors' save_model keeps the first by name
+        tensors.setdefault(EMBEDDING, head)
     for name in sorted(shapes.keys() | tensors.keys()):
         shape, tensor = shapes.get(name), tensors.get(name)
         if tensor is None or tensor.shape != shape:
@@ -198,6 +207,17 @@ def read_weights(folder: Path, model: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _check_size(folder: Path, model: ModelConfig) -> None:
+    """Raise ValueError if the weight files cannot hold a model of this shape, before memory is used for it."""
+    C, T, V = model.width, model.context_tokens, tokenizer.VOCABULARY
+    parameters = (V + T + 2) * C + model.layers * (12 * C + 13) * C
+    beside = V * C + model.layers * (T * T + 1_000) + JSON_BYTES  # the head, causal masks, names
+    sizes = [path.stat().st_size for path in _weight_files(folder) if path.exists()]
+    if sizes and not 2 * parameters <= sum(sizes) <= 8 * (parameters + beside):
+        expected = f"weights of {model.layers:,} layers of width {C:,}, as config.json says"
+        raise _invalid(folder, expected, f"{sum(sizes):,} bytes", SAVED_FOLDER)
+
+
 def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor in fp32 by its full name (GPT2Model saves without `transformer.`), without the mask buffers."""
     for path in _weight_files(folder):
@@ -206,7 +226,8 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         except (OSError, SafetensorError) as error:
             raise _invalid(folder, f"safetensors in {path.name}", str(error), "Fetch the folder again.") from error
         for saved_name, saved in tensors:
-            name = saved_name if saved_name == HEAD else f"transformer.{saved_name.removeprefix('transformer.')}"
+            name = ".".join(part for part in saved_name.split(".") if part not in WRAPPERS)
+            name = name if name == HEAD else f"transformer.{name.removeprefix('transformer.')}"
             if name.endswith(BUFFERS):
                 continue
             if saved["dtype"] not in TO_FLOAT32:
@@ -216,13 +237,15 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The single safetensors file, or the indexed files, always inside the folder. Raises ValueError if missing."""
+    """The safetensors file, or the indexed files or all shards, always inside the folder. Raises ValueError if none."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / f"{WEIGHTS}.index.json").exists():
         files = _read_json(folder, f"{WEIGHTS}.index").get("weight_map")
         if isinstance(files, dict):
             return [folder / name for name in sorted({Path(str(file)).name for file in files.values()})]
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return shards
     pickles = [f"only {path.name}, a pickle, which can run any program" for path in folder.glob("pytorch_model*.bin")]
     if not pickles:
         raise _invalid(folder, WEIGHTS, "no such file", SAVED_FOLDER)
@@ -233,8 +256,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     expected = f"a JSON object in {name}.json"
     try:
-        value = json.loads((folder / f"{name}.json").read_bytes())
-    except (OSError, ValueError) as error:
+        with (folder / f"{name}.json").open("rb") as file:
+            value = json.loads(file.read(JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise _invalid(folder, expected, f"an unreadable file ({error})", SAVED_FOLDER) from error
     if not isinstance(value, dict):
         raise _invalid(folder, expected, f"JSON of type {type(value).__name__}", SAVED_FOLDER)

@@ -3,21 +3,21 @@
 A checkpoint counts from the moment its record exists. Files without a record come from unfinished attempts.
 """
 
-import json
 import re
 import secrets
 from contextlib import suppress
 from dataclasses import asdict, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from model.checkpoints.metrics import StepMetrics
+from model.config import ModelConfig
 from storage.digests import canonical_json, sha256
-from storage.errors import AlreadyExists, CheckpointInvalid, ObjectMissing
-from storage.keys import RunKeys
-from storage.stores.store import Body, Store, overwrite, read_json
+from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
+from storage.keys import RunKeys, check_key
+from storage.stores.store import Body, Store, read_as
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
 WEIGHTS = "model.safetensors"
@@ -49,28 +49,34 @@ class CheckpointRecord:
 
     step: int
     job: str
-    model: dict[str, int]
+    model: Annotated[dict[str, int], BeforeValidator(lambda model: ModelConfig.model_validate(model).model_dump())]
     train: dict[str, object]
     cursor: Annotated[Cursor | None, BeforeValidator(lambda cursor: cursor or None)] = None  # {} if imported
-    metrics: list[str] = field(default_factory=list)  # keys of all segments from the first step on, in order
-    attempt: str = ""
-    files: dict[str, CheckpointFile] = field(default_factory=dict)
+    # The keys of all segments from the first step on, in order
+    metrics: list[Annotated[str, AfterValidator(check_key)]] = field(default_factory=list)
+    attempt: Annotated[str, Field(pattern="^[0-9a-f]{1,15}$")] = ""
+    files: dict[Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")], CheckpointFile] = field(default_factory=dict)
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
-    """The complete checkpoints of a run, oldest first: the record exists, and every file has the recorded size."""
-    prefix = RunKeys(run).checkpoints
-    sizes = {listed.key: listed.size for listed in store.list(prefix)}
+    """The complete checkpoints of a run, oldest first: the record exists, and every file has the recorded size.
+
+    Raises ObjectCorrupt for a damaged record.
+    """
+    names = RunKeys(run)
+    sizes = {listed.key: listed.size for listed in store.list(names.checkpoints)}
     complete = []
     for key in sizes:
-        if not STEP_RECORD.fullmatch(key.removeprefix(prefix)):
+        if not STEP_RECORD.fullmatch(key.removeprefix(names.checkpoints)):
             continue
-        value: Any = read_json(store, key)
-        if value is None:  # deleted since it was listed
-            continue
-        record = CheckpointRecord(**value)
-        if all(
-            sizes.get(RunKeys(run).checkpoint_file(record.step, record.attempt, name)) == file.size_bytes
+
+        def fits(record: CheckpointRecord, key: str = key) -> bool:
+            whole = record.attempt and WEIGHTS in record.files
+            return bool(whole) and names.checkpoint_record(record.step) == key
+
+        record = read_as(store, key, CheckpointRecord, fits)
+        if record is not None and all(  # None: deleted since it was listed
+            sizes.get(names.checkpoint_file(record.step, record.attempt, name)) == file.size_bytes
             for name, file in record.files.items()
         ):
             complete.append(record)
@@ -113,7 +119,7 @@ def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name:
 
 
 def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: CheckpointRecord) -> CheckpointRecord:
-    """Put the files, then the record, then point `latest` at it. Returns the stored record.
+    """Put the files, then the record. Returns the stored record.
 
     If the process is killed, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
     where the failed try stopped. Raises CheckpointInvalid if another process has saved this step of the run.
@@ -123,10 +129,7 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     for name, body in bodies.items():
         with suppress(AlreadyExists):  # attempts are unique, so an earlier try has put it
             store.put_new(RunKeys(run).checkpoint_file(record.step, attempt, name), body)
-    record = _put_record(store, run, replace(record, attempt=attempt, files=files))
-    pointer = {"step": record.step, "record": RunKeys(run).checkpoint_record(record.step), "commit_id": attempt}
-    overwrite(store, RunKeys(run).latest, canonical_json(pointer))
-    return record
+    return _put_record(store, run, replace(record, attempt=attempt, files=files))
 
 
 def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
@@ -181,5 +184,14 @@ def read_metrics(store: Store, run: str) -> list[StepMetrics]:
 
 
 def read_segments(store: Store, segments: list[str]) -> list[StepMetrics]:
-    """The metrics of each step in these segments, in order."""
-    return [StepMetrics(**json.loads(line)) for key in segments for line in store.read(key).body.splitlines()]
+    """The metrics of each step in these segments, in order. Raises ObjectCorrupt for a damaged segment."""
+    steps = []
+    for key in segments:
+        try:
+            steps += [StepMetrics.model_validate_json(line) for line in store.read(key).body.splitlines()]
+        except ValidationError as error:
+            raise ObjectCorrupt(
+                f"metrics {key!r} of store {store.url!r} are damaged. Restore them from a copy, or continue the run in "
+                f"a new run: --set name=… --set train.start_from={key.split('/')[1]} --set train.start_with=everything"
+            ) from error
+    return steps

@@ -16,6 +16,7 @@ from model import tokenizer
 from model.checkpoints.records import newest_checkpoint
 from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig
+from model.config_file import config_of
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from storage.errors import StorageError, printable
@@ -46,7 +47,7 @@ def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequenc
     model.eval()
     context_tokens, device = model.config.context_tokens, model.head_VC.device
     ids = prompt_ids(prompt, context_tokens)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed % 2**64) for seed in seeds]
     texts = [list(ids) for _ in seeds]
     past = model.no_past(len(seeds), min(len(ids) + settings.sample_tokens, context_tokens))
     fed_BT = torch.tensor([ids], device=device)  # all texts start the same, so one row suffices
@@ -107,18 +108,15 @@ def main() -> int:
     parser.add_argument("store_url")
     parser.add_argument("run")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=defaults.sample_tokens)
-    parser.add_argument("--temperature", type=float, default=defaults.temperature)
-    parser.add_argument("--top-k", type=int, default=defaults.top_k)
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    numbers = {"samples": 1, "seed": 0, "tokens": defaults.sample_tokens}
+    for option, default in (numbers | defaults.model_dump(include={"temperature", "top_k", "top_p"})).items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default)
     args = parser.parse_args()
     try:
-        settings = EvaluationConfig(
-            sample_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
-        )
+        sampling = {name: getattr(args, name) for name in ("samples", "temperature", "top_k", "top_p")}
+        values = {"evaluation": sampling | {"sample_tokens": args.tokens}, "train": {"seed": args.seed}}
+        settings = config_of(values, []).evaluation
         store = open_store(args.store_url)
         model = load_model(store, args.run, newest_checkpoint(store, args.run))
         prompt_ids(args.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed

@@ -23,10 +23,10 @@ from model.evaluation.evaluator import Evaluator
 from model.evaluation.generate import sample_texts
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.evaluation.items import Item, document_items
-from model.evaluation.results import Evaluation, EvaluationSummary, Measurement
+from model.evaluation.results import Evaluation, Measurement
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
-from model.runs.job import Job
+from model.runs.job import EvaluationSummary, Job
 from storage.datasets.manifest import read_manifest
 from storage.digests import canonical_json, sha256
 from storage.errors import ObjectMissing
@@ -42,7 +42,7 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
     loader = DataLoader(
         store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0,
-        cache_bytes=_cache_bytes(job),
+        cache_bytes=job.how.resources.cache_bytes,
     )  # fmt: skip
     scored = evaluator.val_loss(loader, recipe["validation_tokens"])
     with np.errstate(over="ignore"):
@@ -73,16 +73,11 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Accuracy on items made from val documents."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
-    items = document_items(
-        store, recipe["dataset"], manifest, recipe["completion_items"], recipe["seed"], _cache_bytes(job)
-    )
+    count, seed, cache_bytes = recipe["completion_items"], recipe["seed"], job.how.resources.cache_bytes
+    items = document_items(store, recipe["dataset"], manifest, count, seed, cache_bytes)
     convention = "val documents, three endings of others, acc by the sum, acc_norm by the mean per token"
     measurement = _choose(job, evaluator, {"completion": (items, convention)})
     return measurement.model_copy(update={"data": recipe["manifest"], "dataset": recipe["dataset"]})
-
-
-def _cache_bytes(job: Job) -> int:
-    return job.how.resources.cache_bytes
 
 
 def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:

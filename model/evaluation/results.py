@@ -1,10 +1,4 @@
-"""The results of evaluations, as models of the JSON in the store. Imports no torch.
-
-runs/RUN/evaluations/STEP/KIND.json    Evaluation: everything that a report shows
-runs/RUN/jobs/JOB.result.json          EvaluationSummary: the job is done, and where its evaluation is
-"""
-
-from dataclasses import dataclass
+"""The results of evaluations, as models of the JSON in the store: everything that a report shows. Imports no torch."""
 
 from pydantic import BaseModel, Field
 
@@ -39,13 +33,3 @@ class Evaluation(Measurement, frozen=True):
     environment: dict[str, str | int]
     precision: str
     answers_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationSummary:
-    """The result of an evaluation job: its metrics, and the key of the whole evaluation."""
-
-    name: str
-    step: int
-    metrics: dict[str, float]
-    key: str

@@ -1,4 +1,4 @@
-"""Ends a process together with its parent, however the parent dies. Imports no torch."""
+"""How a process ends: the signals that stop a training, and the death of its parent. Imports no torch."""
 
 import ctypes
 import os
@@ -9,6 +9,12 @@ import time
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 POLL_SECONDS = 0.5
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that make a training save and end: all of these, except those that nohup or a shell ignores."""
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    return [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
 
 
 def end_with_parent(parent: int, signum: signal.Signals = signal.SIGTERM) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 
 from model.config import ResourcesConfig
+from model.processes.output import drop_failing_output
 from model.runs.job import USER_ERROR, read_job, read_result
 from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("store_url")
     parser.add_argument("job_key", help="printed by gpt2 train --ask")
     args = parser.parse_args()
+    drop_failing_output()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(RUN_AGAIN))  # as PID 1 a process has no default handler
     index, address = int(os.environ.get("JOB_COMPLETION_INDEX", "0")), os.environ.get("POD_IP", "")
     try:

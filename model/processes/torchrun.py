@@ -12,6 +12,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from model.config import ResourcesConfig
+from model.processes.parent import stop_signals
 from model.runs.job import USER_ERROR
 from storage.errors import printable
 
@@ -28,6 +29,7 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     # After this time torchrun kills ranks that got a SIGTERM; a last checkpoint may take all of unsaved_minutes.
     shutdown_seconds = round(60 * resources.unsaved_minutes) + SHUTDOWN_SECONDS
     argv = ["--shutdown-timeout", str(shutdown_seconds), "--nproc-per-node", str(ranks)]
+    argv += ["--signals-to-handle", ",".join(signum.name for signum in stop_signals())]
     argv += ["-m", "model", store_url, job_key, "--parent", str(os.getpid())]
     hosts = ["--rdzv-backend", "c10d", "--rdzv-id", job_key.rpartition("/")[2]]
     try:
@@ -41,10 +43,14 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
                 os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "INIT_METHOD": f"file://{folder}/ranks"}
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             torchrun([*hosts, *argv])
-    except ChildFailedError as error:  # the rank has printed its own error
+    except ChildFailedError as error:  # the rank has printed its own error, unless a signal killed it
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0:
+                reason = ", probably because memory ran out" if failure.exitcode == -signal.SIGKILL else ""
+                print(f"error: rank {rank} was killed by {failure.signal_name()}{reason}", file=sys.stderr, flush=True)
         return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
-    except SignalException as error:  # torchrun has forwarded the signal; ranks save a checkpoint at SIGTERM only
-        return 0 if error.sigval == signal.SIGTERM else 1
+    except SignalException:  # torchrun has forwarded the signal, and the ranks have saved a checkpoint
+        return 0
     except RendezvousError as error:
         message = (
             f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or their "

@@ -3,20 +3,18 @@
 The digest of its recipe names a job, so "is it done?" is one lookup of its result, which is written last.
 """
 
-import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from model.config import How
 from storage import keys
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists
+from storage.errors import AlreadyExists, ObjectMissing
 from storage.keys import RunKeys
-from storage.stores.store import Store, overwrite, read_json
+from storage.stores.store import Store, overwrite, read_as
 
 USER_ERROR = 2  # exit code of a process that failed because of something a user can fix
 OUT_OF_MEMORY = "memory ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
@@ -53,6 +51,25 @@ class Job:
         return RunKeys(self.run).job(self.job_id)
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a training job: steps done, tokens seen, hardware and versions."""
+
+    step: int
+    tokens: int
+    environment: dict[str, str | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """The result of an evaluation job: its metrics, and the key of the whole evaluation."""
+
+    name: str
+    step: int
+    metrics: dict[str, float]
+    key: str
+
+
 def put_job(store: Store, job: Job) -> str:
     """Put the job into the store for its processes to read. Replaces an earlier `how`. Returns the key."""
     overwrite(store, job.key, canonical_json(to_jsonable_python(job)))
@@ -60,8 +77,11 @@ def put_job(store: Store, job: Job) -> str:
 
 
 def read_job(store: Store, key: str) -> Job:
-    """The job at a key. Raises ObjectMissing."""
-    return TypeAdapter(Job).validate_python(json.loads(store.read(key).body))
+    """The job at a key. Raises ObjectMissing, or ObjectCorrupt if the job is not the one that the key names."""
+    job = read_as(store, key, Job, lambda job: job.key == key)
+    if job is None:
+        raise ObjectMissing(f"store {store.url!r} has no job {key!r}. Start it with gpt2 train or gpt2 evaluate.")
+    return job
 
 
 def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:
@@ -73,8 +93,10 @@ def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:
 
 
 def read_result(store: Store, job: Job) -> dict[str, Any] | None:
-    """The result of the job, or None if it is not done."""
-    return read_json(store, RunKeys(job.run).result(job.job_id))
+    """The result of the job, or None if it is not done. Raises ObjectCorrupt if it is damaged."""
+    kind: type[TrainingResult | EvaluationSummary] = TrainingResult if job.kind == "train" else EvaluationSummary
+    result = read_as(store, RunKeys(job.run).result(job.job_id), kind)
+    return None if result is None else asdict(result)
 
 
 def note_failure(store: Store, record_key: str, reason: str) -> None:

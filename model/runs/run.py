@@ -4,15 +4,16 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, newest_checkpoint
-from model.config import How, RunConfig, TrainingConfig, differences
+from model.config import How, ModelConfig, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch
 from storage.keys import RunKeys
-from storage.stores.store import Store, overwrite, read_json
+from storage.stores.store import Store, overwrite, read_as
+
+READ = {"data": {"dataset", "source"}, "model": set(ModelConfig.model_fields),
+        "train": {"max_steps", "keep_last", "keep_every_steps"}, "evaluation": {"hellaswag"}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,8 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run, pinned at its first start. Raises like `pinned_run`, or ObjectMissing without a start checkpoint."""
-    start = None
-    if parent := config.train.start_from:
-        newest = newest_checkpoint(store, parent, "train.start_from")
-        start = Start(parent, newest.step, newest.attempt)
+    """The run, pinned at its first start. Raises like `pinned_run` and `find_start`."""
+    start = find_start(store, config)
     run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
     pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
     try:
@@ -79,6 +77,20 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
         return pinned
 
 
+def find_start(store: Store, config: RunConfig) -> Start | None:
+    """The newest checkpoint of `train.start_from`, if set. Raises ObjectMissing, or DatasetMismatch for its shape."""
+    parent = config.train.start_from
+    if not parent:
+        return None
+    newest = newest_checkpoint(store, parent, "train.start_from")
+    if differing := differences(config.model.model_dump(), newest.model, "model"):
+        raise DatasetMismatch(
+            f"train.start_from = {parent!r}: the model of that run has another shape: {'; '.join(differing)}. "
+            f"Use the same model settings, or start from another run."
+        )
+    return Start(parent, newest.step, newest.attempt)
+
+
 def keep_request(store: Store, key: str, config: RunConfig) -> None:
     """Store the requested configuration, for `gpt2 retry`."""
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
@@ -86,7 +98,13 @@ def keep_request(store: Store, key: str, config: RunConfig) -> None:
 
 def find_run(store: Store, name: str) -> Run | None:
     """The run of that name, or None if it was never started. An imported model was never started."""
-    return TypeAdapter(Run | None).validate_python(read_json(store, RunKeys(name).config))
+    return read_as(store, RunKeys(name).config, Run, lambda run: run.name == name and _is_complete(run.config))
+
+
+def _is_complete(config: dict[str, Any]) -> bool:
+    """Whether it has every setting that is read without today's defaults. Raises ValidationError for a wrong one."""
+    RunConfig.model_validate(config, extra="ignore")
+    return all(fields <= config.get(section, {}).keys() for section, fields in READ.items())
 
 
 def training_job(run: Run) -> Job:

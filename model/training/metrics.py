@@ -8,6 +8,7 @@ import math
 import secrets
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from model.checkpoints.metrics import Progress, StepMetrics
@@ -39,9 +40,13 @@ class MetricsLog:
         self._unsaved.append(metrics)
         print(f"step {metrics.step + 1:>6,}/{self._max_steps:,}  {_line(metrics)}", flush=True)
         if self._events is not None:
-            for name in DRAWN:
-                if (value := getattr(metrics, name)) is not None:
-                    self._events.add_scalar(name, value, metrics.step + 1)
+            try:
+                for name in DRAWN:
+                    if (value := getattr(metrics, name)) is not None:
+                        self._events.add_scalar(name, value, metrics.step + 1)
+            except OSError as error:
+                print(f"TensorBoard's files end at step {metrics.step:,}: {error}", flush=True)
+                self._events = None
         if time.monotonic() - self._progress_at >= PROGRESS_SECONDS and not self._progress_thread.is_alive():
             self._progress_at = time.monotonic()
             self._progress_thread = threading.Thread(target=self._show_progress, args=(self.unsaved(),), daemon=True)
@@ -67,7 +72,8 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):
+                self._events.close()
 
     def _show_progress(self, metrics: list[StepMetrics]) -> None:
         if not metrics:
@@ -93,9 +99,10 @@ def _event_file(folder: str, run: str, step: int) -> Any:
     """TensorBoard's writer. It hides an earlier process's points beyond `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+
+        return SummaryWriter(f"{folder}/{run}", purge_step=step + 1)
+    except (ImportError, OSError) as error:
         raise ValueError(
-            f"resources.tensorboard = {folder!r}: TensorBoard is not installed. Install the extra "
+            f"resources.tensorboard = {folder!r}: {error}. Give a folder that can be written, install the extra "
             f"(pip install -e '.[tensorboard]'), or leave the setting empty."
         ) from error
-    return SummaryWriter(f"{folder}/{run}", purge_step=step + 1)

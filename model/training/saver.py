@@ -1,8 +1,8 @@
 """Saves checkpoints in the background while training continues: one at a time, with retries.
 
     main thread:        snapshot ─▶ next step ─▶ …            waits for the copy, at most a step for the previous save
-    saving thread:      metrics ─▶ files ─▶ record ─▶ latest ─▶ retention      ─┐
-                        └──────────── the store fails: wait, retry ◀────────────┘
+    saving thread:      metrics ─▶ files ─▶ record ─▶ retention      ─┐
+                        └─────── the store fails: wait, retry ◀───────┘
 
 A checkpoint that cannot be stored is dropped when the next one is due. After `unsaved_minutes` without a stored
 checkpoint, training ends.

@@ -8,7 +8,6 @@ Independent of Prefect, the command line and the environment.
 import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
 from types import FrameType
@@ -25,7 +24,8 @@ from model.data.loader import DataLoader, MicroBatches
 from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
-from model.runs.job import Job
+from model.processes.parent import stop_signals
+from model.runs.job import Job, TrainingResult
 from model.training.flops import flops_per_token, peak_flops
 from model.training.metrics import MetricsLog
 from model.training.optimizer import learning_rate, make_optimizer
@@ -36,15 +36,6 @@ from storage.datasets.manifest import read_manifest
 from storage.stores.store import Store
 
 SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save waits as long as a step takes
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The result of a training job: steps done, tokens seen, hardware and versions."""
-
-    step: int
-    tokens: int
-    environment: dict[str, str | int]
 
 
 class Trainer:
@@ -87,8 +78,8 @@ class Trainer:
             print(f"{job.job_id}: {self.evaluator.precision}, {mode}, from step {self.step:,}", flush=True)
 
     def fit(self) -> TrainingResult | None:
-        """Train to the last step. Returns None if SIGTERM stopped it after a save. Raises ValueError if it diverges."""
-        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        """Train to the last step, or save and return None after a signal. Raises ValueError if the loss diverges."""
+        handlers = {signum: signal.signal(signum, self._on_stop_signal) for signum in stop_signals()}
         self.batches = MicroBatches(
             self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
             size=self.config.micro_batch_sequences, rank=self.ddp.rank, ranks=self.ddp.ranks,
@@ -108,8 +99,8 @@ class Trainer:
             self.batches.close()
             self.saver.close()
             self.log.close()
-            if self.ddp.ranks == 1:  # else a SIGTERM would kill this rank while rank 0 still saves
-                signal.signal(signal.SIGTERM, handler)
+            for signum, handler in handlers.items() if self.ddp.ranks == 1 else ():
+                signal.signal(signum, handler)  # with several ranks it would kill this rank while rank 0 still saves
 
     def _train_step(self) -> tuple[StepMetrics, bool]:
         """One optimizer step. Returns its metrics, and whether any rank was told to stop."""
@@ -223,5 +214,7 @@ class Trainer:
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.max_steps
 
-    def _on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
+    def _on_stop_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._stop_requested = True
+        if signum == signal.SIGINT:  # a second Ctrl-C ends at once
+            signal.signal(signum, signal.default_int_handler)

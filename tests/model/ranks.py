@@ -104,7 +104,7 @@ def _observe(request: TrainingRequest, ddp: DDPConfig) -> ObservedTraining:
         if request.gradients and not first:
             first.append(torch.cat([weight.grad.flatten() for weight in weights]))
         if training.step == request.stop_at:
-            training._on_sigterm(0, None)
+            training._on_stop_signal(0, None)
         return clip(weights, most)
 
     MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]

@@ -86,8 +86,8 @@ class Training:
         poll(lambda: condition() or self._process.poll() is not None, every_seconds=0.001)
         assert self._process.poll() is None, self.output()
 
-    def terminate(self) -> None:
-        os.killpg(self._process.pid, signal.SIGTERM)
+    def send(self, signum: signal.Signals) -> None:
+        os.killpg(self._process.pid, signum)
 
     def kill(self) -> None:
         """SIGKILL the process group and the ranks, which torchrun starts in sessions of their own."""

@@ -163,6 +163,7 @@ def test_a_run_resumes_and_is_evaluated_after_its_garbage_was_deleted(
     segment = RunKeys("killed").metrics_segment(8, "deadbeef")
     store.put_new(attempt, b"partial")
     store.put_new(segment, b'{"step": 8}\n')
+    store.put_new(RunKeys("killed").prefix + "latest.json", b"{}")  # older versions wrote it
     make_old(store, "")
     before = {listed.key for listed in store.list("")}
     grace = HOUR if store.local_path("FORMAT") else -HOUR

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.inspection.status import run_status
-from model.checkpoints.records import CheckpointRecord, put_checkpoint
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, put_checkpoint
 from model.runs.job import Job, note_failure, put_job
 from storage import keys
 from storage.keys import RunKeys
@@ -23,12 +23,13 @@ def test_a_failure_is_shown_until_the_same_evaluation_is_written_after_it(
 ) -> None:
     """A job with other settings wrote the evaluation; the failed job itself would have deleted its failure."""
     store = open_store(str(tmp_path / "store"), create=True)
-    put_checkpoint(store, "one", {}, CheckpointRecord(0, "", {}, {}))  # like an imported model
+    put_checkpoint(store, "one", {WEIGHTS: b""}, CheckpointRecord(0, "", {}, {}))  # like an imported model
     job = Job("one", "val_loss", {"step": 0})
     put_job(store, job)
     result, answer = RunKeys("one").result(job.job_id), RunKeys("one").evaluation(0, "val_loss")
     note_failure(store, result, "killed")
     overwrite(store, answer, b"{}")
+    overwrite(store, RunKeys("one").prefix + "latest.json", b"{}")  # older versions wrote it
     for key, seconds in ((keys.failure(result), failed), (answer, written)):
         path = store.local_path(key)
         assert path is not None

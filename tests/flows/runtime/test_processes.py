@@ -1,6 +1,7 @@
 """A job's process: its environment, and its end with the block that started it."""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -33,6 +34,26 @@ def test_a_process_has_the_identity_of_the_trainer_if_one_is_set(monkeypatch: py
     monkeypatch.setenv("TRAINER_ACCESS_KEY_ID", "trainer")
     monkeypatch.setenv("TRAINER_SECRET_ACCESS_KEY", "s")
     assert _environment() == kept | {"AWS_ACCESS_KEY_ID": "trainer", "AWS_SECRET_ACCESS_KEY": "s"}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "print('error: rank 1 was killed'); sys.exit(1)",
+            "rank 1 was killed: job.*code 1. Run .* again to resume it.",
+        ),
+        ("os.kill(os.getpid(), 9)", "job.*SIGKILL, .*memory ran out. Run .* again to resume it.*step 10"),
+        ("sys.exit(3)", "job.*code 3.*step 10"),
+    ],
+)
+def test_a_failure_begins_with_its_cause(monkeypatch: pytest.MonkeyPatch, code: str, message: str) -> None:
+    start = processes._start
+    script = f"import os, sys; [print('step', number, flush=True) for number in range(50)]; {code}"
+    monkeypatch.setattr(processes, "_start", lambda argv: start([argv[0], "-c", script]))
+    with Processes("./store") as running, pytest.raises(JobFailed) as caught:
+        running.run(KEY, lambda _: None)
+    assert re.fullmatch(message, str(caught.value).partition("\nstep 11")[0], re.DOTALL)
 
 
 @pytest.mark.parametrize(("on_sigterm", "ended_by"), [("SIG_DFL", "SIGTERM"), ("SIG_IGN", "SIGKILL")])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,22 @@ def test_models_saved_by_transformers_are_imported_and_compute_the_same_logits(
     torch.testing.assert_close(our_logits(dataset.store, f"from-{form}"), their_logits(folder), rtol=0, atol=1e-4)
 
 
+def test_weights_saved_by_torch_are_imported(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
+    """Shards without an index, names of wrappers, and the tied weight under the name that save_model keeps."""
+    weights = load_torch(published / WEIGHTS)
+    weights["lm_head.weight"] = weights.pop(WTE)
+    wrapped = {"module._orig_mod." + name.replace("h.0.", "h.0._orig_mod."): weight for name, weight in weights.items()}
+    folder = Path(shutil.copytree(published, tmp_path / "wrapped"))
+    (folder / WEIGHTS).unlink()
+    for shard, first in enumerate((0, 5), 1):
+        names = sorted(wrapped)[first : first + 5] if shard == 1 else sorted(wrapped)[first:]
+        save_torch({name: wrapped[name] for name in names}, folder / f"model-{shard:05}-of-00002.safetensors")
+    import_folder(dataset.store, "wrapped", folder)
+    import_folder(dataset.store, "unwrapped", published)
+    ours, theirs = (checkpoints(dataset.store, run)[0].files for run in ("wrapped", "unwrapped"))
+    assert ours == theirs
+
+
 def test_a_round_trip_gives_the_same_bytes(dataset: StoredDataset, published: Path, tmp_path: Path) -> None:
     import_folder(dataset.store, "imported", published)
     export_run(dataset.store, "imported", tmp_path / "imported")
@@ -296,6 +313,29 @@ def test_tensors_that_gpt2_does_not_have_are_refused(
     altered: Callable[..., Path], store: Store, tensors: dict[str, np.ndarray | None], message: str
 ) -> None:
     assert_refused(store, altered({}, tensors), message)
+
+
+@pytest.mark.parametrize("settings", [{"n_layer": 10**6}, {"n_layer": 10**4_000}, {"n_positions": 10**12}])
+def test_a_shape_beyond_the_weights_is_refused_at_once(
+    altered: Callable[..., Path], store: Store, settings: dict[str, Any]
+) -> None:
+    started = time.monotonic()
+    assert_refused(store, altered(settings), r"config\.json says, found [\d,]+ bytes")
+    assert time.monotonic() - started < 5  # 0.1 s alone; a million layers took minutes
+
+
+def test_weights_beyond_the_shape_are_not_read(altered: Callable[..., Path], store: Store) -> None:
+    folder = altered({})
+    with (folder / WEIGHTS).open("ab") as file:
+        file.truncate(1 << 40)  # a sparse file
+    assert_refused(store, folder, "1,099,511,627,776 bytes")
+
+
+def test_a_tensor_in_two_shards_is_refused(altered: Callable[..., Path], store: Store) -> None:
+    folder = altered({})
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    save_file({C_ATTN: np.zeros((16, 48), "f4")}, folder / "model-00002-of-00002.safetensors")
+    assert_refused(store, folder, "each tensor once, found a tensor twice")
 
 
 def test_unreadable_files_are_refused(altered: Callable[..., Path], store: Store, tmp_path: Path) -> None:

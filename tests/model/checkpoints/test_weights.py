@@ -89,20 +89,19 @@ def test_a_checkpoint_with_incomplete_files_is_ignored_and_the_run_resumes(
     assert losses(dataset.store, run) == pytest.approx(losses(dataset.store, undisturbed(1)), rel=1e-5, abs=0)
 
 
-def test_two_concurrent_trainings_of_a_run_do_not_mix(
-    dataset: StoredDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The slower training fails at its next save, and the faster one's checkpoints stay."""
-    key = dataset.put_job("twice", *SHORT)
+@pytest.mark.parametrize("keep_last", [3, 1])
+def test_two_concurrent_trainings_of_a_run_do_not_mix(dataset: StoredDataset, keep_last: int) -> None:
+    """The slower training fails at a step whose checkpoint exists; the faster one's objects stay, except progress."""
+    key = dataset.put_job(f"twice-{keep_last}", *SHORT, f"train.keep_last={keep_last}", "train.keep_every_steps=0")
     slow = Trainer(dataset.store, read_job(dataset.store, key), DDPConfig(0, 1, torch.device("cpu")))
     assert run_job(dataset.store.url, key) == 0
     before = modification_times(dataset.store)
     with pytest.raises(CheckpointInvalid, match="twice"):
         slow.fit()
-    kept = {
-        name: at for name, at in modification_times(dataset.store).items() if name in before and "/checkpoints/" in name
-    }
-    assert kept == {name: at for name, at in before.items() if "/checkpoints/" in name}
+    assert [record.step for record in checkpoints(dataset.store, f"twice-{keep_last}")][-1] == STEPS
+    after = modification_times(dataset.store)
+    assert {name for name, at in before.items() if after.get(name) != at} <= {RunKeys(f"twice-{keep_last}").progress}
+    assert all("/checkpoints/" in name or "/metrics/" in name for name in after.keys() - before.keys())
 
 
 # Retention

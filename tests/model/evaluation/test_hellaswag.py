@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model import tokenizer
-from model.evaluation.hellaswag import Question, completion_style, harness_style, questions
+from model.evaluation.hellaswag import Question, _cleaned, completion_style, harness_style, questions
 from storage.errors import SourceInvalid
 
 GOOD: dict[str, Any] = {
@@ -141,6 +141,14 @@ def test_harness_style_prepends_the_activity_and_removes_markup(changed: dict[st
     item = harness_style(question(**changed))
     assert tokenizer.decode(item.context) == context
     assert [tokenizer.decode(ending) for ending in item.endings] == [f" {ending}" for ending in GOOD["endings"]]
+
+
+@pytest.mark.parametrize(
+    ("mark", "kept"), [("[", "["), ("[a", "[a"), ("[\n", "[\n"), ("]", "]"), ("[a\n]", "[a\n]"), ("[a[b]", "")]
+)
+def test_marks_are_removed_in_linear_time(mark: str, kept: str) -> None:
+    """40,000 `[` without a `]` took a minute. A mark does not reach over the end of a line."""
+    assert _cleaned(f"x{mark * 100_000}x") == f"x{kept * 100_000}x"
 
 
 def test_harness_style_tokenises_context_and_ending_together_and_moves_a_trailing_space_to_the_ending() -> None:

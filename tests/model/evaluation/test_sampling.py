@@ -131,6 +131,10 @@ def test_a_text_is_determined_by_its_seed(model: GPT) -> None:
     assert ids_of(model, "Hello", 20, seed=3) != ids_of(model, "Hello", 20, seed=4)
 
 
+def test_the_seeds_of_many_samples_wrap_at_64_bits(model: GPT) -> None:
+    assert ids_of(model, "Hello", 5, seed=2**64 + 3) == ids_of(model, "Hello", 5, seed=3)
+
+
 def test_a_text_depends_on_its_seed_and_not_on_the_global_generator(model: GPT) -> None:
     expected = ids_of(model, "Hello", 10)
     torch.manual_seed(99)
@@ -254,7 +258,13 @@ def test_text_is_printed_token_by_token_and_in_whole_characters(
     assert (shown + capsys.readouterr().out).rstrip("\n") == "She" + text
 
 
-@pytest.mark.parametrize("option", [("--top-p", "0"), ("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "-1")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--top-p", "0"), ("--top-p", "1.5"), ("--temperature", "-1"), ("--temperature", "nan"), ("--top-k", "-1"),
+        ("--seed", "-1"), ("--seed", str(2**64)), ("--tokens", "0"), ("--tokens", str(10**12)), ("--samples", "0"),
+    ],
+)  # fmt: skip
 def test_invalid_settings_are_refused(
     trained: Store, option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,4 +274,7 @@ def test_invalid_settings_are_refused(
     except SystemExit as error:  # argparse refuses it
         code = error.code
     assert code == 2
-    assert option[0].strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+    error = capsys.readouterr().err.replace("-", "_")
+    assert option[0].strip("-").replace("-", "_") in error
+    assert "Give another value." in error
+    assert "validation error" not in error

@@ -4,6 +4,7 @@ Needs root and iproute2, as `make test-full` does.
 """
 
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
 
 from model.config import ResourcesConfig
@@ -102,16 +104,36 @@ def test_a_malformed_address_is_refused(rendezvous: str) -> None:
         local_address(rendezvous)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 1)])
-def test_a_launcher_succeeds_only_after_the_signal_that_makes_ranks_save(
-    monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_launcher_forwards_the_signals_that_make_ranks_save_and_succeeds(
+    monkeypatch: pytest.MonkeyPatch, is_ignored: bool
 ) -> None:
-    def stopped(_: list[str]) -> None:
-        raise SignalException("stopped", sent)
+    """SIGHUP is ignored under nohup; torchrun would replace that with a handler of its own."""
+
+    def stopped(argv: list[str]) -> None:
+        forwarded = {signal.Signals[name] for name in argv[argv.index("--signals-to-handle") + 1].split(",")}
+        assert forwarded == {signal.SIGTERM, signal.SIGINT} | (set() if is_ignored else {signal.SIGHUP})
+        raise SignalException("stopped", signal.SIGTERM)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torchrun, "torchrun", stopped)
-    assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == code
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_a_rank_that_was_killed_is_named_with_the_likely_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(_: list[str]) -> None:
+        raise ChildFailedError("model", {1: ProcessFailure(1, 77, -signal.SIGKILL, "")})
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torchrun, "torchrun", out_of_memory)
+    assert launch("./store", "runs/tiny/jobs/train.json", ResourcesConfig(), 2) == 1
+    assert re.search("^error: rank 1 was killed by SIGKILL.*memory", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_hosts_that_do_not_meet_fail_with_a_remedy_and_can_be_restarted(

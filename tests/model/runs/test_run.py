@@ -30,7 +30,7 @@ def pin(store: Store, *overrides: str, manifest: str = MANIFEST, items: str | No
 
 def record(step: int = 12, weights: str = "b" * 64) -> CheckpointRecord:
     files = {WEIGHTS: CheckpointFile(1, weights)}
-    return CheckpointRecord(step, "train-x", config().model.model_dump(), {}, attempt="x", files=files)
+    return CheckpointRecord(step, "train-x", config().model.model_dump(), {}, attempt="a", files=files)
 
 
 def ids(jobs: list[Job]) -> list[str]:
@@ -197,10 +197,11 @@ def test_the_first_result_of_a_job_counts(store: Store) -> None:
     note_failure(store, record, "killed")
     assert json.loads(store.read(keys.failure(record)).body) == {"why": "killed"}
     assert read_result(store, job) is None
-    put_result(store, job, {"loss": 3.5})
-    assert read_result(store, job) == {"loss": 3.5}
-    put_result(store, job, {"loss": 4.5})
-    assert read_result(store, job) == {"loss": 3.5}
+    result = {"name": "val_loss", "step": 12, "metrics": {"loss": 3.5}, "key": "runs/tiny/evaluations/x.json"}
+    put_result(store, job, result)
+    assert read_result(store, job) == result
+    put_result(store, job, result | {"metrics": {"loss": 4.5}})
+    assert read_result(store, job) == result
     with pytest.raises(ObjectMissing):
         store.read(keys.failure(record))
 

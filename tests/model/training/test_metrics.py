@@ -1,5 +1,6 @@
 """Metrics: every line is complete and kept until a checkpoint includes it; TensorBoard shows every step once."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from model.training.trainer import Trainer
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 from tests.model.training_runs import SHORT, STEPS, StoredDataset
+from tests.polling import poll
 
 
 def metrics(step: int) -> StepMetrics:
@@ -73,3 +75,17 @@ def test_a_missing_tensorboard_is_refused_with_a_remedy(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[tensorboard\]'"):
         MetricsLog(dataset.store, "any", 1, [], tensorboard=str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_tensorboard_folder_that_cannot_be_written_ends_its_files_and_not_the_training(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(store, "drawn", 1_000, [], tensorboard=str(tmp_path))
+    shutil.rmtree(tmp_path / "drawn")
+    (tmp_path / "drawn").touch()
+    poll(lambda: log.add(metrics(0)) or "TensorBoard" in capsys.readouterr().out)
+    log.add(metrics(1))
+    log.close()
+    with pytest.raises(ValueError, match=r"resources\.tensorboard"):
+        MetricsLog(store, "drawn", 1_000, [], tensorboard=str(tmp_path))

@@ -1,6 +1,8 @@
 """Resuming: kills leave no trace, a stop is saved, finished work is not repeated, and no rank outlives its parent."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -8,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.__main__ import run_job
 from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import checkpoints
+from model.processes.distributed import DDPConfig
 from model.runs.job import read_job, read_result
 from model.training.metrics import MetricsLog
+from model.training.trainer import Trainer
 from storage.keys import RunKeys
 from tests.model.training_runs import (
     SHORT,
@@ -29,14 +34,17 @@ from tests.model.training_runs import (
     training,
 )
 from tests.polling import poll
-from tests.processes import listening
+from tests.processes import kill, listening
 
 PARENT = """
-import os, signal, subprocess, sys
-argv = [sys.executable, "-m", "model", os.environ["STORE"], os.environ["JOB"], "--processes", "2"]
-subprocess.Popen([*argv, "--parent", str(os.getpid())], start_new_session=True)
-signal.pause()
+import os, subprocess, sys
+argv = [sys.executable, "-m", "model", *sys.argv[1:], "--parent", str(os.getpid())]
+started = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+print(started.pid, flush=True)
+for line in started.stdout:
+    print(line.decode(), end="", flush=True)
 """
+ENDLESS = ("train.max_steps=100000", "train.checkpoint_every_steps=100000", "train.validate_every_steps=0")
 
 
 # Resuming
@@ -65,15 +73,23 @@ def test_three_kills_leave_no_trace(
     assert_equal_runs(store, run, undisturbed(ranks))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
-def test_sigterm_saves_a_checkpoint_and_the_run_resumes_from_it(
-    dataset: StoredDataset, undisturbed: Callable[[int], str], ranks: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("signum", "ranks"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGHUP, 2, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_stop_signal_saves_a_checkpoint_and_the_run_resumes_from_it(
+    dataset: StoredDataset, undisturbed: Callable[[int], str], signum: signal.Signals, ranks: int, tmp_path: Path
 ) -> None:
-    run = f"stopped-{ranks}"
+    run = f"{signum.name}-{ranks}"
     store, key = dataset.store, dataset.put_job(run)
     with training(store, key, ranks, tmp_path / "first") as process:
         process.wait_until(lambda: 2 in process.steps())
-        process.terminate()
+        process.send(signum)
         assert process.wait() == 0, process.output()
         stopped_at = process.steps()[-1]
     assert 2 <= stopped_at < STEPS
@@ -136,27 +152,71 @@ def test_dropout_resumes_bit_for_bit_after_a_crash(dataset: StoredDataset, monke
     assert losses(dataset.store, "dropped") != pytest.approx(whole, rel=1e-5, abs=0)
 
 
-# No rank outlives its parent
+# A training saves and ends when its parent, its terminal or its reader is gone
 
 
-def test_every_rank_ends_when_the_process_that_started_them_is_killed(dataset: StoredDataset, tmp_path: Path) -> None:
-    key = dataset.put_job("orphaned", "train.max_steps=100000")
-    environment = os.environ | {"STORE": dataset.store.url, "JOB": key}
-    with (tmp_path / "out").open("w") as out:
-        parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=out, stderr=out)
+def assert_saved(dataset: StoredDataset, key: str, printed: str) -> None:
+    """The processes have ended, and the run resumes at the last step that they printed or at a later one."""
+    poll(lambda: not processes_of(dataset.store, key), 30, failure="a process outlives the one that started it")
+    job = read_job(dataset.store, key)
+    resumed = Trainer(dataset.store, job, DDPConfig(0, 1, torch.device("cpu")))
+    assert resumed.step >= int(re.findall(r"^step +(\d+)/", printed, re.MULTILINE)[-1])
+    assert len(losses(dataset.store, job.run)) == resumed.step
+
+
+@pytest.mark.parametrize(("killed", "ranks"), [("parent", 1), ("launcher", 2)])
+def test_every_rank_saves_and_ends_when_the_process_that_started_it_is_killed(
+    dataset: StoredDataset, tmp_path: Path, killed: str, ranks: int
+) -> None:
+    """With its parent, a launcher loses the reader of its output, like that of `gpt2 train`."""
+    key, out = dataset.put_job(f"orphan-of-{killed}", *ENDLESS), tmp_path / "out"
+    with out.open("w") as file:
+        argv = [sys.executable, "-c", PARENT, dataset.store.url, key, "--processes", str(ranks)]
+        parent = subprocess.Popen(argv, stdout=file, stderr=file)
     try:
-        poll(lambda: "step " in (tmp_path / "out").read_text(), failure="no step was run")
-        assert len(pids := processes_of(dataset.store, key)) == 3  # the launcher and two ranks
+        poll(lambda: "loss" in out.read_text(), failure="no step was run")
+        pids = processes_of(dataset.store, key)
+        assert len(pids) == 1 + (1 if ranks == 1 else 1 + ranks)  # with the parent
         # Only gloo listens. torchrun's own ports would be open to every host, and unpickle what is sent.
-        assert {address for address, _ in listening(pids)} == {"127.0.0.1"}
-        assert [pid for pid in pids if not listening([pid])], "the launcher listens"
-        parent.kill()
+        assert {address for address, _ in listening(pids)} <= {"127.0.0.1"}
+        launcher = int(out.read_text().split()[0])
+        kill([parent.pid] if killed == "parent" else [launcher])
         parent.wait()
-        poll(lambda: not processes_of(dataset.store, key), 30, failure="a rank outlives the process that started it")
+        assert_saved(dataset, key, out.read_text())
     finally:
-        parent.kill()
-        parent.wait()
         kill_all(dataset.store, key)
+        parent.wait()
+
+
+def test_a_training_whose_terminal_closes_saves_a_checkpoint(dataset: StoredDataset) -> None:
+    """The kernel sends SIGHUP, and every write to the terminal fails."""
+    key = dataset.put_job("hung-up", *ENDLESS)
+    terminal, name = os.openpty()
+    on_terminal = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', os.ttyname(name)]
+    argv = [*on_terminal, sys.executable, "-m", "model", dataset.store.url, key]
+    process = subprocess.Popen(argv, start_new_session=True)
+    try:
+        printed = ""
+        while "loss" not in printed:
+            printed += os.read(terminal, 4096).decode()
+        os.close(name)
+        os.close(terminal)
+        assert process.wait(timeout=60) == 0
+        assert_saved(dataset, key, printed.replace("\r", ""))
+    finally:
+        kill_all(dataset.store, key)
+        process.wait()
+
+
+def test_a_training_outlives_the_reader_of_its_output(dataset: StoredDataset) -> None:
+    key = dataset.put_job("unread")
+    argv = [sys.executable, "-m", "model", dataset.store.url, key]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+    assert read_result(dataset.store, read_job(dataset.store, key)) is not None
 
 
 def test_a_process_whose_parent_has_ended_does_not_start() -> None:

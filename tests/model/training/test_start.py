@@ -86,20 +86,20 @@ def test_a_start_checkpoint_that_was_deleted_is_named(
     assert f"step {STEPS}" in error
 
 
-@pytest.mark.parametrize(
-    ("run", "setting", "message"),
-    [
-        ("more", "train.start_with=everything", "no steps left"),
-        ("wide", "model.width=32", "do not fit the configured model"),
-    ],
-)
-def test_a_start_without_remaining_steps_or_from_another_shape_is_refused(
-    dataset: StoredDataset, capsys: pytest.CaptureFixture[str], run: str, setting: str, message: str
-) -> None:
+def test_a_start_without_remaining_steps_is_refused(dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:
     dataset.train("over", *SHORT)
-    key = dataset.put_job(run, *SHORT, "train.start_from=over", setting)
+    key = dataset.put_job("more", *SHORT, "train.start_from=over", "train.start_with=everything")
     assert run_job(dataset.store.url, key) == 2
-    assert message in capsys.readouterr().err
+    assert "no steps left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["model.width=32", "model.heads=4", "model.context_tokens=64"])
+def test_a_start_from_another_shape_is_refused_before_the_run_is_pinned(dataset: StoredDataset, setting: str) -> None:
+    dataset.train("small", *SHORT, "train.max_steps=2")
+    name, _, value = setting.partition("=")
+    with pytest.raises(DatasetMismatch, match=rf"train\.start_from = 'small'.*{name} is \d+, not {value}\."):
+        dataset.put_job("another-shape", *SHORT, "train.start_from=small", setting)
+    assert find_run(dataset.store, "another-shape") is None
 
 
 # Invalid settings

@@ -22,7 +22,7 @@ from model.training.metrics import MetricsLog
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores import retries, s3_client
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
 from tests import servers
 from tests.conftest import S3Url
 from tests.model.training_runs import StoredDataset, history, processes_of, training
@@ -137,7 +137,7 @@ class FaultyStore:
         """Assert that each step ran and was stored once, and that the run equals the undisturbed one."""
         self.proxy.plan = no_fault
         assert self.steps == list(range(first_step, STEPS))
-        assert (read_json(self.store, RunKeys(RUN).latest) or {})["step"] == self.saved()[-1] == STEPS
+        assert self.saved()[-1] == STEPS
         assert_equal_to(reference.store, UNDISTURBED, self.store)
 
 
@@ -191,7 +191,7 @@ def test_a_training_continues_while_a_checkpoint_cannot_be_stored(
 
 @pytest.mark.parametrize(
     ("fault", "key"),
-    [("500", RunKeys(RUN).metrics), ("lost", RunKeys(RUN).checkpoint_record(STEPS)), ("500", RunKeys(RUN).latest)],
+    [("500", RunKeys(RUN).metrics), ("lost", RunKeys(RUN).checkpoint_record(STEPS))],
 )
 def test_a_save_resumes_where_it_was_interrupted(
     faulty: FaultyStore, reference: StoredDataset, key: str, fault: Fault

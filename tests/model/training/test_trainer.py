@@ -15,7 +15,6 @@ from model.processes.distributed import DDPConfig
 from model.runs.job import Job, read_job, read_result
 from model.training.trainer import Trainer
 from storage.keys import DatasetKeys, RunKeys
-from storage.stores.store import read_json
 from tests.damage import flip_bit
 from tests.model.training_runs import BATCH_TOKENS, SHORT, STEPS, StoredDataset, history, losses, training
 
@@ -45,7 +44,6 @@ def test_the_result_of_a_training_holds_its_last_step(
     assert (environment["device"], environment["ranks"]) == ("cpu", 2)
     assert result == {"step": STEPS, "tokens": STEPS * BATCH_TOKENS}
     assert [record.step for record in checkpoints(dataset.store, run)] == [4, 8, 12]
-    assert (read_json(dataset.store, RunKeys(run).latest) or {})["step"] == STEPS
     assert [line["step"] for line in history(dataset.store, run) if "val_loss" in line] == [5, 11]
 
 
