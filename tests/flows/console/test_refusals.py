@@ -74,7 +74,7 @@ BAD_SOURCES = {
     ),
     "empty corpus": (
         lambda folder: pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "bad.parquet"),
-        ["no row"],
+        ["0 rows"],
     ),
     "too few documents": (
         lambda folder: write_parquet(folder / "bad.parquet", ["one document", "another"]),
