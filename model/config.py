@@ -19,7 +19,7 @@ from storage.stores.opening import CREDENTIALS
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53 - 1)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # PyTorch's generator ignores higher bits on a CPU
-Amount = Annotated[float, Field(strict=True, ge=0, le=1e9)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e15)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 NAME = rf"^({keys.NAME.pattern})?(?!\n)$"
 TEXT = rf"^(?![\s\S]*{CREDENTIALS.pattern})[^\0\ud800-\udfff]*$"
@@ -197,8 +197,10 @@ class EvaluationConfig(Section):
     )
     completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
     prompts: Lines = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
-    samples: Positive = Field(2, le=10_000, description="Samples per prompt.")
-    sample_tokens: Positive = Field(64, le=1_000_000, description="New tokens per sample.")
+    samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = Field(2, description="Samples per prompt.")
+    sample_tokens: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = Field(
+        64, description="New tokens per sample."
+    )
     temperature: Amount = Field(0.9, description="Sampling temperature (0 = always the most likely token).")
     top_k: Count = Field(50, description="Sample from the k most likely tokens (0 = all).")
     top_p: float = Field(

@@ -48,6 +48,8 @@ def gpt2(
     """Start the console as a process in its own session."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"DO_NOT_TRACK": "1"} | ({"PREFECT_API_URL": api} if api else {})
+    if api and not password and api == os.environ.get("PREFECT_API_URL"):
+        password = ":".join(login())
     environment |= {"PREFECT_API_AUTH_STRING": password} if password else {}
     return subprocess.Popen(
         [sys.executable, "-m", "flows.console.cli", *arguments], cwd=cwd, env=environment, text=True,

@@ -76,7 +76,7 @@ def _gather(connections: list[Connection]) -> ObservedTraining:
 def _serve(connection: Connection, trainings: list[TrainingRequest], rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INIT_METHOD": "env://"}
     ddp = DDPConfig.detect(os.environ, "cpu")
     try:
         with ddp.process_group(timedelta(minutes=1)):

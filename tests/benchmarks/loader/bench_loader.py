@@ -129,7 +129,7 @@ def write_shards(folder: Path, whole: Path, tokens: int) -> dict[str, list[Any]]
             body, name = ids.tobytes(), f"shard-{index:05d}"
             (folder / f"{name}.bin").write_bytes(body)
             one_file.write(body)
-            row = (name, len(ids), 1, 0, len(ids), sha256(body), "train")
+            row = (name, len(ids), 1, 0, len(ids), sha256(body), "train", 0)
             for column, value in zip(columns.values(), row, strict=True):
                 column.append(value)
     return columns

@@ -166,7 +166,7 @@ def test_a_failed_export_leaves_no_file(
 def test_a_run_without_a_checkpoint_or_with_a_damaged_one_is_not_exported(
     dataset: StoredDataset, published: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ObjectMissing, match=r"'none-such'.*gpt2 pretrain"):
+    with pytest.raises(ObjectMissing, match=r"'none-such'.*gpt2 train"):
         export_run(dataset.store, "none-such", tmp_path / "folder")
     record = import_folder(dataset.store, "to-damage", published)
     sums = flip_bit(dataset.store, RunKeys("to-damage").checkpoint_file(0, record.attempt, WEIGHTS))
@@ -320,7 +320,7 @@ def test_a_shape_beyond_the_weights_is_refused_at_once(
     altered: Callable[..., Path], store: Store, settings: dict[str, Any]
 ) -> None:
     started = time.monotonic()
-    assert_refused(store, altered(settings), r"config\.json says, found [\d,]+ bytes")
+    assert_refused(store, altered(settings), r"config\.json.*found ")
     assert time.monotonic() - started < 5  # 0.1 s alone; a million layers took minutes
 
 

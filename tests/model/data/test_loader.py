@@ -48,7 +48,7 @@ def put_dataset(store: Store, sizes: list[int], split: str = "train") -> tuple[M
         start += size
         shards.append(ids)
         store.put_new(DatasetKeys("synthetic").shard(f"shard-{index}"), ids.tobytes())
-        row = (f"shard-{index}", size, 1, 0, size, sha256(ids.tobytes()), split)
+        row = (f"shard-{index}", size, 1, 0, size, sha256(ids.tobytes()), split, 0)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     return Manifest("0" * 64, {}, tokenizer.identity(), {}, {}, None, columns), shards

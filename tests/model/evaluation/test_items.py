@@ -27,7 +27,7 @@ def sealed(store: Store, val: list[list[list[int]]], train: list[list[list[int]]
         ids = [token for document in documents for token in (tokenizer.EOT, *document)]
         body = np.array(ids, "<u2").tobytes()
         store.put_new(DatasetKeys("items").shard(f"shard-{index}"), body)
-        row = (f"shard-{index}", len(ids), len(documents), 0, len(ids), sha256(body), split)
+        row = (f"shard-{index}", len(ids), len(documents), 0, len(ids), sha256(body), split, 0)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     return Manifest("0" * 64, {}, tokenizer.identity(), {}, {}, None, columns)

@@ -102,7 +102,7 @@ def test_a_resumed_run_counts_the_steps_skipped_before(dataset: StoredDataset, m
 
 
 def test_no_step_is_skipped_by_default(dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:
-    key = dataset.put_job("strict", *SHORT, "train.learning_rate=1e30", "train.warmup_steps=0")
+    key = dataset.put_job("strict", *SHORT, "train.learning_rate=1e15", "train.warmup_steps=0")
     assert run_job(dataset.store.url, key) == 2
     error = capsys.readouterr().err
     assert "train.skip_outlier_steps" in error

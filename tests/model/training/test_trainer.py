@@ -112,7 +112,7 @@ def test_a_gpu_that_is_too_small_is_named_with_the_setting_that_helps(
 
 def test_a_nan_loss_stops_the_run(dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:
     key = dataset.put_job(
-        "exploded", *SHORT, "train.learning_rate=1e30", "train.warmup_steps=0", "train.checkpoint_every_steps=1"
+        "exploded", *SHORT, "train.learning_rate=1e15", "train.warmup_steps=0", "train.checkpoint_every_steps=1"
     )
     assert run_job(dataset.store.url, key) == 2
     assert "train.learning_rate" in capsys.readouterr().err

@@ -77,9 +77,10 @@ def test_the_remedy_for_a_damaged_shard_works_for_an_older_version(config: RunCo
     hidden.rename(file)
     follow(store, caught.value)
     spec = config.data.spec(tokenizer.identity())
-    plans = list(plan_files(store, "small", list_source(store, source, "", "main", "train")[0].files, spec.settings))
-    assert building.lost_shards(store, "small", first, plans) == {row.shard_id}  # what gpt2 pretrain builds
-    job = next(job for plan in plans for job in plan.jobs() if job.shard_id == row.shard_id)
+    plans = plans_of(store, spec, list_source(store, source, "", "main", "train")[0])
+    split = building.val_split(store, spec, plans)
+    assert building.lost_shards(store, "small", first, plans, split) == {row.shard_id}  # what gpt2 pretrain builds
+    job = next(job for plan in plans for job in plan.jobs(split) if job.shard_id == row.shard_id)
     shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
     shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
 
