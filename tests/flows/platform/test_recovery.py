@@ -1,6 +1,5 @@
 """Runs of the deployments under real workers: cancelled, killed, orphaned by a dead worker, retried."""
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 STEPS = 300
 END_SECONDS = 10.0
-DIED = re.compile(r"failed \(exitcode: (-9|1)\)")  # torchrun's message; the other rank may end first, with 1
+DIED = "rank 1 was killed by SIGKILL"
 
 
 HEARTBEAT_LIMIT_SECONDS = 45  # half of the usual: Prefect's heartbeats come every 30 s
@@ -92,7 +91,7 @@ def test_a_cancelled_training_saves_and_its_retry_resumes(api: str, one_worker: 
 
 
 def test_a_cancelled_evaluation_ends_at_once(api: str, one_worker: int, config: RunConfig) -> None:
-    unending = config.evaluation.model_copy(update={"sample_tokens": 10**7})
+    unending = config.evaluation.model_copy(update={"sample_tokens": 10**6})
     quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
     unending_config = config.model_copy(update={"evaluation": unending, "train": quick})
     flow_run = start(api, "pretrain", unending_config)
@@ -168,7 +167,7 @@ def test_a_run_that_died_with_its_worker_before_it_started_is_restarted(
         list(bootstrap(RunConfig(), scheduled=False))
 
 
-def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_worker: int, config: RunConfig) -> None:
+def test_a_killed_rank_fails_the_run_with_a_message_that_names_it(api: str, one_worker: int, config: RunConfig) -> None:
     build_dataset(config)
     flow_run = start(api, "train", config)
     poll(lambda: step(config) > 20, 120)
@@ -178,7 +177,7 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_wor
     kill([rank])
     end = ended(api, flow_run)
     assert end["state_name"] == "Failed"
-    assert DIED.search(end["state"]["message"]), end["state"]["message"]
+    assert DIED in end["state"]["message"]
     poll(lambda: not with_arguments(config.store_url), END_SECONDS)
 
     def log() -> str:
@@ -187,4 +186,4 @@ def test_a_rank_that_dies_fails_the_run_with_torchruns_message(api: str, one_wor
         lines: list[dict[str, Any]] = call_api(api, "/logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}})
         return "\n".join(line["message"] for line in lines)
 
-    poll(lambda: "2 processes on cpu" in log() and DIED.search(log()))
+    poll(lambda: "2 processes on cpu" in log() and DIED in log())
