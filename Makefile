@@ -97,5 +97,5 @@ if [ ! -e $(VENV) ]; then \
 if [ $$uv != uv ] && [ ! -x $$uv ]; then $(BIN)/python -m pip install -q "uv>=0.9,<1" || { echo "uv could not be installed into $(VENV): see pip's message above; a network or a package mirror is needed once."; exit 2; }; fi; \
 echo "installing $(1) into $(VENV)"; \
 { $$uv pip install -q --python $(BIN)/python --require-hashes --compile-bytecode -r $(1) && $$uv pip install -q --python $(BIN)/python --no-deps -e .; } || \
-{ echo "installation failed: see the message above. It needs 8 GB of disk and a network; free some space or check the network, then run this again (make clean removes the environment)."; exit 2; }
+{ echo "installation failed: see the message above. It needs 10 GB of disk and a network; free some space or check the network, then run this again (make clean removes the environment)."; exit 2; }
 endef
