@@ -1,7 +1,6 @@
-"""The demo's corpus: English prose from the documentation inside every Python installation, as parquet files.
+"""The demo's corpus: English prose from the docstrings and help topics of every Python installation, as parquet files.
 
-It reads the docstrings of the standard library and the language's help topics from their source files; nothing is
-imported or downloaded. One Python installation always gives the same documents in the same order.
+One installation always gives the same documents in the same order. Nothing is imported or downloaded.
 """
 
 import ast
@@ -35,10 +34,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def lasting(config: RunConfig, minutes: int) -> RunConfig:
-    """Scale the demo's training steps so that the demo takes about `minutes` minutes.
-
-    A duration other than MINUTES gets its own run name, since a run is pinned to its settings.
-    """
+    """Scale the steps to this duration. Another duration has its own run: a run is pinned to its settings."""
     if minutes == MINUTES:
         return config
     steps = round(config.train.max_steps * (minutes - FIXED_MINUTES) / (MINUTES - FIXED_MINUTES))
@@ -55,8 +51,7 @@ def write_corpus(folder: Path | str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # Ordering by digest mixes the modules, so that the first shard, which becomes the val split, is a random sample.
     documents = sorted(set(_documents()), key=lambda text: sha256(text.encode()))
-    lengths = [len(tokenizer.encode(text)) for text in documents]
-    rows = [(text, tokens) for text, tokens in zip(documents, lengths, strict=True) if tokens >= LEAST_TOKENS]
+    rows = [(text, tokens) for text in documents if (tokens := len(tokenizer.encode(text))) >= LEAST_TOKENS]
     for index, path in enumerate(paths):
         texts, token_counts = zip(*rows[index::FILES], strict=True)
         temporary = path.with_suffix(".part")
@@ -92,20 +87,13 @@ def _documents() -> Iterator[str]:
         except (SyntaxError, ValueError, OSError):
             continue  # lib2to3 and others ship files with deliberate syntax errors
         if module.as_posix() == "pydoc_data/topics.py":
-            yield from _topics(tree)
+            dictionaries = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+            yield from (prose(topic) for topics in dictionaries for topic in ast.literal_eval(topics).values())
         for node in [tree, *tree.body]:
             yield _documentation(node)
 
 
-def _topics(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            topics: dict[str, str] = ast.literal_eval(node.value)
-            yield from map(prose, topics.values())
-
-
 def _documentation(node: ast.AST) -> str:
-    """The prose of a module, class or function; a class includes its methods."""
     nodes = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
     paragraphs = [prose(ast.get_docstring(part) or "") for part in nodes if isinstance(part, Documented)]
     return "\n".join(filter(None, paragraphs))

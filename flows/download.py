@@ -1,7 +1,4 @@
-"""The first stage: find the source files, mirror Hub files into the store, and plan the shards.
-
-A file whose shards are all done is neither downloaded nor planned again: its plan is in the store.
-"""
+"""The first stage: find source files, mirror those of the Hub, plan shards. Files with all shards done are skipped."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,15 +15,16 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.handoffs import Downloaded
 from flows.items import mirror_items
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import in_window, is_transient, retry_if_transient
+from flows.runtime.tasks import in_window, is_transient, retries
 from model import tokenizer
 from model.config import DataConfig, RunConfig
 from model.runs.run import pinned_run
 from storage.datasets.building import val_split
 from storage.datasets.manifest import read_manifest
 from storage.datasets.plan import FilePlan, plan_file, plan_files, put_plan, read_plan
-from storage.datasets.records import finished_shards, recorded_shards
+from storage.datasets.records import finished_shards
 from storage.datasets.sealing import check_binding
+from storage.keys import DatasetKeys
 from storage.sources.files import Listing, SourceFile
 from storage.sources.mirror import list_source, locate, mirror
 from storage.stores.opening import open_store
@@ -49,10 +47,7 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
     return listing
 
 
-@task(
-    task_run_name="file-{file.name}", cache_policy=NO_CACHE,
-    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
-)  # fmt: skip
+@task(task_run_name="file-{file.name}", cache_policy=NO_CACHE, **retries(5, 30))
 def prepare_file(
     file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, on_progress: Callable[[str, int], None]
 ) -> FilePlan:
@@ -94,24 +89,17 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
 
 
 def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
-    planned = sum(len(plan.row_ends) for plan in plans)
-    if not planned:
-        raise ValueError(
-            f"data.source = {data.source!r}: data.filters = {list(data.filters)} and data.max_tokens = "
-            f"{data.max_tokens} leave 0 rows of its {len(plans)} files. Use other files, or change these settings."
-        )
-    if planned <= data.val_shards:
-        raise ValueError(
-            f"data.val_shards = {data.val_shards}: the source gives {planned} shards of up to {data.shard_tokens:,} "
-            f"tokens, so no shard is left for training. Reduce data.val_shards or data.shard_tokens."
-        )
+    shards = sum(len(plan.row_ends) for plan in plans)
+    if shards <= data.val_shards:
+        rows = sum(plan.row_ends[-1] for plan in plans if plan.row_ends)
+        given = f"{data.source!r} with data.filters = {list(data.filters)}, data.max_tokens = {data.max_tokens:,}"
+        problem = f"{given} gives {shards} shards ({rows:,} rows) of up to {data.shard_tokens:,} tokens: none for train"
+        remedy = "Reduce data.val_shards or data.shard_tokens, raise data.max_tokens, relax data.filters, or add files."
+        raise ValueError(f"data.val_shards = {data.val_shards}: {problem}. {remedy}")
 
 
 def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
-    """Plan all files concurrently. Returns the plans, and an error for each unavailable file.
-
-    Raises an error that is not transient, or the first error if the val split depends on a file that failed.
-    """
+    """The plans, and errors of unavailable files. Raises any other error, and that of a file on which val depends."""
     data, spec = config.data, config.data.spec(tokenizer.identity())
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         stored = pool.map(lambda file: read_plan(store, data.dataset, file, spec.settings), listing.files)
@@ -119,8 +107,9 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
     done: set[SourceFile] = set(plans)
     if data.mirror and listing.origin:  # a file must be mirrored while one of its shards is missing
         split = val_split(store, spec, [plans[file] for file in listing.files if file in plans])
-        recorded = recorded_shards(store, data.dataset)
-        done = {file for file in plans if recorded.issuperset(job.shard_id for job in plans[file].jobs(split))}
+        record, shards = DatasetKeys(data.dataset).record, DatasetKeys(data.dataset).shards
+        recorded = {listed.key for listed in store.list(shards)}
+        done = {file for file in plans if recorded.issuperset(record(job.shard_id) for job in plans[file].jobs(split))}
     to_prepare = [file for file in listing.files if file not in done]
     fetched_bytes: Counter[str] = Counter()
     total_bytes = sum(file.size_bytes for file in to_prepare)

@@ -10,21 +10,24 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.handoffs import Evaluated, Trained
+from flows.handoffs import Evaluated
+from flows.inspection.facts import read_evaluation
 from flows.items import mirror_items
 from flows.runtime.artifacts import show
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.records import CheckpointRecord, chosen
 from model.config import RunConfig, differences
-from model.runs.job import EvaluationSummary, Job, JobFailed, JobRefused
+from model.evaluation.results import Evaluation
+from model.runs.job import EvaluationSummary, Job, JobFailed, JobRefused, TrainingResult
 from model.runs.run import evaluation_jobs, pinned_run
 from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectCorrupt, StorageError
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
 
+Futures = list[PrefectFuture[Any]]
 Failure = tuple[str, Exception]  # the evaluation, and why it failed
 
 
@@ -32,20 +35,17 @@ Failure = tuple[str, Exception]  # the evaluation, and why it failed
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     """Run one evaluation job in its own process. Returns its result as JSON."""
     store = open_store(store_url)
-    stored: dict[str, object] | None = None
+    stored: Evaluation | None = None
     with suppress(ObjectCorrupt):  # the job writes it anew
-        stored = read_json(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
-    if stored is None or stored.get("job") != job.job_id:
+        stored = read_evaluation(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
+    if stored is None or stored.job != job.job_id:
         store.delete(RunKeys(job.run).result(job.job_id))  # its evaluation is missing or another job's
     return run_job(store, job, processes)
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
-def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noqa: ARG001  # the stage to wait for
-    """Run the configured evaluations. A failed evaluation does not stop the others.
-
-    Raises ObjectMissing without a checkpoint; after all evaluations, JobRefused or JobFailed with every failure.
-    """
+def evaluate_flow(config: RunConfig, after: TrainingResult | None) -> Evaluated:  # noqa: ARG001  # the stage to wait for
+    """Run the configured evaluations. After all of them, raises JobRefused or JobFailed with every failure."""
     store = open_store(config.store_url)
     records = chosen(store, config.name, config.evaluation.checkpoint)
     manifest, items = _inputs(store, config, records[-1])
@@ -58,9 +58,7 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     jobs = [job for record in records for job in evaluation_jobs(config, record, manifest, items)]
     bar = Bar("evaluate", len(jobs), "evaluations")
     with Processes(config.store_url) as processes:
-        futures: list[PrefectFuture[Any]] = [
-            evaluate_checkpoint.submit(job, config.store_url, processes) for job in jobs
-        ]
+        futures: Futures = [evaluate_checkpoint.submit(job, config.store_url, processes) for job in jobs]
         for future in futures:
             future.add_done_callback(lambda _: bar.advance())
         wait(futures)
@@ -68,29 +66,22 @@ def evaluate_flow(config: RunConfig, after: Trained | None) -> Evaluated:  # noq
     return Evaluated(_results(config.name, jobs, futures, failures))
 
 
-def evaluate(config: RunConfig, trained: Trained | None) -> State[Evaluated]:
+def evaluate(config: RunConfig, trained: TrainingResult | None) -> State[Evaluated]:
     """Run the stage, `resources.concurrent_evaluations` evaluations at a time. Returns its final state."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
-    state: State[Evaluated] = evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
-    return state
+    return evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)
 
 
-def _results(
-    run: str, jobs: list[Job], futures: list[PrefectFuture[Any]], failures: list[Failure]
-) -> list[EvaluationSummary]:
-    """Return the results of all jobs, and show them as a table in Prefect's UI.
-
-    Raises JobFailed or JobRefused when a job failed or `failures` is not empty.
-    """
+def _results(run: str, jobs: list[Job], futures: Futures, failures: list[Failure]) -> list[EvaluationSummary]:
+    """Return the results, and show them as a table in Prefect's UI. Raises JobFailed or JobRefused for any failure."""
     rows = [{"evaluation": name, "step": "", "state": "Failed", "result": str(error)[:300]} for name, error in failures]
     results = []
     for job, future in zip(jobs, futures, strict=True):
-        step = job.recipe["step"]
-        row = {"evaluation": job.kind, "step": step}
+        row = {"evaluation": job.kind, "step": job.recipe["step"]}
         try:
             result = EvaluationSummary(**future.result())
         except (JobFailed, ValueError, StorageError) as error:
-            failures.append((f"{job.kind} of step {step:,}", error))
+            failures.append((f"{job.kind} of step {row['step']:,}", error))
             rows.append(row | {"state": "Failed", "result": str(error)[:300]})
         else:
             results.append(result)
@@ -110,23 +101,17 @@ def _results(
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
     """The manifest to evaluate on, or None without a dataset; the key of HellaSwag's items, or None if not mirrored.
 
-    A run uses what it is pinned to, an imported model the dataset's newest version. Raises ValueError if the configured
-    model is not the imported model.
+    A run uses what it is pinned to, an imported model the newest version. ValueError: `config` has another model.
     """
-    run = pinned_run(store, config)
-    if run is not None:
+    if run := pinned_run(store, config):
         hellaswag = config.evaluation.hellaswag
         # A local file is read again, since it may have been edited. If it is gone, the copy in the store is used.
         use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
         return run.manifest, run.items if use_pinned else None
     if differing := differences(config.model.model_dump(mode="json"), record.model, "model"):
         raise ValueError(f"imported run {config.name!r}: {'; '.join(differing)}. Use the imported model's settings.")
-    newest = latest_manifest(store, config.data.dataset)
-    if newest is None:
-        say(
-            "evaluate",
-            f"store {config.store_url!r} has no version of dataset {config.data.dataset!r}, so there is no val loss. "
-            f"Build the dataset with gpt2 dataset build, or choose another with --set data.dataset=NAME",
-        )
+    if (newest := latest_manifest(store, config.data.dataset)) is None:
+        remedy = "Build it with gpt2 dataset build, or choose another with --set data.dataset=NAME"
+        say("evaluate", f"no dataset {config.data.dataset!r} in {store.url!r}, so there is no val loss. {remedy}")
         return None, None
     return newest.digest, None

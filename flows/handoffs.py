@@ -1,6 +1,6 @@
 """What one stage hands to the next. Stages import these types from here, and nothing from each other."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flows.inspection.facts import DatasetFacts, TrainingFacts
 from model.runs.job import EvaluationSummary
@@ -13,7 +13,7 @@ class Downloaded:
     Not a dataclass: Prefect would copy all plans into the flow run's parameters, which it limits to 512 KiB.
     """
 
-    __slots__ = ("failed", "items", "origin", "plans")
+    __slots__ = ("failed", "items", "origin", "plans")  # Prefect cannot copy what has no __dict__
 
     def __init__(self, plans: list[FilePlan], origin: dict[str, str], items: str | None, failed: list[str]) -> None:
         self.plans, self.origin, self.items, self.failed = plans, origin, items, failed
@@ -26,13 +26,6 @@ class DatasetVersion:
     manifest: str
     commit: str | None
     items: str | None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The step at which training ended."""
-
-    step: int
 
 
 @dataclass(frozen=True)
@@ -50,4 +43,4 @@ class Reported:
     training: TrainingFacts
     sample: str | None  # prompt and text
     page: str  # key of report.html
-    evaluations: list[EvaluationSummary] = field(default_factory=list)
+    evaluations: list[EvaluationSummary]

@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows.runtime.tasks import retry_if_transient
+from flows.runtime.tasks import retries
 from model.evaluation.hellaswag import questions
 from storage.errors import AlreadyExists, SourceInvalid
 from storage.sources.mirror import list_source, mirror
@@ -14,19 +14,14 @@ from storage.sources.reading import open_source
 from storage.stores.opening import open_store
 
 
-@task(
-    task_run_name="items-{source}", cache_policy=NO_CACHE,
-    retries=2, retry_delay_seconds=[5, 30], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
-)  # fmt: skip
+@task(task_run_name="items-{source}", cache_policy=NO_CACHE, **retries(5, 30))
 def mirror_items(source: str, store_url: str) -> str:
     """Copy the file into the store. Returns its key. Raises SourceInvalid unless it is one file of HellaSwag items."""
     store = open_store(store_url)
     listing, _ = list_source(store, source, "", "main", "validation", "evaluation.hellaswag")
     if len(listing.files) != 1:
-        raise SourceInvalid(
-            f"evaluation.hellaswag = {source!r}: expected one file (on the Hub: in split 'validation'), "
-            f"found {len(listing.files)}. Give one .jsonl or .parquet file."
-        )
+        problem = f"expected one file (on the Hub: in split 'validation'), found {len(listing.files)}"
+        raise SourceInvalid(f"evaluation.hellaswag = {source!r}: {problem}. Give one .jsonl or .parquet file.")
     file = mirror(store, listing.files[0])
     if not listing.origin:
         opened = open_source(file)

@@ -58,13 +58,9 @@ def _report(store: Store, dataset: str, manifest: str, items: str | None, resour
     )
     bar.close()
     numbers = {"contexts": _overlapping(contexts, in_train), "endings": _overlapping(endings, in_train)}
-    overlap = ItemOverlap(
-        count=len(contexts),
-        contexts=len(numbers["contexts"]),
-        endings=len(numbers["endings"]),
-        numbers=numbers,
-        shorter=sum(not len(context) for context in contexts),
-    )
+    shared = {part: len(of_part) for part, of_part in numbers.items()}
+    shorter = sum(not len(context) for context in contexts)
+    overlap = ItemOverlap(count=len(contexts), numbers=numbers, shorter=shorter, **shared)
     return LeakReport(
         dataset=dataset,
         manifest=manifest,

@@ -1,7 +1,6 @@
 """The whole pipeline as one flow of five stages, and its parts as flows.
 
-Each stage receives the same object that the previous stage returned: Prefect tracks and draws dependencies by
-identity. (`wait_for` orders sub-flows too, but Prefect's UI draws no arrow for it.)
+Each stage receives the same object that the previous stage returned: Prefect draws dependencies by identity.
 """
 
 from prefect import flow
@@ -9,19 +8,18 @@ from prefect.utilities.engine import link_state_to_flow_run_result
 
 from flows.download import download
 from flows.evaluate import evaluate
-from flows.handoffs import Evaluated, Reported, Trained
+from flows.handoffs import Evaluated, Reported
 from flows.report import report
 from flows.runtime.artifacts import show_links
 from flows.tokenise import tokenise
 from flows.train import train
 from model import tokenizer
 from model.config import RunConfig
-from model.runs.job import JobFailed, JobRefused
+from model.runs.job import JobFailed, JobRefused, TrainingResult
 from model.runs.run import find_start, keep_request, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import Store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
@@ -29,7 +27,7 @@ def pretrain(config: RunConfig) -> Reported:
     """Run the whole pipeline, from source files to report. A second call resumes where the first stopped."""
     store = open_store(config.store_url, create=True)
     if pinned_run(store, config) is None:  # refuses changed settings before they are stored
-        _check_binding(store, config)
+        check_binding(store, config.data.spec(tokenizer.identity()))
         find_start(store, config)
     downloaded = download(config)
     keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
@@ -42,7 +40,7 @@ def pretrain(config: RunConfig) -> Reported:
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
     store = open_store(config.store_url, create=True)
-    _check_binding(store, config)
+    check_binding(store, config.data.spec(tokenizer.identity()))
     downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
     keep_request(store, DatasetKeys(config.data.dataset).request, config)
     version = tokenise(config, downloaded)
@@ -64,11 +62,7 @@ def evaluate_and_report(config: RunConfig) -> Reported:
     return _evaluate_and_report(config, None)
 
 
-def _check_binding(store: Store, config: RunConfig) -> None:
-    check_binding(store, config.data.spec(tokenizer.identity()))
-
-
-def _evaluate_and_report(config: RunConfig, trained: Trained | None) -> Reported:
+def _evaluate_and_report(config: RunConfig, trained: TrainingResult | None) -> Reported:
     """Evaluate, then report. A failed evaluation fails the flow, after the report on the others is written."""
     state = evaluate(config, trained)
     result = state.result(raise_on_failure=False)

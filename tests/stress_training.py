@@ -31,7 +31,7 @@ from model.runs.job import read_job, read_result
 from storage.cache import host as host_cache
 from storage.digests import sha256
 from storage.keys import RunKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests import servers
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        host_cache.FOLDER, identity.REMEMBERED = Path(name) / "cache", Path(name) / "digests"
+        host_cache.FOLDER, reading.REMEMBERED = Path(name) / "cache", Path(name) / "digests"
         server = servers.start(options.server, Path(name) / "server")
         os.environ |= server.environment | {"HOME": name}
         try:

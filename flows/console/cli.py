@@ -1,8 +1,4 @@
-"""The console script `gpt2`: its entry point, and the verbs that run the pipeline or one of its stages.
-
-A verb reads the configuration, calls the flow or function that does the work, and prints the outcome. Verbs import
-flows inside the function: importing Prefect takes 3 s and reads settings from the environment.
-"""
+"""The console script `gpt2`: its entry point, and the verbs that run the pipeline or one of its stages."""
 
 import os
 import shlex
@@ -22,7 +18,7 @@ from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
-from model.runs.job import OUT_OF_MEMORY, JobFailed, is_out_of_memory, put_job
+from model.runs.job import OUT_OF_MEMORY, JobFailed, put_job
 from model.runs.run import find_run, training_job
 from storage.errors import StorageError, printable
 from storage.keys import DatasetKeys, RunKeys
@@ -36,17 +32,19 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(app(sys.argv[1:] if argv is None else argv) or 0)
     except UnusedCliTokensError as error:
         message, code = f"error: unexpected arguments: {shlex.join(error.unused_tokens or [])}. See gpt2 --help.", 2
-    except (ValueError, StorageError, CycloptsError) as error:
-        message, code = f"error: {error}", 2
-    except JobFailed as error:
-        message, code = f"error: {error}", 1
+    except (ValueError, StorageError, CycloptsError, JobFailed) as error:
+        message, code = f"error: {error}", 1 if isinstance(error, JobFailed) else 2
     except KeyboardInterrupt:
         message, code = "stopped; run the same command again to continue", 130
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
         sys.exit(1)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message, code = f"error: {reason}. Check free space and permissions, then run the same command again.", 1
     except Exception as error:
-        message, code = f"error: {OUT_OF_MEMORY}" if is_out_of_memory(error) else traceback.format_exc(), 1
+        is_out_of_memory = isinstance(error, MemoryError) or "can't start new thread" in str(error)
+        message, code = f"error: {OUT_OF_MEMORY}" if is_out_of_memory else traceback.format_exc(), 1
     print(printable(CREDENTIALS.sub("://…@", message), lines=True), file=sys.stderr)
     sys.exit(code)
 
@@ -56,8 +54,7 @@ def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2, lt=9999))]
     """Run the whole pipeline offline: train and evaluate a small GPT-2 on Python's own documentation.
 
     Writes to ./data, ./.gpt2 and ~/.cache/gpt2-pipeline. Running it again skips finished stages.
-    The number of training steps grows with --minutes, at a rate measured on 2 cores. A duration other than the default
-    is a separate run, such as demo-15.
+    A duration other than the default is a separate run, such as demo-15.
 
     Example: gpt2 demo --minutes 15
     Next: gpt2 status, or gpt2 serve to look at the runs in a browser.
@@ -103,28 +100,30 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
     store = open_store(store_url)
     run = find_run(store, name)
     pinned = {"name": name} | run.config if run else None
-    for request, run_again in (
-        (read_json(store, RunKeys(name).request), _pretrain),
-        (pinned, _train),  # started by gpt2 train, which stores no request
-        (read_json(store, DatasetKeys(name).request), build_dataset),
+    for key, request, run_again in (
+        (RunKeys(name).request, read_json(store, RunKeys(name).request), _pretrain),
+        (RunKeys(name).config, pinned, _train),  # started by gpt2 train, which stores no request
+        (DatasetKeys(name).request, read_json(store, DatasetKeys(name).request), build_dataset),
     ):
         if request is not None:
-            run_again(config_of(request | {"store_url": store_url}, list(settings.overrides)), verbose)
+            try:
+                config = config_of(request | {"store_url": store_url}, list(settings.overrides))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}\nThe settings are those of {key!r} and --set. If the object is damaged, delete it, and "
+                    f"run gpt2 pretrain or gpt2 dataset build with its settings."
+                ) from error
+            run_again(config, verbose)
             return
-    raise ValueError(
-        f"retry {name!r}: {store_url} holds no request for a run or dataset of that name. "
-        f"List its runs and datasets with gpt2 status, or start with gpt2 pretrain or gpt2 dataset build."
-    )
+    raise ValueError(f"retry {name!r}: {store_url} has no such run or dataset to repeat. List what it has: gpt2 status")
 
 
 @app.command
 def train(*, settings: Settings = DEFAULTS, ask: bool = False, verbose: Verbose = False) -> None:
     """Train to the last step, on the dataset version that the run is pinned to. A new run uses the newest version.
 
-    Run the same command again after a failure or Ctrl-C: it continues from the newest checkpoint.
-
     Example: gpt2 train --set name=mine --set train.max_steps=200
-    Next: gpt2 evaluate with the same settings
+    Next: gpt2 evaluate with the same settings; after a failure or Ctrl-C, the same command, to continue.
 
     Args:
         ask: Do not train: pin the run, write its job into the store and print the command that runs the job.
@@ -192,15 +191,13 @@ def _train(config: RunConfig, verbose: bool) -> None:
 
 
 def _print_summary(reported: Reported, config: RunConfig) -> None:
-    """Print what a pipeline run produced, how good it is and where to look next."""
     console.print()
     if dataset := reported.dataset:
         counts = f"{dataset.version.tokens:,} tokens, {len(dataset.version.shard_ids)} shards"
         say("dataset", f"{dataset.name}: {counts}, manifest {dataset.version.digest}")
     training = reported.training
-    loss = ""
-    if training.last_loss is not None:  # None for an imported model
-        loss = f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
+    is_imported = training.last_loss is None
+    loss = "" if is_imported else f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
     say("training", f"{training.steps:,} steps{loss}")
     for result in reported.evaluations:
         if result.metrics:

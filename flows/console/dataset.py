@@ -4,27 +4,13 @@ import secrets
 from collections.abc import Sequence
 
 from cyclopts.types import NonNegativeInt
-from rich.progress import Progress
 
-from flows.console.options import (
-    DEFAULTS,
-    AsJson,
-    Settings,
-    Verbose,
-    check_inputs,
-    check_source,
-    console,
-    dataset_app,
-    print_json,
-    progress_bar,
-    run_flow,
-    say,
-)
+from flows.console import options
+from flows.console.options import DEFAULTS, AsJson, Settings, Verbose, dataset_app, run_flow, say
 from model import tokenizer
 from model.config import DataConfig, RunConfig
 from storage.datasets.building import val_split
 from storage.datasets.copy import copy_dataset
-from storage.datasets.manifest import Manifest
 from storage.datasets.plan import plan_files, planner
 from storage.datasets.versions import newest_version
 from storage.inspection.verify import check_documents, verify_dataset
@@ -39,17 +25,15 @@ from storage.stores.store import Store
 def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Build the missing shards and seal a new version of the dataset. If nothing changed, no version is added.
 
-    Run the same command again after a failure or Ctrl-C: it builds only what is missing.
-
     Example: gpt2 dataset build --set data.dataset=mine --set data.source=texts
-    Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train
+    Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train; after a failure or Ctrl-C, the same command.
     """
     build_dataset(settings.load(), verbose)
 
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
     """Check the inputs, then run the flow of the same name."""
-    check_inputs(config, "tokenise", *(["audit"] if config.resources.audit else []))
+    options.check_inputs(config, "tokenise", *(["audit"] if config.resources.audit else []))
     run_flow("flows.pretrain:build_dataset", config, verbose)
 
 
@@ -78,40 +62,37 @@ def verify(
     if as_json and repair:
         raise ValueError("--json and --repair cannot be combined: a repair prints its progress. Give only one.")
     config, store = settings.load_with_store()
-    manifest = newest_version(store, config.data.dataset)
-    data, total = _at_commit_of(manifest, config.data), len(manifest.shard_ids)
+    data, manifest = config.data, newest_version(store, config.data.dataset)
+    if data.source == manifest.origin.get("dataset"):
+        data = data.model_copy(update={"revision": manifest.origin["commit"]})
+    total = len(manifest.shard_ids)
     files: Sequence[SourceFile] = ()
     if deep or repair:
         files = list_source(store, data.source, data.config, data.revision, "train")[0].files
-    with progress_bar("verify", total, hidden=as_json) as advance:
+    with options.progress_bar("verify", total, hidden=as_json) as advance:
         damages = verify_dataset(
             store, data.dataset, manifest, eot=tokenizer.EOT, depth="quick" if quick else "full", on_progress=advance
         )
     seed = secrets.randbits(32)  # different documents each time
-    compared = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
-    damages += [damage for damage in compared if damage is not None and not damage.of_source]
-    uncompared = [damage for damage in compared if damage is not None and damage.of_source]
+    chosen = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
+    damages += [damage for damage in chosen if damage is not None and not damage.of_source]
+    uncompared = [damage for damage in chosen if damage is not None and damage.of_source]
     damaged_shards = {damage.name for damage in damages if damage.repairable}
-    whole = total - len(damaged_shards)
+    whole, compared = total - len(damaged_shards), len(chosen) - len(uncompared)
     repair_command = settings.command("dataset verify --repair") if damaged_shards else None
     if as_json:
-        facts = {
-            "dataset": data.dataset,
-            "manifest": manifest.digest,
-            "whole": whole,
-            "documents": len(compared) - len(uncompared),
-        }
+        facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": compared}
         damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
         skipped = [{"name": damage.name, "why": damage.wrong} for damage in uncompared]
-        print_json(facts | {"damaged": damaged, "uncompared": skipped, "repair": repair_command})
+        options.print_json(facts | {"damaged": damaged, "uncompared": skipped, "repair": repair_command})
     else:
         for damage in damages:
             say("damaged", f"{damage.name}: {damage.wrong}")
         say("verify", f"{whole:,} of {total:,} shards match the manifest")
         for damage in uncompared:
             say("uncompared", f"{damage.name}: {damage.wrong}")
-        if compared:
-            say("verify", f"{len(compared) - len(uncompared):,} documents of the source compared")
+        if chosen:
+            say("verify", f"{compared:,} documents of the source compared")
         if repair_command and not repair:
             say("to repair", repair_command)
     if repair and damaged_shards:
@@ -121,18 +102,8 @@ def verify(
     return 1 if damages else 0
 
 
-def _at_commit_of(manifest: Manifest, data: DataConfig) -> DataConfig:
-    """The settings, with `revision` set to the version's commit if the source is its Hub dataset."""
-    if data.source != manifest.origin.get("dataset"):
-        return data
-    return data.model_copy(update={"revision": manifest.origin["commit"]})
-
-
 def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
-    """Delete the records of these shards, so that the next build replaces the damaged shards.
-
-    Raises ValueError, and deletes nothing, when the source and settings no longer give all of these shards.
-    """
+    """Delete these shards' records, so that the next build replaces the shards. Raises ValueError if it could not."""
     spec = data.spec(tokenizer.identity())
     make_plan = planner(store, spec.settings, tokenizer.encode)
     plans = list(plan_files(store, data.dataset, files, spec.settings, make_plan))
@@ -140,9 +111,8 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
     missing = shard_ids.difference(job.shard_id for plan in plans for job in plan.jobs(split))
     if missing:
         raise ValueError(
-            f"--repair: {len(missing):,} damaged shards (first: {min(missing)}) cannot be rebuilt from data.source = "
-            f"{data.source!r} with these settings. Restore the source files and settings of the build that made them, "
-            f"or build another dataset."
+            f"--repair cannot rebuild {len(missing):,} damaged shards (first: {min(missing)}) from data.source = "
+            f"{data.source!r}. Restore the source files and settings of their build, or build another dataset."
         )
     for shard_id in sorted(shard_ids):
         store.delete(DatasetKeys(data.dataset).record(shard_id))
@@ -159,15 +129,13 @@ def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """
     config, store = settings.load_with_store()
     newest_version(store, config.data.dataset)
-    check_source(config.evaluation.hellaswag, "evaluation.hellaswag")
+    options.check_source(config.evaluation.hellaswag, "evaluation.hellaswag")
     run_flow("flows.leaks:find_leaks_of_newest", config, verbose)
 
 
 @dataset_app.command
 def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
-    """Copy all versions of the dataset to another store, and verify each copied shard.
-
-    Run the same command again after a failure or Ctrl-C: it copies only what is missing.
+    """Copy all versions of the dataset to another store, except what it already has. Verifies each copied shard.
 
     Example: gpt2 dataset copy s3://bucket/prefix
     Next: gpt2 dataset verify --set store_url=s3://bucket/prefix
@@ -177,10 +145,7 @@ def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
     """
     config, store = settings.load_with_store()
     target = open_store(to, create=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("copy", total=None)
-        copied = copy_dataset(
-            store, target, config.data.dataset, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
-    say("copy", f"{copied.copied:,} of {copied.shards:,} shards copied now")
-    say("copy", f"manifest {copied.manifest.digest} is the newest in {to}")
+    with options.progress_bar("copy", None) as advance:
+        manifest, shards, copied = copy_dataset(store, target, config.data.dataset, advance)
+    say("copy", f"{copied:,} of {shards:,} shards copied now")
+    say("copy", f"manifest {manifest.digest} is the newest in {to}")

@@ -84,11 +84,7 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
 
 
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
-    """Import the folder, unless it is already imported. Returns the configuration that evaluates it.
-
-    The run is named after the folder when the configuration has the default name. Raises ValueError for a folder
-    without a GPT-2, or when the run holds another model.
-    """
+    """Import the folder once, by default as a run of its name. Returns the configuration that evaluates the run."""
     shaped = _shaped(config, folder)
     name = config.name
     if name == RunConfig.model_fields["name"].default:

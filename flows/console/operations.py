@@ -5,7 +5,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.table import Table
 from rich.text import Text
 
 from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, console, prefect, say, starting
@@ -45,11 +44,9 @@ def doctor(*, settings: Settings = DEFAULTS) -> int:
     from flows.inspection.doctor import examine
 
     verdicts = list(examine(settings.load().store_url))
-    table = Table(box=None, show_header=False, padding=(0, 1))
     for verdict in verdicts:
-        mark = Text("ok", style="green") if verdict.ok else Text("bad", style="bold red")
-        table.add_row(mark, verdict.check, verdict.detail)
-    console.print(table)
+        mark = Text("ok ", style="green") if verdict.ok else Text("bad", style="bold red")
+        console.print(mark, f"{verdict.check:<10} {verdict.detail}")
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 
@@ -71,11 +68,10 @@ def gc(
         grace_days: Keep everything that was written in the last N days.
     """
     _, store = settings.load_with_store()
-    grace_seconds = grace_days * 86_400
     count = size_bytes = damaged = 0
-    for item in garbage.collect(store, grace_seconds) if delete else garbage.find(store, grace_seconds):
-        if isinstance(item, garbage.Damaged):
-            say("damaged", f"{item.name}: {item.reason}")
+    for item in garbage.collect(store, grace_days * 86_400, remove=delete):
+        if item.damage:
+            say(item.kind, f"{item.name}: {item.damage}")
             damaged = 1
             continue
         say(item.kind, f"{item.name}  {item.size_bytes:,} bytes")
@@ -95,8 +91,6 @@ def serve(
     """Run Prefect's server and UI, the deployments and their workers for this folder, until Ctrl-C.
 
     The forms in the UI start from the settings given here. Schedules start paused; switch them on in the UI.
-    Other gpt2 commands in this folder use this server.
-
     Ctrl-C cancels the active runs; training has 8 s to save a checkpoint. Retries continue from the newest checkpoint.
 
     Example: gpt2 serve --port 4300
@@ -136,10 +130,7 @@ def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
 
     config = settings.load()
     if not named_server():
-        raise ValueError(
-            "bootstrap: PREFECT_API_URL is not set. Set it to the server's address, http://HOST:4200/api, or start "
-            "a server with its deployments here: gpt2 serve"
-        )
+        raise ValueError("bootstrap needs a server: set PREFECT_API_URL=http://HOST:4200/api, or run gpt2 serve here.")
     with prefect(verbose=False):
         from flows.platform.bootstrap import bootstrap as register
 

@@ -1,12 +1,8 @@
-"""What the verbs share: the two apps, options, terminal output, checks of the inputs, and running a flow.
-
-Importing Prefect takes 3 s and reads settings from the environment, so only functions import it.
-"""
+"""What the verbs share: apps, options, output, checks, flows. Only functions import Prefect, which takes 3 s."""
 
 import json
 import os
 import shlex
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,11 +17,13 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.progress import Progress
 from rich.segment import Segment
+from rich.status import Status
 
 from model import tokenizer
 from model.checkpoints.records import chosen
 from model.config import RunConfig, check_extra
 from model.config_file import load_config
+from model.runs.job import JobFailed
 from model.runs.run import find_start, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.datasets.versions import newest_version
@@ -63,7 +61,6 @@ class _Terminal(Console):
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
 SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
-SLOW_SECONDS = 5.0  # a start that takes longer says why
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
@@ -104,26 +101,25 @@ def say(label: str, text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one line of JSON in ASCII. DEL is the one control character that `json` leaves as it is."""
-    print(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
+    """Print one line of JSON in ASCII, without control characters."""
+    print(json.dumps(value, default=str))
 
 
 @contextmanager
-def progress_bar(label: str, total: int, *, hidden: bool = False) -> Iterator[Callable[..., None]]:
-    """Show a bar on a terminal while the block lasts; yields a function that advances it, by 1 or by its argument."""
+def progress_bar(label: str, total: int | None, *, hidden: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a bar on a terminal while the block lasts. Yields a function that advances it, and may set its total."""
     with Progress(console=console, disable=hidden or not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
-        yield lambda count=1: progress.advance(task, count)
+        yield lambda count=1, total=None: progress.update(task, advance=count, total=total)
 
 
 def check_inputs(config: RunConfig, *stages: str) -> None:
     """Raise ValueError or StorageError if one of the stages lacks an input. "tokenise" creates the store."""
-    resources, run = config.resources, None
+    resources, run, items = config.resources, None, config.evaluation.hellaswag
     with suppress(ObjectMissing):
         run = pinned_run(open_store(config.store_url), config)
     if "tokenise" in stages and run is None:
         check_source(config.data.source, "data.source")
-    items = config.evaluation.hellaswag
     if "audit" in stages or ("evaluate" in stages and (run is None or run.config["evaluation"]["hellaswag"] != items)):
         check_source(items, "evaluation.hellaswag")
     if "tokenise" in stages and resources.runner == "dask":
@@ -152,24 +148,21 @@ def check_source(source: str, setting: str) -> None:
         sources.find_files(source, setting)
 
 
-@contextmanager
-def starting(what: str) -> Iterator[None]:
-    """Show what starts while the block lasts: on a terminal, or as a line of output when it takes long."""
+def starting(what: str) -> Status:
+    """Show what starts: on a terminal while the block lasts, elsewhere as one line of output."""
     text = f"{what}; the first start creates the database; waiting up to 120 s"
-    line = threading.Timer(SLOW_SECONDS, say, ("starting", text))
-    line.start()
-    try:
-        with console.status(f"starting {text}"):
-            yield
-    finally:
-        line.cancel()
+    if not console.is_terminal:
+        say("starting", text)
+    return console.status(f"starting {text}")
 
 
 @contextmanager
 def prefect(verbose: bool) -> Iterator[None]:
     """Provide a Prefect server for the block. Prefect's log stays off the console unless `verbose`."""
-    from flows.console.watch import end_with_server
+    from httpx import HTTPError
+
     from flows.platform.server import prefect_server
+    from flows.runtime.ending import ending_with_server
 
     is_named = bool(os.environ.get("PREFECT_API_URL"))  # such a server may restart: Prefect repeats its requests
     os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"  # without heartbeats a run whose host died stays Running
@@ -180,8 +173,12 @@ def prefect(verbose: bool) -> Iterator[None]:
             url = stack.enter_context(prefect_server())
         say("Prefect", url.removesuffix("/api"))
         if not is_named:
-            stack.enter_context(end_with_server(url))
-        yield
+            stack.enter_context(ending_with_server(url))
+        try:
+            yield
+        except HTTPError as error:  # a server that went away, or whose disk is full: its log may be empty
+            remedy = "Free some space if its disk is full, and see its log. Run the same command again to continue."
+            raise JobFailed(f"Prefect's server at {url} failed: {error}. {remedy}") from error
 
 
 def run_flow(name: str, config: RunConfig, verbose: bool) -> Any:
@@ -189,7 +186,6 @@ def run_flow(name: str, config: RunConfig, verbose: bool) -> Any:
     with prefect(verbose):
         from prefect.client.orchestration import get_client
         from prefect.flow_engine import run_flow as run_created
-        from prefect.states import Pending
         from prefect.utilities.callables import get_call_parameters
         from prefect.utilities.urls import url_for
 
@@ -199,9 +195,8 @@ def run_flow(name: str, config: RunConfig, verbose: bool) -> Any:
         since = datetime.now(UTC)
         flow = resolve_name(name)
         arguments = get_call_parameters(flow.fn, (config,), {})
-        form = flow.serialize_parameters(arguments)
         with get_client(sync_client=True) as client:  # not `prefect.tags`, which would cost each task a request
-            run = client.create_flow_run(flow, parameters=form, state=Pending(), tags=[TAG])
+            run = client.create_flow_run(flow, parameters=flow.serialize_parameters(arguments), tags=[TAG])
         say("run", str(url_for("flow-run", obj_id=run.id)))
         with progress.on_console(console):
             try:

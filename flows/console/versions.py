@@ -8,12 +8,13 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
 from flows.console.options import DEFAULTS, AsJson, Settings, console, dataset_app, print_json, progress_bar, say
-from flows.inspection.trace import trace_target, window_range, windows
+from flows.inspection.trace import trace_target, windows
 from model import tokenizer
 from storage.datasets import versions
 from storage.datasets.export import export as write
 from storage.inspection.lineage import Traced
 from storage.inspection.summary import summarise
+from storage.keys import DatasetKeys
 
 Version = Annotated[str, Parameter(help="A version: the first characters of its manifest's digest.")]
 Format = Annotated[Literal["nanogpt", "llmc"], Parameter("--format", help="The program that will read the files.")]
@@ -31,7 +32,8 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
     dataset = config.data.dataset
     history = list(versions.history(store, dataset))
     for version, parent in zip(history, [*history[1:], None], strict=True):
-        sealed = datetime.fromtimestamp(versions.sealed_at(store, dataset, version), UTC).isoformat(timespec="seconds")
+        sealed_at = store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
+        sealed = datetime.fromtimestamp(sealed_at, UTC).isoformat(timespec="seconds")
         commit, shards, tokens = version.origin.get("commit"), len(version.shard_ids), version.tokens
         changes = versions.difference(parent, version) if parent else None
         if as_json:
@@ -80,28 +82,20 @@ def show(
         html: Write a page with plots to this file.
     """
     from flows.pages.dataset_card import page, print_card
+    from flows.pages.drawing import write_file
 
     config, store = settings.load_with_store()
     manifest = versions.find_version(store, config.data.dataset, version)
     with console.status("reading the shards' records"):
         card = summarise(store, config.data.dataset, manifest)
     if html is not None:
-        _write_page(html, page(card))
+        write_file(html, page(card), "--html")
     if as_json:
         print_json(card.model_dump())
     elif html is not None:
         say("show", f"dataset card written to {html}")
     else:
         print_card(console, card)
-
-
-def _write_page(path: Path, body: bytes) -> None:
-    try:
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(body)
-        part.replace(path)
-    except OSError as error:
-        raise ValueError(f"--html {path}: {error.strerror}. Give a file in a writable folder.") from error
 
 
 @dataset_app.command
@@ -128,7 +122,12 @@ def trace(
     """
     config, store = settings.load_with_store()
     target = trace_target(store, config)
-    first, count = window_range(target, split, window, step)
+    if (window is None) == (step is None):
+        raise ValueError("gpt2 dataset trace needs either --window K or --step N, not both or neither. Try --window 0")
+    if step is not None and split != "train":
+        raise ValueError(f"--step cannot be combined with --split {split}: steps read only train. Use --window.")
+    count = 1 if step is None else target.train.batch_windows
+    first = window or 0 if step is None else step * count
     for number, document in windows(store, target, split, first, count):
         text = tokenizer.decode([token for token in document.ids.tolist() if token != tokenizer.EOT])
         if as_json:

@@ -33,12 +33,13 @@ class Verdict:
 def examine(store_url: str) -> Iterator[Verdict]:
     """Yield a verdict for each check."""
     yield Verdict("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
-    yield _attempt(
-        "packages", lambda: ", ".join(f"{name} {version(name)}" for name in ("torch", "prefect", "datasets"))
-    )
+    packages = ("torch", "prefect", "datasets")
+    yield _attempt("packages", lambda: ", ".join(f"{name} {version(name)}" for name in packages))
     yield _attempt("tokenizer", lambda: f"gpt2, {len(tokenizer.encode('hello world'))} tokens in 'hello world'")
     yield from _store(store_url)
-    yield _disk()
+    free_bytes = shutil.disk_usage(Path.cwd()).free
+    needed = "" if free_bytes > FREE_BYTES else f"; free some space: a full run needs {FREE_BYTES / 1e9:.0f} GB"
+    yield Verdict("disk", not needed, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
     yield _attempt("cache", _cache)
     port = running_port()
     other = "no Prefect server runs in this folder; commands use PREFECT_API_URL or start their own server"
@@ -57,10 +58,10 @@ def _store(url: str) -> Iterator[Verdict]:
     try:
         store = open_store(url, create=True)
         yield Verdict("store", True, f"{url}: opened with these credentials")
-        probe = store.probe()
-        yield Verdict("conditions", True, f"{probe.server}: create-only put and compare-and-swap are honoured")
-        damaged = "refused" if probe.refuses_damaged else "stored, and only detected when it is read: update the server"
-        yield Verdict("checksums", probe.refuses_damaged, f"a body damaged in transit is {damaged}")
+        server, refuses_damaged = store.probe()
+        yield Verdict("conditions", True, f"{server}: create-only put and compare-and-swap are honoured")
+        damaged = "refused" if refuses_damaged else "stored, and only detected when it is read: update the server"
+        yield Verdict("checksums", refuses_damaged, f"a body damaged in transit is {damaged}")
         skew_seconds = abs(clock(store) - time.time())
         remedy = "" if skew_seconds < SKEW_SECONDS else "; synchronise this host: S3 refuses a difference of 900 s"
         yield Verdict("clock", not remedy, f"{skew_seconds:.0f} s from the store's{remedy}")
@@ -68,16 +69,9 @@ def _store(url: str) -> Iterator[Verdict]:
         yield Verdict("store", False, str(error))
 
 
-def _disk() -> Verdict:
-    free_bytes = shutil.disk_usage(Path.cwd()).free
-    needed = "" if free_bytes > FREE_BYTES else f"; free some space: a full run needs {FREE_BYTES / 1e9:.0f} GB"
-    return Verdict("disk", not needed, f"{free_bytes / 1e9:,.1f} GB free here{needed}")
-
-
 def _cache() -> str:
     cache = host.HostCache(host.FOLDER, shard_cache.LIMIT_BYTES)
     usage = f"{host.FOLDER}: {cache.used_bytes() / 1e9:.1f} GB of shards"
-    quarantined = len(cache.quarantined())
-    if quarantined:
-        usage += f", {quarantined} damaged files in quarantine: check this disk, then gpt2 gc --delete"
+    if quarantined := cache.quarantined():
+        usage += f", {len(quarantined)} damaged files in quarantine: check this disk, then gpt2 gc --delete"
     return usage

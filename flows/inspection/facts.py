@@ -109,8 +109,13 @@ def run_facts(store: Store, name: str) -> RunFacts:
 def read_evaluations(store: Store, run: str) -> list[Evaluation]:
     """The evaluations of a run in the store, by step and name."""
     listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
-    stored = (read_as(store, key, Evaluation, _is_complete, "Run gpt2 evaluate again.") for key in listed_keys)
+    stored = (read_evaluation(store, key) for key in listed_keys)
     return [evaluation for evaluation in stored if evaluation is not None]  # None: deleted, since its job runs again
+
+
+def read_evaluation(store: Store, key: str) -> Evaluation | None:
+    """The evaluation at a key. Raises ObjectCorrupt."""
+    return read_as(store, key, Evaluation, _is_complete, "Run gpt2 evaluate again.")
 
 
 def _is_complete(evaluation: Evaluation) -> bool:
@@ -128,11 +133,8 @@ def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> d
     """The published values of the run's metrics, by metric. A value of a val split needs the same source."""
     metrics = {metric for evaluation in evaluations for metric in evaluation.metrics}
     sources = ("", dataset.source if dataset else "")
-    return {
-        reference.metric: reference
-        for reference in REFERENCES
-        if reference.metric in metrics and reference.source in sources
-    }
+    known = {reference.metric: reference for reference in REFERENCES if reference.source in sources}
+    return {metric: reference for metric, reference in known.items() if metric in metrics}
 
 
 def leak_line(report: LeakReport | None) -> str:
@@ -144,13 +146,13 @@ def leak_line(report: LeakReport | None) -> str:
         f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are also in train, "
         f"{duplicates['train']:,} of {documents['train']:,} train documents repeat an earlier one"
     )
-    if items is None:
-        return line
-    return (
-        f"{line}; of {items.count:,} HellaSwag items, {items.contexts:,} share {items.ngram_words} consecutive words "
-        f"of their context with train, {items.endings:,} share {items.ngram_words} that reach into an ending "
-        f"({items.shorter:,} contexts have fewer than {items.ngram_words} words)"
-    )
+    if items is not None:
+        line += (
+            f"; of {items.count:,} HellaSwag items, {items.contexts:,} share {items.ngram_words} consecutive words "
+            f"of their context with train, {items.endings:,} share {items.ngram_words} that reach into an ending "
+            f"({items.shorter:,} contexts have fewer than {items.ngram_words} words)"
+        )
+    return line
 
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:

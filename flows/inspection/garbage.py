@@ -7,7 +7,7 @@ dataset on which a build started, or in which an unlisted shard was written, wit
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from flows.inspection.status import dataset_names, run_names
@@ -18,7 +18,7 @@ from model.runs.run import find_run, training_job
 from storage import keys
 from storage.cache import host
 from storage.datasets.lease import claim, holds, last_build, release
-from storage.datasets.manifest import read_manifest
+from storage.datasets.manifest import read_manifest, read_pointer
 from storage.datasets.versions import version_digests
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import DatasetKeys, RunKeys
@@ -29,53 +29,29 @@ SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, rec
 
 @dataclass(frozen=True)
 class Garbage:
-    """The kind, name and size of an unreferenced object or file."""
+    """An unreferenced object or file; or a damaged run or dataset, of which gpt2 gc therefore deletes nothing."""
 
     kind: str
     name: str
-    size_bytes: int
+    size_bytes: int = 0
+    damage: str = ""
 
 
-@dataclass(frozen=True)
-class Damaged:
-    """A run or dataset of which nothing is deleted, because one of its objects is damaged or missing."""
-
-    name: str
-    reason: str
-
-
-def find(store: Store, grace_seconds: float) -> list[Garbage | Damaged]:
-    """Everything that `collect` would delete now. Deletes nothing."""
-    now = time.time()
-    with suppress(StoreUnusable):  # it cannot be written
-        now = clock(store)
-    return list(_garbage(store, now - grace_seconds, remove=False))
-
-
-def collect(store: Store, grace_seconds: float) -> Iterator[Garbage | Damaged]:
-    """Delete what `find` lists and yield each item once it is gone. Safe while builds run.
-
-    Raises Conflict if a build starts on a dataset while its shards are being deleted.
-    """
-    return _garbage(store, clock(store) - grace_seconds, remove=True)
-
-
-def _garbage(store: Store, before: float, *, remove: bool) -> Iterator[Garbage | Damaged]:
-    for name in dataset_names(store):
-        yield from _unless_damaged(f"dataset {name}", _shards(store, name, before, remove=remove))
+def collect(store: Store, grace_seconds: float, *, remove: bool = True) -> Iterator[Garbage]:
+    """Delete garbage, or list it. Yields each item once it is gone. Raises Conflict if a build starts meanwhile."""
+    before = time.time() - grace_seconds
+    with nullcontext() if remove else suppress(StoreUnusable):  # a store that cannot be written can be listed
+        before = clock(store) - grace_seconds
+    parts = [(f"dataset {name}", _shards(store, name, before, remove=remove)) for name in dataset_names(store)]
     for name in run_names(store):
-        yield from _unless_damaged(
-            f"run {name}", _objects(store, "run", _dead_run_objects(store, name, before), remove)
-        )
+        parts.append((f"run {name}", _objects(store, "run", _dead_run_objects(store, name, before), remove)))
+    for part, garbage in parts:
+        try:
+            yield from garbage
+        except (ObjectCorrupt, ObjectMissing, ValueError) as error:
+            yield Garbage("damaged", part, damage=str(error))
     yield from _objects(store, "probe", _old(store, keys.TEMPORARY, before), remove)
     yield from _unfinished(store, before, remove=remove)
-
-
-def _unless_damaged(name: str, garbage: Iterable[Garbage]) -> Iterator[Garbage | Damaged]:
-    try:
-        yield from garbage
-    except (ObjectCorrupt, ObjectMissing, ValueError) as error:
-        yield Damaged(name, str(error))
 
 
 def _objects(store: Store, kind: str, dead: Iterable[Stat], remove: bool) -> Iterator[Garbage]:
@@ -88,7 +64,7 @@ def _objects(store: Store, kind: str, dead: Iterable[Stat], remove: bool) -> Ite
 def _unfinished(store: Store, before: float, *, remove: bool) -> Iterator[Garbage]:
     """Unfinished writes, and damaged files in this host's cache."""
     for upload in store.unfinished(before, remove=remove):
-        yield Garbage("unfinished", upload, 0)
+        yield Garbage("unfinished", upload)
     for path in host.HostCache(host.FOLDER, 0).quarantined():
         with suppress(FileNotFoundError):  # another gpt2 gc on this host deleted it
             stat = path.stat()
@@ -117,17 +93,15 @@ def _shards(store: Store, dataset: str, before: float, *, remove: bool) -> Itera
 
 def _dead_shards(store: Store, dataset: str, before: float, *, leased: bool = False) -> list[Stat]:
     """The objects of shards that no version lists; none while a build may still use them."""
-    listed_shards = list(store.list(DatasetKeys(dataset).shards))  # before the manifests, in case of a concurrent seal
+    prefix, latest = DatasetKeys(dataset).shards, read_pointer(store, dataset).manifest
+    listed_shards = list(store.list(prefix))  # before the manifests, in case of a concurrent seal
     live: set[str] = set()
-    for digest in version_digests(store, dataset):
+    for digest in {*version_digests(store, dataset), *filter(None, [latest])}:  # a build seals a lost `latest` again
         version = read_manifest(store, dataset, digest)
         live.update(version.shard_ids, version.empty)
-    prefix = DatasetKeys(dataset).shards
     dead = [listed for listed in listed_shards if SUFFIX.sub("", listed.key.removeprefix(prefix)) not in live]
-    last_used = [listed.modified for listed in dead]
-    if not leased:
-        last_used.append(last_build(store, dataset))
-    return dead if max(last_used, default=0.0) < before else []
+    last_build_at = 0.0 if leased else last_build(store, dataset)
+    return dead if max([last_build_at, *(listed.modified for listed in dead)]) < before else []
 
 
 def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:

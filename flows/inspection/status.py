@@ -20,6 +20,13 @@ EVALUATION = re.compile(r"([0-9]{6,18})/([^/]+)\.json")
 
 
 @dataclass(frozen=True)
+class Request:
+    """The part of the last request for a run that decides which evaluations it has."""
+
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Line:
     """One part of a run or dataset, its state, and the error of its last attempt if it failed."""
 
@@ -76,10 +83,8 @@ def run_status(store: Store, name: str) -> list[Line]:
     """Every part of a run: its dataset, training, evaluations and report. Raises ObjectMissing for an unknown run."""
     known_names = run_names(store)
     if name not in known_names:
-        raise ObjectMissing(
-            f"store {store.url!r} has no run {name!r}; its runs are: {', '.join(known_names) or 'none'}. "
-            f"Correct the name, or choose another store with --set store_url=…"
-        )
+        runs = ", ".join(known_names) or "none"
+        raise ObjectMissing(f"store {store.url!r} has no run {name!r}; its runs: {runs}. Use one, or another store.")
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
     run = find_run(store, name)
@@ -88,36 +93,24 @@ def run_status(store: Store, name: str) -> list[Line]:
         kinds = ["samples"]
     else:
         lines = _training_status(store, run, step)
-        request = read_request(store, RunKeys(name).request) or run.config
-        kinds = ["val_loss", "hellaswag" if request["evaluation"].get("hellaswag") else "completion", "samples"]
+        request = read_as(store, RunKeys(name).request, Request)
+        evaluation = request.evaluation if request else run.config["evaluation"]
+        kinds = ["val_loss", "hellaswag" if evaluation.get("hellaswag") else "completion", "samples"]
     report = "written" if any(store.list(RunKeys(name).report("html"))) else "missing"
     return [*lines, *_evaluation_status(store, name, step, kinds), Line("  report", report)]
-
-
-def read_request(store: Store, key: str) -> dict[str, Any] | None:
-    """The last request for a run or dataset: a configuration whose values are not checked. Raises ObjectCorrupt."""
-    remedy = "Delete it, then run gpt2 pretrain or gpt2 dataset build with the settings."
-    return read_as(store, key, dict[str, Any], _has_sections, remedy)
-
-
-def _has_sections(request: dict[str, Any]) -> bool:
-    return all(isinstance(request.get(name), dict) for name in ("data", "model", "train", "evaluation", "resources"))
 
 
 def _training_status(store: Store, run: Run, step: int) -> list[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
     finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
-    job = training_job(run)
-    if read_result(store, job) is not None:
-        training = Line("  train", "done")
-    else:
-        saved = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
+    job, state, failure = training_job(run), "done", ""
+    if read_result(store, job) is None:
+        state = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
         failure = records.read_failure(store, keys.failure(RunKeys(run.name).result(job.job_id)))
-        training = Line("  train", saved, failure)
     return [
         Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
         Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
-        training,
+        Line("  train", state, failure),
     ]
 
 
@@ -135,7 +128,6 @@ def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str
 
 
 def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
-    """When each evaluation was written."""
     prefix = RunKeys(run).evaluations
     written = {}
     for listed in store.list(prefix):
@@ -148,12 +140,9 @@ def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]
     """The last error of each evaluation, unless a later job has written the evaluation."""
     errors = {}
     for listed in sorted(store.list(RunKeys(run).jobs), key=lambda listed: listed.modified):
-        job_key = keys.failed_job(listed.key)
-        failure = records.read_failure(store, listed.key) if job_key else ""
-        if not job_key or not failure:
-            continue
-        job = read_job(store, job_key)
-        evaluation = job.kind, int(job.recipe.get("step", 0))
-        if job.kind != "train" and listed.modified >= written.get(evaluation, 0):
-            errors[evaluation] = failure
+        if (job_key := keys.failed_job(listed.key)) and (failure := records.read_failure(store, listed.key)):
+            job = read_job(store, job_key)
+            evaluation = job.kind, int(job.recipe.get("step", 0))
+            if job.kind != "train" and listed.modified >= written.get(evaluation, 0):
+                errors[evaluation] = failure
     return errors

@@ -29,16 +29,9 @@ class TraceTarget:
     data: DataConfig
     train: TrainingConfig
 
-    def order(self, split: str) -> WindowOrder:
-        tokens = [row.tokens for row in self.manifest.rows(split)]
-        return WindowOrder(tokens, self.train.sequence_tokens, self.train.seed)
-
 
 def trace_target(store: Store, config: RunConfig) -> TraceTarget:
-    """The version and settings of the run, if it was started; else the dataset's newest version and `config`.
-
-    Raises ObjectMissing when neither the run nor the dataset exists.
-    """
+    """The version and settings of the run; if it was never started, the dataset's newest version and `config`."""
     run = find_run(store, config.name)
     if run is None:
         return TraceTarget(newest_version(store, config.data.dataset), config.data, config.train)
@@ -46,40 +39,17 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     return TraceTarget(read_manifest(store, run.dataset, run.manifest), pinned.data, pinned.train)
 
 
-def window_range(target: TraceTarget, split: str, window: int | None, step: int | None) -> tuple[int, int]:
-    """The first window and the window count. Raises ValueError unless either `window` or a train `step` is given."""
-    if (window is None) == (step is None):
-        given = "neither" if window is None else "both"
-        raise ValueError(f"gpt2 dataset trace needs either --window K or --step N, found {given}. Try --window 0")
-    if window is not None:
-        return window, 1
-    if split != "train":
-        raise ValueError(
-            f"--step cannot be combined with --split {split}: steps read only the train split. Use --window."
-        )
-    assert step is not None
-    return step * target.train.batch_windows, target.train.batch_windows
-
-
 def windows(store: Store, target: TraceTarget, split: str, first: int, count: int) -> Iterator[tuple[int, Traced]]:
-    """Yields each window's number with each of its documents: train in training order, val in validation order.
-
-    Raises ValueError when val has no such windows.
-    """
-    order = target.order(split)
+    """Each window's number and documents, in training or validation order. Raises ValueError past the end of val."""
+    rows, length, dataset = list(target.manifest.rows(split)), target.train.sequence_tokens, target.data.dataset
+    order = WindowOrder([row.tokens for row in rows], length, target.train.seed)
     if split == "val" and first + count > order.epoch_windows:
-        raise ValueError(
-            f"--window {first}: split val has {order.epoch_windows:,} windows of {target.train.sequence_tokens:,} "
-            f"tokens, counted from 0. Give a smaller number."
-        )
+        raise ValueError(f"--window {first}: val has only {order.epoch_windows} windows, from 0. Use a smaller one.")
     if split == "train":
         shard_of, window_of = order.locate(first, count)
     else:
         shard_of, window_of = order.in_file_order(np.arange(first, first + count))
-    rows, files = list(target.manifest.rows(split)), _source_files(store, target)
-    dataset = target.data.dataset
-    cache = ShardCache(store, dataset)
-    length = target.train.sequence_tokens
+    files, cache = _source_files(store, target), ShardCache(store, dataset)
     traced: list[tuple[int, Traced]] = []
     for shard in np.unique(shard_of):  # open each shard and read its source once
         places = np.flatnonzero(shard_of == shard).tolist()
@@ -91,8 +61,7 @@ def windows(store: Store, target: TraceTarget, split: str, first: int, count: in
 
 def _source_files(store: Store, target: TraceTarget) -> dict[str, SourceFile]:
     data = target.data
-    files = lineage.hub_files(target.manifest)
-    if not files:
+    if not (files := lineage.hub_files(target.manifest)):
         with suppress(ValueError, StorageError):  # the source has moved or is gone: show what the store has
             listing, _ = list_source(store, data.source, data.config, data.revision, "train")
             files = {file.digest: file for file in listing.files}

@@ -45,7 +45,7 @@ def curves(runs: list[RunFacts]) -> dict[str, str]:
 
 def loss_curve(metrics: list[StepMetrics]) -> str:
     """The loss of one run so far, as inline SVG; "" before its first step."""
-    return _draw("Loss", "nats per token", _training_losses(metrics, 0, "training", "val, while training"), {})
+    return _draw("Loss", "nats per token", _training_losses(metrics, 0, ""), {})
 
 
 def thinned(points: list[Point]) -> list[Point]:
@@ -57,20 +57,16 @@ def thinned(points: list[Point]) -> list[Point]:
 
 def _losses(runs: list[RunFacts]) -> Iterator[Series]:
     for index, run in enumerate(runs):
-        labels = _label(runs, run, "training"), _label(runs, run, "val, while training")
-        yield from _training_losses(run.metrics, index, *labels)
+        yield from _training_losses(run.metrics, index, _label(runs, run, ""))
     yield from _evaluated(runs, "val_loss")
 
 
-def _training_losses(metrics: list[StepMetrics], run: int, label: str, val_label: str) -> list[Series]:
-    return [
-        Series(label, run, thinned(_column(metrics, "loss"))),
-        Series(val_label, run, _column(metrics, "val_loss"), "o"),
-    ]
+def _training_losses(metrics: list[StepMetrics], run: int, name: str) -> list[Series]:
+    losses = Series(f"{name} training".strip(), run, thinned(_column(metrics, "loss")))
+    return [losses, Series(f"{name} val, while training".strip(), run, _column(metrics, "val_loss"), "o")]
 
 
 def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
-    """One column of the metrics log, without the steps that lack it."""
     values = ((line.step, getattr(line, name)) for line in metrics)
     return [(step + 1, value, 0.0) for step, value in values if value is not None]
 

@@ -1,9 +1,10 @@
 """The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` computes it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flows.inspection.facts import leak_line
@@ -14,17 +15,15 @@ from storage.inspection.summary import DatasetSummary
 MAXIMUM_LINES = 20  # of a table on a terminal; the page and --json have all lines
 MAXIMUM_BARS = 60
 BAR_CELLS = 40
+PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0), "show_edge": False}
 COUNTS = ("shards", "documents", "tokens", "skipped")
 
 
 def print_card(console: Console, card: DatasetSummary) -> None:
     """Print the card on a terminal."""
-    origin = card.origin
     source = "files on this host or in a bucket"
-    if "dataset" in origin:
-        source = f"{origin['dataset']} ({origin['config']})"
-    if origin:
-        source += f" at commit {origin['commit']}, licence {origin['licence']}"
+    if origin := card.origin:
+        source = f"{origin['dataset']} ({origin['config']}) at commit {origin['commit']}, licence {origin['licence']}"
     lines = [
         ("dataset", card.dataset),
         ("manifest", card.manifest + (f", follows {card.parent[:12]}" if card.parent else ", the first")),
@@ -37,7 +36,7 @@ def print_card(console: Console, card: DatasetSummary) -> None:
     ]
     for name, text in lines:
         console.print(f"{name:<10} {text}", highlight=False, markup=False)
-    console.print(_table("split", COUNTS, card.totals.items()))
+    console.print(_table("split", COUNTS, list(card.totals.items())))
     console.print(_table("name", (*COUNTS, "filtered"), [(file.name, file.model_dump()) for file in card.files]))
     for title, counts in (("dump", card.dumps), ("tokens of a document", _lengths(card))):
         if counts:
@@ -56,9 +55,8 @@ def page(card: DatasetSummary) -> bytes:
         for title, (counts, unit) in counts_by_title.items()
         if counts and len(counts) <= MAXIMUM_BARS
     }
-    return render(
-        "card.html", **dict(card), plots=plots, left_out=_left_out(card), leaks=leak_line(card.audit)
-    ).encode()
+    texts = {"left_out": _left_out(card), "leaks": leak_line(card.audit)}
+    return render("card.html", **dict(card), **texts, plots=plots).encode()
 
 
 def _left_out(card: DatasetSummary) -> str:
@@ -71,12 +69,9 @@ def _lengths(card: DatasetSummary) -> dict[str, int]:
     return {f"{1 << power:,}+": count for power, count in enumerate(card.lengths) if power >= shortest}
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Mapping[str, int]]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column(title, overflow="fold")  # file names of a crawl differ only at the end
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    rows = list(rows)
+def _table(title: str, columns: Sequence[str], rows: list[tuple[str, Mapping[str, int]]]) -> Table:
+    headers = (Column(column, justify="right", no_wrap=True) for column in columns)
+    table = Table(Column(title, overflow="fold"), *headers, **PLAIN)  # file names of a crawl differ only at the end
     for name, counts in rows[:MAXIMUM_LINES]:
         table.add_row(Text(printable(name)), *(f"{counts[column]:,}" for column in columns))
     if len(rows) > MAXIMUM_LINES:
@@ -85,10 +80,7 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Mapping
 
 
 def _histogram(title: str, counts: dict[str, int]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column(title, justify="right")
-    table.add_column("documents", justify="right")
-    table.add_column("")
+    table = Table(Column(title, justify="right"), Column("documents", justify="right"), "", **PLAIN)
     highest = max([*counts.values(), 1])
     for name, count in list(counts.items())[:MAXIMUM_BARS]:
         table.add_row(Text(printable(name)), f"{count:,}", "█" * round(BAR_CELLS * count / highest))

@@ -4,6 +4,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -30,12 +31,8 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
     from matplotlib.figure import Figure
 
     coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: dict[Any, Any] = dict.fromkeys(coloured, TEXT_COLOUR) | {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 10,
-        "text.parse_math": False,  # a file name may contain $
-    }
+    style: dict[Any, Any] = dict.fromkeys(coloured, TEXT_COLOUR) | {"svg.fonttype": "none", "svg.hashsalt": name}
+    style |= {"font.size": 10, "text.parse_math": False}  # a file name may contain $
     with mpl.rc_context(style):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         axes = figure.add_subplot()
@@ -51,20 +48,23 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
     return svg[svg.index("<svg") :].replace(TEXT_COLOUR, "currentColor")
 
 
-def bars(name: str, labels: list[str], heights: list[int], unit: str) -> str:
-    """A bar chart of counts: horizontal for more than 16 bars or labels longer than 8 characters."""
+def bars(name: str, labels: list[str], lengths: list[int], unit: str) -> str:
+    """A chart of horizontal bars for counts."""
 
-    def vertical(axes: Any) -> None:
-        axes.bar(labels, heights, color=LINE)
-        axes.set_ylabel(unit)
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-
-    def horizontal(axes: Any) -> None:
-        axes.barh(labels, heights, color=LINE)
+    def plot(axes: Any) -> None:
+        axes.barh(labels, lengths, color=LINE)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(unit)
 
-    if len(labels) > 16 or max(map(len, labels), default=0) > 8:
-        return draw(name, horizontal, 1.2 + 0.24 * len(labels))
-    return draw(name, vertical)
+    return draw(name, plot, 1.2 + 0.24 * len(labels))
+
+
+def write_file(path: Path, page: bytes, option: str) -> None:
+    """Write the page to the file that a user gave with this option. Raises ValueError if it cannot be written."""
+    try:
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(page)
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}. Give a file in a writable folder with space.") from error

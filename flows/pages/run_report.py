@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flows.inspection.facts import RunFacts, newest, run_facts
 from flows.pages.curves import curves
-from flows.pages.drawing import render
+from flows.pages.drawing import render, write_file
 from model.config import differences
 from model.evaluation.results import Evaluation
 from storage.keys import RunKeys
@@ -34,8 +34,7 @@ def write_report(store: Store, run: str) -> tuple[RunFacts, dict[str, str]]:
 
 def page(runs: list[RunFacts], plots: dict[str, str]) -> bytes:
     """One HTML page about these runs, with their plots."""
-    html = render("report.html", runs=runs, curves=plots, rows=metric_rows(runs), differing=differing(runs))
-    return html.encode()
+    return render("report.html", runs=runs, curves=plots, rows=metric_rows(runs), differing=differing(runs)).encode()
 
 
 def markdown(runs: list[RunFacts]) -> str:
@@ -92,7 +91,4 @@ def write_page(store: Store, names: list[str], path: Path) -> None:
         raise ValueError(f"--to {path}: give a file name that ends in .html or .md.")
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
     body = markdown(runs).encode() if path.suffix == ".md" else page(runs, curves(runs))
-    try:
-        path.write_bytes(body)
-    except OSError as error:
-        raise ValueError(f"--to {path}: {error.strerror}. Give a file in a writable folder.") from error
+    write_file(path, body, "--to")

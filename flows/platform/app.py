@@ -26,8 +26,7 @@ GRACE_SECONDS = 10.0
 def create() -> ASGIApp:
     """Prefect's server, which refuses (403) a request with another Host or Origin than those of its own address.
 
-    PREFECT_SERVER_CORS_ALLOWED_ORIGINS lists its own. The page of another website sends its Origin; if the website's
-    name was made to resolve to this host (DNS rebinding), it sends that name as Host.
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS lists its own. A website's page sends its own Origin, or Host (DNS rebinding).
     """
     from prefect.server.api.server import create_app
     from prefect.server.events import actions
@@ -41,14 +40,12 @@ def create() -> ASGIApp:
     app = create_app(final=True)
     origins = PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(",")
     hosts = [urlsplit(origin).netloc for origin in origins]
-
     refusal = PlainTextResponse(f"This server answers only at {', '.join(origins)}.\n", 403)
 
-    def is_own(headers: Headers) -> bool:
-        return headers.get("host") in hosts and headers.get("origin", origins[0]) in origins
-
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        reply: ASGIApp = app if scope["type"] == "lifespan" or is_own(Headers(scope=scope)) else refusal
+        headers = Headers(raw=scope.get("headers", []))
+        is_own = headers.get("host") in hosts and headers.get("origin", origins[0]) in origins
+        reply: ASGIApp = app if is_own or scope["type"] == "lifespan" else refusal
         await reply(scope, receive, send)
 
     return guarded
@@ -66,4 +63,5 @@ def end_with_users(path: Path) -> None:
 if __name__ == "__main__":
     threading.Thread(target=end_with_users, args=(Path(sys.argv[2]),), daemon=True).start()
     listener = socket.socket(fileno=int(sys.argv[1]))
-    uvicorn.Server(uvicorn.Config(create(), log_level="warning")).run(sockets=[listener])
+    config = uvicorn.Config(create(), log_level="warning", headers=[("X-Frame-Options", "DENY")])
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,7 +1,4 @@
-"""Automations of Prefect's server: mark dead runs as crashed, restart crashed runs, notify about failures.
-
-They apply only to runs with our TAG, since the server may be shared with other projects.
-"""
+"""Automations of Prefect's server, for runs with our TAG: mark dead runs as crashed, restart, notify about failures."""
 
 from datetime import timedelta
 from typing import Any
@@ -13,8 +10,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 TAG = "gpt2"  # of our deployments' runs, and of the runs that the console starts, which nobody restarts
 OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
-DEPLOYED = {"prefect.resource.id": "prefect.deployment.*", "prefect.resource.role": "deployment"}
-PENDING = {"Pending", "Submitting", "InfrastructurePending"}
+DEPLOYED = [OURS, {"prefect.resource.id": "prefect.deployment.*", "prefect.resource.role": "deployment"}]
 HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
 PENDING_LIMIT_SECONDS = 300  # a process starts in seconds, on a busy host with a pull step in a minute or two
 RESTART_SECONDS = 20  # a worker reports a crash twice; the second report must not hit the restarted run
@@ -23,34 +19,26 @@ MAX_CRASHES, CRASH_MINUTES = 8, 15  # only instant crashes reach this: a missing
 MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
 MARK_ORPHANED = "gpt2: mark runs that never started as crashed"
 RESTART = "gpt2: restart crashed runs"
-PAUSE_RESTARTS = "gpt2: pause automatic restarts after repeated crashes"
 NOTIFY = "gpt2: notify about failed runs"
-FORMER_NAMES = {  # on servers of version 0.1.0; bootstrap renames these automations
-    MARK_CRASHED: "gpt2: a run that is not heard of any more has crashed",
-    RESTART: "gpt2: a crashed run goes on",
-    PAUSE_RESTARTS: "gpt2: too many crashes stop the automatic restart",
-    NOTIFY: "gpt2: tell of a failed run",
-}
 
 
 def mark_crashed() -> AutomationCore:
     """Mark a run without a heartbeat as Crashed, which frees its slot. A dead worker cannot report the crash."""
-    reason = f"No heartbeat for {HEARTBEAT_LIMIT_SECONDS} s: the run's worker and process died."
-    return AutomationCore(
-        name=MARK_CRASHED,
-        description=reason,
-        trigger=_silence_after({"heartbeat", "Running"}, HEARTBEAT_LIMIT_SECONDS, match_related=OURS),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
-    )
+    return _mark_silent(MARK_CRASHED, {"heartbeat", "Running"}, HEARTBEAT_LIMIT_SECONDS, "No heartbeat for")
 
 
 def mark_orphaned() -> AutomationCore:
     """Mark a run as Crashed whose worker died before its first heartbeat. Pending, it would hold its slot forever."""
-    reason = f"Not started within {PENDING_LIMIT_SECONDS} s: the run's worker or process died."
+    states = {"Pending", "Submitting", "InfrastructurePending"}
+    return _mark_silent(MARK_ORPHANED, states, PENDING_LIMIT_SECONDS, "Not started within")
+
+
+def _mark_silent(name: str, events: set[str], seconds: int, silence: str) -> AutomationCore:
+    reason = f"{silence} {seconds} s: the run's worker or process died."
     return AutomationCore(
-        name=MARK_ORPHANED,
+        name=name,
         description=reason,
-        trigger=_silence_after(PENDING, PENDING_LIMIT_SECONDS, match_related=OURS),
+        trigger=_silence_after(events, seconds, OURS),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
     )
 
@@ -70,7 +58,7 @@ def restart() -> AutomationCore:
 def pause_restarts(restart_id: UUID) -> AutomationCore:
     """Pause the automation `restart` after repeated crashes, so that no run is restarted forever."""
     return AutomationCore(
-        name=PAUSE_RESTARTS,
+        name="gpt2: pause automatic restarts after repeated crashes",
         description=f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart. Fix the cause of "
         f"the crashes (see the runs' logs), then enable '{RESTART}' again.",
         trigger=_trigger(
@@ -101,19 +89,17 @@ def notify(block_id: UUID) -> AutomationCore:
     )
 
 
-def _silence_after(names: set[str], seconds: int, **options: Any) -> EventTrigger:
+def _silence_after(names: set[str], seconds: int, related: Any = DEPLOYED) -> EventTrigger:
     """A trigger that fires when no other event of the run follows one of these within `seconds`."""
     return _trigger(
+        related,
         posture=Posture.Proactive,
         after={f"prefect.flow-run.{name}" for name in names},
         expect={"prefect.flow-run.*"},
         for_each={"prefect.resource.id"},
         within=timedelta(seconds=seconds),
-        **options,
     )
 
 
-def _trigger(**options: Any) -> EventTrigger:
-    """A trigger for runs of our deployments, unless `match_related` says otherwise."""
-    options.setdefault("match_related", [OURS, DEPLOYED])
-    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, **options)
+def _trigger(related: Any = DEPLOYED, **options: Any) -> EventTrigger:
+    return EventTrigger(match={"prefect.resource.id": "prefect.flow-run.*"}, match_related=related, **options)

@@ -1,8 +1,10 @@
 """The whole platform as one process tree: Prefect's server with its UI, deployments, a worker per pool."""
 
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import httpx
 
 from flows.platform import server
 from model.config import RunConfig
+from model.processes.parent import end_with_parent, stop_signals
 
 CANCEL_SECONDS = 40.0  # Prefect kills a cancelled run after 30 s
 WORKER_SECONDS = 3.0  # an idle worker stops within 1 s; after cancelling a run it may not stop at all
@@ -22,17 +25,17 @@ POLL_SECONDS = 0.5
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Run everything that the deployments need while the block lasts. Yields the processes by name.
 
-    `config` fills the deployments' forms. Leaving the block cancels active runs; a retry resumes them.
-    Raises ValueError when this folder already has a server, or when its server does not start.
+    Leaving the block cancels active runs; a retry resumes them. Raises ValueError when no server can be started.
     """
     with server.serving(port) as server_process:
+        assert server_process is not None
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported
 
         list(bootstrap(config, scheduled=False))
         workers = {}
         for pool in POOLS:
             name = f"worker-{pool}"
-            argv = ["flows.platform.command", str(os.getpid()), "worker", "start", "--pool", pool, "--type", "process"]
+            argv = ["flows.platform.serve", str(os.getpid()), "worker", "start", "--pool", pool, "--type", "process"]
             workers[name] = server.start(name, port, *argv)
         try:
             yield {"server": server_process, **workers}
@@ -44,17 +47,15 @@ def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Pope
 
 
 def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Return at Ctrl-C or SIGTERM. Raises ValueError when a process ends before that."""
+    """Return at Ctrl-C, SIGTERM or the end of the terminal. Raises ValueError when a process ends before that."""
     stopping = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in stop_signals():
         signal.signal(signum, lambda *_: stopping.set())
     while not stopping.wait(1):
         for name, process in processes.items():
             if process.poll() is not None:
-                raise ValueError(
-                    f"gpt2 serve: {name} ended unexpectedly with exit code {process.returncode}. See its log: "
-                    f"{server.log_path(name)}. Start gpt2 serve again; retried runs resume."
-                )
+                problem = f"{name} ended unexpectedly with exit code {process.returncode}"
+                raise ValueError(f"{problem}. See {server.log_path(name)}, run gpt2 serve again, and retry the runs.")
 
 
 def _cancel_runs(pools: list[str]) -> None:
@@ -71,3 +72,9 @@ def _cancel_runs(pools: list[str]) -> None:
             client.set_flow_run_state(run.id, Cancelling())
         while client.read_flow_runs(flow_run_filter=active, work_pool_filter=ours) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
+
+
+if __name__ == "__main__":  # PARENT_PID worker start …: a Prefect command that ends with its parent process
+    end_with_parent(int(sys.argv[1]))
+    sys.argv = ["prefect", *sys.argv[2:]]
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)

@@ -8,7 +8,9 @@ has its port, and every command that uses the server shares that of `users`.
 import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,20 +27,22 @@ import httpx
 from storage.stores.opening import CREDENTIALS
 
 HOME = Path(".gpt2")
+FREE_BYTES = 10_000_000  # a new database and its journal
 START_SECONDS = 120.0  # the first start creates the database: 15 s on two busy cores
+LOGIN = re.compile(r"[!-9;-~]+:[!-~]+")  # printable ASCII: Prefect's server fails at any other password
 SETTINGS = Path(__file__).with_name("prefect.env")
 
 
-def prefect_environment(port: int | None = None) -> dict[str, str]:
-    """Prefect's settings as environment variables, for the local server and its clients."""
-    lines = SETTINGS.read_text().splitlines()
+def prefect_environment(port: int) -> dict[str, str]:
+    """Prefect's settings as environment variables, for the server at that port and its clients."""
+    lines, origins = SETTINGS.read_text().splitlines(), _origins(port)
     environment = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     environment |= {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_HOME": str((HOME / "prefect").absolute())}
-    if port is not None:
-        origins = _origins(port)
-        environment |= {"PREFECT_API_URL": f"{origins[0]}/api", "PREFECT_SERVER_UI_API_URL": f"{origins[0]}/api"}
-        environment |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins)}
-        environment |= dict.fromkeys(("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"), login())
+    environment |= {"PREFECT_API_URL": f"{origins[0]}/api", "PREFECT_SERVER_UI_API_URL": f"{origins[0]}/api"}
+    environment |= {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins)}
+    environment |= dict.fromkeys(("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"), login())
+    if (direct := os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")) != "*":  # no proxy gets the login
+        environment |= dict.fromkeys(("no_proxy", "NO_PROXY"), f"127.0.0.1,{direct.removeprefix('127.0.0.1,')}")
     return environment
 
 
@@ -48,42 +52,48 @@ def _origins(port: int) -> list[str]:
 
 
 def login() -> str:
-    """USER:PASSWORD of this folder's server, created at the first call. Only this user can enter `.gpt2`."""
+    """USER:PASSWORD of this folder's server, created at the first call. Only this user can enter `.gpt2`.
+
+    Raises ValueError for a folder or file that another user could have put there.
+    """
     HOME.mkdir(mode=0o700, exist_ok=True)
-    if HOME.stat().st_uid != os.geteuid():
-        raise ValueError(f"{HOME.absolute()} belongs to user {HOME.owner()}, who could read its password. Delete it.")
-    HOME.chmod(0o700)
     path = HOME / "login"
-    if not path.exists():
+    _check_own(HOME)
+    HOME.chmod(0o700)
+    for entry in HOME.iterdir():
+        _check_own(entry)
+    if not os.path.lexists(path):
         with NamedTemporaryFile("w", dir=HOME) as file, suppress(FileExistsError):
             file.write(f"gpt2:{secrets.token_hex(16)}")
             file.flush()
             os.link(file.name, path)  # atomic: another command may be creating it, too
-    path.chmod(0o600)
-    if ":" not in (text := path.read_text().strip()):
+    text = path.read_text(errors="replace").strip() if path.is_file() and not path.is_symlink() else ""
+    if not LOGIN.fullmatch(text):
         raise ValueError(f"{path} does not contain USER:PASSWORD. Delete it: the next command creates a new password.")
+    path.chmod(0o600)
     return text
+
+
+def _check_own(path: Path) -> None:
+    with suppress(FileNotFoundError):  # a temporary file of another command
+        if {path.lstat().st_uid, path.stat().st_uid} != {os.geteuid()}:
+            raise ValueError(f"{path.absolute()} belongs to another user, who could know the password. Delete it.")
 
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
-    """Choose a Prefect server, set PREFECT_API_URL to its address and yield the address. Raises ValueError on failure.
-
-    In this order: the server at PREFECT_API_URL, the running server of this folder, a new server.
-    """
+    """Yield PREFECT_API_URL, set to this folder's server if it was not set. Raises ValueError if no server answers."""
     if url := os.environ.get("PREFECT_API_URL"):
-        if (port := running_port()) and url == _origins(port)[0] + "/api":
+        if (port := running_port()) and url.rstrip("/") in [f"{origin}/api" for origin in _origins(port)]:
             os.environ.setdefault("PREFECT_API_AUTH_STRING", login())
         _check_named(url)
         yield url
         return
-    with running_server():
-        os.environ.update(prefect_environment(running_port()))
+    with serving():
         yield os.environ["PREFECT_API_URL"]
 
 
 def _check_named(url: str) -> None:
-    """Raise ValueError when no Prefect server answers at PREFECT_API_URL, or when it refuses this user."""
     if CREDENTIALS.search(url):
         raise ValueError("PREFECT_API_URL contains a password. Put user:password into PREFECT_API_AUTH_STRING instead.")
     from prefect.client.orchestration import get_client
@@ -91,7 +101,7 @@ def _check_named(url: str) -> None:
     try:
         with get_client(sync_client=True) as client:
             client.api_version()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"PREFECT_API_URL = {url!r}: this Prefect server cannot be used: {reason}. Start the server, set "
@@ -115,11 +125,10 @@ def running_port() -> int | None:
 
 
 @contextmanager
-def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run this folder's server on that port, and make this process its client. Raises ValueError if it already runs."""
+def serving(port: int = 0) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Use this folder's server as `running_server` does, and make this process its client."""
     with running_server(port) as process:
-        assert process is not None
-        os.environ.update(prefect_environment(port))
+        os.environ.update(prefect_environment(running_port() or port))
         yield process
 
 
@@ -136,10 +145,8 @@ def running_server(port: int = 0) -> Iterator[subprocess.Popen[bytes] | None]:
             fcntl.flock(users, fcntl.LOCK_SH)  # waits for the end of a server without users
             process, running = None, running_port()
             if port and running:
-                raise ValueError(
-                    f"Prefect's server of this folder already runs, on port {running}, for gpt2 serve or another "
-                    f"gpt2 command. Use it at http://127.0.0.1:{running}, or stop that command first."
-                )
+                remedy = f"Use it at http://127.0.0.1:{running}, or stop the gpt2 commands that use it."
+                raise ValueError(f"this folder's Prefect server already runs, on port {running}. {remedy}")
             if not running:
                 process = _start_server(port)
         try:
@@ -157,8 +164,10 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     try:
         listener = socket.create_server(("127.0.0.1", port))
     except OSError as error:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            free = probe.getsockname()[1]
         raise ValueError(
-            f"port {port} of 127.0.0.1: {error.strerror}. Choose another: gpt2 serve --port {free_port()}"
+            f"port {port} of 127.0.0.1: {error.strerror}. Choose another: gpt2 serve --port {free}"
         ) from error
     with listener, (HOME / "server.json").open("w") as pointer:
         port = listener.getsockname()[1]
@@ -172,22 +181,23 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
 
 def _wait_until_healthy() -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not (port := running_port()) or not _is_healthy(port):
-        if not port or time.monotonic() > deadline:
-            reason = f"no answer in {START_SECONDS:.0f} s" if port else "it has ended"
-            raise ValueError(f"Prefect's server did not start: {reason}. See its log: {log_path('server')}")
+    while (port := running_port()) and time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=2, trust_env=False).is_success:
+                return
         time.sleep(0.2)
+    reason = f"no answer in {START_SECONDS:.0f} s. End it: fuser -k {log_path('server')}" if port else "it has ended"
+    if shutil.disk_usage(HOME).free < FREE_BYTES:  # then its log is empty, too
+        reason = f"the disk of {HOME.absolute()} is full. Free some space"
+    raise ValueError(f"Prefect's server did not start: {reason}. See its log: {log_path('server')}")
 
 
 def start(name: str, port: int, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
     """Start a Python module for the server at that port, with a log at `log_path(name)`."""
-    environment = os.environ | prefect_environment(port)
+    options |= {"env": os.environ | prefect_environment(port), "stdin": subprocess.DEVNULL, "start_new_session": True}
     with log_path(name).open("ab") as log:
         os.fchmod(log.fileno(), 0o600)
-        return subprocess.Popen(
-            [sys.executable, "-m", *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env=environment, **options,
-        )  # fmt: skip
+        return subprocess.Popen([sys.executable, "-m", *argv], stdout=log, stderr=log, **options)
 
 
 def log_path(name: str) -> Path:
@@ -204,15 +214,3 @@ def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def free_port() -> int:
-    """An unused port of 127.0.0.1."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _is_healthy(port: int) -> bool:
-    with suppress(httpx.HTTPError):
-        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=2).is_success
-    return False

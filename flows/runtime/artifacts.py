@@ -1,7 +1,4 @@
-"""Artifacts of a flow run in Prefect's UI: tables, text, pictures, links.
-
-While the server is down, as during a restart, `show` retries for a minute. Then the flow goes on without the artifact.
-"""
+"""Artifacts of a flow run in Prefect's UI: tables, text, pictures, links. After a minute a flow goes on without."""
 
 import os
 import time
@@ -31,9 +28,7 @@ def show(create: Callable[..., Any], **arguments: Any) -> Any:
         except httpx.HTTPError as error:
             reason = error
             time.sleep(wait)
-    get_run_logger().warning(
-        "artifact %r is not shown: requests to Prefect's server failed: %s", arguments.get("key"), reason
-    )
+    get_run_logger().warning("artifact %r is not shown: Prefect's server failed: %s", arguments.get("key"), reason)
     return None
 
 
@@ -59,7 +54,6 @@ class Picture:
         self._artifact: UUID | None = None
 
     def show(self, svg: str) -> None:
-        """Replace the picture with this SVG."""
         image = b64encode(svg.replace("currentColor", INK).encode()).decode()
         url = f"data:image/svg+xml;base64,{image}"
         if self._artifact is None:

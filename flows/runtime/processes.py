@@ -16,8 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import Any, Self
+from contextlib import AbstractContextManager, suppress
+from typing import Any
 
 from prefect import get_run_logger
 from prefect.states import Completed
@@ -38,7 +38,7 @@ INHERITED = (
 )  # fmt: skip
 
 
-class Processes:
+class Processes(AbstractContextManager["Processes"]):
     """The processes of one flow run. Leaving the block stops the running processes and their process groups."""
 
     def __init__(self, store_url: str) -> None:
@@ -46,9 +46,6 @@ class Processes:
         self._lock = threading.Lock()  # a process is either started before the block ends or not at all
         self._started: list[subprocess.Popen[str]] = []
         self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -86,10 +83,7 @@ class Processes:
 
 
 def run_job(store: Store, job: Job, processes: Processes) -> Any:
-    """Run a job in its own process and return its result; a job that is already done is Skipped.
-
-    Raises JobRefused or JobFailed, and keeps the reason in the store for `gpt2 status`.
-    """
+    """Run a job in its own process, unless done. Returns its result. Raises JobRefused or JobFailed; stores why."""
     if (result := read_result(store, job)) is not None:
         return Completed(name="Skipped", message="already done", data=result)
     try:
@@ -119,10 +113,7 @@ def _as_trainer() -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a process. If TRAINER_* credentials are set, they replace the flow's; INHERITED is the rest.
-
-    The trainer's credentials write runs and read the rest; the flow's also write shards.
-    """
+    """The environment of a process. TRAINER_* credentials, if set, replace the flow's, which may write shards."""
     if not any(name.startswith("TRAINER_") for name in os.environ):
         return dict(os.environ)
     kept = {name: value for name, value in os.environ.items() if name.upper().startswith(INHERITED)}

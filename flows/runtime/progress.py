@@ -4,7 +4,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -27,9 +27,7 @@ _bars: ContextVar[Progress | None] = ContextVar("bars", default=None)  # None un
 def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
     """A log record of any library, Prefect's included, that shows control characters as escapes."""
     record = _make_record(*arguments, **options)
-    message = record.getMessage()
-    if (shown := printable(message, lines=True)) != message:
-        record.msg, record.args = shown, ()
+    record.msg, record.args = printable(record.getMessage(), lines=True), ()
     if record.exc_info and record.exc_info[0]:
         record.exc_text = printable("".join(traceback.format_exception(*record.exc_info)), lines=True).rstrip()
     return record
@@ -41,14 +39,8 @@ logging.setLogRecordFactory(_printable_record)  # at import, since a task runner
 @contextmanager
 def on_console(console: Console) -> Iterator[None]:
     """Show the progress of every stage on this console while the block lasts."""
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    bars = Progress(*columns, console=console)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
     token = _bars.set(bars)
     try:
         with bars if console.is_terminal else nullcontext():
@@ -62,11 +54,7 @@ def say(stage: str, text: str) -> None:
     text = printable(text)
     get_run_logger().info("%s: %s", stage, text)
     if bars := _bars.get():
-        _print(bars.console, stage, text)
-
-
-def _print(console: Console, stage: str, text: str) -> None:
-    console.print(f"{stage:<10} {text}", highlight=False, markup=False)
+        bars.console.print(f"{stage:<10} {text}")
 
 
 class Bar:
@@ -80,7 +68,7 @@ class Bar:
             create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {unit}"
         )
         self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer; the stage does not wait
-        self._sending: Future[None] | None = None
+        self._sending = self._sender.submit(lambda: None)
         self._bars = _bars.get() or Progress(console=Console(quiet=True))
         self._task = self._bars.add_task(stage, total=total, note=unit)
 
@@ -88,16 +76,15 @@ class Bar:
         """Set the progress to `done`. On a terminal, the note replaces the unit after the bar."""
         self._done = done
         now = time.monotonic()
-        is_last = done == self._total
-        if now - self._updated_at > UPDATE_SECONDS or is_last:
+        is_due = now - self._updated_at > UPDATE_SECONDS and self._sending.done()
+        if is_due or done == self._total:
             self._updated_at = now
-            if self._sending is None or self._sending.done() or is_last:
-                percent = 100 * done / max(self._total, 1)
-                self._sending = self._sender.submit(artifacts.replace, self._artifact, percent)
+            percent = 100 * done / max(self._total, 1)
+            self._sending = self._sender.submit(artifacts.replace, self._artifact, percent)
         self._bars.update(self._task, completed=done, note=note or self._unit)
         if now - self._printed_at > LINE_SECONDS and not self._bars.console.is_terminal:
             self._printed_at = now
-            _print(self._bars.console, self._stage, f"{done:,} of {self._total:,} {self._unit}  {note}")
+            self._bars.console.print(f"{self._stage:<10} {done:,} of {self._total:,} {self._unit}  {note}")
 
     def advance(self) -> None:
         self.to(self._done + 1)

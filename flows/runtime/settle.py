@@ -17,15 +17,12 @@ PAGE_SIZE = 200  # the API's largest page
 
 
 def wait_for_task_runs(since: datetime, limit_seconds: float) -> None:
-    """Wait until all task runs of flows started after `since` have ended, for about `limit_seconds` at most.
-
-    Does not raise when the server is unreachable, since that would hide the error of the flow.
-    """
+    """Wait until all task runs of flows started after `since` have ended, for about `limit_seconds` at most."""
     APILogHandler().flush()  # else sent at exit, after the server has stopped: 70 s of retries
     deadline = time.monotonic() + limit_seconds
     previous_count, settled_polls = -1, 0
     while settled_polls < SETTLED_POLLS and time.monotonic() < deadline:
-        with suppress(httpx.HTTPError):
+        with suppress(httpx.HTTPError):  # it would hide the error of the flow
             runs = _task_runs(since, limit_seconds)
             all_ended = all(run.state is not None and run.state.is_final() for run in runs)
             settled_polls = settled_polls + 1 if all_ended and len(runs) == previous_count else 0

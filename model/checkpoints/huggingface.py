@@ -2,14 +2,11 @@
 
 Tensor names are the same on both sides; only the Conv1D matrices are transposed. Imports no torch, loads no pickle.
 
-The import is written by hand because `from_pretrained` (transformers 5.24) accepts more than GPT-2: other activations,
-integer tensors, unknown biases, an index that leaves the folder. It also needs 1.4 times the memory: 6.1 GB instead of
-4.2 GB for the 355M model.
+The import is written by hand because `from_pretrained` (transformers 5.24) accepts more than GPT-2, such as other
+activations and integer tensors, and needs 1.4 times the memory: 6.1 GB instead of 4.2 GB for the 355M model.
 """
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +20,12 @@ from model import tokenizer
 from model.checkpoints import records
 from model.checkpoints.records import WEIGHTS, CheckpointRecord
 from model.config import ModelConfig
+from storage.datasets.export import new_folder
 from storage.digests import sha256
 from storage.keys import RunKeys
 from storage.stores.store import Store, read_json
 
+Shapes = dict[str, tuple[int, ...]]
 SHAPE = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "n_positions": "context_tokens"}
 ACCEPTED: dict[str, tuple[Any, ...]] = {  # values of config.json that compute GPT-2; the first is exported
     "model_type": ("gpt2",),
@@ -48,52 +47,35 @@ TO_FLOAT32: dict[str, Callable[[bytes], np.ndarray]] = {
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),  # the upper half of a float32
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+OTHER_NAME = "Choose another name: --set name=…"
 SAVED_FOLDER = "Give a folder that transformers' save_pretrained wrote."
 
 
 def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
     """Write the run's newest checkpoint as a transformers model with its tokenizer. Returns the checkpoint's record.
 
-    The folder appears complete or not at all. Raises ValueError if it is not empty or not writable, ObjectMissing
-    for a run without a checkpoint, CheckpointInvalid for damaged weights.
+    Raises as `new_folder`, ObjectMissing for a run without a checkpoint, CheckpointInvalid for damaged weights.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"cannot export to {folder}: it is not an empty folder. Give a new or an empty one.")
     record = records.newest_checkpoint(store, run)
-    weights = _transposed(load(records.read_checkpoint_file(store, run, record, WEIGHTS)))
-    small_files = _small_files(record)
-    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(6)}.part")
-    try:
-        unfinished.mkdir(parents=True)
-        for name, body in small_files.items():
+    with new_folder(folder, record.files[WEIGHTS].size_bytes) as unfinished:
+        for name, body in _small_files(record).items():
             (unfinished / name).write_bytes(body)
-        save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
+        weights = _transposed(load(records.read_checkpoint_file(store, run, record, WEIGHTS)))
+        try:
+            save_file(weights, unfinished / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         shutil.copymode(unfinished / "vocab.json", unfinished / WEIGHTS)  # safetensors makes its files private
-        for path in unfinished.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        unfinished.replace(folder)
-    except (OSError, SafetensorError) as error:
-        size_bytes = sum(tensor.nbytes for tensor in weights.values())
-        remedy = "Free some space, fix the permissions, or give another folder."
-        raise ValueError(f"cannot export {size_bytes:,} bytes to {folder}: {error}. {remedy}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return record
 
 
 def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
-    """Store the folder's model as step 0 of a new run. Returns the checkpoint's record.
-
-    Raises ValueError if the run already exists, or if the folder does not hold a complete GPT-2.
-    """
+    """Store the folder's model as step 0 of a new run. Raises ValueError if the run exists or the model is no GPT-2."""
     model = read_model_config(folder)
     if records.checkpoints(store, run) or read_json(store, RunKeys(run).config) is not None:
-        taken = f"run {run!r} already exists in {store.url!r}"
-        raise ValueError(f"cannot import {folder}: {taken}. Choose another name: --set name=…")
+        raise ValueError(f"cannot import {folder}: run {run!r} already exists in {store.url!r}. {OTHER_NAME}")
     body = save(_transposed(read_weights(folder, model)))
-    record = CheckpointRecord(0, "import", model.model_dump(mode="json"), {})
-    return records.put_checkpoint(store, run, {WEIGHTS: body}, record)
+    return records.put_checkpoint(store, run, {WEIGHTS: body}, CheckpointRecord(0, "import", model.model_dump(), {}))
 
 
 def ensure_imported(store: Store, run: str, folder: Path) -> None:
@@ -104,7 +86,7 @@ def ensure_imported(store: Store, run: str, folder: Path) -> None:
         return
     body = save(_transposed(read_weights(folder, read_model_config(folder))))
     if saved[0].job != "import" or saved[0].files[WEIGHTS].sha256 != sha256(body):
-        raise ValueError(f"cannot import {folder}: run {run!r} holds another model. Choose another name: --set name=…")
+        raise ValueError(f"cannot import {folder}: run {run!r} holds another model. {OTHER_NAME}")
 
 
 def _transposed(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -123,11 +105,8 @@ def _small_files(record: CheckpointRecord) -> dict[str, bytes]:
         **{name: record.model[ours] for name, ours in SHAPE.items()},
         "n_ctx": record.model["context_tokens"],
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), record.train.get("dropout", 0.0)),
-        **ends,
         "architectures": ["GPT2LMHeadModel"],
         "dtype": "float32",
-        "initializer_range": 0.02,
-        "n_inner": None,
     }
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -135,23 +114,19 @@ def _small_files(record: CheckpointRecord) -> dict[str, bytes]:
         "add_prefix_space": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     }
-    settings = {"config": config, "generation_config": ends, "tokenizer_config": tokenizer_config}
+    settings = {"config": config | ends, "generation_config": ends, "tokenizer_config": tokenizer_config}
     files = {f"{name}.json": (json.dumps(values, indent=2) + "\n").encode() for name, values in settings.items()}
     published = tokenizer.published_files()
     return files | {"vocab.json": published["encoder.json"], "merges.txt": published["vocab.bpe"]}
 
 
-def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: ModelConfig) -> Shapes:
     """The shape of every tensor of the model, as transformers stores it."""
     C = model.width
-    block: dict[str, tuple[int, ...]]
-    block = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    block |= {"ln_1": (C,), "ln_2": (C,)}
+    block: Shapes = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
+    block |= {"ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     parts = {f"h.{layer}.{name}": shape for layer in range(model.layers) for name, shape in block.items()}
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (tokenizer.VOCABULARY, C),
-        "transformer.wpe.weight": (model.context_tokens, C),
-    }
+    shapes: Shapes = {EMBEDDING: (tokenizer.VOCABULARY, C), "transformer.wpe.weight": (model.context_tokens, C)}
     for part, shape in (parts | {"ln_f": (C,)}).items():
         shapes |= {f"transformer.{part}.weight": shape, f"transformer.{part}.bias": shape[-1:]}
     return shapes
@@ -177,10 +152,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def read_weights(folder: Path, model: ModelConfig) -> dict[str, np.ndarray]:
-    """The folder's tensors in fp32.
-
-    Raises ValueError if a name or shape does not match `model`, a value is not finite, or the head is not tied.
-    """
+    """The folder's tensors in fp32. Raises ValueError for other names or shapes, NaN or infinity, or an untied head."""
     _check_size(folder, model)
     shapes = tensor_shapes(model)
     pairs = list(_read_tensors(folder))

@@ -7,6 +7,7 @@ import re
 import secrets
 from contextlib import suppress
 from dataclasses import asdict, field, replace
+from functools import partial
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -52,35 +53,27 @@ class CheckpointRecord:
     model: Annotated[dict[str, int], BeforeValidator(lambda model: ModelConfig.model_validate(model).model_dump())]
     train: dict[str, object]
     cursor: Annotated[Cursor | None, BeforeValidator(lambda cursor: cursor or None)] = None  # {} if imported
-    # The keys of all segments from the first step on, in order
-    metrics: list[Annotated[str, AfterValidator(check_key)]] = field(default_factory=list)
+    metrics: list[Annotated[str, AfterValidator(check_key)]] = field(default_factory=list)  # all segments, in order
     attempt: Annotated[str, Field(pattern="^[0-9a-f]{1,15}$")] = ""
     files: dict[Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")], CheckpointFile] = field(default_factory=dict)
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
-    """The complete checkpoints of a run, oldest first: the record exists, and every file has the recorded size.
-
-    Raises ObjectCorrupt for a damaged record.
-    """
+    """Complete checkpoints, oldest first: files have the recorded sizes. Raises ObjectCorrupt for a damaged record."""
     names = RunKeys(run)
     sizes = {listed.key: listed.size for listed in store.list(names.checkpoints)}
+    keys = [key for key in sizes if STEP_RECORD.fullmatch(key.removeprefix(names.checkpoints))]
+    records = [read_as(store, key, CheckpointRecord, partial(_belongs_to, names, key)) for key in keys]
     complete = []
-    for key in sizes:
-        if not STEP_RECORD.fullmatch(key.removeprefix(names.checkpoints)):
-            continue
-
-        def fits(record: CheckpointRecord, key: str = key) -> bool:
-            whole = record.attempt and WEIGHTS in record.files
-            return bool(whole) and names.checkpoint_record(record.step) == key
-
-        record = read_as(store, key, CheckpointRecord, fits)
-        if record is not None and all(  # None: deleted since it was listed
-            sizes.get(names.checkpoint_file(record.step, record.attempt, name)) == file.size_bytes
-            for name, file in record.files.items()
-        ):
+    for record in filter(None, records):  # None: deleted since it was listed
+        files = {names.checkpoint_file(record.step, record.attempt, name): file for name, file in record.files.items()}
+        if all(sizes.get(key) == file.size_bytes for key, file in files.items()):
             complete.append(record)
     return sorted(complete, key=lambda record: record.step)
+
+
+def _belongs_to(names: RunKeys, key: str, record: CheckpointRecord) -> bool:
+    return bool(record.attempt) and WEIGHTS in record.files and names.checkpoint_record(record.step) == key
 
 
 def newest_checkpoint(store: Store, run: str, setting: str = "name") -> CheckpointRecord:
@@ -99,11 +92,8 @@ def chosen(store: Store, run: str, checkpoint: str, setting: str = "name") -> li
     numbered = [record for record in records if str(record.step) == checkpoint]
     if selected := {"last": records[-1:], "every": records}.get(checkpoint, numbered):
         return selected
-    steps = ", ".join(str(record.step) for record in records)
-    raise ObjectMissing(
-        f"evaluation.checkpoint = {checkpoint!r}: run {run!r} in store {store.url!r} has only checkpoints of steps "
-        f"{steps}. Choose one of these steps."
-    )
+    kept = f"only checkpoints of steps {', '.join(str(record.step) for record in records)}"
+    raise ObjectMissing(f"evaluation.checkpoint = {checkpoint!r}: run {run!r} has {kept}. Choose one of these.")
 
 
 def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name: str) -> bytes:
@@ -124,32 +114,27 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     If the process is killed, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
     where the failed try stopped. Raises CheckpointInvalid if another process has saved this step of the run.
     """
-    attempt = record.attempt or secrets.token_hex(6)
+    names, attempt = RunKeys(run), record.attempt or secrets.token_hex(6)
     files = {name: CheckpointFile(len(body), sha256(body)) for name, body in bodies.items()}
     for name, body in bodies.items():
         with suppress(AlreadyExists):  # attempts are unique, so an earlier try has put it
-            store.put_new(RunKeys(run).checkpoint_file(record.step, attempt, name), body)
-    return _put_record(store, run, replace(record, attempt=attempt, files=files))
-
-
-def _put_record(store: Store, run: str, record: CheckpointRecord) -> CheckpointRecord:
-    """Create the record. Returns the stored record, which may come from an earlier try whose reply was lost."""
-    key, values = RunKeys(run).checkpoint_record(record.step), asdict(record)
+            store.put_new(names.checkpoint_file(record.step, attempt, name), body)
+    record = replace(record, attempt=attempt, files=files)
+    values = asdict(record)
     body = canonical_json(values | {"cursor": values["cursor"] or {}})
-    try:
-        store.put_new(key, body)
+    with suppress(AlreadyExists):
+        store.put_new(names.checkpoint_record(record.step), body)
         return record
-    except AlreadyExists as error:
-        stored = next((other for other in checkpoints(store, run) if other.step == record.step), None)
-        if stored is not None and stored.attempt != record.attempt:
-            raise CheckpointInvalid(
-                f"run {run!r}: another process has already saved step {record.step:,}. Train a run in one place at a "
-                f"time. To continue from the newest checkpoint, run the command again."
-            ) from error
+    stored = next((other for other in checkpoints(store, run) if other.step == record.step), None)
     if stored is None:  # its files are missing or truncated, so that record never counted
-        store.delete(key)
-        store.put_new(key, body)
-    return stored or record
+        store.delete(names.checkpoint_record(record.step))
+        store.put_new(names.checkpoint_record(record.step), body)
+    elif stored.attempt != attempt:
+        raise CheckpointInvalid(
+            f"run {run!r}: another process has already saved step {record.step:,}. Train a run in one place at a time. "
+            f"To continue from the newest checkpoint, run the command again."
+        )
+    return stored or record  # stored: by an earlier try whose reply was lost
 
 
 def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:

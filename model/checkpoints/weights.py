@@ -1,13 +1,11 @@
-"""A checkpoint's files: weights and optimizer state as safetensors bytes, and back, verified. Never loads a pickle.
-
-Dropout in step k is a function of (seed, k, rank), so a checkpoint needs no generator state. Writes to no store.
-"""
+"""A checkpoint's files: weights and optimizer state as safetensors bytes, and back, verified. Never loads a pickle."""
 
 import json
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
+from torch.optim import Optimizer
 
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, read_checkpoint_file
 from model.config import ModelConfig
@@ -19,15 +17,12 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
 class Snapshot:
-    """A checkpoint's files in memory. Buffers are reused: a copy into new memory took twice as long (124M).
-
-    Training pauses during a copy.
-    """
+    """A checkpoint's files in reused buffers: training waits for the copy, and new memory took twice as long (124M)."""
 
     def __init__(self) -> None:
         self._files: dict[str, bytearray] = {}
 
-    def take(self, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Body]:
+    def take(self, model: GPT, optimizer: Optimizer) -> dict[str, Body]:
         """The current weights and optimizer state as files. The next call overwrites them."""
         weights = {name: unpadded(name, weight.detach()) for name, weight in model.named_parameters()}
         state = {
@@ -81,15 +76,12 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
             weight.copy_(tensors[name])
 
 
-def load_optimizer(
-    store: Store, run: str, record: CheckpointRecord, model: GPT, optimizer: torch.optim.Optimizer
-) -> None:
+def load_optimizer(store: Store, run: str, record: CheckpointRecord, model: GPT, optimizer: Optimizer) -> None:
     """Load the checkpoint's optimizer state. Raises CheckpointInvalid if it is damaged or missing."""
     if OPTIMIZER not in record.files:
-        raise CheckpointInvalid(
-            f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state: it was imported. "
-            f"Start another run from its weights: --set name=… --set train.start_from={run}"
-        )
+        problem = f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state: it was imported"
+        remedy = f"Start another run from its weights: --set name=… --set train.start_from={run}"
+        raise CheckpointInvalid(f"{problem}. {remedy}")
     tensors = load(read_checkpoint_file(store, run, record, OPTIMIZER))
     for name, weight in model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in tensors:

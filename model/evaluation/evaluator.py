@@ -4,7 +4,8 @@ Losses are sums over tokens, in nats, so that they do not depend on the batch si
 Shapes: B batch, T time, C channels, V vocabulary, N scored tokens, U positions that predict them.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from model.evaluation.packing import batch_rows, pack_items, to_tensors
 from model.gpt import EMBEDDING, GPT, unpadded
 from model.processes.distributed import DDPConfig
 
+PROGRESS_SECONDS = 5.0
 EVALUATION_SEQUENCES = 8  # windows of one forward pass
 BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}  # of a forward pass over items; an H100 is 4.4 times slower with 4,096
 HEAD_POSITIONS, HEAD_TOKENS = 512, 1_024  # logits computed at once: rows, and columns on the CPU
@@ -38,18 +40,19 @@ class ValLoss:
 class Evaluator:
     """Scores a model on its device. Leaves its weights unchanged."""
 
-    def __init__(
-        self,
-        model: GPT,
-        ddp: DDPConfig,
-        precision: str = "auto",
-        on_progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> None:
-        """`on_progress` receives the numbers done and in total: this rank's windows or rows, or prompts for samples."""
-        self.model, self.ddp, self.on_progress = model, ddp, on_progress
+    def __init__(self, model: GPT, ddp: DDPConfig, precision: str = "auto", label: str = "") -> None:
+        """The main rank's lines of progress begin with `label`. Without it there are none."""
+        self.model, self.ddp, self._label = model, ddp, label
+        self._shown_at = time.monotonic()
         self._sums_on = "cuda" if ddp.device.type == "cuda" else "cpu"  # float64 sums: MPS has no float64
         has_bf16 = ddp.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = "bf16" if precision == "bf16" or (precision == "auto" and has_bf16) else "fp32"
+
+    def show_progress(self, done: int, total: int) -> None:
+        """Print how many of this rank's windows or rows, or of the prompts, are done, once per PROGRESS_SECONDS."""
+        if self._label and self.ddp.is_main and time.monotonic() - self._shown_at > PROGRESS_SECONDS:
+            self._shown_at = time.monotonic()
+            print(f"{self._label}: {done:,} of {total:,} done", flush=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.ddp.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
@@ -66,7 +69,7 @@ class Evaluator:
             with self.autocast():
                 sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()
-            self.on_progress(min(start + EVALUATION_SEQUENCES, len(mine)), len(mine))
+            self.show_progress(min(start + EVALUATION_SEQUENCES, len(mine)), len(mine))
         total, tokens = self.ddp.sum(sums).tolist()
         window_tokens = loader.order.epoch_windows * loader.sequence_tokens
         return ValLoss(total / tokens, int(tokens), window_tokens - int(tokens), loader.tokens - window_tokens)
@@ -90,7 +93,7 @@ class Evaluator:
             losses_N = self._losses(x_UC, batch.predictor_of_N, batch.targets_N)
             np.add.at(losses, batch.slots_N.cpu().numpy(), losses_N.double().numpy())
             done += len(rows)
-            self.on_progress(done, len(mine))
+            self.show_progress(done, len(mine))
         summed = self.ddp.sum(torch.from_numpy(losses).to(self._sums_on))
         return summed.cpu().numpy().reshape(-1, ENDINGS)
 

@@ -6,6 +6,7 @@ Shapes: B texts that are generated together, T time, C channels, V vocabulary.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,8 @@ from model.config import EvaluationConfig
 from model.config_file import config_of
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
+from model.processes.output import fail
+from model.runs.job import USER_ERROR
 from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
 
@@ -102,9 +105,7 @@ def next_tokens(logits_BV: Tensor, settings: EvaluationConfig, uniform_B: Tensor
 def main() -> int:
     """Print samples as they are drawn. Returns the exit code."""
     defaults = EvaluationConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m model.evaluation.generate", description="Write text with a run's newest checkpoint."
-    )
+    parser = argparse.ArgumentParser("python -m model.evaluation.generate", description="Print samples of a run.")
     parser.add_argument("store_url")
     parser.add_argument("run")
     parser.add_argument("--prompt", required=True)
@@ -121,13 +122,15 @@ def main() -> int:
         model = load_model(store, args.run, newest_checkpoint(store, args.run))
         prompt_ids(args.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed
         model.to(DDPConfig.detect({}, args.device).device)
+        for index in range(args.samples):
+            if index:
+                print()
+            _print(args.prompt, generate(model, args.prompt, settings, [args.seed + index]))
     except (ValueError, StorageError) as error:
-        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
-        return 2
-    for index in range(args.samples):
-        if index:
-            print()
-        _print(args.prompt, generate(model, args.prompt, settings, [args.seed + index]))
+        return fail(f"error: {error}", USER_ERROR)
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
+        return 1
     return 0
 
 

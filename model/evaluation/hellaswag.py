@@ -9,7 +9,7 @@ so the metrics' names contain the convention. Imports no model.
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,12 +20,7 @@ from model.evaluation.items import Item
 from storage.errors import SourceInvalid
 
 Text = Annotated[str, Field(min_length=1)]
-
-
-def _label(value: object) -> int:
-    if str(value) not in {"0", "1", "2", "3"}:  # a number, or its digit as text
-        raise ValueError(f"should be 0, 1, 2 or 3, found {value!r:.20}")
-    return int(str(value))
+DIGITS = ["0", "1", "2", "3"]  # a label is a number, or its digit as text
 
 
 class Question(BaseModel, frozen=True):
@@ -36,17 +31,16 @@ class Question(BaseModel, frozen=True):
     ctx_a: Text
     ctx_b: str  # empty in items from WikiHow
     endings: tuple[Text, Text, Text, Text]
-    label: Annotated[int, BeforeValidator(_label)]
+    label: Annotated[int, Field(strict=True, ge=0, le=3), BeforeValidator(lambda x: int(x) if x in DIGITS else x)]
 
 
 def questions(body: bytes | bytearray, name: str) -> list[Question]:
     """The questions of a file: JSON lines, or parquet as on the Hub. Raises SourceInvalid, which names the line."""
     parsed = []
     for number, line in _lines(body, name):
+        validate = Question.model_validate_json if isinstance(line, bytes) else Question.model_validate
         try:
-            parsed.append(
-                Question.model_validate_json(line) if isinstance(line, bytes) else Question.model_validate(line)
-            )
+            parsed.append(validate(line))
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"])) or "line"  # invalid JSON has no location
@@ -96,7 +90,7 @@ def _cleaned(text: str) -> str:
     return re.sub(r"\[[^]\n]*(\]?)", lambda mark: "" if mark[1] else mark[0], marked).replace("  ", " ")
 
 
-def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, object]]:
+def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
     """Lines that are not blank, or rows of a parquet file, each with its number from 1."""
     if not name.endswith(".parquet"):
         yield from ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())
@@ -104,7 +98,5 @@ def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, object]]:
     try:
         rows = pq.read_table(pa.BufferReader(body)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise SourceInvalid(
-            f"{name}: cannot be read as parquet: {str(error).rstrip('.')}. Set evaluation.hellaswag to another file."
-        ) from error
+        raise SourceInvalid(f"{name}: invalid parquet ({error}). Set evaluation.hellaswag to another file.") from error
     yield from enumerate(rows, 1)

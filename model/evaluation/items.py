@@ -1,7 +1,4 @@
-"""Items with one true and three false endings, and such items made from a dataset's val documents.
-
-Imports no model.
-"""
+"""Items with one true and three false endings, and such items made from a dataset's val documents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

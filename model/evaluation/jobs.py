@@ -6,8 +6,6 @@ one name are comparable. The ranks share the work; the main rank writes to the s
 
 import io
 import math
-import time
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +31,6 @@ from storage.errors import ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
-PROGRESS_SECONDS = 5.0
-
 
 def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
@@ -53,19 +49,12 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     bits_per_byte = scored.loss / math.log(2) * val["tokens"] / val["text_bytes"]
     part = f"_of_{scored.tokens}" if scored.left_out_tokens else ""
     suffix = f"t{recipe['sequence_tokens']}{part}"
-    metrics = {
-        f"val_loss_{suffix}": scored.loss,
-        f"perplexity_{suffix}": float(perplexity),
-        f"bits_per_byte_{suffix}": bits_per_byte,
-    }
+    metrics = {"val_loss": scored.loss, "perplexity": float(perplexity), "bits_per_byte": bits_per_byte}
+    metrics = {f"{name}_{suffix}": value for name, value in metrics.items()}
     convention = f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split"
+    conventions = dict.fromkeys(metrics, convention)
     return Measurement(
-        metrics=metrics,
-        conventions=dict.fromkeys(metrics, convention),
-        data=recipe["manifest"],
-        dataset=recipe["dataset"],
-        tokens=scored.tokens,
-        unused_tokens=scored.unused_tokens,
+        metrics=metrics, conventions=conventions, tokens=scored.tokens, unused_tokens=scored.unused_tokens
     )
 
 
@@ -76,8 +65,7 @@ def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     count, seed, cache_bytes = recipe["completion_items"], recipe["seed"], job.how.resources.cache_bytes
     items = document_items(store, recipe["dataset"], manifest, count, seed, cache_bytes)
     convention = "val documents, three endings of others, acc by the sum, acc_norm by the mean per token"
-    measurement = _choose(job, evaluator, {"completion": (items, convention)})
-    return measurement.model_copy(update={"data": recipe["manifest"], "dataset": recipe["dataset"]})
+    return _choose(job, evaluator, {"completion": (items, convention)})
 
 
 def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
@@ -96,9 +84,7 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
 def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Texts that the model generates after each prompt."""
     seed, ddp = job.recipe["seed"], evaluator.ddp
-    settings = EvaluationConfig.model_validate(
-        {name: job.recipe[name] for name in EvaluationConfig.model_fields if name in job.recipe}
-    )
+    settings = EvaluationConfig.model_validate(job.recipe, extra="ignore")
     mine = range(ddp.rank, settings.samples, ddp.ranks)
     written = []
     for number, prompt in enumerate(settings.prompts, 1):
@@ -110,7 +96,7 @@ def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
         for shifted in ddp.sum(shifted_NT.to(ddp.device)).tolist():
             text = tokenizer.decode([value - 1 for value in shifted if value])
             written.append({"prompt": prompt, "text": text})
-        evaluator.on_progress(number, len(settings.prompts))
+        evaluator.show_progress(number, len(settings.prompts))
     drawn = f"temperature {settings.temperature}, top k {settings.top_k}, top p {settings.top_p}, seed {seed}"
     return Measurement(drawn=drawn, samples=written)
 
@@ -123,20 +109,15 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
 
     Raises ObjectMissing if the checkpoint is missing, and ValueError if the losses are not finite.
     """
-    on_progress = _progress_line(job.kind) if ddp.is_main else lambda *_: None
     model = _evaluated_model(store, job).to(ddp.device)
-    evaluator = Evaluator(model, ddp, job.recipe.get("precision", "fp32"), on_progress)
+    evaluator = Evaluator(model, ddp, job.recipe.get("precision", "fp32"), job.kind)
     measurement = KINDS[job.kind](store, job, evaluator)
     answers = measurement.answers
-    evaluation = Evaluation(
-        **dict(measurement),
-        name=job.kind,
-        step=job.recipe["step"],
-        job=job.job_id,
-        environment=ddp.environment,
-        precision=evaluator.precision,
-        answers_sha256=None if answers is None else sha256(answers),
-    )
+    origin = {"name": job.kind, "step": job.recipe["step"], "job": job.job_id, "environment": ddp.environment}
+    if "manifest" in job.recipe:
+        origin |= {"data": job.recipe["manifest"], "dataset": job.recipe["dataset"]}
+    digest = None if answers is None else sha256(answers)
+    evaluation = Evaluation(**dict(measurement) | origin, precision=evaluator.precision, answers_sha256=digest)
     key = RunKeys(job.run).evaluation(evaluation.step, job.kind)
     if ddp.is_main:
         if answers is not None:
@@ -182,25 +163,9 @@ def _check_finite(job: Job, losses: np.ndarray) -> None:
         )
 
 
-def _progress_line(kind: str) -> Callable[[int, int], None]:
-    """A callback that prints the progress at most once per PROGRESS_SECONDS."""
-    printed_at = time.monotonic()
-
-    def print_progress(done: int, total: int) -> None:
-        nonlocal printed_at
-        if time.monotonic() - printed_at > PROGRESS_SECONDS:
-            printed_at = time.monotonic()
-            print(f"{kind}: {done:,} of {total:,} done", flush=True)
-
-    return print_progress
-
-
 def _evaluated_model(store: Store, job: Job) -> GPT:
     step, weights = job.recipe["step"], job.recipe["weights"]
     for record in checkpoints(store, job.run):
         if record.step == step and record.files[WEIGHTS].sha256 == weights:
             return load_model(store, job.run, record)
-    raise ObjectMissing(
-        f"run {job.run!r}: the checkpoint of step {step:,} with weights {weights[:12]} is gone from the store. "
-        f"Evaluate the checkpoints that are kept now: gpt2 evaluate"
-    )
+    raise ObjectMissing(f"run {job.run!r}: the checkpoint of step {step:,} is gone. Evaluate another: gpt2 evaluate")

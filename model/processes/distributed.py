@@ -38,8 +38,7 @@ class DDPConfig:
         available = ["cuda"] if torch.cuda.is_available() else []
         available += ["mps"] if torch.backends.mps.is_available() and ranks == 1 else []  # MPS has no collectives
         available += ["cpu"]
-        if device == "auto":
-            device = available[0]
+        device = available[0] if device == "auto" else device
         if device not in available:
             condition = " (MPS needs a single process)" if device == "mps" else ""
             raise ValueError(
@@ -81,16 +80,12 @@ class DDPConfig:
 
     @contextmanager
     def process_group(self, last_save: timedelta) -> Iterator[None]:
-        """Join the group of all ranks while the block lasts. Does nothing for a single rank.
-
-        A collective times out after `last_save` plus ten minutes: the main rank may be storing the last checkpoint.
-        The other ranks fail at once if a rank dies.
-        """
+        """Join the group of all ranks, if there are several, while the block lasts. If a rank dies, the others fail."""
         if self.ranks == 1:
             yield
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = last_save + timedelta(minutes=10)
+        timeout = last_save + timedelta(minutes=10)  # the main rank may be storing the last checkpoint
         dist.init_process_group(backend, self.init_method, timeout, self.ranks, self.rank)
         yield
         dist.barrier()  # no rank leaves while the main rank still writes

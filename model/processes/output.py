@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from storage.errors import printable
+
 PATIENCE_SECONDS = 1.0  # for a slow reader; then text is dropped at once, until the reader reads again
 
 
@@ -21,6 +23,12 @@ def drop_failing_output() -> None:
         if (stream := getattr(sys, name)) is not None:
             output = _LossyOutput(stream.fileno())
             setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Print an error. Returns the exit code."""
+    print(printable(message, lines=True), file=sys.stderr, flush=True)
+    return exit_code
 
 
 class _LossyOutput(io.FileIO):

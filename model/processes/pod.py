@@ -14,10 +14,9 @@ import subprocess
 import sys
 import time
 
-from model.config import ResourcesConfig
-from model.processes.output import drop_failing_output
+from model.processes.output import drop_failing_output, fail
 from model.runs.job import USER_ERROR, read_job, read_result
-from storage.errors import StorageError, printable
+from storage.errors import StorageError
 from storage.stores.opening import open_store
 
 RUN_AGAIN = 1
@@ -29,7 +28,8 @@ def run(store_url: str, job_key: str, index: int, address: str) -> int:
     store = open_store(store_url)
     job = read_job(store, job_key)
     resources = job.how.resources
-    hosts = pod_names(resources)
+    first = resources.rendezvous.rpartition(":")[0]  # has `-0` where the other pods' names have their index
+    hosts = [first.replace("-0.", f"-{pod}.", 1) for pod in range(resources.nodes)]
     print(f"waiting for {', '.join(hosts)}", flush=True)
     while read_result(store, job) is None:
         if ready(hosts, resources.rendezvous, index, address):
@@ -39,12 +39,6 @@ def run(store_url: str, job_key: str, index: int, address: str) -> int:
         else:
             time.sleep(POLL_SECONDS)
     return 0
-
-
-def pod_names(resources: ResourcesConfig) -> list[str]:
-    """The pods' DNS names. The first is in resources.rendezvous and has `-0` where the others have their index."""
-    first = resources.rendezvous.rpartition(":")[0]
-    return [first.replace("-0.", f"-{index}.", 1) for index in range(resources.nodes)]
 
 
 def ready(hosts: list[str], rendezvous: str, index: int, address: str) -> bool:
@@ -80,8 +74,7 @@ def main() -> int:
     try:
         return run(args.store_url, args.job_key, index, address)
     except (ValueError, StorageError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return fail(f"error: {error}", USER_ERROR)
 
 
 if __name__ == "__main__":

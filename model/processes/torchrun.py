@@ -12,18 +12,15 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from model.config import ResourcesConfig
+from model.processes.output import fail
 from model.processes.parent import stop_signals
 from model.runs.job import USER_ERROR
-from storage.errors import printable
 
 SHUTDOWN_SECONDS = 30  # torchrun's own default, on top of the time for a last checkpoint
 
 
 def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int) -> int:
-    """Run the job on `ranks` processes of this host. Returns the exit code.
-
-    Returns 1 if the hosts cannot connect or lose each other. Raises ValueError if resources.rendezvous is malformed.
-    """
+    """Run the job on `ranks` processes of this host. Returns the exit code."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))  # torchrun's default is 1, with a warning
     # After this time torchrun kills ranks that got a SIGTERM; a last checkpoint may take all of unsaved_minutes.
@@ -52,25 +49,22 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     except SignalException:  # torchrun has forwarded the signal, and the ranks have saved a checkpoint
         return 0
     except RendezvousError as error:
-        message = (
-            f"resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or their "
-            f"connection was lost: {str(error).rstrip('.')}. Give an address of the first host that the other hosts "
-            f"can reach. Start the same command on all hosts within a minute, beginning with the first host."
+        return fail(
+            f"error: resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or "
+            f"their connection was lost: {str(error).rstrip('.')}. Give an address of the first host that the other "
+            f"hosts can reach. Start the same command on all hosts within a minute, beginning with the first host.",
+            1,
         )
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
-        return 1
     return 0
 
 
 def local_address(rendezvous: str) -> tuple[str, bool]:
     """This host's address on the network of the first host, and whether this is the first host.
 
-    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises ValueError if
-    `rendezvous` is malformed, and RendezvousError if its host is unknown or unreachable.
+    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises RendezvousError if the
+    first host is unknown or unreachable.
     """
     host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"resources.rendezvous = {rendezvous!r} is not HOST:PORT, such as 10.0.0.1:29500")
     try:
         family, _, _, _, first = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a UDP socket sends nothing

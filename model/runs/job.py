@@ -20,11 +20,6 @@ USER_ERROR = 2  # exit code of a process that failed because of something a user
 OUT_OF_MEMORY = "memory ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out in Python, or for a thread's stack."""
-    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
-
-
 class JobFailed(Exception):
     """A process failed, was stopped or was not started, so its job has no result. The message says what to do."""
 

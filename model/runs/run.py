@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from model.checkpoints.records import WEIGHTS, CheckpointRecord, newest_checkpoint
+from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, newest_checkpoint
 from model.config import How, ModelConfig, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.digests import canonical_json
@@ -12,7 +12,7 @@ from storage.errors import AlreadyExists, DatasetMismatch
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite, read_as
 
-READ = {"data": {"dataset", "source"}, "model": set(ModelConfig.model_fields),
+READ = {"data": {"dataset", "source"}, "model": set(ModelConfig.model_fields),  # a stored run has these
         "train": {"max_steps", "keep_last", "keep_every_steps"}, "evaluation": {"hellaswag"}}  # fmt: skip
 
 
@@ -27,17 +27,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Run:
-    """A run and what it is pinned to.
-
-    `commit` is the source's commit on the Hub, `manifest` the digest of the dataset version, and `items` the key of the
-    HellaSwag file. Only `how` is not pinned.
-    """
+    """A run and what it is pinned to: everything but `how`."""
 
     name: str
     config: dict[str, Any]  # as its first start wrote it: a later version may have other settings
-    commit: str | None
-    manifest: str
-    items: str | None
+    commit: str | None  # of the source on the Hub
+    manifest: str  # digest of the dataset version
+    items: str | None  # key of the HellaSwag file
     code_version: str
     start: Start | None = None
     how: How = field(default=How(), compare=False)
@@ -55,11 +51,10 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     # Newer fields get their defaults. Fields removed since are ignored: manifest and job hold what they decided.
     pinned = RunConfig.model_validate({"name": run.name} | run.config, extra="ignore")
     if differing := differences(config.pinned(), pinned.pinned()):
-        raise DatasetMismatch(
-            f"run {config.name!r} was started with other settings: {'; '.join(differing)}. "
-            f"Choose another name with --set name=…, or use the same settings. To continue its training with these: "
-            f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
-        )
+        problem = f"run {config.name!r} was started with other settings: {'; '.join(differing)}"
+        remedy = "Use the same settings, or choose another name with --set name=…"
+        start = f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
+        raise DatasetMismatch(f"{problem}. {remedy}. To continue its training with these settings: {start}")
     return replace(run, how=config.how())
 
 
@@ -78,16 +73,21 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
 
 
 def find_start(store: Store, config: RunConfig) -> Start | None:
-    """The newest checkpoint of `train.start_from`, if set. Raises ObjectMissing, or DatasetMismatch for its shape."""
+    """The newest checkpoint of `train.start_from`, if set. Raises ObjectMissing, DatasetMismatch, ValueError."""
     parent = config.train.start_from
     if not parent:
         return None
     newest = newest_checkpoint(store, parent, "train.start_from")
     if differing := differences(config.model.model_dump(), newest.model, "model"):
-        raise DatasetMismatch(
-            f"train.start_from = {parent!r}: the model of that run has another shape: {'; '.join(differing)}. "
-            f"Use the same model settings, or start from another run."
-        )
+        problem = f"train.start_from = {parent!r}: that run has another model: {'; '.join(differing)}"
+        raise DatasetMismatch(f"{problem}. Use the same model settings, or start from another run.")
+    if config.train.start_with == "everything":
+        if OPTIMIZER not in newest.files:
+            remedy = "Set train.start_with=weights."
+            raise ValueError(f"train.start_from = {parent!r}: that run was imported, so it has only weights. {remedy}")
+        if newest.step >= config.train.max_steps:
+            problem = f"train.max_steps = {config.train.max_steps:,}: run {parent!r} is at step {newest.step:,}"
+            raise ValueError(f"{problem}, so no steps are left. Increase train.max_steps.")
     return Start(parent, newest.step, newest.attempt)
 
 
@@ -98,13 +98,12 @@ def keep_request(store: Store, key: str, config: RunConfig) -> None:
 
 def find_run(store: Store, name: str) -> Run | None:
     """The run of that name, or None if it was never started. An imported model was never started."""
-    return read_as(store, RunKeys(name).config, Run, lambda run: run.name == name and _is_complete(run.config))
 
+    def fits(run: Run) -> bool:
+        RunConfig.model_validate(run.config, extra="ignore")
+        return run.name == name and all(fields <= run.config.get(part, {}).keys() for part, fields in READ.items())
 
-def _is_complete(config: dict[str, Any]) -> bool:
-    """Whether it has every setting that is read without today's defaults. Raises ValidationError for a wrong one."""
-    RunConfig.model_validate(config, extra="ignore")
-    return all(fields <= config.get(section, {}).keys() for section, fields in READ.items())
+    return read_as(store, RunKeys(name).config, Run, fits)
 
 
 def training_job(run: Run) -> Job:

@@ -12,11 +12,8 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> int:
-    """FLOPs of one training step per token: 6 per weight in a matrix product, and 12 L C T for attention.
-
-    The position embedding is not in a product. 855,166,464 for the 124M model at T = 1,024.
-    """
-    multiplying = parameters - config.context_tokens * config.width
+    """FLOPs of one training step per token: 6 per weight in a matrix product, and 12 L C T for attention."""
+    multiplying = parameters - config.context_tokens * config.width  # without the position embedding
     return 6 * multiplying + 12 * config.layers * config.width * sequence_tokens
 
 

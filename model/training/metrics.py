@@ -102,7 +102,5 @@ def _event_file(folder: str, run: str, step: int) -> Any:
 
         return SummaryWriter(f"{folder}/{run}", purge_step=step + 1)
     except (ImportError, OSError) as error:
-        raise ValueError(
-            f"resources.tensorboard = {folder!r}: {error}. Give a folder that can be written, install the extra "
-            f"(pip install -e '.[tensorboard]'), or leave the setting empty."
-        ) from error
+        remedy = "Give a writable folder, run pip install -e '.[tensorboard]', or leave the setting empty."
+        raise ValueError(f"resources.tensorboard = {folder!r}: {error}. {remedy}") from error

@@ -5,7 +5,7 @@ Refuses a checkpoint of another model, schedule or dataset, and names the differ
 
 from dataclasses import asdict
 
-import torch
+from torch.optim import Optimizer
 
 from model.checkpoints.records import CheckpointRecord, Cursor, checkpoints
 from model.checkpoints.weights import load_optimizer, load_weights
@@ -17,9 +17,7 @@ from storage.errors import CheckpointInvalid, ObjectMissing
 from storage.stores.store import Store
 
 
-def resume(
-    store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[str]]:
+def resume(store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: Optimizer) -> tuple[int, list[str]]:
     """Load the checkpoint to start from. Returns its step, and the keys of the metrics that this run has so far.
 
     Raises CheckpointInvalid if the checkpoint is damaged or belongs to another run, ObjectMissing if it was deleted.
@@ -34,8 +32,7 @@ def resume(
             f"process is still saving. When it has ended, run the same command again."
         )
     if newest is None:
-        step = _start(store, job, model, optimizer) if "start" in job.recipe else 0
-        return step, []
+        return (_start(store, job, model, optimizer) if "start" in job.recipe else 0), []
     _check(job, newest)
     load_weights(store, job.run, newest, model)
     load_optimizer(store, job.run, newest, model, optimizer)
@@ -48,7 +45,7 @@ def cursor_of(job: Job, next_window: int) -> Cursor:
     return Cursor(recipe["dataset"], recipe["manifest"], train["seed"], train["sequence_tokens"], next_window)
 
 
-def _start(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+def _start(store: Store, job: Job, model: GPT, optimizer: Optimizer) -> int:
     """Load the checkpoint of another run to start from. Returns the step to start at."""
     start, train = job.recipe["start"], job.recipe["train"]
     record = next((saved for saved in checkpoints(store, start["run"]) if saved.attempt == start["attempt"]), None)
@@ -60,11 +57,6 @@ def _start(store: Store, job: Job, model: GPT, optimizer: torch.optim.Optimizer)
     load_weights(store, start["run"], record, model)
     if train["start_with"] == "weights":
         return 0
-    if record.step >= train["max_steps"]:
-        raise ValueError(
-            f"train.max_steps = {train['max_steps']:,}: run {job.run!r} continues from step "
-            f"{record.step:,} of run {start['run']!r}, so it has no steps left. Choose another name and more steps."
-        )
     load_optimizer(store, start["run"], record, model, optimizer)
     return record.step
 
@@ -77,7 +69,6 @@ def _check(job: Job, record: CheckpointRecord) -> None:
     if differing := differences(expected, saved):
         raise CheckpointInvalid(
             f"run {job.run!r}: the checkpoint of step {record.step:,} does not belong to this run: "
-            f"{'; '.join(differing)}. Choose another name with --set name=…, or delete the run's checkpoints. To "
-            f"continue from it with other settings: --set name=… --set train.start_from={job.run} "
-            f"--set train.start_with=everything"
+            f"{'; '.join(differing)}. Choose another name, or delete the run's checkpoints. To continue from it with "
+            f"other settings: --set name=… --set train.start_from={job.run} --set train.start_with=everything"
         )

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import replace
 
-import torch
+from torch.optim import Optimizer
 
 from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord, put_checkpoint, retain
@@ -39,13 +39,12 @@ class Saver:
         self._unsaved_minutes = unsaved_minutes
         self._snapshot = Snapshot()
         self._thread = threading.Thread()
+        self._thread.start()  # nothing, so that it can be joined
         self._give_way = threading.Event()
         self._failing_since: float | None = None
         self._error: Exception | None = None
 
-    def save(
-        self, model: GPT, optimizer: torch.optim.Optimizer, record: CheckpointRecord, *, wait_seconds: float
-    ) -> bool:
+    def save(self, model: GPT, optimizer: Optimizer, record: CheckpointRecord, *, wait_seconds: float) -> bool:
         """Take a snapshot and store it in the background. The log's metrics, files and attempt complete the record.
 
         Waits at most `wait_seconds` for the previous save. Returns False, and saves nothing, if that save still runs.
@@ -61,22 +60,18 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is stored."""
-        self._join()
+        self._thread.join()
         self.check()
 
     def close(self) -> None:
         """Wait for the save in progress, unless the store fails."""
         self._give_way.set()
-        self._join()
+        self._thread.join()
 
     def check(self) -> None:
         """Raise the error of the saving thread, if any."""
         if self._error is not None:
             raise self._error
-
-    def _join(self) -> None:
-        if self._thread.is_alive():  # a thread that was never started cannot be joined
-            self._thread.join()
 
     def _is_free(self, seconds: float) -> bool:
         """Whether the previous save ends within `seconds`. Stops a save that is failing."""
@@ -120,11 +115,10 @@ class Saver:
         minutes = (now - self._failing_since) / 60
         minutes_left = self._unsaved_minutes - minutes
         if minutes_left < 0:
-            raise StoreUnavailable(
-                f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes "
-                f"(resources.unsaved_minutes = {self._unsaved_minutes:g}). The next start resumes from the newest "
-                f"stored checkpoint. The last error, at step {step:,}: {error}"
-            ) from error
+            limit = f"resources.unsaved_minutes = {self._unsaved_minutes:g}"
+            problem = f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes ({limit})"
+            remedy = "The next start resumes from the newest stored checkpoint. The last error"
+            raise StoreUnavailable(f"{problem}. {remedy}, at step {step:,}: {error}") from error
         waiting = f"training goes on for at most {minutes_left:.0f} minutes"
         print(f"checkpoint of step {step:,} is not stored yet, {waiting}: {error}", flush=True)
 

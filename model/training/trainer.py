@@ -1,8 +1,6 @@
 """The trainer: assembled from its parts, then the loop of steps, validations and checkpoints.
 
-    batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint if one is due
-
-Independent of Prefect, the command line and the environment.
+batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ AdamW ─▶ metrics ─▶ checkpoint if one is due
 """
 
 import signal
@@ -169,12 +167,11 @@ class Trainer:
     def _check_length(self) -> None:
         config, windows = self.config, self.loader.order.epoch_windows
         if windows < config.batch_windows:
-            raise ValueError(
-                f"train.batch_tokens = {config.batch_tokens:,}: the train split of dataset "
-                f"{self.job.recipe['dataset']!r} has {windows:,} windows of {config.sequence_tokens:,} tokens, fewer "
-                f"than one batch. Start a new run (--set name=…) with at most train.batch_tokens = "
-                f"{windows * config.sequence_tokens}, or with a dataset that has more text or a smaller val split."
-            )
+            split = f"the train split of dataset {self.job.recipe['dataset']!r}"
+            length = f"only {windows:,} windows of {config.sequence_tokens:,} tokens, fewer than one batch"
+            most = f"train.batch_tokens = {windows * config.sequence_tokens}"
+            remedy = f"Start a new run (--set name=…) with at most {most}, more text or a smaller val split."
+            raise ValueError(f"train.batch_tokens = {config.batch_tokens:,}: {split} has {length}. {remedy}")
 
     def _divergence(self, loss: float, norm: float) -> ValueError:
         """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""

@@ -1,11 +1,7 @@
 """A cache of files that all processes on this host share. Each file is named by its sha256 and downloaded once.
 
-    open ─▶ cached? ─▶ take a shared lock, which prevents eviction ─▶ return the open file
-             │ no
-             └─▶ folder lock ─▶ still missing? ─▶ make room ─▶ part ─▶ fsync ─▶ rename
-
-The total size is limited. Locks are `flock`: the kernel releases them when their holder ends, so a dead process blocks
-nobody.
+A file is written as `part` under its folder's lock, synced and renamed. A shared lock keeps an open file from eviction.
+Locks are `flock`: the kernel releases them when their holder ends, so a dead process blocks nobody.
 """
 
 import errno
@@ -36,10 +32,7 @@ class HostCache:
         return self._path(sha256).exists()
 
     def open(self, sha256: str, fetch: Callable[[], Body]) -> BinaryIO:
-        """The file with that sha256, fetched if it is not cached. Open or mapped files are not evicted.
-
-        Does not verify the bytes. Raises StoreUnusable if the folder cannot be used, and what `fetch` raises.
-        """
+        """The cached or fetched file, unverified. While open or mapped, it is not evicted. Raises StoreUnusable."""
         path = self._path(sha256)
         try:
             return _open_locked(path) or self._fetch(path, fetch)
@@ -69,8 +62,7 @@ class HostCache:
     def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):  # other processes wait here for the download
-            file = _open_locked(path)
-            if file is not None:
+            if file := _open_locked(path):
                 return file
             body = fetch()
             self._make_room(len(body), self._limit_bytes)
@@ -131,13 +123,11 @@ def _write(path: Path, body: Body) -> BinaryIO:
 
 
 def _evict(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            return True
-    except (BlockingIOError, FileNotFoundError):
-        return False
+    with suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        return True
+    return False
 
 
 @contextmanager

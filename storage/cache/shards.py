@@ -1,10 +1,8 @@
-"""Opens shards for reading: memory-mapped, and verified the first time a process opens them.
-
-Shards of a store that keeps its objects as local files are mapped in place; others are cached on this host.
-"""
+"""Opens shards for reading: mapped, verified when first opened, and cached on this host if the store is remote."""
 
 import logging
 import threading
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -32,13 +30,9 @@ class ShardCache:
         self._store = store
         self._dataset = dataset
         self._host = HostCache(host_cache.FOLDER, limit_bytes)
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
+        self.open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
         self._verified: set[str] = set()
         self._prefetching = threading.Thread()
-
-    def open(self, row: ShardRow) -> np.ndarray:
-        """The shard's token ids, uint16, mapped. Raises ObjectMissing, or ShardCorrupt for wrong bytes."""
-        return self._open(row)
 
     def prefetch(self, rows: list[ShardRow]) -> bool:
         """Download shards in the background, one by one. Does nothing and returns False while a prefetch runs."""
@@ -52,6 +46,7 @@ class ShardCache:
         return True
 
     def _open_verified(self, row: ShardRow) -> np.ndarray:
+        """The shard's token ids, uint16, mapped. Raises ObjectMissing, or ShardCorrupt for wrong bytes."""
         tokens = self._mapped(row)
         if tokens is None and not self._local_path(row):
             log.warning("cache: the copy of shard %s on this host is damaged; downloading it again", row.shard_id)
@@ -71,7 +66,7 @@ class ShardCache:
         try:
             with path.open("rb") if path else self._host.open(row.sha256, partial(self._read, row)) as file:
                 tokens: np.ndarray = np.memmap(file, DTYPE, mode="r")  # holds the file open, so it is not evicted
-        except (ValueError, FileNotFoundError):  # ValueError: empty, or of odd size
+        except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError):  # ValueError: empty, odd size
             return None
         if row.sha256 not in self._verified and sha256(tokens.data) != row.sha256:
             return None
@@ -85,9 +80,6 @@ class ShardCache:
         return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))
 
     def _fetch_all(self, rows: list[ShardRow]) -> None:
-        for row in rows:
-            try:
+        with suppress(StorageError):  # `open` tries again and raises the error
+            for row in rows:
                 self._host.open(row.sha256, partial(self._read, row)).close()
-            except StorageError as error:
-                log.info("cache: %s", error)  # `open` tries again and raises the error
-                return

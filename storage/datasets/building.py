@@ -1,14 +1,12 @@
 """Builds a dataset: finds and builds the missing shards, then seals a version. Independent of Prefect.
 
 start_build ─▶ build_shard for each missing val shard ─▶ put_val_documents ─▶ the same for train ─▶ finish_build
-
-The shards of one split are built in any order, by any number of workers.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 
@@ -21,13 +19,12 @@ from storage.datasets.records import DTYPE, failures, finished_shards, read_reco
 from storage.datasets.sealing import check_binding, check_rebuilt, seal
 from storage.datasets.shards import build_shard, document_bounds, read_shard
 from storage.digests import digest
-from storage.errors import DatasetMismatch
+from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing
 from storage.keys import DatasetKeys, failure
 from storage.sources.files import Listing
 from storage.stores.store import Store
 
 Decode = Callable[[list[int]], bytes]
-SPLITS: tuple[Literal["val", "train"], ...] = ("val", "train")  # in the order in which they are built
 
 
 @dataclass(frozen=True)
@@ -50,24 +47,24 @@ def val_split(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> Val
     return ValSplit(frozenset(val), "" if spec.settings.keep_val_duplicates else digest(val))
 
 
-def missing_jobs(
-    plans: Sequence[FilePlan], val: ValSplit, missing: Collection[str], split: Literal["train", "val"]
-) -> Iterator[ShardJob]:
-    """The jobs of the missing shards of one split."""
+def missing_jobs(plans: Sequence[FilePlan], val: ValSplit, missing: Collection[str], split: str) -> Iterator[ShardJob]:
+    """The jobs of the missing shards of one split, to run in any order."""
     jobs = (job for plan in plans for job in plan.jobs(val) if job.shard_id in missing)
     return (job for job in jobs if (job.shard_id in val.shard_ids) == (split == "val"))
 
 
 def put_val_documents(store: Store, dataset: str, split: ValSplit, decode: Decode) -> None:
     """Hash the documents of the finished val shards for the train shards, unless it is done or they keep all."""
-    if not split.documents or val_documents.is_stored(store, dataset, split.documents):
+    if not (split.documents and split.shard_ids):
+        return
+    with suppress(ObjectMissing, ObjectCorrupt):
+        val_documents.read(store, dataset, split.documents)
         return
     hashes = []
     for shard_id in split.shard_ids:
         record = read_record(store, dataset, shard_id)
         ids = np.frombuffer(read_shard(store, dataset, shard_id, record.tokens, record.sha256), DTYPE)
-        bounds = zip(*document_bounds(ids), strict=True) if len(ids) else ()
-        texts = (decode(ids[start + 1 : stop].tolist()) for start, stop in bounds)
+        texts = (decode(ids[start + 1 : stop].tolist()) for start, stop in zip(*document_bounds(ids), strict=True))
         hashes.append(np.fromiter(map(val_documents.hashed, texts), val_documents.HASH))
     val_documents.put(store, dataset, split.documents, np.unique(np.concatenate(hashes)))
 
@@ -98,7 +95,7 @@ def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Enc
     """Plan the files, build the missing shards one by one, and seal."""
     plans = list(plan_files(store, spec.name, listing.files, spec.settings, planner(store, spec.settings, encode)))
     build = start_build(store, spec, plans)
-    for split in SPLITS:
+    for split in ("val", "train"):
         for job in missing_jobs(plans, build.split, build.missing, split):
             build_shard(store, spec.name, job, encode, spec.tokenizer["eot"])
         put_val_documents(store, spec.name, build.split, decode)
@@ -111,9 +108,8 @@ def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[
     lost = set(manifest.shard_ids) - finished.keys()
     recoverable = lost.intersection(job.shard_id for plan in plans for job in plan.jobs(val))
     if len(recoverable) < len(lost):
-        raise DatasetMismatch(
-            f"dataset {dataset!r}: {len(lost):,} shards of manifest {manifest.digest[:12]} are missing from "
-            f"{store.url!r}, and the available source files can rebuild only {len(recoverable):,} of them. Restore the "
-            f"missing or changed source files, or start a run with another name."
-        )
+        problem = f"store {store.url!r} lacks {len(lost):,} shards of manifest {manifest.digest[:12]}"
+        rest = f"the available source files can rebuild only {len(recoverable):,} of them"
+        remedy = "Restore the missing or changed source files, or start a run with another name."
+        raise DatasetMismatch(f"dataset {dataset!r}: {problem}, and {rest}. {remedy}")
     return lost

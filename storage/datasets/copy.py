@@ -1,19 +1,14 @@
-"""Copies every version of a dataset to another store: shards, records, the split, manifests, `latest`.
-
-As in a build, each object is copied before the object that names it, so a killed copy is incomplete but consistent.
-"""
+"""Copies every version of a dataset to another store, each object before the object that names it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple
 
 from storage.datasets.lease import claim
 from storage.datasets.manifest import Manifest, ShardRow, read_pointer
 from storage.datasets.records import finished_shards
-from storage.datasets.sealing import update_latest
 from storage.datasets.shards import put_shard, read_shard
-from storage.datasets.versions import history
+from storage.datasets.versions import history, update_latest
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, read_json
@@ -21,22 +16,14 @@ from storage.stores.store import Store, read_json
 SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
 
-class Copied(NamedTuple):
-    """The newest version, the number of shards in all versions, and how many of them this call copied."""
-
-    manifest: Manifest
-    shards: int
-    copied: int
-
-
 def copy_dataset(
     source: Store, target: Store, dataset: str, on_progress: Callable[[int, int], None] = lambda *_: None
-) -> Copied:
+) -> tuple[Manifest, int, int]:
     """Copy what the target store lacks and verify each shard. Idempotent: a second call resumes.
 
-    `on_progress` receives the counts of copied shards and of shards to copy. Raises ObjectMissing if the dataset was
-    never sealed or lacks a shard, ShardCorrupt, and DatasetMismatch if the target holds another dataset of that name.
-    Raises Conflict while gpt2 gc or a build changes the target.
+    Returns the newest version, the number of shards in all versions, and how many of them this call copied.
+    `on_progress` receives 1 for each shard, and the number to copy. Raises ObjectMissing, ShardCorrupt,
+    DatasetMismatch for another dataset of that name in the target, and Conflict while gpt2 gc or a build changes it.
     """
     versions = list(history(source, dataset))
     _check_target(source, target, dataset, versions)
@@ -45,11 +32,11 @@ def copy_dataset(
     finished = finished_shards(target, dataset, list(rows), rows)
     missing = [row for row in rows.values() if row.shard_id not in finished]
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for number, _ in enumerate(pool.map(lambda row: _copy_shard(source, target, dataset, row), missing), 1):
-            on_progress(number, len(missing))
+        for _ in pool.map(lambda row: _copy_shard(source, target, dataset, row), missing):
+            on_progress(1, len(missing))
     _copy_versions(source, target, dataset, versions)
     update_latest(target, dataset, versions[0], _check_target(source, target, dataset, versions))
-    return Copied(versions[0], len(rows), len(missing))
+    return versions[0], len(rows), len(missing)
 
 
 def _copy_shard(source: Store, target: Store, dataset: str, row: ShardRow) -> None:
@@ -74,8 +61,7 @@ def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Ma
 def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
     """The digest in the target's `latest`, or None. Raises DatasetMismatch for a version or split not in the source."""
     dataset_keys = DatasetKeys(dataset)
-    pointer = read_pointer(target, dataset)
-    latest = pointer.manifest if pointer else None
+    latest = read_pointer(target, dataset).manifest
     split = read_json(target, dataset_keys.split)
     known = [version.digest for version in versions]
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):

@@ -1,11 +1,9 @@
-"""Writes a dataset in the format of another trainer: nanoGPT's two files, or llm.c's shards with their header.
-
-Verifies shards as it reads them. Writes to a temporary folder and renames it last: an export is complete or absent.
-"""
+"""Writes a dataset as nanoGPT's two files or as llm.c's shards. An export is verified, and complete or absent."""
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -36,32 +34,40 @@ class Part(NamedTuple):
 def export(
     store: Store, dataset: str, manifest: Manifest, folder: Path, layout: str, on_progress: Callable[[int], None]
 ) -> list[Path]:
-    """Write both splits into a new or empty folder. Returns its files. `on_progress` receives the tokens of each write.
-
-    Raises ShardCorrupt, ObjectMissing, and StoreUnusable if the folder is not empty or cannot be written.
-    """
+    """Write both splits into a new or empty folder. Raises ShardCorrupt, ObjectMissing, StoreUnusable."""
     parts = [part for split in ("train", "val") for part in _parts(manifest, dataset, split, layout)]
-    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise StoreUnusable(f"folder {folder} is not empty. Give a new or empty folder.")
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed export
-        unfinished.mkdir(parents=True)
+    size_bytes = sum(len(part.header) + (part.last - part.first) * DTYPE.itemsize for part in parts)
+    with new_folder(folder, size_bytes) as unfinished:
         for part in parts:
             with (unfinished / part.name).open("wb") as file:
                 _write(store, dataset, manifest, part, file, on_progress)
-                file.flush()
+    return [folder / part.name for part in parts]
+
+
+@contextmanager
+def new_folder(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `folder` after the block. Raises StoreUnusable, also for an OSError there.
+
+    The folder appears complete or not at all, and its files are on the disk.
+    """
+    if ":/" in str(folder):  # a URL, whose Path would be a folder here
+        raise StoreUnusable(f"cannot export to {folder}: only a folder on this host can be written. Give its path.")
+    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreUnusable(f"cannot export to {folder}: it is not an empty folder. Give a new or an empty one.")
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed export
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
         unfinished.replace(folder)
     except OSError as error:
-        size_bytes = sum(len(part.header) + (part.last - part.first) * DTYPE.itemsize for part in parts)
-        raise StoreUnusable(
-            f"folder {folder}: cannot write {size_bytes:,} bytes: {error}. "
-            f"Free some space, fix the folder's permissions, or give another folder."
-        ) from error
+        remedy = "Free some space, fix the folder's permissions, or give another folder."
+        raise StoreUnusable(f"cannot export {size_bytes:,} bytes to {folder}: {error}. {remedy}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return [folder / part.name for part in parts]
 
 
 def _parts(manifest: Manifest, dataset: str, split: str, layout: str) -> Iterator[Part]:

@@ -1,8 +1,4 @@
-"""The lease of a dataset: builds and garbage collection never run on one dataset at the same time.
-
-A build relies on shards of earlier builds, and a collector deletes such shards. Both first swap one small object, so
-each detects the other. Times are from the store's clock.
-"""
+"""The lease of a dataset, by which builds and garbage collection exclude each other. Times are the store's."""
 
 import secrets
 from contextlib import suppress
@@ -46,18 +42,16 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
                 )
         try:
             return store.swap(key, canonical_json({"holder": holder, "commit_id": secrets.token_hex(8)}), etag)
-        except Conflict:
+        except Conflict:  # a build shares the lease that another build took first
             if holder == "collector":
                 raise
-            # another build took the lease first: share it
 
 
 def holds(store: Store, dataset: str, etag: str) -> bool:
     """Whether the lease with that etag is still held."""
-    try:
+    with suppress(ObjectMissing):
         return store.read(DatasetKeys(dataset).lease).etag == etag
-    except ObjectMissing:
-        return False
+    return False
 
 
 def release(store: Store, dataset: str, etag: str) -> None:
@@ -68,7 +62,6 @@ def release(store: Store, dataset: str, etag: str) -> None:
 
 def last_build(store: Store, dataset: str) -> float:
     """When a build or a running collector last took the lease, in Unix seconds; 0 if there is no lease."""
-    try:
+    with suppress(ObjectMissing):
         return store.stat(DatasetKeys(dataset).lease).modified
-    except ObjectMissing:
-        return 0.0
+    return 0.0

@@ -1,10 +1,10 @@
 """A manifest: one immutable version of a dataset, named by the sha256 of its bytes.
 
-A manifest is a pure function of the settings, the source listing, the records and the previous manifest. Any number of
-workers, in any order and with any retries, therefore produce the same manifest.
+It is a pure function of the settings, the source listing, the records and the previous manifest, not of the workers.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -42,20 +42,16 @@ class ShardRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Pointer:
-    """The content of `latest`: the newest manifest, its parent, and how often `latest` was swapped."""
+    """The content of `latest`: the newest manifest if any, its parent, and how often `latest` was swapped."""
 
-    manifest: Digest
+    manifest: Digest | None = None
     parent: Digest | None = None
     sequence: Count = 0
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One version of a dataset: its settings, the origin of its text, and its shards in order as columns.
-
-    `origin` describes a Hub dataset (dataset, config, commit, licence). `source_files` are columns too.
-    `empty` lists the shards whose documents were all filtered or skipped.
-    """
+    """One version of a dataset. `origin` describes a Hub dataset, `empty` lists the shards without documents."""
 
     digest: str
     recipe: DatasetSettings
@@ -109,18 +105,20 @@ _COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(Shard
 def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
     """The manifest with that digest. Raises ObjectMissing, ObjectCorrupt, and StoreUnusable for a newer schema."""
     key = DatasetKeys(dataset).manifest(digest)
-    body, _, sha256 = store.read(key)
+    place = f"object {key!r} of store {store.url!r}"
+    remedy = "Delete it, then run gpt2 dataset build; if it is an older version, copy it back with gpt2 dataset copy."
+    try:
+        body, _, sha256 = store.read(key)
+    except ObjectMissing as error:
+        other = "Copy it back with gpt2 dataset copy, or build another dataset: --set data.dataset=…"
+        raise ObjectMissing(f"{place} is missing: that version of dataset {dataset!r} is lost. {other}") from error
     if sha256 != digest:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} is damaged: it has sha256 {sha256}. Delete it and run gpt2 dataset "
-            f"build, which seals the newest version again; copy an older version back with gpt2 dataset copy."
-        )
+        raise ObjectCorrupt(f"{place} is damaged: it has sha256 {sha256}. {remedy}")
     try:
         value = from_json(body)
         if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
             raise StoreUnusable(
-                f"manifest {digest} of dataset {dataset!r} has schema {value['schema']}, but this version reads up to "
-                f"{SCHEMA}. Update gpt2-pipeline."
+                f"{place} has schema {value['schema']}, but this version reads up to {SCHEMA}. Update gpt2-pipeline."
             )
         shards = {"in_val": [0] * len(value["shards"]["shard_id"])} | value["shards"]  # absent from older versions
         columns = {name: kind.validate_python(shards[name], strict=True) for name, kind in _COLUMNS.items()}
@@ -133,25 +131,21 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         fields = {"digest": digest, "columns": columns, "origin": origin, "source_files": files}
         return _MANIFEST.validate_python(value | fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} is not a valid manifest ({first_problem(error)}). "
-            f"Delete it, then run gpt2 dataset build."
-        ) from error
+        raise ObjectCorrupt(f"{place} is not a valid manifest ({first_problem(error)}). {remedy}") from error
 
 
 def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     """The dataset's newest version, or None if it was never sealed or its manifest was deleted."""
-    pointer = read_pointer(store, dataset)
-    try:
-        return read_manifest(store, dataset, pointer.manifest) if pointer else None
-    except ObjectMissing:  # damaged and deleted, as its error advised: the next build seals it again from the records
-        return None
+    digest = read_pointer(store, dataset).manifest
+    with suppress(ObjectMissing):  # damaged and deleted, as its error advised: the next build seals it again
+        return read_manifest(store, dataset, digest) if digest else None
+    return None
 
 
-def read_pointer(store: Store, dataset: str) -> Pointer | None:
-    """What `latest` holds, or None if the dataset was never sealed. Raises ObjectCorrupt."""
-    remedy = "Delete it, then run gpt2 dataset build."
-    return read_as(store, DatasetKeys(dataset).latest, Pointer, remedy=remedy)
+def read_pointer(store: Store, dataset: str) -> Pointer:
+    """What `latest` holds; an empty Pointer if the dataset was never sealed. Raises ObjectCorrupt."""
+    key, remedy = DatasetKeys(dataset).latest, "Delete it, then run gpt2 dataset build."
+    return read_as(store, key, Pointer, lambda pointer: pointer.manifest, remedy) or Pointer()
 
 
 def ancestors(store: Store, dataset: str, digest: str | None) -> Iterator[Manifest]:

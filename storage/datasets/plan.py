@@ -1,8 +1,4 @@
-"""The plan: which rows of which source file become which shard. Tokenises only a sample of each file.
-
-A shard never spans two files, so a new or changed file affects only its own shards. A file's plan is a pure function
-of the file and the settings, and is kept in the store, so the next build does not read an unchanged file again.
-"""
+"""The plan: which rows of a file become which shard, a pure function of file and settings. Tokenises only a sample."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +22,7 @@ from storage.stores.store import Store, read_as
 
 PlanFile = Callable[[SourceFile, int], "FilePlan"]
 Encode = Callable[[str], np.ndarray]
+OF_EACH_SHARD = ("tokenizer", "text_column", "filters", "on_bad_document")  # settings that a shard's recipe repeats
 CHECK_ROWS = 32  # whose published counts are checked
 SAMPLE_ROWS = 256  # to estimate tokens from: of web text about 250,000 tokens, 0.1 s
 SAMPLE_PLACES = 8
@@ -56,46 +53,11 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
-class FilePlan:
-    """The shards of one source file. `row_ends` holds the row after the last row of each shard.
-
-    `start_bytes` is where each shard begins in a JSON lines file. `limited` is true if `max_tokens` cut the file short,
-    `estimated` if `tokens` is extrapolated from a sample.
-    """
-
-    file: SourceFile
-    settings: DatasetSettings
-    row_ends: tuple[int, ...]
-    start_bytes: tuple[int, ...] | None
-    tokens: int
-    limited: bool
-    estimated: bool = False
-
-    def jobs(self, split: ValSplit | None = None) -> Iterator[ShardJob]:
-        """The shards in order. Without a split, all as val shards, which leave out nothing."""
-        for index, (row_from, row_to) in enumerate(pairwise((0, *self.row_ends))):
-            recipe = ShardRecipe(
-                source=self.file.digest,
-                row_from=row_from,
-                row_to=row_to,
-                tokenizer=self.settings.tokenizer,
-                text_column=self.settings.text_column,
-                filters=self.settings.filters,
-                on_bad_document=self.settings.on_bad_document,
-            )
-            job = self._job(index, recipe)
-            if split and job.shard_id not in split.shard_ids:
-                job = self._job(index, replace(recipe, leave_out=split.documents))
-            yield job
-
-    def _job(self, index: int, recipe: ShardRecipe) -> ShardJob:
-        shard_id = f"{recipe.source[:12]}-{index:05d}-{digest(recipe.to_json())[:12]}"
-        return ShardJob(shard_id, recipe, self.file, self.start_bytes[index] if self.start_bytes else 0)
-
-
-@dataclass(frozen=True)
 class Cut:
-    """The part of a plan that the store holds: its key is a digest of the rest."""
+    """The part of a plan that the store holds. `row_ends` holds the row after the last row of each shard.
+
+    `start_bytes` is each shard's start in JSON lines. `limited`: by `max_tokens`; `estimated`: `tokens`, from a sample.
+    """
 
     row_ends: tuple[Count, ...]
     start_bytes: tuple[Count, ...] | None
@@ -110,6 +72,28 @@ class Cut:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FilePlan(Cut):
+    """The shards of one source file."""
+
+    file: SourceFile
+    settings: DatasetSettings
+
+    def jobs(self, split: ValSplit | None = None) -> Iterator[ShardJob]:
+        """The shards in order. Without a split, all as val shards, which leave out nothing."""
+        how = {name: getattr(self.settings, name) for name in OF_EACH_SHARD}
+        for index, (row_from, row_to) in enumerate(pairwise((0, *self.row_ends))):
+            recipe = ShardRecipe(source=self.file.digest, row_from=row_from, row_to=row_to, **how)
+            job = self._job(index, recipe)
+            if split and job.shard_id not in split.shard_ids:
+                job = self._job(index, replace(recipe, leave_out=split.documents))
+            yield job
+
+    def _job(self, index: int, recipe: ShardRecipe) -> ShardJob:
+        shard_id = f"{recipe.source[:12]}-{index:05d}-{digest(recipe.to_json())[:12]}"
+        return ShardJob(shard_id, recipe, self.file, self.start_bytes[index] if self.start_bytes else 0)
+
+
 def plan_file(file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0) -> FilePlan:
     """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid."""
     rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
@@ -121,21 +105,20 @@ def plan_file(file: SourceFile, settings: DatasetSettings, encode: Encode, limit
     if rows.starts is not None:
         start_bytes = tuple(int(rows.starts[row]) for row in (0, *row_ends[:-1])) if row_ends else ()
     limited = len(tokens) < len(rows.tokens)
-    return FilePlan(file, settings, row_ends, start_bytes, int(tokens.sum()), limited, estimated)
+    return FilePlan(row_ends, start_bytes, int(tokens.sum()), limited, estimated, file=file, settings=settings)
 
 
 def _calibrated(
     file: SourceFile, settings: DatasetSettings, rows: RowTokens, encode: Encode
 ) -> tuple[np.ndarray, bool]:
-    """The tokens of each row, corrected by a sample, and whether most are still estimates.
-
-    Published counts stand if they agree with the sample. Only the sample shows what filters on the length drop.
-    """
+    """The tokens of each row, and whether most are estimates. Published counts stand if they agree with a sample."""
     for sample_rows in (CHECK_ROWS, SAMPLE_ROWS):
         counts, sampled, ratio = _compared(file, settings, rows, encode, sample_rows)
         if rows.counted and abs(ratio - 1) <= COUNT_TOLERANCE:
             return rows.tokens, False
     scaled = np.maximum(np.rint(rows.tokens * ratio), rows.tokens > 0).astype(np.int64)
+    if rows.counted and np.abs(scaled - counts)[sampled].sum() > counts.sum() / 2:  # bad counts: use the mean
+        return _calibrated(file, settings, rows._replace(tokens=np.minimum(rows.tokens, 1), counted=False), encode)
     return np.where(sampled, counts, scaled), not sampled.all()
 
 
@@ -153,7 +136,7 @@ def _compared(
             continue
         counts[row.number] = EOT_TOKENS  # of a document that cannot be tokenised: its job fails or counts it
         if isinstance(row.text, str):
-            text_bytes.append(len(row.text.encode(errors="surrogatepass")))
+            text_bytes.append(len(row.text.encode()))
             with suppress(ValueError):
                 kept = keeps_row(by_length, {LENGTH: len(row.text)}, file.place, row.number)
                 counts[row.number] = len(encode(row.text)) + EOT_TOKENS if kept else 0
@@ -188,16 +171,9 @@ def cut(tokens: np.ndarray, shard_tokens: int) -> Iterator[int]:
 
 
 def plan_files(
-    store: Store,
-    dataset: str,
-    files: Sequence[SourceFile],
-    settings: DatasetSettings,
-    make_plan: PlanFile,
+    store: Store, dataset: str, files: Sequence[SourceFile], settings: DatasetSettings, make_plan: PlanFile
 ) -> Iterator[FilePlan]:
-    """The plans of a dataset's files in order; with `max_tokens`, only until they hold that many tokens.
-
-    Plans that an earlier build stored are read. `make_plan(file, limit_tokens)` makes the others.
-    """
+    """The plans of a dataset's files in order, until they hold `max_tokens`. `make_plan` makes those not yet stored."""
     remaining = settings.max_tokens
     for file in files:
         plan = read_plan(store, dataset, file, settings, remaining) or make_plan(file, remaining)
@@ -217,9 +193,8 @@ def read_plan(
     store: Store, dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int = 0
 ) -> FilePlan | None:
     """The file's plan if an earlier build stored it. Raises ObjectCorrupt."""
-    key = _key(dataset, file, settings, limit_tokens)
-    stored = read_as(store, key, Cut, Cut.is_valid)
-    return FilePlan(file, settings, **vars(stored)) if stored else None
+    stored = read_as(store, _key(dataset, file, settings, limit_tokens), Cut, Cut.is_valid)
+    return FilePlan(**vars(stored), file=file, settings=settings) if stored else None
 
 
 def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) -> None:

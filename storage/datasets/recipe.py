@@ -1,8 +1,4 @@
-"""Recipes: what decides the bytes of a shard and of a dataset.
-
-A recipe holds inputs and settings, never paths, hosts or worker counts. A setting enters it only when it differs from
-its default, so a new setting does not rename earlier outputs.
-"""
+"""Recipes: what decides the bytes of a shard or a dataset, never paths, hosts or workers. Defaults are left out."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
@@ -58,16 +54,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    """Everything that decides a shard's bytes: rows `row_from` to `row_to - 1` of a file. `source` is its digest.
-
-    `leave_out` names the val documents that a train shard leaves out; it is empty for a val shard.
-    """
+    """What decides a shard's bytes: rows of the file with digest `source`, without the val documents of `leave_out`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # a newer version may have other settings
 
     source: str
     row_from: Annotated[int, Field(ge=0)]
-    row_to: Annotated[int, Field(ge=0, le=1 << 48)]
+    row_to: Annotated[int, Field(ge=0, le=1 << 48)]  # exclusive
     tokenizer: str
     text_column: str = "text"
     filters: tuple[str, ...] = ()
@@ -84,6 +77,6 @@ def without_fixed(recipe: Any) -> Any:
 
 
 def _without_defaults(settings: DatasetSettings | ShardRecipe) -> dict[str, object]:
-    defaults = {field.name: field.default for field in fields(settings)}
+    defaults = {field.name: field.default for field in fields(settings)}  # omitted: a new setting renames no output
     changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}

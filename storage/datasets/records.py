@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Annotated
@@ -50,23 +51,11 @@ class Record:
         return len(self.in_val_rows)
 
     @property
-    def size_bytes(self) -> int:
-        return self.tokens * DTYPE.itemsize
-
-    @property
     def row(self) -> ShardRow:
-        counts = {name: getattr(self, name) for name in COUNTS}
-        return ShardRow(shard_id=self.shard_id, sha256=self.sha256, **counts)
+        return ShardRow(shard_id=self.shard_id, sha256=self.sha256, **{name: getattr(self, name) for name in COUNTS})
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"recipe": self.recipe.to_json()}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The note that a failed job leaves beside the key of its record or result."""
-
-    why: str
 
 
 def corrupt(dataset: str, shard_id: str, wrong: str, kind: type[StorageError] = ShardCorrupt) -> StorageError:
@@ -85,7 +74,7 @@ def read_record(store: Store, dataset: str, shard_id: str) -> Record:
         reason = str(error).rpartition(". ")[0]  # without the error's own remedy
         raise corrupt(dataset, shard_id, f"its record is unreadable: {reason}.") from error
     if record is None:
-        raise ObjectMissing(f"store {store.url!r} has no object {key!r}.")
+        raise corrupt(dataset, shard_id, f"store {store.url!r} has no object {key!r}.", ObjectMissing)
     return record
 
 
@@ -106,37 +95,29 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
 def finished_shards(
     store: Store, dataset: str, shard_ids: Sequence[str], known: Mapping[str, ShardRow]
 ) -> dict[str, ShardRow]:
-    """The shards that are done: the record is stored, and the shard has the recorded size.
-
-    Costs one listing. Records are read only for shards that are not `known` from a manifest.
-    """
-    recorded, sizes = _stored(store, dataset)
-    unread = iter([shard_id for shard_id in shard_ids if shard_id in recorded and shard_id not in known])
-    read: dict[str, ShardRow | None] = {}
+    """The shards with a record and of the recorded size. Costs a listing, and a read for each shard not `known`."""
+    dataset_keys = DatasetKeys(dataset)
+    sizes = {listed.key: listed.size for listed in store.list(dataset_keys.shards)}
+    recorded = [shard_id for shard_id in shard_ids if dataset_keys.record(shard_id) in sizes]
+    rows: dict[str, ShardRow | None] = {shard_id: known.get(shard_id) for shard_id in recorded}
+    unread = iter([shard_id for shard_id in recorded if rows[shard_id] is None])
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         while window := list(islice(unread, RECORDS_IN_FLIGHT)):
-            rows = pool.map(lambda shard_id: _readable_row(store, dataset, shard_id), window)
-            read.update(zip(window, rows, strict=True))
-    finished = {}
-    for shard_id in recorded.intersection(shard_ids):
-        row = known.get(shard_id) or read[shard_id]
-        if row and sizes.get(shard_id) == row.tokens * DTYPE.itemsize:
-            finished[shard_id] = row
-    return finished
+            read = pool.map(lambda shard_id: _readable_row(store, dataset, shard_id), window)
+            rows.update(zip(window, read, strict=True))
+    return {
+        shard_id: row
+        for shard_id, row in rows.items()
+        if row and sizes.get(dataset_keys.shard(shard_id)) == row.tokens * DTYPE.itemsize
+    }
 
 
 def is_finished(store: Store, dataset: str, shard_id: str) -> bool:
     """Whether one shard is done, without a listing: n jobs that each list n shards would cost n * n."""
-    try:
+    with suppress(ObjectMissing, ShardCorrupt):
         size_bytes = store.stat(DatasetKeys(dataset).shard(shard_id)).size
-        return size_bytes == read_record(store, dataset, shard_id).size_bytes
-    except (ObjectMissing, ShardCorrupt):
-        return False
-
-
-def recorded_shards(store: Store, dataset: str) -> set[str]:
-    """The shards that have a record."""
-    return _stored(store, dataset)[0]
+        return size_bytes == read_record(store, dataset, shard_id).tokens * DTYPE.itemsize
+    return False
 
 
 def delete_shard(store: Store, dataset: str, shard_id: str) -> None:
@@ -155,27 +136,13 @@ def failures(store: Store, dataset: str) -> dict[str, str]:
 def read_failure(store: Store, key: str) -> str:
     """The reason in the failure note at a key, empty without a note. A damaged note is a reason too."""
     try:
-        note = read_as(store, key, Failure)
+        note = read_as(store, key, dict[str, str], lambda note: "why" in note)
     except ObjectCorrupt as error:
         return str(error)
-    return note.why if note else ""
+    return note["why"] if note else ""
 
 
 def _readable_row(store: Store, dataset: str, shard_id: str) -> ShardRow | None:
-    try:
+    with suppress(ShardCorrupt):
         return read_record(store, dataset, shard_id).row
-    except ShardCorrupt:
-        return None
-
-
-def _stored(store: Store, dataset: str) -> tuple[set[str], dict[str, int]]:
-    """The shards that have a record, and the size in bytes of each shard."""
-    recorded: set[str] = set()
-    sizes: dict[str, int] = {}
-    for listed in store.list(DatasetKeys(dataset).shards):
-        shard_id, is_record = DatasetKeys(dataset).shard_of(listed.key)
-        if shard_id and is_record:
-            recorded.add(shard_id)
-        elif shard_id:
-            sizes[shard_id] = listed.size
-    return recorded, sizes
+    return None

@@ -1,9 +1,4 @@
-"""A shard: the token ids of whole documents in one object of about `shard_tokens` tokens.
-
-A job puts the shard first and its record last, both create-only. A job that is killed in between runs again
-and writes the same bytes to the same keys. A train shard leaves out the val documents. The tokenizer is passed in as a
-function.
-"""
+"""A shard: token ids of whole documents, about `shard_tokens`. A job puts it first, its record last, create-only."""
 
 import platform
 from collections import Counter
@@ -32,8 +27,7 @@ BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer woul
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: int) -> Record:
     """Tokenise the job's rows, put the shard, then its record. Idempotent, and safe to run concurrently.
 
-    Raises SourceInvalid if the source file changed since the plan or cannot be tokenised, ShardCorrupt if the stored
-    record has another sha256.
+    Raises SourceInvalid for a changed or invalid source file, ShardCorrupt if the stored record has another sha256.
     """
     recipe = job.recipe
     buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
@@ -48,7 +42,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
         file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
     )
     for row in rows:
-        text = row.text.encode(errors="surrogatepass") if isinstance(row.text, str) else b""
+        text = row.text.encode() if isinstance(row.text, str) else b""
         if text in val:
             in_val_rows.append(row.number)
             continue
@@ -113,15 +107,14 @@ def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: s
             raise corrupt(dataset, shard_id, f"expected sha256 {sha256}, but {reason}.", kind) from error
         if stored.sha256 == sha256:
             return stored.body
-    stored_tokens = len(stored.body) // DTYPE.itemsize
-    wrong = f"expected sha256 {sha256}, found {stored.sha256} ({stored_tokens:,} of {tokens:,} tokens)."
-    raise corrupt(dataset, shard_id, wrong)
+    sizes = f"({len(stored.body):,} of {tokens * DTYPE.itemsize:,} bytes)"
+    raise corrupt(dataset, shard_id, f"expected sha256 {sha256}, found {stored.sha256} {sizes}.")
 
 
 def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each document of a shard starts (at its EOT) and ends."""
-    starts = np.flatnonzero(ids == ids[0])  # every shard starts with EOT
-    return starts, np.append(starts[1:], len(ids))
+    starts = np.flatnonzero(ids == ids[:1])  # every shard starts with EOT
+    return starts, np.append(starts, len(ids))[1:]
 
 
 def _encoded(file: SourceFile, recipe: ShardRecipe, row: Row, encode: Encode) -> np.ndarray | None:

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 from storage.digests import sha256
-from storage.errors import ObjectCorrupt, ObjectMissing
+from storage.errors import ObjectCorrupt
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 
@@ -65,20 +65,8 @@ def read(store: Store, dataset: str, name: str) -> ValDocuments:
     key = DatasetKeys(dataset).val_documents(name)
     body = memoryview(store.read(key, LIMIT_BYTES).body)
     if len(body) % HASH.itemsize or bytes.fromhex(sha256(body[CHECKSUM_BYTES:])) != body[:CHECKSUM_BYTES]:
-        raise ObjectCorrupt(
-            f"object {key!r} of store {store.url!r} fails its checksum. Run the same command again: it is written anew "
-            f"from the val shards."
-        )
+        raise ObjectCorrupt(f"object {key!r} of store {store.url!r} is damaged. Run the command again to rewrite it.")
     return ValDocuments(np.frombuffer(body[CHECKSUM_BYTES:], HASH))
-
-
-def is_stored(store: Store, dataset: str, name: str) -> bool:
-    """Whether the hashes are stored and intact."""
-    try:
-        read(store, dataset, name)
-    except (ObjectMissing, ObjectCorrupt):
-        return False
-    return True
 
 
 def _first_words(text: bytes) -> int:

@@ -1,13 +1,17 @@
-"""The versions of a dataset: their history, and how two of them differ. Opens no shard."""
+"""The versions of a dataset: their history, `latest`, and how two versions differ. Opens no shard."""
 
+import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
+from datetime import UTC, datetime
 
 from pydantic import BaseModel
 
-from storage.datasets.manifest import Manifest, ancestors, latest_manifest, read_manifest
+from storage.datasets.manifest import Manifest, ancestors, latest_manifest, read_manifest, read_pointer
 from storage.datasets.recipe import DatasetSettings
-from storage.errors import ObjectMissing
+from storage.digests import canonical_json
+from storage.errors import Conflict, ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import Store
 
@@ -28,10 +32,7 @@ class FileChanges(BaseModel, frozen=True):
 
 
 class Difference(BaseModel, frozen=True):
-    """What a version adds to an older version and removes from it, as `gpt2 dataset diff --json` prints it.
-
-    `settings` lists the names of settings that differ.
-    """
+    """What a version adds to an older version and removes, and the settings that differ: gpt2 dataset diff --json."""
 
     files: FileChanges
     shards: Change
@@ -44,20 +45,13 @@ def newest_version(store: Store, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
     manifest = latest_manifest(store, dataset)
     if manifest is None:
-        raise ObjectMissing(
-            f"dataset {dataset!r}: no sealed version in store {store.url!r}. Build it first: gpt2 dataset build"
-        )
+        raise ObjectMissing(f"dataset {dataset!r}: no sealed version in {store.url!r}. Run gpt2 dataset build.")
     return manifest
 
 
 def history(store: Store, dataset: str) -> Iterator[Manifest]:
     """All versions, newest first. Raises ObjectMissing if the dataset was never sealed."""
     return ancestors(store, dataset, newest_version(store, dataset).digest)
-
-
-def sealed_at(store: Store, dataset: str, version: Manifest) -> float:
-    """When the version was sealed, in Unix seconds by the store's clock."""
-    return store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
 
 
 def version_digests(store: Store, dataset: str) -> list[str]:
@@ -67,23 +61,42 @@ def version_digests(store: Store, dataset: str) -> list[str]:
 
 
 def find_version(store: Store, dataset: str, name: str) -> Manifest:
-    """The version whose digest starts with `name`, or the newest for "latest".
-
-    Raises ObjectMissing if no version matches, ValueError if several match.
-    """
+    """The version whose digest starts with `name`, or the newest for "latest". Raises ObjectMissing, ValueError."""
     if name == "latest":
         return newest_version(store, dataset)
     digests = sorted(version_digests(store, dataset))
     matching = [digest for digest in digests if digest.startswith(name)]
+    shown = ", ".join(digest[:12] for digest in matching or digests) or "none"
     if not matching:
-        known = ", ".join(digest[:12] for digest in digests) or "none"
-        raise ObjectMissing(
-            f"dataset {dataset!r} has no version {name!r}. Its versions: {known}. See gpt2 dataset log."
-        )
+        raise ObjectMissing(f"dataset {dataset!r} has no version {name!r}. Versions: {shown}. See gpt2 dataset log.")
     if len(matching) > 1:
-        shown = ", ".join(digest[:12] for digest in matching)
         raise ValueError(f"version {name!r} of dataset {dataset!r} is ambiguous: {shown}. Give more of the digest.")
     return read_manifest(store, dataset, matching[0])
+
+
+def update_latest(store: Store, dataset: str, manifest: Manifest, expected: object) -> None:
+    """Swap `latest` from digest `expected` to the manifest unless `latest` descends from it. Raises Conflict."""
+    key, digest = DatasetKeys(dataset).latest, manifest.digest
+    etag: str | None = None
+    with suppress(ObjectMissing):
+        etag = store.read(key).etag
+    pointer = read_pointer(store, dataset)
+    if pointer.manifest == expected != digest:
+        body = {
+            "manifest": digest,
+            "parent": manifest.parent,
+            "sequence": pointer.sequence + 1,
+            "commit_id": secrets.token_hex(8),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with suppress(Conflict):
+            store.swap(key, canonical_json(body), etag)
+            return
+        pointer = read_pointer(store, dataset)
+    # Another builder sealed the same manifest, or the reply to our swap was lost; others may have sealed after it.
+    if not any(version.digest == digest for version in ancestors(store, dataset, pointer.manifest)):
+        problem = f"another process sealed manifest {pointer.manifest} while this process wrote manifest {digest}"
+        raise Conflict(f"dataset {dataset!r}: {problem}. Run the command again.")
 
 
 def difference(old: Manifest, new: Manifest) -> Difference:

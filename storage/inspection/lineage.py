@@ -22,8 +22,7 @@ Span = tuple[int, int]  # tokens of a shard: the first, and the last + 1
 class Traced(NamedTuple):
     """A document, or the part of it within a span: its place in the shard, its origin, and its token ids.
 
-    If the source file cannot be read now, `row`, `id` and `url` are None and `why` holds the reason. The field names
-    are those of `gpt2 dataset trace --json`.
+    If its source file cannot be read, `row`, `id` and `url` are None and `why` says why. `--json` prints these names.
     """
 
     shard_id: str
@@ -37,10 +36,7 @@ class Traced(NamedTuple):
 
 
 def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
-    """The source rows of some documents of a shard, by document number and in order.
-
-    Raises SourceInvalid if the file lacks rows or columns that the shard was made from.
-    """
+    """The source rows of documents of a shard, in order, with their numbers. Raises SourceInvalid if rows are gone."""
     if not numbers:
         return
     recipe = record.recipe
@@ -51,13 +47,7 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
         first = min(numbers)
         row_from, row_to = row_from + first, row_from + max(numbers) + 1
     rows = documents.documents(
-        file,
-        recipe.text_column,
-        row_from,
-        row_to,
-        filters=recipe.filters,
-        skip_rows=left_out,
-        names=(ID, URL),
+        file, recipe.text_column, row_from, row_to, filters=recipe.filters, skip_rows=left_out, names=(ID, URL)
     )
     for number, row in enumerate(islice(rows, max(numbers) + 1 - first), first):
         if number in numbers:
@@ -78,10 +68,7 @@ def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
 def trace(
     store: Store, dataset: str, row: ShardRow, ids: np.ndarray, spans: list[Span], files: Mapping[str, SourceFile]
 ) -> Iterator[tuple[int, Traced]]:
-    """The documents in some spans of a shard, each with the index of its span.
-
-    `ids` are the shard's token ids; `files` are the source files that can be read, by digest.
-    """
+    """The documents in some spans of a shard, each with its span's index. `files`: readable source files by digest."""
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)
     numbers_of = [

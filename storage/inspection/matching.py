@@ -1,7 +1,4 @@
-"""Text matching for the leak report: digests of normalised texts, and hashes of their n-grams of 13 words.
-
-GPT-3's training data was cleaned with n-grams of 13 words, too (arXiv:2005.14165, appendix C).
-"""
+"""Digests of normalised texts, and hashes of their n-grams of 13 words, as for GPT-3 (arXiv:2005.14165, appendix C)."""
 
 import hashlib
 from functools import cache
@@ -25,8 +22,7 @@ def text_digest(words: bytes) -> bytes:
 def ngrams(words: bytes) -> np.ndarray:
     """Hashes (uint64) of every n-gram of 13 words in a normalised text, in order; empty for a shorter text.
 
-    A hash is the n-gram's bytes as a number to a fixed base, modulo 2**64. Two n-grams collide with a probability of
-    about 2**-64. Long texts are hashed in blocks that overlap by 12 words.
+    A hash is the n-gram's bytes as a number to a fixed base, modulo 2**64: two collide with a probability of 2**-64.
     """
     if words.count(b" ") < BLOCK_WORDS:
         return _ngrams_of_block(words)

@@ -32,10 +32,8 @@ class FileSummary(BaseModel, frozen=True):
 class DatasetSummary(BaseModel, frozen=True):
     """A version in numbers, as `gpt2 dataset show --json` prints it.
 
-    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens. `rows` counts the source rows of the version's
-    shards, and `filtered` the rows that filters dropped. A file without any kept row has no shard and is not counted.
-    `in_val` counts the documents that train leaves out because they are in val, and `in_val_added` those in shards that
-    the parent lacks. `audit` is the leak report.
+    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens; `rows` the source rows of all shards; `filtered` those
+    that filters dropped; `in_val` those that train leaves out; `in_val_added` the same in shards that the parent lacks.
     """
 
     dataset: str

@@ -1,8 +1,4 @@
-"""Checks a version of a dataset against its manifest. Changes nothing.
-
-Three depths: `quick` trusts the sizes and checksums that the store reports, `full` reads every byte, and
-`check_documents` tokenises some documents of the source again and compares them with the shards.
-"""
+"""Checks a version against its manifest: sizes (`quick`) or all bytes (`full`), and tokenises documents again."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from storage.datasets.manifest import COUNTS, Manifest, ShardRow, read_manifest
+from storage.datasets.manifest import COUNTS, Manifest, ShardRow, ancestors
+from storage.datasets.plan import Encode
 from storage.datasets.records import DTYPE, read_record
 from storage.datasets.shards import document_bounds, read_shard
 from storage.errors import ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
@@ -23,14 +20,14 @@ from storage.stores.store import Store
 
 DAMAGES = (ObjectMissing, ObjectCorrupt, ShardCorrupt)  # an unreachable store is not damage, and must not be repaired
 SHARDS_AT_ONCE = 4  # one shard is read while another is hashed
-Encode = Callable[[str], np.ndarray]
+Depth = Literal["quick", "full"]
+Progress = Callable[[], None]
 
 
 class Damage(NamedTuple):
-    """A damaged shard or manifest, and what is wrong with it.
+    """A damaged shard or manifest, and what is wrong with it. A `repairable` shard is repaired by building it again.
 
-    A `repairable` shard is repaired by deleting its record and running its job again. With `of_source`, its source file
-    is gone or changed: its documents could not be compared, which is not damage of the shard.
+    `of_source` means that its source file is gone or changed, so that nothing was compared: the shard may be intact.
     """
 
     name: str
@@ -40,28 +37,16 @@ class Damage(NamedTuple):
 
 
 def verify_dataset(
-    store: Store,
-    dataset: str,
-    manifest: Manifest,
-    *,
-    eot: int,
-    depth: Literal["quick", "full"],
-    on_progress: Callable[[], None] = lambda: None,
+    store: Store, dataset: str, manifest: Manifest, *, eot: int, depth: Depth, on_progress: Progress = lambda: None
 ) -> list[Damage]:
-    """The damaged shards of a version, in order; if `full`, then the damage that `check_versions` finds.
-
-    Calls `on_progress` after each shard. Raises StorageError if the store cannot be read.
-    """
+    """The damaged shards of a version in order; if `full`, also a damaged ancestor. Raises StorageError."""
     check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
     damages: list[Damage] = []
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for damage in pool.map(check, manifest.rows()):
-            if damage is not None:
-                damages.append(damage)
+            damages += [damage] if damage else []
             on_progress()
-    if depth == "full":
-        damages.extend(check_versions(store, dataset, manifest))
-    return damages
+    return damages + (list(check_versions(store, dataset, manifest)) if depth == "full" else [])
 
 
 def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
@@ -102,28 +87,17 @@ def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage |
 def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
     """The first unreadable ancestor of a version."""
     parent = manifest.parent
-    while parent is not None:
-        try:
-            parent = read_manifest(store, dataset, parent).parent
-        except DAMAGES as error:
-            yield Damage(f"manifest {parent}", str(error))
-            return
+    try:
+        for version in ancestors(store, dataset, parent):
+            parent = version.parent
+    except DAMAGES as error:
+        yield Damage(f"manifest {parent}", str(error))
 
 
 def check_documents(
-    store: Store,
-    dataset: str,
-    manifest: Manifest,
-    files: Iterable[SourceFile],
-    encode: Encode,
-    *,
-    count: int,
-    seed: int,
+    store: Store, dataset: str, manifest: Manifest, files: Iterable[SourceFile], encode: Encode, count: int, seed: int
 ) -> Iterator[Damage | None]:
-    """Tokenise `count` random documents of the source again and compare: yields a Damage or None for each.
-
-    A shard that cannot be compared yields one Damage in place of its documents.
-    """
+    """Tokenise `count` random documents again: a Damage or None for each; one for a shard that cannot be compared."""
     files_by_digest = {file.digest: file for file in files}
     rows = list(manifest.rows())
     ends = np.cumsum([row.documents for row in rows])

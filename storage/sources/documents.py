@@ -1,7 +1,4 @@
-"""The documents of a source file in any format: tokens of all rows for a plan, text of some rows for a shard.
-
-Filters on columns decide which rows count. Tokenises nothing.
-"""
+"""The documents of a source file in any format: tokens of all rows for a plan, text of some rows for a shard."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -20,7 +17,7 @@ class Reader(Protocol):
         """Tokens of each row, as `rows` returns them. No filter is on the text's length."""
 
     def read_rows(
-        self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int
+        self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int, /
     ) -> Iterator[dict[str, object]]:
         """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text column, and the `others` that the file has.
 
@@ -35,8 +32,7 @@ READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffi
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
     """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
 
-    Raises SourceInvalid for an unreadable file, a missing column or a text column of another type. If `strict`, also
-    for an unreadable row and, unless a filter is on a column, for null text.
+    Raises SourceInvalid for an invalid file or column; if `strict`, also for a bad row or (without filters) null text.
     """
     by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
     return _reader(file).count_tokens(file, text_column, by_column, strict=strict)
@@ -55,8 +51,7 @@ def documents(
 ) -> Iterator[Row]:
     """The rows `row_from` to `row_to - 1` that pass the filters, except `skip_rows`, with the `names` columns.
 
-    `start_byte` is where row `row_from` starts in a JSON lines file; without it, the earlier lines are read too.
-    Raises SourceInvalid if the file is unreadable, has changed, or ends before `row_to`.
+    `start_byte` is where a JSON lines file's `row_from` starts, if known. Raises SourceInvalid, also for missing rows.
     """
     conditions = [parse(text) for text in filters]
     others = [*names, *(condition.column for condition in conditions)]
@@ -70,10 +65,7 @@ def documents(
         if isinstance(text, ValueError) or keeps_row(conditions, item | {LENGTH: length}, file.place, number):
             yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
     if number + 1 != row_to:
-        raise SourceInvalid(
-            f"{file.place}: the plan needs at least {row_to:,} rows, but the file now ends after {number + 1:,}. "
-            f"Run the command again."
-        )
+        raise SourceInvalid(f"{file.place}: the plan has {row_to:,} rows, found {number + 1:,}. Run the command again.")
 
 
 def _reader(file: SourceFile) -> Reader:

@@ -9,7 +9,7 @@ from stat import S_ISREG
 
 from storage import keys
 from storage.errors import SourceInvalid
-from storage.sources.selection import HIDDEN, SUFFIXES, leads_to_match, listed, select
+from storage.sources.selection import HIDDEN, SUFFIXES, leads_to_match, listed, reason_to_ignore, select
 from storage.stores.opening import is_in_bucket, open_bucket
 
 WILDCARD = re.compile(r"[*?\[]")
@@ -41,10 +41,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source in order, and their origin: dataset, config, commit and licence; empty for local files.
-
-    `ignored` lists the first files of the same folders that are not read, each with the reason.
-    """
+    """The files of a source in order, a Hub dataset's origin, and the first of the ignored files with the reasons."""
 
     files: tuple[SourceFile, ...]
     origin: dict[str, str]
@@ -76,16 +73,10 @@ def is_on_hub(source: str) -> bool:
 
 
 def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tuple[str, ...]]:
-    """The places of the source files that a path, a folder or a glob names, sorted; and what else is there, and why.
-
-    A folder means all files in it, and no sub-folder. Raises ValueError as `select` does, and if there is no source
-    file; SourceInvalid for a file or folder that cannot be read.
-    """
+    """The sorted places that a path, a folder (without sub-folders) or a glob names; ignored names with the reasons."""
     in_bucket = is_in_bucket(source)
     if "://" in source and not in_bucket:  # not quoted: a URL may contain a secret
-        raise ValueError(
-            f"{setting}: a URL of another kind than s3://bucket/…. Give a path, or a Hub dataset owner/name."
-        )
+        raise ValueError(f"{setting}: only URLs like s3://bucket/… are read. Give a path, or a Hub dataset owner/name.")
     try:
         root, pattern, names = _in_bucket(source) if in_bucket else _on_host(source)
         files, ignored = select(setting, source, root, pattern, names)
@@ -108,7 +99,8 @@ def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tu
     return places, listed(ignored)
 
 
-Names = tuple[str, list[str], Iterable[str]]  # a folder with a final "/", the parts of a pattern, names in the folder
+# A folder with a final "/", the parts of a pattern, names in the folder. [!…] replaces a shell's [^…] for fnmatch.
+Names = tuple[str, list[str], Iterable[str]]
 
 
 def _on_host(source: str) -> Names:
@@ -118,7 +110,7 @@ def _on_host(source: str) -> Names:
         return f"{path.parent}/".replace("//", "/"), [], [path.name]
     wildcards = (depth for depth, part in enumerate(parts) if WILDCARD.search(part) and not is_folder)
     fixed = next(wildcards, len(parts))
-    root, pattern = Path(*parts[:fixed]), ["*"] if is_folder else list(parts[fixed:])
+    root, pattern = Path(*parts[:fixed]), ["*"] if is_folder else [part.replace("[^", "[!") for part in parts[fixed:]]
     return f"{root}/".replace("//", "/"), pattern, _walk(root, pattern) if pattern and root.is_dir() else ()
 
 
@@ -140,6 +132,9 @@ def _walk(root: Path, pattern: list[str]) -> Iterator[str]:
         seen.add(resolved)
         hidden = {name for name in folders if HIDDEN.fullmatch(name)}
         folders[:] = sorted(name for name in {*folders} - hidden if leads_to_match([*parts, name], pattern))
+        for name in files:
+            if leads_to_match([*parts, name], pattern) and not reason_to_ignore([name]):
+                os.stat(f"{folder}/{name}")  # noqa: PTH116  # raises for a dangling link, perhaps to a folder
         yield from sorted([*(f"{prefix}{name}/" for name in hidden), *(prefix + name for name in files)])
 
 
@@ -150,7 +145,7 @@ def _in_bucket(source: str) -> Names:
     folder = fixed[: fixed.rfind("/") + 1]
     if pattern in keys_in_store:
         return f"{store.url}/{folder}", [], [pattern.removeprefix(folder)]
-    parts = pattern.removeprefix(folder).split("/")
-    if fixed == pattern:
-        folder, parts = f"{pattern.rstrip('/')}/".lstrip("/"), ["*"]
+    parts, prefix = pattern.removeprefix(folder).replace("[^", "[!").split("/"), f"{pattern.rstrip('/')}/".lstrip("/")
+    if fixed == pattern or any(key.startswith(prefix) for key in keys_in_store):  # a name may contain [ or *
+        folder, parts = prefix, ["*"]
     return f"{store.url}/{folder}", parts, (key.removeprefix(folder) for key in keys_in_store if key.startswith(folder))

@@ -1,7 +1,6 @@
-"""Filters: conditions on columns that decide which rows of a source file count. Independent of the file format.
+"""Filters: conditions on columns that decide which rows of a source file count: `int_score >= 4`, `dump in ["x"]`.
 
-A filter is written as in Python: `int_score >= 4`, `language_score > 0.9`, `dump in ["CC-MAIN-2024-10"]`. `length`
-is the document's number of characters. A plan ignores filters on `length`, since planning a parquet file reads no text.
+`length` is the document's number of characters, which a plan ignores, since planning a parquet file reads no text.
 """
 
 import ast
@@ -37,36 +36,36 @@ class Filter(NamedTuple):
         """The canonical form, as a recipe holds it."""
         return f"{self.column} {self.comparison} {self.operand!r}"
 
-    def keeps(self, value: Any) -> bool:
-        """Whether a row with this value passes; null never passes. Raises TypeError for values of another type."""
-        return value is not None and COMPARISONS[self.comparison](value, self.operand)
-
 
 def parse(text: str) -> Filter:
     """Parse a filter. Raises ValueError."""
+    unreadable = ValueError(
+        f"data.filters: {text!r} cannot be read. Write a column, a comparison ({' '.join(COMPARISONS)}) and a value: "
+        f"'int_score >= 4', 'dump in [\"CC-MAIN-2024-10\"]', 'length >= 200' (characters of the document)."
+    )
     match = CONDITION.fullmatch(text)
     if match is None:
-        raise _unreadable(text)
+        raise unreadable
     column, comparison = match[1], " ".join(match[2].split())
     try:
         operand = ast.literal_eval(match[3])
         if isinstance(operand, list | tuple | set) and comparison.endswith("in"):
             operand = sorted(set(operand))  # one canonical form for the recipe
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise _unreadable(text) from None
+        raise unreadable from None
     is_list = isinstance(operand, list)
     values = operand if is_list else [operand]
     if is_list != comparison.endswith("in") or not all(isinstance(value, bool | int | float | str) for value in values):
-        raise _unreadable(text)
+        raise unreadable
     return Filter(column, comparison, operand)
 
 
 def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: str, row: int) -> bool:
-    """Whether a row passes all filters; a missing column counts as null. Raises SourceInvalid."""
+    """Whether a row passes all filters; null, or a missing column, never passes. Raises SourceInvalid."""
     for condition in filters:
         value = columns.get(condition.column)
         try:
-            if not condition.keeps(value):
+            if value is None or not COMPARISONS[condition.comparison](value, condition.operand):
                 return False
         except TypeError as error:
             raise SourceInvalid(
@@ -84,10 +83,3 @@ def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> No
                 f"{place}: data.filters ({condition}) needs column {condition.column!r}, found "
                 f"{', '.join(names) or 'no columns'}. Filter on one of these, or on 'length'."
             )
-
-
-def _unreadable(text: str) -> ValueError:
-    return ValueError(
-        f"data.filters: {text!r} cannot be read. Write a column, a comparison ({' '.join(COMPARISONS)}) and a value: "
-        f"'int_score >= 4', 'dump in [\"CC-MAIN-2024-10\"]', 'length >= 200' (characters of the document)."
-    )

@@ -1,8 +1,8 @@
 """The Hugging Face Hub: the files of a dataset at one commit, and their bytes. Independent of stores.
 
 `datasets` resolves a name, a configuration and a revision, so the files are those that `load_dataset` would use.
-The Hub client reads HF_TOKEN and HF_ENDPOINT. The token is sent only to the endpoint.
-`hf_hub_download` is not used: it deletes a partial file on failure and does not verify digests.
+The Hub's client reads HF_TOKEN and HF_ENDPOINT, and sends the token only to the endpoint. Its `hf_hub_download` is not
+used: it deletes a partial file on failure and does not verify digests.
 """
 
 import hashlib
@@ -30,7 +30,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_RETRY_AFTER_SECONDS = 330.0  # the Hub limits requests per 5 minutes and sends the rest of that time
 READ_SECONDS = 30.0  # without a byte
 UNREACHABLE_SECONDS = 3.0  # without a first connection; the name of the dataset may be a mistyped path
-PIECE_BYTES = 1 << 20
 DIGEST_TRIES = 3  # downloads of a whole file whose digest does not match
 Result = TypeVar("Result")
 
@@ -38,8 +37,7 @@ Result = TypeVar("Result")
 def resolve(dataset: str, revision: str) -> tuple[str, str]:
     """The current commit of a revision, and the licence from the dataset's card, in one request.
 
-    Raises ValueError if the dataset or revision does not exist or is not accessible, SourceUnavailable if the Hub does
-    not respond.
+    Raises ValueError if there is no such dataset or revision, or no access; SourceUnavailable if the Hub is down.
     """
     began, timeout = time.monotonic(), httpx2.Timeout(READ_SECONDS, connect=UNREACHABLE_SECONDS)
 
@@ -59,25 +57,18 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
 
 
 def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
-    """The files of one split of a configuration at a commit, in `load_dataset` order, with published digests.
-
-    Other data files in the same folders are listed as ignored. Raises ValueError if the configuration, the split or a
-    file format is not available.
-    """
+    """The files of a split at a commit, in `load_dataset` order; others beside them are ignored. Raises ValueError."""
     what = f"{dataset} ({config or 'default'}) at {commit}"
     data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
     if split not in data_files:
-        raise ValueError(
-            f"{what}: no split {split!r}, only {', '.join(data_files)}. "
-            f"Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
-        )
+        remedy = "Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
+        raise ValueError(f"{what}: no split {split!r}, only {', '.join(data_files)}. {remedy}")
     names = [_parse_place(place)[2] for place in data_files[split]]
     for name in names:
         if not name.lower().endswith(SUFFIXES):
             raise ValueError(
-                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another dataset or "
-                f"configuration (--set data.config=…), or the parquet files that the Hub converts: "
-                f"--set data.revision=refs/convert/parquet"
+                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another dataset, data.config, or the "
+                f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"
             )
     entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
     digests = {name: entry.lfs.sha256 if entry.lfs else entry.blob_id for name, entry in entries.items()}
@@ -107,21 +98,19 @@ def read_range(place: str, start: int, length: int) -> bytes:
 
 
 def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
-    """Download a file into `body`, continuing from its end, until its digest matches the published digest.
+    """Download a file into `body`, continuing from its end, until it has the published digest.
 
-    `on_progress` receives the number of bytes in `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests,
-    SourceUnavailable if the Hub does not respond.
+    `on_progress` receives the size of `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests, SourceUnavailable.
     """
     for _ in range(DIGEST_TRIES):
         _with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
         digest = _content_digest(body, file)
         if digest == file.digest:
             return
-        _clear(body)
+        body.truncate(body.seek(0))
     raise SourceInvalid(
-        f"{file.place}: the download failed its checksum {DIGEST_TRIES} times (the Hub publishes {file.digest} for "
-        f"{file.size_bytes:,} bytes, the last download has {digest}). "
-        f"A proxy or HF_ENDPOINT may be altering it: try another network."
+        f"{file.place}: the download failed its checksum {DIGEST_TRIES} times: the Hub publishes {file.digest}, the "
+        f"last download has {digest}. A proxy or HF_ENDPOINT may be altering it: try another network."
     )
 
 
@@ -130,9 +119,7 @@ def _content_digest(body: BinaryIO, file: SourceFile) -> str:
     is_git = COMMIT.fullmatch(file.digest) is not None
     hasher = hashlib.sha1(b"blob %d\0" % file.size_bytes) if is_git else hashlib.sha256()  # noqa: S324  # git's own
     body.seek(0)
-    while piece := body.read(PIECE_BYTES):
-        hasher.update(piece)
-    return hasher.hexdigest()
+    return hashlib.file_digest(body, lambda: hasher).hexdigest()  # type: ignore[arg-type]  # BinaryIO has readinto
 
 
 def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
@@ -140,20 +127,15 @@ def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int]
     if start < file.size_bytes:
         with _open_response(file.place, {"Range": f"bytes={start}-"} if start else {}) as response:
             if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:
-                _clear(body)  # the server ignored the range and sends the whole file
+                body.truncate(body.seek(0))  # the server ignored the range and sends the whole file
             for piece in response.iter_bytes():  # unbuffered, so that a dropped connection loses nothing
                 body.write(piece)
                 on_progress(body.tell())
     received_bytes = body.tell()
     if received_bytes > file.size_bytes:
-        _clear(body)
+        body.truncate(body.seek(0))
     if received_bytes != file.size_bytes:
         raise Transient(f"received {received_bytes:,} of {file.size_bytes:,} bytes")
-
-
-def _clear(body: BinaryIO) -> None:
-    body.seek(0)
-    body.truncate()
 
 
 @contextmanager
@@ -168,8 +150,9 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Respo
 
 
 def _with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
-    if CREDENTIALS.search(constants.ENDPOINT):  # every error of the Hub's client quotes the URL
-        raise ValueError("HF_ENDPOINT contains a password. Remove it; the Hub's own credential is HF_TOKEN.")
+    endpoint = constants.ENDPOINT  # every error of the Hub's client quotes it
+    if CREDENTIALS.search(endpoint) or not endpoint.startswith(("https://", "http://")):
+        raise ValueError("HF_ENDPOINT should be https://HOST, without a password: the Hub's credential is HF_TOKEN.")
     backoff = Backoff(MAX_RETRY_AFTER_SECONDS)
     while True:
         try:

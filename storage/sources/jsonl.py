@@ -32,16 +32,14 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
             counts.append(min(count, rows.MOST_TOKENS))
         elif is_unreadable:
             counts.append(0)
-        text_bytes.append(len(text.encode(errors="surrogatepass")) if isinstance(text, str) else 0)
+        text_bytes.append(len(text.encode()) if isinstance(text, str) else 0)
         starts.append(start)
         kept.append(is_unreadable or keeps_row(filters, item, file.place, number))
         names.update(item.keys() - {text_column} if is_unreadable else item)
     if names:
         if text_column not in names:
-            raise SourceInvalid(
-                f"{file.place}: no row has column {text_column!r}, found {', '.join(sorted(names))}. Set the column "
-                f"with the text: --set data.text_column=…"
-            )
+            problem = f"no row has column {text_column!r}, found {', '.join(sorted(names))}"
+            raise SourceInvalid(f"{file.place}: {problem}. Set the column with the text: --set data.text_column=…")
         check_columns(filters, sorted(names), file.place)
     counted = len(counts) == len(starts)
     tokens = np.array(counts, np.int64) + rows.EOT_TOKENS if counted else rows.estimated_tokens(np.array(text_bytes))
@@ -50,14 +48,9 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
 
 
 def read_rows(
-    file: SourceFile,
-    text_column: str,
-    others: list[str],  # noqa: ARG001  # a line is read as a whole
-    row_from: int,
-    row_to: int,
-    start_byte: int,
+    file: SourceFile, text_column: str, _others: list[str], row_from: int, row_to: int, start_byte: int
 ) -> Iterator[dict[str, object]]:
-    """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
+    """Rows `row_from` to `row_to - 1`, fewer if the file ends, each with all of its columns. Raises SourceInvalid."""
     first = row_from if start_byte else 0
     lines = _lines(file, text_column, start_byte)
     return (item for _, item in islice(lines, row_from - first, row_to - first))
@@ -77,15 +70,16 @@ def _lines(file: SourceFile, text_column: str, start_byte: int) -> Iterator[tupl
                     )
                 if not line.isspace():
                     item = _parsed(line, text_column)
+                    if isinstance(text := item[text_column], str):  # a lone surrogate becomes U+FFFD, as in tiktoken
+                        item[text_column] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                     for name in (rows.DUMP, rows.ID, rows.URL):
                         if isinstance(value := item.get(name), str):
                             item[name] = value.encode(errors="backslashreplace").decode()  # lone surrogates
                     yield start_byte, item
                 start_byte += len(line)
     except OSError as error:
-        raise SourceInvalid(
-            f"{file.place}: cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+        remedy = "Check the path and its permissions."
+        raise SourceInvalid(f"{file.place}: cannot be read: {error.strerror}. {remedy}") from error
 
 
 def _parsed(line: bytes, text_column: str) -> dict[str, object]:

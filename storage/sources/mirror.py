@@ -1,7 +1,6 @@
-"""Copies of Hub files in the store: each is downloaded once and stored under its published digest.
+"""Copies of Hub files in the store, each downloaded once and stored under its published digest, which it must match.
 
 A download goes to a folder on this host first. After a kill it stays there, and the next download resumes it.
-A file enters the store only if its digest matches, so a stored file is never downloaded again.
 """
 
 import fcntl
@@ -18,7 +17,7 @@ from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
 from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names, without_copies
-from storage.sources.identity import identify
+from storage.sources.reading import identify
 from storage.stores.store import Store, overwrite, read_as
 
 HASHING_THREADS = 4
@@ -30,10 +29,9 @@ def list_source(
 ) -> tuple[Listing, str]:
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
-    A Hub dataset costs at most one request while its revision is the same commit: the store keeps its listing.
-    If the Hub does not respond, the stored listing is returned with the reason. Errors name the setting.
-    Raises ValueError if the source does not exist, SourceInvalid if a file cannot be read, SourceUnavailable if the
-    Hub does not respond and no listing is stored.
+    The store keeps the listing of a Hub dataset, to ask the Hub only for the commit, and for when it does not respond.
+    Raises ValueError, which names the setting, if the source does not exist. Raises SourceInvalid for an unreadable
+    file, SourceUnavailable if the Hub does not respond and no listing is stored.
     """
     if not is_on_hub(source):
         places, ignored = find_files(source, setting)
@@ -48,9 +46,8 @@ def list_source(
         commit, licence = hub.resolve(source, revision)
     except SourceUnavailable as error:
         if known is None:
-            raise SourceUnavailable(
-                f"{setting} = {source!r}: no local file or folder; as a Hub dataset, {error}"
-            ) from error
+            problem = f"no local file or folder; as a Hub dataset, {error}"
+            raise SourceUnavailable(f"{setting} = {source!r}: {problem}") from error
         return known, str(error)
     if known and known.origin["commit"] == commit:
         return known, ""
@@ -62,23 +59,15 @@ def list_source(
 
 def locate(store: Store, file: SourceFile) -> SourceFile:
     """The file with its place changed to its copy in the store, if the store has one."""
-    if not file.place.startswith(hub.SCHEME):
-        return file
-    try:
-        if store.stat(file.key).size != file.size_bytes:
-            return file
-    except ObjectMissing:
-        return file
-    path = store.local_path(file.key)
-    return replace(file, place=f"{store.url.rstrip('/')}/{file.key}" if path is None else str(path))
+    with suppress(ObjectMissing):
+        if file.place.startswith(hub.SCHEME) and store.stat(file.key).size == file.size_bytes:
+            path = store.local_path(file.key)
+            return replace(file, place=f"{store.url.rstrip('/')}/{file.key}" if path is None else str(path))
+    return file
 
 
 def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None) -> SourceFile:
-    """Copy a Hub file into the store if it is missing there, and return the file with its new place.
-
-    `on_progress` receives the number of bytes downloaded so far. Raises StoreUnusable if the download cannot be
-    written on this host, and what `hub.fetch` raises.
-    """
+    """Copy a Hub file into the store if missing; return it there. Raises StoreUnusable, and what `hub.fetch` raises."""
     located = locate(store, file)
     if located.place.startswith(hub.SCHEME):
         try:

@@ -30,18 +30,21 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         if not groups:
             return RowTokens(np.array([], np.int64), None, False, counts)
         check_columns(filters, parquet.schema_arrow.names, file.place)
-        _check_metadata(parquet, file, groups, [text_column])
-        _check_metadata(
-            parquet, file, list(groups)[:1], {COUNT_COLUMN, DUMP, ID, *names} & {*parquet.schema_arrow.names}
-        )
-        leaf = _leaf(parquet.metadata, text_column)
-        chunks = {group: parquet.metadata.row_group(group).column(leaf) for group in groups}
-        if strict and not filters:
-            _check_no_null(chunks, file.place, text_column)
+        others = {COUNT_COLUMN, DUMP, ID, *names} & {*parquet.schema_arrow.names}
+        _check_metadata(parquet, file, [*product(groups, [text_column]), *product(list(groups)[:1], others)])
+        footer = parquet.metadata
+        paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]  # nested columns have several
+        chunks = [footer.row_group(group).column(paths.index(text_column)) for group in groups]
+        nulls = sum(chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics)
+        if nulls and strict and not filters:
+            raise SourceInvalid(
+                f"{file.place}: column {text_column!r} should hold text in every row, found {nulls:,} nulls. Delete "
+                f"those rows, or skip them: --set data.on_bad_document=skip"
+            )
         tokens = _counted(parquet)
         counted = tokens is not None
         if tokens is None:  # estimated from the mean text size of each row group
-            sizes = np.array([chunk.total_uncompressed_size for chunk in chunks.values()], np.int64)
+            sizes = np.array([chunk.total_uncompressed_size for chunk in chunks], np.int64)
             tokens = np.repeat(estimated_tokens(-(-sizes // counts)), counts)
         kept = np.ones(sum(counts), bool)
         if filters:
@@ -54,12 +57,7 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
 
 
 def read_rows(
-    file: SourceFile,
-    text_column: str,
-    others: list[str],
-    row_from: int,
-    row_to: int,
-    start_byte: int,  # noqa: ARG001  # the footer states where each row group starts
+    file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, _start_byte: int
 ) -> Iterator[dict[str, object]]:
     """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
     with _opened(file, text_column, others) as parquet:
@@ -80,10 +78,7 @@ def read_rows(
 
 @contextmanager
 def _opened(file: SourceFile, text_column: str, others: list[str]) -> Iterator[pq.ParquetFile]:
-    """Open the file to read these columns. Raises SourceInvalid, also for pyarrow's errors in the block.
-
-    A file without rows may have any columns.
-    """
+    """Open the file to read these columns (if it has rows). Raises SourceInvalid, also for errors in the block."""
     source = open_source(file)
     try:
         with pq.ParquetFile(source) as parquet:
@@ -102,7 +97,6 @@ def _opened(file: SourceFile, text_column: str, others: list[str]) -> Iterator[p
 
 
 def _row_counts(parquet: pq.ParquetFile) -> list[int]:
-    """The rows of each row group."""
     return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
@@ -126,26 +120,12 @@ def _storage(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _check_no_null(chunks: dict[int, pq.ColumnChunkMetaData], place: str, text_column: str) -> None:
-    for group, chunk in chunks.items():
-        if chunk.statistics is not None and chunk.statistics.null_count:
-            raise SourceInvalid(
-                f"{place}: column {text_column!r} should hold text in every row, found {chunk.statistics.null_count} "
-                f"nulls in row group {group}. Delete those rows, or skip them: --set data.on_bad_document=skip"
-            )
-
-
-def _leaf(footer: pq.FileMetaData, column: str) -> int:
-    """The column's number in a row group, by its path: nested columns shift the schema's indices."""
-    return next(leaf for leaf in range(footer.num_columns) if footer.schema.column(leaf).path == column)
-
-
 class _ValuesReached(Exception):
     """pyarrow has accepted a column's metadata, and begins to read its values."""
 
 
-def _check_metadata(parquet: pq.ParquetFile, file: SourceFile, groups: Iterable[int], names: Iterable[str]) -> None:
-    """Raise SourceInvalid if a column's metadata are encrypted or damaged. Reads no values.
+def _check_metadata(parquet: pq.ParquetFile, file: SourceFile, places: Iterable[tuple[int, str]]) -> None:
+    """Raise ArrowInvalid if the metadata of a row group's column are encrypted or damaged. Reads no values.
 
     `RowGroupMetaData.column` would abort the process; an attempt to read values raises an error, 0.2 ms a row group.
     """
@@ -154,17 +134,13 @@ def _check_metadata(parquet: pq.ParquetFile, file: SourceFile, groups: Iterable[
         raise _ValuesReached
 
     with pq.ParquetFile(RangeFile(file.size_bytes, stop), metadata=parquet.metadata) as without_values:
-        for group, name in product(groups, names):
+        for group, name in places:
             try:
                 next(without_values.iter_batches(1, [group], [name]), None)
             except _ValuesReached:
                 continue
             except (pa.ArrowException, OSError) as error:
-                reason = str(error).rstrip(".")
-                raise SourceInvalid(
-                    f"{file.place}: column {name!r} of row group {group} cannot be read: {reason}. Decrypt the file; "
-                    f"if it is damaged, download it again."
-                ) from error
+                raise pa.ArrowInvalid(f"column {name!r} of row group {group}: {error}") from error
 
 
 def _counted(parquet: pq.ParquetFile) -> np.ndarray | None:

@@ -15,10 +15,9 @@ EOT_TOKENS = 1  # each document costs one more token than its text
 
 
 class RowTokens(NamedTuple):
-    """Tokens of each row, EOT included, and for JSON lines the byte where each row starts.
+    """Tokens of each row, EOT included, 0 if a filter drops it, and for JSON lines the byte where each row starts.
 
-    A row that a filter drops has 0 tokens. The tokens are `counted` by the source or estimated from sizes. Reading can
-    begin at each of the `entries`, which ascend, without decoding the rows before.
+    The tokens are `counted` by the source or estimated. Reading can begin at each of the ascending `entries`.
     """
 
     tokens: np.ndarray
@@ -30,8 +29,7 @@ class RowTokens(NamedTuple):
 class Row(NamedTuple):
     """A row that passed the filters: its number in the file, its text, and the columns that name the document.
 
-    `text` is whatever the text column holds, or a ValueError that says why the row cannot be read. A row whose text is
-    not a string cannot be tokenised.
+    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised.
     """
 
     number: int

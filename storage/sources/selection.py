@@ -1,5 +1,6 @@
 """Which files of a folder, a bucket or a repository are the corpus, and why the others are not. Opens no file."""
 
+import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -15,57 +16,59 @@ DOCUMENTATION = re.compile(
     r"|.*\.(md5|sha\d+|crc)|(md5|sha\d+)sums?(\.txt)?",
     re.IGNORECASE,
 )
-SPLITS = {  # the words by which the library `datasets` recognises a split
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+SPLIT_OF = {  # the words by which the library `datasets` recognises a split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+WORD = re.compile("[a-z]+")
 MOST_LISTED = 20
 
 
 def select(
     setting: str, source: str, root: str, pattern: list[str], names: Iterable[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The names below `root` that the pattern's parts match (all, without a pattern), and why each other is ignored.
+    """The names below `root` that match the pattern (without one: all), and why each other is ignored.
 
-    A name that ends in "/" is a folder that was not entered. Raises ValueError if a file of another format matches, if
-    a folder with files matches, or if the files belong to several splits.
+    A final "/" marks a folder that was not entered. Raises ValueError for other formats, sub-folders, several splits.
     """
     what, choose = f"{setting} = {source!r}", f"--set {setting}='{escape(root)}"
-    files, ignored, other_formats = list[str](), dict[str, str](), list[str]()
+    files, ignored, other_formats, inner = list[str](), dict[str, str](), list[str](), list[str]()
     for name in names:
         parts = name.split("/")
-        reason = reason_to_ignore(parts) if pattern else ""
-        if reason:
+        if pattern and (reason := reason_to_ignore(parts)):
             ignored[name] = reason
         elif not pattern or matches(parts, pattern):
             (files if name.lower().endswith(SUFFIXES) else other_formats).append(name)
-        elif any(matches(parts[:depth], pattern) for depth in range(1, len(parts))):
-            suffix = _suffix([*files, name])
-            leave_out = (
-                "move them away" if fnmatchcase(parts[0], f"*{suffix}") else f"leave them out: {choose}*{suffix}'"
-            )
-            raise ValueError(
-                f"{what}: {name!r} is in a sub-folder, which is not read. Read sub-folders, too: "
-                f"{choose}**/*{suffix}'. Or {leave_out}."
-            )
+        elif _is_inside(parts, pattern):
+            inner.append(name)
         else:
             ignored[name] = "not matched by the pattern"
+    suffix = _suffix([*files, *inner])
+    *folders, last = pattern or [""]
+    start = "**/" if last == "**" else last.rstrip("*")
+    kept = [*folders, *(last if last.endswith(suffix) else f"{start}*{suffix}").split("/")]
+    is_kept = suffix and not any(_is_inside(name.split("/"), kept) for name in inner)
+    leave_out = f"leave them out: {choose}{'/'.join(kept)}'" if is_kept else "move them away"
+    if inner:
+        deeper = f"**/*{suffix}" if pattern == ["*"] else f"{'/'.join(pattern)}/**"
+        raise ValueError(
+            f"{what}: {inner[0]!r} is in a sub-folder, which is not read. Read sub-folders, too: {choose}{deeper}'. "
+            f"Or {leave_out}."
+        )
     if other_formats:
-        suffix = _suffix(files)
-        leave_out = f", or leave them out: {choose}{'/'.join([*pattern[:-1], '*' + suffix])}'" if suffix else ""
         raise ValueError(
             f"{what}: {other_formats[0]!r} is not a {' or '.join(SUFFIXES)} file ({len(other_formats):,} such files). "
-            f"Convert or move them{leave_out}."
+            f"Convert them, or {leave_out}."
         )
     splits: dict[str, list[str]] = {}
+    shared = os.path.commonprefix(files).rfind("/") + 1 if len(files) > 1 else 0  # noqa: RUF071  # a key may begin with /
     for name in files:
-        if match := _split_word(name):
+        if match := _split_word(name, shared):
             splits.setdefault(SPLIT_OF[match[0]], []).append(name)
     if len(splits) > 1:
         examples = ", ".join(f"{split} ({len(members):,}, {members[0]!r})" for split, members in splits.items())
-        pattern_of_one = _split_pattern(splits.get("train") or next(iter(splits.values())))
+        pattern_of_one = _split_pattern(splits.get("train") or next(iter(splits.values())), shared)
         raise ValueError(f"{what}: files of several splits: {examples}. Choose one: {choose}{pattern_of_one}'.")
     return files, ignored
 
@@ -88,6 +91,11 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
     return fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
+def _is_inside(parts: list[str], pattern: list[str]) -> bool:
+    """Whether a folder above a path matches a pattern."""
+    return any(matches(parts[:depth], pattern) for depth in range(1, len(parts)))
+
+
 def leads_to_match(parts: list[str], pattern: list[str]) -> bool:
     """Whether a pattern may match a folder, or files below it."""
     if not parts or not pattern or pattern[0] == "**":
@@ -107,13 +115,16 @@ def _suffix(names: list[str]) -> str:
     return suffixes.pop() if len(suffixes) == 1 else ""
 
 
-def _split_word(name: str) -> re.Match[str] | None:
-    return next((word for word in re.finditer("[a-z]+", name.lower()) if word[0] in SPLIT_OF), None)
+def _split_word(name: str, start: int) -> re.Match[str] | None:
+    return next((word for word in WORD.finditer(name.lower(), start) if word[0] in SPLIT_OF), None)
 
 
-def _split_pattern(names: list[str]) -> str:
+def _split_pattern(names: list[str], start: int) -> str:
     """A pattern of the files of one split: `train-*.parquet`, `train/**/*.parquet`."""
-    match = _split_word(names[0])
+    match = _split_word(names[0], start)
     assert match is not None
     head = names[0][: match.end() + (names[0][match.end()] in "-_/")]
-    return escape(head) + ("**/*" if head.endswith("/") else "*") + _suffix(names)
+    end = ("**/*" if head.endswith("/") else "*") + _suffix(names)
+    if all(matches(name.split("/"), f"{escape(head)}{end}".split("/")) for name in names):
+        return escape(head) + end
+    return f"**/{head[match.start() :]}{end}" if head.endswith("/") else f"**/*{head[match.start() : match.end()]}{end}"

@@ -1,8 +1,7 @@
 """A store in a plain folder: each object is the file at its key. Independent of datasets and runs.
 
-A new object is first written to `.store/tmp`, synced and then hard-linked to its key. `link` fails if the name exists,
-so exactly one of several racing writers wins, and a killed process leaves at most a file in `.store/tmp`.
-A swap holds a kernel lock, which is released when its holder dies.
+A new object is written to `.store/tmp`, synced and hard-linked to its key, which fails if the name exists: one of
+several racing writers wins. A swap holds a kernel lock. A killed process leaves at most a file in `.store/tmp`.
 """
 
 import errno
@@ -18,16 +17,13 @@ from typing import BinaryIO
 from storage import keys
 from storage.digests import sha256
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
-from storage.stores.store import LIMIT_BYTES, Body, Capabilities, Object, Stat, Store, check_conditions, check_size
+from storage.stores.store import LIMIT_BYTES, Body, Object, Stat, Store, check_conditions, check_size
 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
-FULL = "Free some space, then run the same command again to continue."
-DENIED = "Change the folder's owner or permissions, or choose another store."
 NO_LINKS = "Its file system may lack hard links (exFAT, some network drives): choose a folder on another disk."
 REMEDIES = {  # each follows the system's own text, as in "Permission denied"
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EACCES: DENIED,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, then run the same command again to continue."),
+    errno.EACCES: "Change the folder's owner or permissions, or choose another store.",
     **dict.fromkeys((errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK), NO_LINKS),
     errno.EROFS: "Mount it writable, or choose another store.",
 }
@@ -39,10 +35,7 @@ class FolderStore(Store):
     def __init__(self, folder: Path, url: str) -> None:
         with suppress(OSError):  # permission denied: the first read reports it
             if folder.exists() and not folder.is_dir():
-                raise StoreUnusable(
-                    f"store {url!r}: {folder} is a file, not a folder. "
-                    f"Choose another place with --set store_url=…, or move the file away."
-                )
+                raise StoreUnusable(f"store {url!r}: {folder} is a file. Choose another store_url, or move it away.")
         self.url = url
         self._folder = folder
 
@@ -60,9 +53,7 @@ class FolderStore(Store):
             return file.read(length)
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
-        conflict = Conflict(
-            f"object {key!r} of store {self.url!r} has changed since it was read. Run the command again."
-        )
+        conflict = Conflict(f"object {key!r} of store {self.url!r} has changed meanwhile. Run the command again.")
         with self._writing(key, body) as (path, temporary):
             if etag is None:
                 try:
@@ -96,20 +87,18 @@ class FolderStore(Store):
         with self._reporting(key), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self.local_path(key).unlink()
 
-    def probe(self) -> Capabilities:
+    def probe(self) -> tuple[str, bool]:
         check_conditions(self, "its file system")
-        return Capabilities("a folder", refuses_damaged=True)  # no network in between
+        return "a folder", True  # no network in between
 
-    def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
-        leftovers = []
+    def unfinished(self, before: float, *, remove: bool = False) -> Iterator[str]:
         with self._reporting(INTERNAL):
             for path in sorted((self._folder / INTERNAL / "tmp").glob("*")):
                 with suppress(FileNotFoundError):  # its writer has just finished
                     if path.stat().st_mtime < before:
-                        leftovers.append(f"temporary file {path.relative_to(self._folder)}")
                         if remove:
                             path.unlink()
-        return tuple(leftovers)
+                        yield f"temporary file {path.relative_to(self._folder)}"
 
     def local_path(self, key: str) -> Path:
         return self._folder / keys.check_key(key)

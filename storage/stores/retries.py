@@ -26,8 +26,7 @@ class Backoff:
     def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
         """Sleep before the next try, or return False at once when that would pass the deadline.
 
-        The server's Retry-After is honoured up to a maximum. If Retry-After is longer than the deadline, the
-        deadline becomes Retry-After plus one second.
+        The server's Retry-After is honoured up to a maximum, and extends a shorter deadline.
         """
         now = time.monotonic()
         if received_bytes > self._received_bytes:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
@@ -21,8 +22,8 @@ from storage.digests import sha256
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StorageError, StoreUnusable
 from storage.stores.retries import Transient
 from storage.stores.s3_body import ResumableBody, base64_sha256, stored_sha256
-from storage.stores.s3_client import DAMAGED_TRIES, check_endpoint, code, link_client, own_client, status, with_retries
-from storage.stores.store import LIMIT_BYTES, LINK_SECONDS, Body, Capabilities, Object, Stat, Store, check_conditions
+from storage.stores.s3_client import DAMAGED_TRIES, code, new_client, own_client, status, with_retries
+from storage.stores.store import LIMIT_BYTES, LINK_SECONDS, Body, Object, Stat, Store, check_conditions
 
 WHOLE_BYTES = 1 << 26  # one request up to this size: a shard of 20 MB in parts costs five times the CPU time
 PART_BYTES = 1 << 25  # of a larger object: 32 MiB, 4 at a time, as fast as any other setting measured
@@ -42,7 +43,12 @@ class S3Store(Store):
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint = str(own_client().meta.endpoint_url)
-        check_endpoint(url, self._endpoint, plain_http=plain_http)
+        parts = urlsplit(self._endpoint)
+        if not (plain_http or parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")):
+            raise StoreUnusable(
+                f"store {url!r}: its endpoint should be https, found {parts.scheme}://{parts.hostname}. Use https, or "
+                f"on a private network write s3+http:// instead of s3://."
+            )
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         for _ in range(DAMAGED_TRIES):  # damage in transit disappears with the next try
@@ -87,27 +93,25 @@ class S3Store(Store):
         with suppress(ObjectMissing):
             self._request(f"delete {key!r}", "delete_object", key)
 
-    def probe(self) -> Capabilities:
+    def probe(self) -> tuple[str, bool]:
         server = self._check_conditions()
         key = keys.probe(secrets.token_hex(8))
         damaged = {"Body": b"body", "ChecksumSHA256": base64_sha256(b"another body")}
         try:
             self._request("probe checksums", "put_object", key, **damaged)
         except StoreUnusable:
-            return Capabilities(server, refuses_damaged=True)
+            return server, True
         self.delete(key)
-        return Capabilities(server, refuses_damaged=False)
+        return server, False
 
-    def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
-        leftovers = []
+    def unfinished(self, before: float, *, remove: bool = False) -> Iterator[str]:
         for upload in self._listed("list uploads", "list_multipart_uploads", "Uploads"):
             key = upload["Key"].removeprefix(self._prefix)
             if keys.is_key(key) and upload["Initiated"].timestamp() < before:
-                leftovers.append(f"upload of {key}")
                 if remove:
                     with suppress(ObjectMissing):
                         self._request(f"abort {key!r}", "abort_multipart_upload", key, UploadId=upload["UploadId"])
-        return tuple(leftovers)
+                yield f"upload of {key}"
 
     def local_path(self, key: str) -> Path | None:
         keys.check_key(key)
@@ -116,7 +120,7 @@ class S3Store(Store):
     def link(self, key: str, endpoint: str = "") -> str:
         parameters = {"Bucket": self._bucket, "Key": self._prefix + keys.check_key(key)}
         parameters["ResponseContentType"] = mimetypes.guess_type(key)[0] or "application/octet-stream"
-        client = link_client(endpoint)  # signs on this host, without a request
+        client = new_client(endpoint, signature_version="s3v4", s3={"addressing_style": "path"})  # makes no request
         return str(client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=LINK_SECONDS))
 
     def _swap_by(self, send: Callable[..., Any], key: str, body: Body, etag: str | None) -> str:
@@ -141,9 +145,7 @@ class S3Store(Store):
                     stored = self.read(key, len(body))
                     if stored.sha256 == sha256(body):
                         return stored.etag  # an earlier try was stored and only its response was lost
-            raise Conflict(
-                f"object {key!r} of store {self.url!r} has changed since it was read. Run the command again."
-            )
+            raise Conflict(f"object {key!r} of store {self.url!r} has changed meanwhile. Run the command again.")
 
         return with_retries(self.url, f"write {key!r}", request)
 

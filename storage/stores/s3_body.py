@@ -1,7 +1,6 @@
-"""An S3 response body: hashed while it streams, resumed where the connection dropped. Does not retry.
+"""An S3 response body: hashed while it streams, resumed where the connection dropped. boto3 does neither.
 
-boto3 neither retries nor verifies body reads. A first response of ordinary size is read at once, which is
-fastest. Later and larger responses are read in pieces, which survive a dropped connection.
+A first response of ordinary size is read at once, which is fastest; others in pieces, which survive a lost connection.
 """
 
 import hashlib

@@ -1,17 +1,15 @@
 """The connection to an S3 server: client settings, retries, error messages.
 
-Endpoint, region and credentials come only from the standard `AWS_*` variables and files. boto3's own retries are off:
-they hide that a write was sent twice, ignore Retry-After and have no limit on their total time.
-boto3's transfer manager is never used, because its CRT client ignores the endpoint.
+Settings come only from the standard `AWS_*` variables and files. boto3's own retries hide that a write was sent twice,
+ignore Retry-After and never end; its transfer manager's CRT client ignores the endpoint. Neither is used.
 """
 
 import logging
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import boto3
 from botocore import exceptions
@@ -31,7 +29,7 @@ WARN_AFTER_TRIES = 5
 RETRYABLE_CODES = {"RequestTimeout", "SlowDown", "InternalError"}
 DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}  # the body, in transit
 DAMAGED_TRIES = 3
-ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/.*)?")  # without user and password
+ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^?#]*)?")  # without a secret
 NETWORK = (OSError, HTTPError, exceptions.ConnectionError, exceptions.HTTPClientError)
 TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, Transient)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
@@ -51,10 +49,10 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
-def client(_process_id: int) -> Any:
-    """The S3 client of a process. Connections shared across a fork fail (2 to 4 errors in 160 requests)."""
-    s3 = _new_client(
+@cache
+def own_client() -> Any:
+    """The S3 client of this process."""
+    s3 = new_client(
         signature_version="s3v4",
         retries={"mode": "adaptive", "total_max_attempts": 1},  # throttles itself; `with_retries` does the retries
         connect_timeout=CONNECT_SECONDS,
@@ -71,17 +69,10 @@ def client(_process_id: int) -> Any:
     return s3
 
 
-def own_client() -> Any:
-    """The client of this process."""
-    return client(os.getpid())
+os.register_at_fork(after_in_child=own_client.cache_clear)  # a shared connection fails: 2 to 4 errors in 160 requests
 
 
-def link_client(endpoint: str) -> Any:
-    """A client that signs links for browsers, which may reach the server under another name."""
-    return _new_client(endpoint, signature_version="s3v4", s3={"addressing_style": "path"})
-
-
-def _new_client(endpoint: str = "", **settings: Any) -> Any:
+def new_client(endpoint: str = "", **settings: Any) -> Any:
     """A client with these settings and the environment's. If any is invalid, raises StoreUnusable without a secret."""
     reason = "an AWS_* setting is invalid; an endpoint should be http(s)://HOST:PORT, without user and password"
     try:
@@ -93,20 +84,7 @@ def _new_client(endpoint: str = "", **settings: Any) -> Any:
     except (exceptions.BotoCoreError, ValueError) as error:
         reason = str(error) if isinstance(error, exceptions.BotoCoreError) else reason
     # Raised outside the handler, because the cause may quote a secret.
-    raise StoreUnusable(
-        f"S3: {reason}. Correct AWS_PROFILE, BROWSER_S3_ENDPOINT, AWS_* or ~/.aws/{{config,credentials}}."
-    )
-
-
-def check_endpoint(url: str, endpoint: str, *, plain_http: bool) -> None:
-    """Raise StoreUnusable for an unencrypted endpoint on another host, unless `plain_http` allows it."""
-    parts = urlsplit(endpoint)
-    if parts.scheme == "https" or plain_http or parts.hostname in ("localhost", "127.0.0.1", "::1"):
-        return
-    raise StoreUnusable(
-        f"store {url!r}: its endpoint should be https, found {parts.scheme}://{parts.hostname}. Use https, or on a "
-        f"private network write s3+http:// instead of s3://."
-    )
+    raise StoreUnusable(f"S3: {reason}. Correct AWS_PROFILE, AWS_*, BROWSER_S3_ENDPOINT or ~/.aws/credentials.")
 
 
 def with_retries(

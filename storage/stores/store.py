@@ -1,7 +1,4 @@
-"""The interface of a store: objects at keys. Independent of datasets, runs and kinds of store.
-
-Every write is atomic: afterwards the key holds either all of the new bytes or what it held before.
-"""
+"""The interface of a store: objects at keys. Every write is atomic: it stores all of its bytes or none."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -39,13 +36,6 @@ class Stat(NamedTuple):
     sha256: str | None = None  # None in a listing, and in stores that keep none
 
 
-class Capabilities(NamedTuple):
-    """The result of a probe."""
-
-    server: str  # the server's own name, and its endpoint
-    refuses_damaged: bool  # whether it rejects a body that was damaged in transit
-
-
 class Store(Protocol):
     """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract.
 
@@ -80,10 +70,13 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object. A missing object is not an error."""
 
-    def probe(self) -> Capabilities:
-        """Prove that conditional writes are honoured. Raises StoreUnusable if they are not."""
+    def probe(self) -> tuple[str, bool]:
+        """The server's name and endpoint, and whether it rejects a body that was damaged in transit.
 
-    def unfinished(self, before: float, *, remove: bool = False) -> tuple[str, ...]:
+        Raises StoreUnusable unless conditional writes are honoured.
+        """
+
+    def unfinished(self, before: float, *, remove: bool = False) -> Iterator[str]:
         """Describe leftovers of killed writers that began before a time (Unix seconds), and optionally remove them."""
 
     def local_path(self, key: str) -> Path | None:
@@ -107,20 +100,16 @@ def check_conditions(store: Store, server: str) -> None:
         ignored.append("compare-and-swap")
     store.delete(key)
     if ignored:
-        raise StoreUnusable(
-            f"store {store.url!r}: {server} ignores conditional writes ({' and '.join(ignored)}), so concurrent "
-            f"writers would overwrite each other. Use a folder on a local disk, AWS S3, SeaweedFS 4.48 or newer, or "
-            f"MinIO 2025-09-07 or newer."
-        )
+        problem = f"{server} ignores conditional writes ({' and '.join(ignored)}): concurrent writers would overwrite"
+        remedy = "Use a folder on a local disk, AWS S3, SeaweedFS 4.48 or newer, or MinIO 2025-09-07 or newer."
+        raise StoreUnusable(f"store {store.url!r}: {problem} each other. {remedy}")
 
 
 def check_size(name: str, size_bytes: int, limit_bytes: int) -> None:
     """Raise ObjectCorrupt for an object that is larger than expected."""
     if size_bytes > limit_bytes:
-        raise ObjectCorrupt(
-            f"{name} has {size_bytes:,} bytes, more than the limit of {limit_bytes:,}. "
-            f"Delete it, then repeat the command that wrote it."
-        )
+        remedy = "Delete it, then repeat the command that wrote it."
+        raise ObjectCorrupt(f"{name} has {size_bytes:,} bytes, more than the limit of {limit_bytes:,}. {remedy}")
 
 
 def clock(store: Store) -> float:

@@ -9,10 +9,11 @@ from tempfile import mkdtemp
 import pytest
 
 from flows.platform import server
+from tests.ports import free_port
 
 # Prefect reads its settings at import, so they are set before the tests import it.
 server.HOME = Path(mkdtemp(prefix="prefect-"))
-PORT = server.free_port()
+PORT = free_port()
 os.environ.update(server.prefect_environment(PORT))
 os.environ["PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS"] = "5"  # default: 60
 

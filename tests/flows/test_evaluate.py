@@ -125,6 +125,7 @@ def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api:
         evaluate_and_report(changed(run, checkpoint="5"))
 
 
+@pytest.mark.full
 def test_an_evaluation_reruns_when_settings_change_and_when_they_change_back(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
         evaluate_and_report(config)

@@ -12,7 +12,7 @@ from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ShardCorrupt
 from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.damage import flip_bit
@@ -70,7 +70,7 @@ def built(api: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
     settings.append("data.keep_val_duplicates=true")
     config = tiny_config(str(folder / "store"), str(folder / "source"), *settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         digest = build_dataset(config)
     store = open_store(config.store_url)
     return config, store, read_manifest(store, "small", digest)

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.model.training_runs import StoredDataset, training
@@ -15,7 +15,7 @@ from tests.model.training_runs import StoredDataset, training
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> StoredDataset:
     folder = tmp_path_factory.mktemp("dataset")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         for index in range(2):
             texts = [document(index * 40 + number) for number in range(40)]
             write_parquet(folder / "source" / f"file_{index}.parquet", texts)

@@ -217,6 +217,9 @@ def test_an_unknown_name_without_a_near_match_is_refused() -> None:
         ("evaluation.checkpoint=" + "9" * 99, ["evaluation.checkpoint"]),
         ("train.seed=4294967296", ["train.seed", "4294967295"]),
         ("train.max_steps=" + "9" * 5000, ["train.max_steps"]),
+        ("data.filters=" + "[" * 5000, ["data.filters", "list"]),
+        ("data.source=", ["data.source"]),
+        ("store_url=", ["store_url"]),
         ("train.max_steps=many", ["train.max_steps", "many"]),
         ("train.max_steps=1.5", ["train.max_steps", "1.5"]),
         ("train.max_steps=0", ["train.max_steps", "0", "1"]),
@@ -341,7 +344,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             load_config(place, [])
 
 
-@pytest.mark.parametrize("body", [b"[train\nx", b"name = ", b"\xff\xfe", b"[train]\nseed = 1\nseed = 2\n"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[train\nx",
+        b"name = ",
+        b"\xff\xfe",
+        b"[train]\nseed = 1\nseed = 2\n",
+        b"a=" + b"[" * 5000,
+        b"x = " + b"1" * 5000,
+    ],
+    ids=range(6),
+)
 def test_a_file_that_is_not_toml_is_named(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "a.toml").write_bytes(body)
     with pytest.raises(ValueError, match=r"a\.toml"):

@@ -8,6 +8,7 @@ import pytest
 
 from model.config import RunConfig
 from model.config_file import load_config
+from storage.stores.opening import CREDENTIALS
 from tests.model.test_config import fields, refused
 
 
@@ -51,5 +52,12 @@ def test_every_setting_is_bounded_in_the_schema_too() -> None:
 
 @pytest.mark.parametrize("name", [name for name, field in fields() if field.annotation in (int, float)])
 def test_a_number_beyond_64_bits_is_refused(name: str) -> None:
-    for value in (10**30, -(10**30), 2**63, "1e400"):
+    for value in (10**30, -(10**30), 2**63, "1e400", "9" * 5_000):
         refused(f"{name}={value}", facts=[name])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", ["://", "://a:", "://a"])
+def test_the_search_for_credentials_is_linear(part: str) -> None:
+    assert CREDENTIALS.search(part * 50_000) is None
+    assert CREDENTIALS.sub("-", part * 1_000 + "s3://key:se/cret@bucket").endswith("-bucket")

@@ -11,7 +11,7 @@ from storage.datasets.manifest import Manifest
 from storage.datasets.plan import FilePlan, ShardJob, plan_file
 from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.sources.files import Listing
 from storage.stores.store import Store, read_json
 from tests.making import document, write_parquet
@@ -35,7 +35,7 @@ def source_file(folder: Path, number: int, documents: int = 20) -> Path:
 
 def plans_of(*paths: Path | str, **settings: Any) -> list[FilePlan]:
     """The plans of the files: shards of 500 tokens, unless the settings differ."""
-    return [plan_file(identity.identify(path), replace(SPEC.settings, **settings), tokenizer.encode) for path in paths]
+    return [plan_file(reading.identify(path), replace(SPEC.settings, **settings), tokenizer.encode) for path in paths]
 
 
 def jobs_of(*paths: Path, **settings: Any) -> list[ShardJob]:

@@ -11,7 +11,7 @@ from model import tokenizer
 from storage.datasets import shards
 from storage.datasets.plan import ShardJob
 from storage.datasets.recipe import ShardRecipe
-from storage.sources import documents, identity
+from storage.sources import documents, reading
 from storage.sources.rows import RowTokens
 from storage.stores.folder import FolderStore
 
@@ -21,12 +21,12 @@ Read = Callable[[Path], object]
 
 def rows(path: Path, column: str = "text", *filters: str, strict: bool = True) -> RowTokens:
     """The file as a plan reads it."""
-    return documents.rows(identity.identify(path), column, filters, strict=strict)
+    return documents.rows(reading.identify(path), column, filters, strict=strict)
 
 
 def texts_of(path: Path, row_from: int, row_to: int, start_byte: int = 0, column: str = "text") -> list[str]:
     """The texts of a shard of these rows."""
-    file = identity.identify(path)
+    file = reading.identify(path)
     recipe = ShardRecipe(file.digest, row_from, row_to, tokenizer="", text_column=column)
     job = ShardJob("a", recipe, file, start_byte)
     store = FolderStore(path.parent / f"{row_from}-{row_to}", "texts")

@@ -36,6 +36,7 @@ from tests.benchmarks import contest
 from tests.benchmarks.tokenise.phases import megabytes
 from tests.flows.client import call_api
 from tests.polling import poll
+from tests.ports import free_port
 
 GOAL = 1.2
 EARLY_JOBS = 200  # memory is flat when it grows little from here to the last
@@ -83,9 +84,9 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
     open_store(config.store_url, create=True)
     plans = [
         FilePlan(
-            SourceFile(f"file_{start:06d}.parquet", 1, f"{start:064x}", "nowhere"),
-            DatasetSettings(10_000_000, "0" * 64),
             tuple(range(1, min(SHARDS_A_FILE, jobs - start) + 1)), None, 0, limited=False,
+            file=SourceFile(f"file_{start:06d}.parquet", 1, f"{start:064x}", "nowhere"),
+            settings=DatasetSettings(10_000_000, "0" * 64),
         )
         for start in range(0, jobs, SHARDS_A_FILE)
     ]  # fmt: skip
@@ -166,7 +167,7 @@ def measure(folder: Path, jobs: int, rounds: int, workers: int) -> None:
     busy = os.getloadavg()[0]
     database = postgres.start(folder / "postgres")
     server.HOME = folder / "prefect"
-    port = server.free_port()
+    port = free_port()
     os.environ |= server.prefect_environment(port) | database.environment
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # as the verbs set it
     try:

@@ -33,7 +33,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.platform.server import free_port
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.datasets.plan import ShardJob
 from storage.datasets.records import Record
@@ -44,6 +43,7 @@ from storage.stores.store import Store
 from tests.benchmarks.tokenise import phases
 from tests.benchmarks.tokenise.phases import Phase, build_alone, surroundings
 from tests.polling import poll
+from tests.ports import free_port
 
 DATASET, SOURCE = "edu", "org/edu"
 SHARD_TOKENS = 10_000_000

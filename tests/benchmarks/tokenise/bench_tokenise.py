@@ -43,6 +43,7 @@ from model import tokenizer
 from tests.benchmarks import contest
 from tests.benchmarks.contest import Outcome
 from tests.benchmarks.tokenise import tokenise_peers
+from tests.ports import free_port
 
 HERE = Path(__file__).parent
 OURS, PEERS = HERE / "tokenise_ours.py", HERE / "tokenise_peers.py"
@@ -242,7 +243,7 @@ def main() -> None:
         shard_tokens = MEMORY_SHARD_TOKENS if asked.memory else SHARD_TOKENS
         print(f"{tokens:,} tokens in {files} files, shards of {shard_tokens:,} tokens, 2 workers\n", flush=True)
         server.HOME = folder / "prefect"
-        port = server.free_port()
+        port = free_port()
         os.environ.update(server.prefect_environment(port))
         needed = any(who.kind == "ours" for who in everyone)
         with server.running_server(port) if needed else nullcontext() as process:

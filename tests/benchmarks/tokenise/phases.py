@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from flows.platform import server
 from tests import hub as stand_in
+from tests.ports import free_port
 
 IMPORTS, BEGIN, LIST, PLAN, BETWEEN, LOOK, MAKE, SEAL, END, RECORDS, OVER = PHASES = (
     "imports", "Prefect begins", "list the source", "fetch and plan", "Prefect between the stages",
@@ -161,7 +162,7 @@ def surroundings(folder: Path, database_url: str = "") -> Iterator[stand_in.Hub]
     home, prefect_home = folder / "home", folder / "prefect"
     home.mkdir()
     server.HOME = prefect_home
-    os.environ |= server.prefect_environment(port := server.free_port()) | {
+    os.environ |= server.prefect_environment(port := free_port()) | {
         "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": stand_in.ENDPOINT,
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # as the verb sets it, before Prefect is imported

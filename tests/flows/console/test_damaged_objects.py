@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flows import evaluate
 from flows.console.cli import main
 from flows.inspection.status import store_status
 from model import tokenizer
@@ -21,7 +22,7 @@ from model.__main__ import run_job
 from model.checkpoints.metrics import Progress
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, put_checkpoint
 from model.config import RunConfig
-from model.runs.job import Job, note_failure, put_job
+from model.runs.job import Job, note_failure, put_job, read_job, read_result
 from model.runs.run import evaluation_jobs, keep_request, pin_run, pinned_run, training_job
 from storage import keys
 from storage.cache import host
@@ -32,7 +33,7 @@ from storage.digests import canonical_json, digest, sha256
 from storage.errors import ObjectCorrupt, StorageError
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.keys import DatasetKeys, RunKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import LIMIT_BYTES, Store, overwrite
@@ -64,7 +65,7 @@ class Place(NamedTuple):
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("damaged")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         patch.setattr(host, "FOLDER", folder / "cache")
         yield _make(folder)
 
@@ -267,11 +268,15 @@ def test_a_damaged_object_is_read_or_reported(pristine: Place, tmp_path: Path, e
     check()
 
 
-@pytest.mark.parametrize("kind", ["run", "checkpoint", "manifest", "latest"])
-def test_one_damaged_object_hides_and_deletes_nothing_else(pristine: Place, place: Place, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "body"), [*((kind, b"{") for kind in ("run", "checkpoint", "manifest", "latest")), ("latest", FOLDER)]
+)
+def test_one_damaged_object_hides_and_deletes_nothing_else(
+    pristine: Place, place: Place, kind: str, body: bytes | str
+) -> None:
     store = fresh(pristine, place)
     key = pristine.examples[kind]
-    damage(store, key, b"{")
+    damage(store, key, body)
     orphan = DatasetKeys("other").shard("orphan")
     store.put_new(orphan, b"1")
     make_old(store, "")
@@ -279,11 +284,21 @@ def test_one_damaged_object_hides_and_deletes_nothing_else(pristine: Place, plac
     lines = store_status(store)
     assert [line.what for line in lines if line.damaged and key in line.error]
     assert {"run imported", "dataset other"} <= {line.what for line in lines if not line.damaged}
-    code, message = run_verb(place, ["status"])
-    assert (code, key in message) == (1, True)
-    code, message = run_verb(place, ["gc", "--delete"]) if kind != "latest" else (1, key)
-    assert (code, key in message) == (1, True)
-    assert before - {listed.key for listed in store.list("")} <= {orphan}
+    for verb in (["status"], ["gc", "--delete", "--grace-days", "0.06"]):  # 1.4 hours
+        code, message = run_verb(place, verb)
+        assert (code, key in message) == (1, True), verb
+    assert before - {listed.key for listed in store.list("")} == {orphan}
+
+
+def test_the_shards_of_a_lost_manifest_are_not_deleted(pristine: Place, place: Place) -> None:
+    """Its error advises to delete a damaged one: the next build seals it again from its shards."""
+    store = fresh(pristine, place)
+    store.delete(pristine.examples["manifest"])
+    make_old(store, "")
+    before = {listed.key for listed in store.list(DATASET.shards)}
+    code, message = run_verb(place, ["gc", "--delete", "--grace-days", "0.06"])
+    assert (code, "dataset small" in message) == (1, True)
+    assert {listed.key for listed in store.list(DATASET.shards)} == before
 
 
 @pytest.mark.parametrize("body", [OVERSIZED, b"7", FOLDER])
@@ -296,6 +311,33 @@ def test_an_object_is_overwritten_whatever_it_holds(pristine: Place, place: Plac
     else:
         overwrite(store, RUN.request, b"{}")
         assert store.read(RUN.request).body == b"{}"
+
+
+def test_a_lost_object_and_a_damaged_request_are_reported_with_a_remedy(pristine: Place, place: Place) -> None:
+    for kind, argv, remedy in (
+        ("parent", ["dataset", "log"], "gpt2 dataset copy"),
+        ("manifest", ["report", "--to", "a.md"], "gpt2 dataset copy"),
+        ("record", ["dataset", "show"], "gpt2 dataset verify --repair"),
+    ):
+        fresh(pristine, place).delete(pristine.examples[kind])
+        code, message = run_verb(place, argv)
+        assert (code, pristine.examples[kind] in message, remedy in message) == (2, True, True), message
+    store = fresh(pristine, place)
+    request = json.loads(store.read(RUN.request).body)
+    overwrite(store, RUN.request, canonical_json(request | {"train": request["train"] | {"start_from": -1}}))
+    code, message = run_verb(place, ["retry", "tiny"])
+    assert (code, RUN.request in message, "delete it" in message) == (2, True, True), message
+
+
+def test_a_damaged_evaluation_is_made_again(pristine: Place, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fresh(pristine, place)
+    key = place.examples["evaluation"]
+    value = json.loads(store.read(key).body)
+    job = read_job(store, RUN.job(value["job"]))
+    monkeypatch.setattr(evaluate, "run_job", lambda store, job, _: read_result(store, job))
+    assert evaluate.evaluate_checkpoint.fn(job, store.url, None)
+    overwrite(store, key, canonical_json(value | {"tokens": "many"}))
+    assert evaluate.evaluate_checkpoint.fn(job, store.url, None) is None
 
 
 def test_a_build_without_missing_shards_deletes_failure_notes(pristine: Place, place: Place) -> None:

@@ -1,6 +1,7 @@
 """`gpt2 dataset verify` and `gpt2 dataset copy`: exit codes, the printed repair command, kills."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import chdir, suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.platform import automations
 from model import tokenizer
 from model.__main__ import run_job
 from model.runs.job import put_job
@@ -108,6 +110,8 @@ def test_damage_is_exit_code_1_and_the_printed_command_repairs_only_that(api: st
     assert program == "gpt2"
     code, text = client.run_gpt2(*argv, cwd=built.folder, api=api)
     assert code == 0, text
+    [flow_run] = re.findall(r"^run +.*/flow-run/(\S+)", text, re.MULTILINE)
+    assert client.call_api(api, f"/flow_runs/{flow_run}")["tags"] == [automations.TAG]  # found dead if its host dies
     assert latest_manifest(built.store, "small") == built.manifest
     after = built.times()
     assert after.keys() == before.keys()

@@ -15,8 +15,8 @@ import pytest
 from flows.console import options
 from flows.runtime import processes, progress
 from model import tokenizer
-from model.__main__ import _fail
 from model.evaluation import generate
+from model.processes.output import fail
 from model.runs.job import note_failure
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
@@ -71,11 +71,11 @@ def test_no_verb_prints_a_control_character(gpt2: Gpt2, settings: list[str]) -> 
     [
         [HOSTILE], ["status", HOSTILE], ["dataset", "show", HOSTILE], ["dataset", "show", "--version", HOSTILE],
         ["dataset", "build", "--set", f"data.source={HOSTILE}"], ["dataset", "build", "--set", f"{HOSTILE}=1"],
-        ["report", "--to", HOSTILE], ["status", "--config", HOSTILE],
+        ["report", f"--to={HOSTILE}"], ["status", f"--config={HOSTILE}"],
     ],
 )  # fmt: skip
 def test_no_refusal_prints_a_control_character(gpt2: Gpt2, settings: list[str], words: list[str]) -> None:
-    refused = gpt2(*words, *settings)
+    refused = gpt2(*words[:2], *settings, *words[2:])  # the last --set wins
     assert refused.code
     check(refused.text, forged=True)  # a user's own words
 
@@ -106,8 +106,11 @@ def test_no_bar_on_a_terminal_shows_a_control_character(monkeypatch: pytest.Monk
     console = options._Terminal(file=output, force_terminal=True, color_system=None, soft_wrap=True, markup=False)
     monkeypatch.setattr(options, "console", console)
     console.print(HOSTILE, style="red")
-    progress._print(console, "stage", HOSTILE)
     assert not CONTROLS.search(output.getvalue())
+    with progress.on_console(console):
+        bars = progress._bars.get()
+        assert bars is not None
+        bars.console.print(HOSTILE)
     with options.progress_bar("label", 2) as advance:
         options.say("label", HOSTILE)
         advance()
@@ -128,7 +131,7 @@ def log_with_a_cause(_: str) -> None:
     ("write", "is_text"),
     [
         (lambda text: generate._print(text, iter([tokenizer.encode(text).tolist()])), True),
-        (lambda text: _fail(f"error: {text}", 2), True),
+        (lambda text: fail(f"error: {text}", 2), True),
         (lambda text: processes._log_output([f"{text}\n"], logging.getLogger("prefect.task_engine").warning), False),
         (log_with_a_cause, True),
     ],
@@ -142,3 +145,11 @@ def test_no_process_or_log_writes_a_control_character(
     shown = "".join(capsys.readouterr()) + caplog.text
     check(shown, forged=is_text)
     assert "\\x1b" in shown
+
+
+def test_no_stage_forges_a_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "get_run_logger", lambda: logging.getLogger("stage"))
+    caplog.set_level(logging.INFO)
+    progress.say("tokenise", HOSTILE)
+    check(caplog.text)
+    assert "\\x1b" in caplog.text

@@ -77,6 +77,7 @@ def val_loss_of_transformers(store: Store, manifest: Manifest, folder: Path) -> 
     return F.cross_entropy(logits_NTV.flatten(0, 1), windows_NT[:, 1:].flatten()).item()
 
 
+@pytest.mark.full
 def test_an_imported_model_is_evaluated_and_exported_unchanged(
     api: str, gpt2: Gpt2, build: Callable[[RunConfig], Manifest], published: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +120,8 @@ def test_an_export_to_a_folder_that_is_not_empty_is_refused(gpt2: Gpt2, config: 
     refused = gpt2("export", str(published), *options(config))
     assert refused.code == 2
     assert str(published) in refused.err
+    refused = gpt2("export", "s3://bucket/out", *options(config))
+    assert (refused.code, "only a folder on this host" in refused.err, Path("s3:").exists()) == (2, True, False)
 
 
 def test_a_model_of_another_shape_than_the_settings_is_refused(gpt2: Gpt2, config: RunConfig, published: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.console.options import Settings
 from flows.items import mirror_items
 from flows.platform import server
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, put_checkpoint
@@ -146,6 +147,7 @@ def prepare(folder: Path, what: str) -> None:
         ("train", "a dataset", ["train.start_from=nobody"], ["train.start_from", "nobody"]),
         ("train", "a parent", ["train.start_from=parent", "model.width=32"], ["train.start_from", "model.width is 16"]),
         ("train", "a dataset", ["resources.tensorboard=taken"], ["resources.tensorboard", "taken"]),
+        ("train", "a dataset", ["resources.tensorboard=/proc"], ["resources.tensorboard", "/proc"]),
         ("pretrain", "nothing", ["resources.tensorboard=taken/logs"], ["resources.tensorboard", "taken"]),
         ("pretrain", "nothing", ["train.start_from=nobody"], ["train.start_from", "nobody", "gpt2 import"]),
         ("pretrain", "a dataset", ["data.text_column=body"], ["text_column is", "data.dataset"]),
@@ -173,6 +175,14 @@ def test_a_missing_input_is_refused_before_a_server_starts(
     assert not {"evaluation.hellaswag", "data.source"} <= set(re.findall(r"[a-z_]+\.[a-z_]+", outcome.error))
 
 
+def test_a_folder_that_cannot_be_used_is_named(gpt2: Gpt2, folder: Path) -> None:
+    prepare(folder, "nothing")
+    (folder / ".gpt2").write_text("a file")
+    outcome = gpt2("demo", cwd=folder)
+    assert (outcome.code, "Traceback" in outcome.text) == (1, False)
+    assert ".gpt2" in outcome.error
+
+
 def test_a_missing_file_of_items_does_not_blame_the_source(store: Store) -> None:
     """In a flow too, which a deployment starts without the checks of the console."""
     with pytest.raises(ValueError, match=r"evaluation\.hellaswag = 'none.jsonl'") as caught:
@@ -196,11 +206,13 @@ def test_a_missing_package_is_refused_before_a_server_starts(
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["bootstrap"], "PREFECT_API_AUTH_STRING"),
+        (["bootstrap"], "PREFECT_API_URL contains a password"),
         (["train", "s3://key:sekret@bucket"], "unexpected"),
         (["train", "--set", "s3://key:se/kret@bucket"], "value is missing"),
         (["dataset", "copy", "s3://key:se/kret@bucket"], "credentials"),
         (["status", "--set", "data.source=s3://key:sekret@bucket"], "data.source"),
+        (["import", "s3://key:se/kret@bucket/model"], "s3://…@bucket/model"),  # a Path has only one "/"
+        (["status", "--config", "s3://key:sekret@bucket"], "--config"),
     ],
 )
 def test_no_message_contains_the_password_of_a_url(
@@ -248,6 +260,7 @@ def test_the_verbs_in_sequence(api: str, gpt2: Gpt2, folder: Path) -> None:
         assert fact in outcome.error
 
 
+@pytest.mark.full
 def test_a_flipped_byte_is_named_and_repaired(api: str, gpt2: Gpt2, folder: Path) -> None:
     assert gpt2("dataset", "build", *settings(), cwd=folder).code == 0
     store = open_store(str(folder / "data"))
@@ -296,6 +309,16 @@ def test_a_demo_of_too_many_minutes_is_refused(gpt2: Gpt2, tmp_path: Path) -> No
     """Its number of steps would be a parameter of over 64 bits of a flow run."""
     outcome = gpt2("demo", "--minutes", "9" * 30, cwd=tmp_path)
     assert (outcome.code, "minutes" in outcome.error, list(tmp_path.iterdir())) == (2, True, []), outcome
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_lack_of_memory_ends_in_words(gpt2: Gpt2, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load(_: Settings) -> None:
+        raise error
+
+    monkeypatch.setattr(Settings, "load", load)
+    outcome = gpt2("status")
+    assert (outcome.code, "resources.workers=1" in outcome.error, "Traceback" in outcome.err) == (1, True, False)
 
 
 def test_every_verb_has_help(gpt2: Gpt2) -> None:

@@ -19,7 +19,7 @@ from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, latest_manifest
 from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys, RunKeys
-from storage.sources import identity, mirror
+from storage.sources import mirror, reading
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests import making
@@ -54,7 +54,7 @@ class Failed(NamedTuple):
 def failed_once(api: str, tmp_path_factory: pytest.TempPathFactory) -> Failed:
     folder = tmp_path_factory.mktemp("failing")
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((identity, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
+        for module, name in ((reading, "REMEMBERED"), (host_cache, "FOLDER"), (mirror, "FOLDER")):
             patch.setattr(module, name, folder / module.__name__)
         for number in range(4):
             write_parquet(

@@ -15,7 +15,7 @@ from storage.datasets.manifest import Manifest
 from storage.datasets.versions import difference
 from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from tests.crawl import Crawl, crawled, write_crawl
 from tests.flows.in_process import Gpt2, Outcome
 
@@ -48,7 +48,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     """Shared, for tests that change nothing."""
     folder = tmp_path_factory.mktemp("versions")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         return two_versions(folder)
 
 

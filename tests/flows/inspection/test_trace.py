@@ -13,7 +13,7 @@ from model.data.order import WindowOrder
 from storage.datasets.records import read_record
 from storage.errors import ObjectMissing
 from storage.inspection.lineage import Traced, hub_files, source_rows
-from storage.sources import identity
+from storage.sources import reading
 from storage.sources.mirror import mirror
 from storage.stores import retries
 from tests.crawl import BARE, GOOD, LONG, SKIPPING, Crawl, Kept
@@ -22,6 +22,10 @@ from tests.making import build_dataset, tiny_config
 
 T = 32
 EXTRA_WINDOWS = 7  # of the second epoch
+
+
+def order_of(target: TraceTarget, split: str) -> WindowOrder:
+    return WindowOrder([row.tokens for row in target.manifest.rows(split)], T, target.train.seed)
 
 
 def loader(crawl: Crawl, target: TraceTarget, split: str) -> DataLoader:
@@ -39,7 +43,7 @@ def traced(crawl: Crawl, target: TraceTarget, split: str, first: int, count: int
 
 def whole_split(crawl: Crawl, target: TraceTarget, split: str) -> tuple[np.ndarray, WindowOrder, list[list[Traced]]]:
     """All windows of a split (and some of the next epoch) from the loader and from the trace."""
-    order = target.order(split)
+    order = order_of(target, split)
     if split == "train":
         count = order.epoch_windows + EXTRA_WINDOWS
         read = loader(crawl, target, split).windows(0, count)
@@ -97,7 +101,7 @@ def test_source_rows_of_a_shard_are_those_of_the_file(tmp_path: Path, kind: str,
     manifest = crawl.build()
     for shard_id, kept in crawl.shard_documents(manifest).items():
         record = read_record(crawl.store, "small", shard_id)
-        file = identity.identify(crawl.source / record.source)
+        file = reading.identify(crawl.source / record.source)
         everything = list(source_rows(file, record, range(len(kept))))
         assert [(number, row.number, row.text) for number, row in everything] == [
             (number, document.row, document.text) for number, document in enumerate(kept)
@@ -123,7 +127,7 @@ def test_windows_past_the_end_of_val_are_refused(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
     target = trace_target(crawl.store, crawl.config)
-    count = target.order("val").epoch_windows
+    count = order_of(target, "val").epoch_windows
     assert len(traced(crawl, target, "val", count - 1, 1)) == 1
     with pytest.raises(ValueError, match=f"{count}"):
         traced(crawl, target, "val", count, 1)

@@ -14,7 +14,7 @@ from model.data.loader import MicroBatches
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage.datasets.manifest import Manifest
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.store import Store
 from tests.crawl import Crawl
 from tests.flows.in_process import Gpt2
@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return tokens_BT, targets_BT
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         next_micro_batch = MicroBatches.next
         patch.setattr(MicroBatches, "next", next_and_keep)
         crawl = Crawl(folder, names=FILES, count=3)

@@ -14,7 +14,7 @@ from flows.pages import dataset_card as module
 from flows.pages.dataset_card import page, print_card
 from storage.inspection.leaks import ItemOverlap, LeakReport
 from storage.inspection.summary import DatasetSummary, summarise
-from storage.sources import identity
+from storage.sources import reading
 from tests.crawl import GOOD, SKIPPING, Crawl
 from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
@@ -78,7 +78,7 @@ def card_with_counts(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary
     """The card of a dataset with filtered and skipped rows."""
     folder = tmp_path_factory.mktemp("counted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         crawl = Crawl(folder, GOOD, SKIPPING, bad=True)
         return summarise(crawl.store, "small", crawl.build())
 

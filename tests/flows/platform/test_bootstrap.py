@@ -63,23 +63,28 @@ def test_everything_exists_and_a_second_call_changes_nothing(api: str) -> None:
     assert set(before["deployments"]) >= DEPLOYMENTS
     assert before["pools"].keys() >= {"data", "train"}
     assert before["pools"]["train"][2] == 1
+    for name in DEPLOYMENTS:
+        seconds = int(deployment(api, name)["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 3 * seconds <= automations.HEARTBEAT_LIMIT_SECONDS
+    assert (
+        before["automations"][automations.mark_orphaned().name][2]["within"] <= 300
+    )  # the next run starts within 6 minutes
     assert not any("created" in line or "updated" in line for line in bootstrap(CONFIG, scheduled=False))
     assert everything(api) == before
 
 
-def test_an_automation_under_its_former_name_is_renamed_and_stays_disabled(api: str) -> None:
-    name, former_name = automations.MARK_CRASHED, automations.FORMER_NAMES[automations.MARK_CRASHED]
-    before = automation(api, name)
-    former = {key: before[key] for key in ("description", "trigger", "actions")}
-    call_api(api, f"/automations/{before['id']}", former | {"name": former_name, "enabled": False}, "PUT")
+def test_an_automation_that_changed_is_updated_and_stays_disabled(api: str) -> None:
+    before = automation(api, automations.MARK_CRASHED)
+    former = {key: before[key] for key in ("name", "trigger", "actions")}
+    call_api(api, f"/automations/{before['id']}", former | {"description": "former", "enabled": False}, "PUT")
     with get_client(sync_client=True) as client:
         assert "updated, disabled" in _automation(client, automations.mark_crashed())
-    after = automation(api, name)
-    assert (after["id"], after["enabled"]) == (before["id"], False)
-    assert former_name not in {entry["name"] for entry in call_api(api, "/automations/filter", {})}
+    after = automation(api, automations.MARK_CRASHED)
+    assert (after["id"], after["enabled"], after["description"]) == (before["id"], False, before["description"])
     call_api(api, f"/automations/{before['id']}", {"enabled": True}, "PATCH")
 
 
+@pytest.mark.full
 def test_what_people_paused_or_changed_is_kept(api: str) -> None:
     refresh, train = deployment(api, "dataset-refresh"), deployment(api, "train")
     [schedule] = refresh["schedules"]
@@ -191,14 +196,24 @@ def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str
         poll(lambda: not scheduled())
 
 
-def test_a_crashed_run_is_restarted_and_a_failed_or_cancelled_one_is_not(api: str, restarts: str) -> None:
+def console_run(api: str, *tags: str) -> str:
+    """A run of the flow `train` without a deployment, as the console creates it. Returns its id."""
+    body = {"flow_id": deployment(api, "train")["flow_id"], "tags": tags}
+    return str(call_api(api, "/flow_runs/", body | {"state": {"type": "RUNNING", "name": "Running"}})["id"])
+
+
+def test_only_a_crashed_run_of_a_deployment_is_restarted(api: str, restarts: str) -> None:
+    """Nobody would run the console's again."""
+    consoles = console_run(api, automations.TAG)
     crashed, failed, cancelled = (start(api, "train", CONFIG) for _ in range(3))
+    set_state(api, consoles, "CRASHED")
     set_state(api, failed, "FAILED")
     set_state(api, cancelled, "CANCELLED")
     set_state(api, crashed, "CRASHED")
     poll(lambda: run(api, crashed)["state_name"] == "AwaitingRetry")
     assert states(api, crashed)[-2:] == ["Crashed", "AwaitingRetry"]
-    assert (run(api, failed)["state_name"], run(api, cancelled)["state_name"]) == ("Failed", "Cancelled")
+    left = [run(api, flow_run)["state_name"] for flow_run in (consoles, failed, cancelled)]
+    assert left == ["Crashed", "Failed", "Cancelled"]
     set_state(api, crashed, "CANCELLED")
 
 
@@ -216,18 +231,13 @@ def soon(api: str, restarts: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         _automation(client, automations.mark_crashed())
 
 
-def test_a_run_whose_worker_and_host_died_crashes_in_any_state_and_only_a_deployments_is_restarted(
-    api: str, soon: None
-) -> None:
+def test_a_run_whose_worker_and_host_died_crashes_in_any_state(api: str, soon: None) -> None:
     """Each of these states holds a slot of the pool; the host may die in any of them."""
     deployed = {name: start(api, name, CONFIG) for name in ("pretrain", "demo", "train", "evaluate")}
     held = dict(zip(deployed.values(), ("Pending", "Submitting", "InfrastructurePending", "Running"), strict=True))
     for flow_run, name in held.items():
         set_state(api, flow_run, "RUNNING" if name == "Running" else "PENDING", name)
-    flow = run(api, deployed["train"])["flow_id"]
-    body = {"flow_id": flow, "tags": [automations.TAG], "state": {"type": "RUNNING", "name": "Running"}}
-    consoles = call_api(api, "/flow_runs/", body)["id"]
-    foreign = call_api(api, "/flow_runs/", body | {"tags": []})["id"]
+    consoles, foreign = console_run(api, automations.TAG), console_run(api)
     for flow_run, name in held.items():
         poll(lambda flow_run=flow_run: run(api, flow_run)["state_name"] == "AwaitingRetry", 120)
         history = states(api, flow_run)

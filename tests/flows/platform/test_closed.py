@@ -125,6 +125,7 @@ def test_a_page_of_another_site_is_refused_and_the_ui_is_not(client: httpx.Clien
         read = client.post("/api/flows/filter", json={}, headers={"Origin": origin}, auth=login())
         for answer in (preflight, read):
             assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+    assert client.get("/").headers["x-frame-options"] == "DENY"  # a page of another port would frame it logged in
 
 
 def test_another_local_user_reads_neither_files_nor_the_login(api: str) -> None:

@@ -94,7 +94,7 @@ def test_the_server_and_a_local_one_read_the_same_settings() -> None:
     assert ROOT / SERVICES["server"]["env_file"] == server.SETTINGS
     settings = [line for line in server.SETTINGS.read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Z_]+=[\w.]+", line) for line in settings)  # nothing that one of the two would unquote
-    local = server.prefect_environment()
+    local = server.prefect_environment(4200)
     for line in settings:
         name, _, value = line.partition("=")
         assert local[name] == value

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,24 @@ def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path
     assert f"{name} ended unexpectedly" in output
     assert f"{name}.log" in output
     assert "Traceback" not in output
+
+
+HANGUP = """
+import os, signal, sys, threading
+from flows.platform import serve
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()
+threading.Timer(3.0, os._exit, (7,)).start()
+serve.wait_for_end({})
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("action", "code"), [("SIG_DFL", 0), ("SIG_IGN", 7)], ids=["terminal closes", "nohup"])
+def test_a_closed_terminal_stops_all_like_ctrl_c(action: str, code: int) -> None:
+    """Else the runs' processes go on, and repeat their requests to a server that has ended."""
+    argv = [sys.executable, "-c", HANGUP, action]
+    assert subprocess.run(argv, timeout=60, check=False).returncode == code
 
 
 HOSTILE_PAGE = """<script>

@@ -7,12 +7,14 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prefect.client import orchestration
 
 from flows.console import options
 from flows.platform import server
@@ -48,15 +50,94 @@ def test_the_login_is_random_lasting_and_its_owner_s(home: Path, monkeypatch: py
     assert server.login() != login
 
 
-def test_a_login_that_others_could_know_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", [b"", b"\n", b":", b"gpt2:", b"gpt2:a\nb", "gpt2:ä".encode(), b"gpt2:\xff"])
+def test_a_file_without_a_usable_login_is_refused(home: Path, text: bytes) -> None:
     server.login()
-    (home / "login").write_text("\n")
+    (home / "login").write_bytes(text)
     with pytest.raises(ValueError, match="USER:PASSWORD"):
         server.login()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder"])
+def test_only_a_regular_file_is_a_login(home: Path, kind: str) -> None:
+    home.mkdir()
+    if kind == "folder":
+        (home / "login").mkdir()
+    else:
+        (home / "login").symlink_to("../public")
+    if kind == "link":
+        (home.parent / "public").write_text("gpt2:public")
+        (home.parent / "public").chmod(0o644)
+    with pytest.raises(ValueError, match="USER:PASSWORD"):
+        server.login()
+    assert kind != "link" or mode(home.parent / "public") == 0o644
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a file of another user")
+@pytest.mark.parametrize("name", [".gpt2", ".gpt2/login", ".gpt2/prefect"])
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "a link"])
+def test_what_another_user_put_there_is_refused(home: Path, name: str, linked: bool) -> None:
+    """They may have written it while the folder was open to them, or move the link later."""
+    server.login()
+    (home / "prefect").mkdir()
+    place = home.parent / name
+    if linked:
+        place.rename(home.parent / "elsewhere")
+        place.symlink_to(home.parent / "elsewhere")
+    os.chown(place, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(ValueError, match=f"{name}.*another user.*Delete"):
+        server.login()
+
+
+def test_a_login_that_others_could_know_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.login()
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: home.stat().st_uid + 1)
         with pytest.raises(ValueError, match="belongs to"):
             server.login()
+
+
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+@pytest.mark.parametrize(("given", "set_to"), [("", "127.0.0.1,"), ("a.b", "127.0.0.1,a.b"), ("*", "*")])
+def test_no_proxy_gets_the_login(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str, set_to: str
+) -> None:
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, given)
+    for _ in range(2):  # of a command, then of a command that it starts
+        for variable, value in (os.environ | server.prefect_environment(1)).items():
+            monkeypatch.setenv(variable, value)
+        assert os.environ[name] == set_to
+    if given != "*":
+        assert urllib.request.getproxies_environment()["no"] == set_to
+
+
+def test_a_full_disk_is_named_when_the_server_does_not_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "start", lambda *_, **how: subprocess.Popen(["true"], start_new_session=True, **how))
+    monkeypatch.setattr(server, "FREE_BYTES", 1 << 62)
+    with pytest.raises(ValueError, match=rf"disk of {home} is full"), server.running_server():
+        pass
+
+
+@pytest.mark.parametrize("url", ["{api}/", "http://localhost:{port}/api"])
+def test_the_login_of_this_folder_s_server_is_read_for_each_of_its_addresses(
+    api: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_AUTH_STRING")
+    monkeypatch.setenv("PREFECT_API_URL", url.format(api=api, port=server.running_port()))
+    with server.prefect_server():
+        assert os.environ["PREFECT_API_AUTH_STRING"] == server.login()
+
+
+def test_an_invalid_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_client(**_: Any) -> None:
+        raise httpx.InvalidURL("non-printable character")
+
+    monkeypatch.setattr(orchestration, "get_client", get_client)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/\x1b")
+    with pytest.raises(ValueError, match="PREFECT_API_URL"), server.prefect_server():
+        pass
 
 
 def test_a_log_is_its_owner_s(home: Path) -> None:
@@ -104,10 +185,9 @@ def test_a_server_that_does_not_start_is_named_with_its_log(
     assert started[0].poll() is not None
 
 
-def test_a_start_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(options, "SLOW_SECONDS", 0.0)
+def test_a_start_says_that_it_may_take_long(capsys: pytest.CaptureFixture[str]) -> None:
     with options.starting("the server"):
-        poll(lambda: "first start" in capsys.readouterr().out, 5)
+        assert "first start" in capsys.readouterr().out
 
 
 def test_a_second_server_is_refused_with_the_port_of_the_first(api: str) -> None:

@@ -1,6 +1,7 @@
 """Export and import keep every weight, transformers computes the same logits, and only a GPT-2 is imported."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.checkpoints import huggingface
 from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, tensor_shapes
 from model.checkpoints.records import WEIGHTS, checkpoints, newest_checkpoint
 from model.checkpoints.weights import load_model
@@ -30,7 +30,7 @@ from model.config import ModelConfig
 from model.data.loader import DataLoader
 from model.gpt import GPT
 from model.runs.run import Start, find_run
-from storage.errors import CheckpointInvalid, ObjectMissing
+from storage.errors import CheckpointInvalid, ObjectMissing, StoreUnusable
 from storage.keys import RunKeys
 from storage.stores.store import Store
 from tests.damage import flip_bit
@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_empty_is_left_untouched(dataset: StoredDataset, pu
     (tmp_path / "file").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for name in ("empty", "file"):
-        with pytest.raises(ValueError, match=rf"export.*{name}.*not an empty folder.*Give"):
+        with pytest.raises(StoreUnusable, match=rf"export.*{name}.*not an empty folder.*Give"):
             export_run(dataset.store, "not-twice", tmp_path / name)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -157,8 +157,8 @@ def test_a_failed_export_leaves_no_file(
 
     run = f"full-{fails}"
     import_folder(dataset.store, run, published)
-    monkeypatch.setattr(huggingface.os if fails == "fsync" else huggingface.shutil, fails, full)
-    with pytest.raises(ValueError, match=r"export [\d,]+ bytes.*No space left.*another folder"):
+    monkeypatch.setattr(os if fails == "fsync" else shutil, fails, full)
+    with pytest.raises(StoreUnusable, match=r"export [\d,]+ bytes.*No space left.*another folder"):
         export_run(dataset.store, run, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
@@ -357,6 +357,8 @@ def test_unreadable_files_are_refused(altered: Callable[..., Path], store: Store
     for body in (b"[]", b"{", b"\xff"):
         settings.write_bytes(body)
         assert_refused(store, folder, r"a JSON object in config\.json")
+    os.truncate(settings, 1 << 40)  # a sparse file, which no memory holds
+    assert_refused(store, folder, r"a JSON object in config\.json")
     settings.unlink()
     assert_refused(store, folder, r"config\.json, found .*No such file")
     assert_refused(store, tmp_path / "none-such", "No such file")

@@ -230,6 +230,15 @@ def test_the_command_refuses_an_unknown_run_by_name(trained: Store, tmp_path: Pa
     assert "Traceback" not in ended.stderr
 
 
+def test_the_command_ends_in_silence_with_the_reader_of_its_output(trained: Store) -> None:
+    argv = [sys.executable, "-m", "model.evaluation.generate", trained.url, "tiny", "--prompt", "x"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 1
+
+
 def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="tiny"):
         newest_checkpoint(store, "tiny")

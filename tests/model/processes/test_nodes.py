@@ -98,12 +98,6 @@ def test_the_first_host_is_the_one_with_the_rendezvous_address() -> None:
     assert local_address("localhost:29500")[1]
 
 
-@pytest.mark.parametrize("rendezvous", ["127.0.0.1", "127.0.0.1:port"])
-def test_a_malformed_address_is_refused(rendezvous: str) -> None:
-    with pytest.raises(ValueError, match=r"resources\.rendezvous"):
-        local_address(rendezvous)
-
-
 @pytest.mark.parametrize("is_ignored", [False, True])
 def test_a_launcher_forwards_the_signals_that_make_ranks_save_and_succeeds(
     monkeypatch: pytest.MonkeyPatch, is_ignored: bool

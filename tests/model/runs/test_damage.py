@@ -76,6 +76,10 @@ def read_run(store: Store, config: RunConfig) -> None:
         pinned_run(store, config)
 
 
+def read_training(store: Store, key: str) -> None:
+    assert read_job(store, key).key == key
+
+
 def objects(store: Store, config: RunConfig) -> dict[str, Callable[[Store, RunConfig], object]]:
     """How each kind of object is read, by an example's key."""
     run = find_run(store, RUN)
@@ -85,7 +89,7 @@ def objects(store: Store, config: RunConfig) -> dict[str, Callable[[Store, RunCo
         KEYS.checkpoint_record(12): read_checkpoints,
         checkpoints(store, RUN)[-1].metrics[-1]: read_checkpoints,
         KEYS.config: read_run,
-        put_job(store, job): lambda *_: read_job(store, job.key),
+        put_job(store, job): lambda *_: read_training(store, job.key),
         KEYS.result(job.job_id): lambda *_: read_result(store, job),
     }
 

@@ -101,6 +101,19 @@ def test_a_stop_signal_saves_a_checkpoint_and_the_run_resumes_from_it(
     assert_equal_runs(store, run, undisturbed(ranks))
 
 
+def test_a_second_ctrl_c_ends_at_once(dataset: StoredDataset) -> None:
+    """The first one saves, which takes up to `unsaved_minutes` when the store is gone."""
+    job = read_job(dataset.store, dataset.put_job("interrupted"))
+    trainer = Trainer(dataset.store, job, DDPConfig(0, 1, torch.device("cpu")))
+    handler = signal.signal(signal.SIGINT, trainer._on_stop_signal)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_a_run_of_two_ranks_resumes_on_one(dataset: StoredDataset, undisturbed: Callable[[int], str]) -> None:
     run, key = "fewer", dataset.put_job("fewer")
     copy_checkpoints(dataset.store, undisturbed(2), run, last_step=8)

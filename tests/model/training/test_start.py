@@ -1,11 +1,19 @@
 """The start of a training: from another run's checkpoint on request, and never with invalid settings."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from model.__main__ import run_job
-from model.checkpoints.records import checkpoints, read_metrics
+from model.checkpoints.records import (
+    WEIGHTS,
+    checkpoints,
+    newest_checkpoint,
+    put_checkpoint,
+    read_checkpoint_file,
+    read_metrics,
+)
 from model.config_file import load_config
 from model.runs.run import Start, find_run, pin_run, pinned_run, training_job
 from storage.errors import DatasetMismatch, ObjectMissing
@@ -86,11 +94,18 @@ def test_a_start_checkpoint_that_was_deleted_is_named(
     assert f"step {STEPS}" in error
 
 
-def test_a_start_without_remaining_steps_is_refused(dataset: StoredDataset, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("parent", "reason"), [("over", f"{STEPS}, so no steps"), ("imported", "only weights")])
+def test_everything_of_a_run_that_cannot_go_on_is_refused_before_the_run_is_pinned(
+    dataset: StoredDataset, parent: str, reason: str
+) -> None:
     dataset.train("over", *SHORT)
-    key = dataset.put_job("more", *SHORT, "train.start_from=over", "train.start_with=everything")
-    assert run_job(dataset.store.url, key) == 2
-    assert "no steps left" in capsys.readouterr().err
+    if parent == "imported":
+        newest = newest_checkpoint(dataset.store, "over")
+        weights = {WEIGHTS: read_checkpoint_file(dataset.store, "over", newest, WEIGHTS)}
+        put_checkpoint(dataset.store, parent, weights, replace(newest, step=0, attempt="1"))
+    with pytest.raises(ValueError, match=reason):
+        dataset.put_job("more", *SHORT, f"train.start_from={parent}", "train.start_with=everything")
+    assert find_run(dataset.store, "more") is None
 
 
 @pytest.mark.parametrize("setting", ["model.width=32", "model.heads=4", "model.context_tokens=64"])
@@ -111,7 +126,7 @@ def test_a_dataset_smaller_than_one_batch_is_refused(
     key = dataset.put_job("huge", "train.batch_tokens=65536")
     assert run_job(dataset.store.url, key) == 2
     error = capsys.readouterr().err
-    for fact in ("train.batch_tokens = 65,536", "'small' has 96 windows of 32 tokens", "train.batch_tokens = 3072"):
+    for fact in ("train.batch_tokens = 65,536", "'small' has only 96 windows of 32", "train.batch_tokens = 3072"):
         assert fact in error
     settings = ("train.batch_tokens=3072", "train.max_steps=2", "train.warmup_steps=0")
     assert run_job(dataset.store.url, dataset.put_job("largest", *settings)) == 0

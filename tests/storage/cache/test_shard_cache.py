@@ -81,6 +81,20 @@ def test_a_missing_shard_names_the_shard_and_the_command(store: Store, row: Shar
         assert fact in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["a folder", "in a file"])
+def test_a_shard_that_is_no_file_names_the_shard_and_the_command(store: Store, row: ShardRow, place: str) -> None:
+    path = store.local_path(DatasetKeys("small").shard(row.shard_id))
+    assert path is not None
+    path.unlink()
+    if place == "a folder":
+        path.mkdir()
+    else:
+        path.parent.rename(path.parent.with_name("moved"))
+        path.parent.touch()
+    with pytest.raises(ObjectMissing, match=COMMAND):
+        ShardCache(store, "small").open(row)
+
+
 def test_a_damaged_shard_opens_after_it_is_repaired(store: Store, row: ShardRow) -> None:
     whole = store.read(DatasetKeys("small").shard(row.shard_id)).body
     replace(store, row, whole[:-2])

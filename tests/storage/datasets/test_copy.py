@@ -37,7 +37,7 @@ def target(url: str) -> Store:
 
 
 def copied(source: Store, target: Store) -> Manifest:
-    copied = copy_dataset(source, target, "small").manifest
+    copied, _, _ = copy_dataset(source, target, "small")
     assert latest_manifest(target, "small") == copied
     return copied
 

@@ -15,7 +15,7 @@ from storage.datasets.export import export
 from storage.datasets.manifest import Manifest
 from storage.errors import ShardCorrupt, StoreUnusable
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.store import Store
 from tests.crawl import Crawl
 from tests.damage import flip_bit
@@ -56,7 +56,7 @@ def build_crawl(folder: Path) -> tuple[Crawl, Manifest]:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Crawl, Manifest]:
     folder = tmp_path_factory.mktemp("dataset")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identity, "REMEMBERED", folder / "digests")
+        patch.setattr(reading, "REMEMBERED", folder / "digests")
         return build_crawl(folder)
 
 
@@ -223,6 +223,12 @@ def test_an_export_refuses_a_damaged_shard(own_exporter: Exporter, layout: str) 
     with pytest.raises(ShardCorrupt, match=row.shard_id):
         own_exporter.export(layout)
     assert not own_exporter.to.exists()
+
+
+def test_a_url_is_refused(exporter: Exporter) -> None:
+    with pytest.raises(StoreUnusable, match="only a folder on this host"):
+        exporter.export("nanogpt", folder=Path("s3://bucket/x"))
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "a full disk"])

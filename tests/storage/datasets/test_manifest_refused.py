@@ -164,6 +164,11 @@ def test_columns_of_different_lengths_are_refused(store: Store, files: list[Path
         read_manifest(store, "small", crafted(store, files, lambda value: DAMAGES[how](value, column)))
 
 
+def test_a_manifest_from_before_in_val_was_counted_is_read(store: Store, files: list[Path]) -> None:
+    older = read_manifest(store, "small", crafted(store, files, lambda value: value["shards"].pop("in_val")))
+    assert {row.in_val for row in older.rows()} == {0}
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff"])
 def test_bytes_that_are_not_a_manifest_are_refused(store: Store, body: bytes) -> None:
     store.put_new(DatasetKeys("small").manifest(sha256(body)), body)

@@ -20,7 +20,7 @@ from storage.datasets.plan import FilePlan, ShardJob, cut, plan_file
 from storage.datasets.recipe import DatasetSettings
 from storage.errors import SourceInvalid
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.store import Store
 from tests.making import document, write_parquet
 from tests.storage.sealing import rows_of
@@ -34,7 +34,7 @@ def planned(
     *paths: Path, shard_tokens: int = 1_000, text_column: str = "text", digest: str = TOKENIZER
 ) -> list[ShardJob]:
     shape = DatasetSettings(shard_tokens, digest, text_column)
-    return [job for path in paths for job in plan_file(identity.identify(path), shape, tokenizer.encode).jobs()]
+    return [job for path in paths for job in plan_file(reading.identify(path), shape, tokenizer.encode).jobs()]
 
 
 def ranges_of(tokens: np.ndarray, shard_tokens: int) -> list[tuple[int, int]]:
@@ -251,12 +251,13 @@ CHINESE = "我能吞下玻璃而不伤身体。你呢？今天天气很好，我
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 @pytest.mark.parametrize("rows", [100, 3_000])
-@pytest.mark.parametrize("counts", ["absent", "zero", "words"])
+@pytest.mark.parametrize("counts", ["absent", "zero", "words", "one is absurd"])
 def test_a_limit_and_a_shard_hold_real_tokens(tmp_path: Path, kind: str, rows: int, counts: str) -> None:
     """Chinese has 2.9 times the tokens that its bytes suggest; some token_count columns hold zeros or words."""
     texts = [CHINESE[number % 7 :] * (1 + number % 5) for number in range(rows)]
     columns: dict[str, list[int]] = {
         "absent": {}, "zero": {"token_count": [0] * rows}, "words": {"token_count": [len(text) for text in texts]},
+        "one is absurd": {"token_count": [10**9, *(len(tokenizer.encode(text)) for text in texts[1:])]},
     }[counts]  # fmt: skip
     table = pa.table({"text": texts} | columns)
     path = tmp_path / f"a.{kind}"
@@ -264,7 +265,7 @@ def test_a_limit_and_a_shard_hold_real_tokens(tmp_path: Path, kind: str, rows: i
         pq.write_table(table, path, row_group_size=200)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    file, total = identity.identify(path), sum(1 + len(tokenizer.encode(text)) for text in texts)
+    file, total = reading.identify(path), sum(1 + len(tokenizer.encode(text)) for text in texts)
     shape = DatasetSettings(total // 10, TOKENIZER)
     whole = plan_file(file, shape, tokenizer.encode)
     assert len(whole.row_ends) in (10, 11, 12)
@@ -276,7 +277,7 @@ def test_a_limit_and_a_shard_hold_real_tokens(tmp_path: Path, kind: str, rows: i
 
 def test_published_counts_that_agree_with_the_sample_stand(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [document(number) for number in range(1_000)])
-    plan = plan_file(identity.identify(path), DatasetSettings(1_000, TOKENIZER), tokenizer.encode)
+    plan = plan_file(reading.identify(path), DatasetSettings(1_000, TOKENIZER), tokenizer.encode)
     assert (plan.tokens, plan.estimated) == (tokens_of(plan), False)
 
 
@@ -285,6 +286,6 @@ def test_a_limit_does_not_count_documents_that_a_filter_on_length_drops(tmp_path
     texts = [document(number, 300 if number % 4 else 5) for number in range(200)]
     path = write_parquet(tmp_path / "a.parquet", texts, counted=counted)
     shape = DatasetSettings(1_000, TOKENIZER, filters=("length < 200",))
-    plan = plan_file(identity.identify(path), shape, tokenizer.encode, 300)
+    plan = plan_file(reading.identify(path), shape, tokenizer.encode, 300)
     kept = [text for text in texts[: plan.row_ends[-1]] if len(text) < 200]
     assert 280 < plan.tokens == sum(1 + len(tokenizer.encode(text)) for text in kept) <= 300

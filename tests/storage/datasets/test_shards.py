@@ -115,7 +115,7 @@ def test_a_record_describes_its_shard(store: Store, job: ShardJob) -> None:
     record = build(store, job)
     body = body_of(store, job)
     assert record == records.read_record(store, "small", job.shard_id)
-    assert (record.sha256, record.size_bytes) == (sha256(body), len(body))
+    assert (record.sha256, 2 * record.tokens) == (sha256(body), len(body))
     assert (record.documents, record.skipped) == (len(TEXTS), 0)
     assert record.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert (record.source, record.recipe) == ("one.parquet", job.recipe)

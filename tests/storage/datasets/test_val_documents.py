@@ -17,7 +17,7 @@ from storage.datasets.plan import plan_files, planner
 from storage.datasets.records import DTYPE, read_record
 from storage.datasets.val_documents import HASH, ValDocuments, hashed, normalised
 from storage.digests import canonical_json
-from storage.errors import ObjectCorrupt, SourceInvalid
+from storage.errors import ObjectCorrupt, ObjectMissing, SourceInvalid
 from storage.inspection.summary import summarise
 from storage.inspection.verify import verify_dataset
 from storage.keys import DatasetKeys
@@ -25,6 +25,7 @@ from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite, read_json
 from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.storage.source_files import write_jsonl
 
 KEYS = DatasetKeys("small")
 ROWS = 60  # of a source file: about four shards
@@ -114,6 +115,17 @@ def test_a_renamed_file_keeps_its_shards(config: RunConfig, folder: Path) -> Non
     assert sorted(build_dataset(config).shard_ids) == sorted(first.shard_ids)
 
 
+def test_documents_with_lone_surrogates_stay_in_val(config: RunConfig, folder: Path) -> None:
+    """JSON may hold them; a shard holds U+FFFD instead."""
+    odd = [f"\ud800{text} \udfff" for text in texts(0)]
+    write_jsonl(folder / "a.jsonl", odd)
+    build_dataset(config)
+    write_jsonl(folder / "a.jsonl", [*odd, document(9_999)])
+    manifest = build_dataset(config)
+    assert in_both(open_store(config.store_url), manifest) == set()
+    assert manifest.totals["train"]["in_val"] == manifest.totals["val"]["documents"]
+
+
 def test_what_train_leaves_out_is_counted_for_each_refresh(config: RunConfig, folder: Path) -> None:
     """Every row is a document of its shard, or counted and listed as left out."""
     store, first = open_store(config.store_url, create=True), build_dataset(config)
@@ -194,6 +206,21 @@ def test_a_split_without_documents_is_refused(tmp_path: Path, split: str, settin
         build_dataset(config)
     assert not list(open_store(config.store_url).list(KEYS.manifests))
     assert read_json(open_store(config.store_url), KEYS.split) is None
+
+
+def test_a_source_of_which_no_row_is_left_is_refused(config: RunConfig) -> None:
+    config = tiny_config(config.store_url, config.data.source, 'data.filters=["length < 0"]')
+    with pytest.raises(SourceInvalid, match=r"no documents.*length < 0"):
+        build_dataset(config)
+
+
+def test_a_lost_split_is_not_chosen_anew(config: RunConfig, folder: Path) -> None:
+    build_dataset(config)
+    store = open_store(config.store_url)
+    store.delete(KEYS.split)
+    rename(folder)
+    with pytest.raises(ObjectMissing, match=KEYS.split):
+        build_dataset(config)
 
 
 # Hashes

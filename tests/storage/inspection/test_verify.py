@@ -31,7 +31,7 @@ from storage.inspection.verify import (
     verify_dataset,
 )
 from storage.keys import DatasetKeys
-from storage.sources import identity
+from storage.sources import reading
 from storage.stores.opening import open_store
 from storage.stores.store import Store, overwrite
 from tests.conftest import S3Url
@@ -64,7 +64,7 @@ def fully(store: Store, manifest: Manifest) -> list[str]:
 
 
 def deeply(store: Store, manifest: Manifest, *paths: Path, count: int = ALL, seed: int = 0) -> list[Damage | None]:
-    files = [identity.identify(path) for path in paths]
+    files = [reading.identify(path) for path in paths]
     return list(check_documents(store, "small", manifest, files, tokenizer.encode, count=count, seed=seed))
 
 
@@ -266,7 +266,7 @@ def test_a_missing_source_is_named_and_the_rest_is_compared(
     of_second = [job.shard_id for job in jobs_of(files[1])]
     assert damaged(deeply(store, manifest, files[0])) == of_second
     assert None in deeply(store, manifest, files[0])
-    identified = [identity.identify(path) for path in files[:2]]
+    identified = [reading.identify(path) for path in files[:2]]
     files[1].unlink()
     compared = list(check_documents(store, "small", manifest, identified, tokenizer.encode, count=ALL, seed=0))
     assert damaged(compared) == of_second

@@ -5,13 +5,12 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from storage.errors import SourceInvalid
-from storage.sources import documents, files, identity
+from storage.sources import documents, files, reading
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from tests.making import write_parquet
@@ -113,7 +112,7 @@ def test_suffixes_are_read_in_any_case(tmp_path: Path) -> None:
     for name in chosen(tmp_path):
         assert texts_of(tmp_path / name, 0, len(TEXTS)) == TEXTS
         shutil.rmtree(tmp_path / f"0-{len(TEXTS)}")
-        assert identity.identify(tmp_path / name).key.endswith(files.SUFFIXES)
+        assert reading.identify(tmp_path / name).key.endswith(files.SUFFIXES)
     assert not files.is_on_hub("texts/A.PARQUET")
 
 
@@ -128,6 +127,28 @@ def test_a_sub_folder_with_files_is_an_error_unless_a_pattern_decides(tmp_path: 
     (tmp_path / "b/c/d.parquet").rename(tmp_path / "b/c/d.csv")
     with pytest.raises(ValueError, match=r"'b/c/d\.csv' is in a sub-folder"):
         files.find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "first", "second"),
+    [
+        ("data*", ["data.csv", "data-1.parquet", "other.parquet"], ["data-1.parquet"], []),
+        ("data*", ["data/x.parquet", "data-1.parquet", "other.parquet"], ["data-1.parquet", "data/x.parquet"],
+         ["data-1.parquet"]),
+        ("**", ["a/x.parquet", "b.csv", "y.parquet"], ["a/x.parquet", "y.parquet"], []),
+        ("*", ["a/x.parquet", "b.jsonl", "c.parquet"], ["a/x.parquet", "b.jsonl", "c.parquet"], []),
+        ("e*/*", ["en/a.parquet", "en/b.txt", "fr/c.parquet"], ["en/a.parquet"], []),
+    ],
+)  # fmt: skip
+def test_the_source_to_write_instead_keeps_to_the_pattern(
+    tmp_path: Path, pattern: str, names: list[str], first: list[str], second: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(ValueError, match=r"leave them out|move them away") as error:
+        files.find_files(f"{tmp_path}/{pattern}")
+    written = re.findall(r"--set data\.source='([^']+)'", str(error.value))
+    found = [[str(Path(place).relative_to(tmp_path)) for place in files.find_files(source)[0]] for source in written]
+    assert found == [first, *([second] if second else [])]
 
 
 def test_a_folder_named_like_a_file_is_not_a_source_file(tmp_path: Path) -> None:
@@ -151,6 +172,8 @@ def test_a_folder_named_like_a_file_is_not_a_source_file(tmp_path: Path) -> None
         ["train/a/0.parquet", "train/b/0.parquet", "dev/0.parquet"],
         ["web_train_000.jsonl", "web_train_001.jsonl", "web_val_000.jsonl"],
         ["train.jsonl", "train_extra.jsonl", "eval.jsonl", "README.md"],
+        ["code_train.jsonl", "web_train.jsonl", "web_test.jsonl"],
+        ["en/train/0.parquet", "fr/train/0.parquet", "fr/val/0.parquet"],
         ["Train-0.PARQUET", "Train-1.PARQUET", "Test-0.PARQUET"],
     ],
 )
@@ -162,6 +185,13 @@ def test_several_splits_are_an_error_that_says_what_to_write(tmp_path: Path, nam
         files.find_files(source)
     places, _ = files.find_files(written_source(error))
     assert [str(Path(place).relative_to(folder)) for place in places] == [name for name in names if "rain" in name]
+
+
+def test_the_folder_of_all_files_names_no_split(tmp_path: Path) -> None:
+    touch(tmp_path, "validation_study/train.parquet", "validation_study/test.parquet")
+    with pytest.raises(ValueError, match="splits") as error:
+        files.find_files(f"{tmp_path}/**/*.parquet")
+    assert files.find_files(written_source(error))[0] == [f"{tmp_path}/validation_study/train.parquet"]
 
 
 def test_names_that_only_resemble_splits_are_one_corpus(tmp_path: Path) -> None:
@@ -176,6 +206,19 @@ def test_a_dangling_link_is_an_error(tmp_path: Path, pattern: str) -> None:
     (tmp_path / "gone.parquet").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SourceInvalid, match=r"gone\.parquet"):
         files.find_files(f"{tmp_path}/{pattern}")
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.parquet", "*/*.parquet", "**"])
+def test_a_dangling_link_to_a_folder_is_an_error(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "texts/a.parquet", "texts/.lock")
+    (tmp_path / "more").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(SourceInvalid, match="more"):
+        files.find_files(f"{tmp_path}/{pattern}")
+    (tmp_path / "more").rename(tmp_path / ".#more")  # as editors write locks
+    assert chosen(tmp_path, "*/*.parquet") == ["texts/a.parquet"]
+    touch(tmp_path, "b.parquet")
+    (tmp_path / ".#more").rename(tmp_path / "more")
+    assert chosen(tmp_path, "*.parquet") == ["b.parquet"]
 
 
 def test_a_pipe_is_an_error(tmp_path: Path) -> None:
@@ -215,7 +258,8 @@ def test_globs_are_sorted_and_may_be_recursive(tmp_path: Path) -> None:
     assert (
         chosen(tmp_path, "**") == chosen(tmp_path, "**/*") == sorted([*chosen(tmp_path, "**/*.jsonl"), "a/b/4.parquet"])
     )
-    assert chosen(tmp_path, "*/[!b].jsonl") == ["a/1.jsonl", "b/2.jsonl"]
+    for pattern in ("*/[!b].jsonl", "*/[^b].jsonl", "[^c]/?.jsonl"):
+        assert chosen(tmp_path, pattern) == ["a/1.jsonl", "b/2.jsonl"]
     assert chosen(tmp_path, "[ab]/?.jsonl") == ["a/1.jsonl", "b/2.jsonl"]
     assert chosen(tmp_path, "a/**/c/*") == ["a/b/c/3.jsonl"]
 
@@ -232,7 +276,7 @@ def test_a_path_that_looks_like_a_glob_is_found(tmp_path: Path) -> None:
 def test_identify_gives_name_size_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
-    file = identity.identify(path)
+    file = reading.identify(path)
     assert (file.name, file.size_bytes, file.place) == ("a.jsonl", 5, str(path))
     assert file.digest == hashlib.sha256(b"12345").hexdigest()
 
@@ -246,29 +290,28 @@ def aged(path: Path) -> Path:
 def test_identify_reads_an_unchanged_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"12345")
     path = aged(tmp_path / "a.jsonl")
-    first = identity.identify(path)
+    first = reading.identify(path)
 
-    def never(*_: object) -> Iterator[bytes]:
+    def never(*_: object) -> None:
         pytest.fail("the file was read again")
-        yield b""
 
-    monkeypatch.setattr(identity, "_pieces", never)
-    assert identity.identify(path) == first
+    monkeypatch.setattr(hashlib, "file_digest", never)
+    assert reading.identify(path) == first
 
 
 def test_identify_notices_a_changed_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for body in (b"1", b"12", b"1"):
         path.write_bytes(body)
-        assert identity.identify(path).digest == hashlib.sha256(body).hexdigest()
+        assert reading.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 def test_identify_notices_a_changed_modification_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"1")
-    identity.identify(aged(path))
+    reading.identify(aged(path))
     path.write_bytes(b"2")
-    assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
+    assert reading.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_a_replaced_file(tmp_path: Path) -> None:
@@ -277,9 +320,9 @@ def test_identify_notices_a_replaced_file(tmp_path: Path) -> None:
     other.write_bytes(b"2")
     os.utime(path, ns=(10**18, 10**18))
     os.utime(other, ns=(10**18, 10**18))
-    identity.identify(path)
+    reading.identify(path)
     other.replace(path)
-    assert identity.identify(path).digest == hashlib.sha256(b"2").hexdigest()
+    assert reading.identify(path).digest == hashlib.sha256(b"2").hexdigest()
 
 
 def test_identify_notices_an_immediate_rewrite(tmp_path: Path) -> None:
@@ -288,31 +331,31 @@ def test_identify_notices_an_immediate_rewrite(tmp_path: Path) -> None:
     for number in range(200):
         body = b"%03d" % number
         path.write_bytes(body)
-        assert identity.identify(path).digest == hashlib.sha256(body).hexdigest()
+        assert reading.identify(path).digest == hashlib.sha256(body).hexdigest()
 
 
 @pytest.mark.parametrize("damage", [b"", b"0123", b"\xff\xfe", b"x" * 64])
 def test_a_damaged_cached_digest_is_ignored(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"12345")
-    first = identity.identify(aged(path))
-    notes = [note for note in identity.REMEMBERED.rglob("*") if note.is_file()]
+    first = reading.identify(aged(path))
+    notes = [note for note in reading.REMEMBERED.rglob("*") if note.is_file()]
     assert len(notes) == 1
     notes[0].write_bytes(damage)
-    assert identity.identify(path) == first
+    assert reading.identify(path) == first
 
 
 def test_a_home_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").write_text("a file")
-    monkeypatch.setattr(identity, "REMEMBERED", tmp_path / "home" / "digests")
+    monkeypatch.setattr(reading, "REMEMBERED", tmp_path / "home" / "digests")
     (tmp_path / "a.jsonl").write_bytes(b"1")
     for _ in range(2):
-        assert identity.identify(tmp_path / "a.jsonl").digest == hashlib.sha256(b"1").hexdigest()
+        assert reading.identify(tmp_path / "a.jsonl").digest == hashlib.sha256(b"1").hexdigest()
 
 
 def test_a_source_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceInvalid, match=r"gone\.parquet"):
-        identity.identify(tmp_path / "gone.parquet")
+        reading.identify(tmp_path / "gone.parquet")
 
 
 # Every format

@@ -9,7 +9,7 @@ from model import tokenizer
 from storage.datasets import records, shards
 from storage.errors import SourceInvalid, StoreUnusable
 from storage.keys import DatasetKeys
-from storage.sources import files, identity
+from storage.sources import files, reading
 from storage.stores.s3_client import own_client
 from storage.stores.store import Store
 from tests import servers
@@ -66,13 +66,23 @@ def test_what_a_bucket_does_not_contribute_is_listed_or_an_error(bucket: str) ->
 def test_a_whole_bucket_is_a_source_and_folder_markers_are_no_files(bucket: str) -> None:
     name = secrets.token_hex(6)
     own_client().create_bucket(Bucket=name)
-    for key, body in {"a.PARQUET": b"1", "[x].jsonl": b"1", "b/": b"", "c/": b"", "c/d.jsonl": b"1"}.items():
+    for key, body in {
+        "a.PARQUET": b"1",
+        "[x].jsonl": b"1",
+        "b/": b"",
+        "c/": b"",
+        "c/d.jsonl": b"1",
+        "d[1]/e.jsonl": b"1",
+    }.items():
         own_client().put_object(Bucket=name, Key=key, Body=body)
     for source in (f"s3://{name}/*.*", f"s3://{name}/[[a]*"):
         assert files.find_files(source)[0] == [f"s3://{name}/[x].jsonl", f"s3://{name}/a.PARQUET"]
     assert files.find_files(f"s3://{name}/[x].jsonl")[0] == [f"s3://{name}/[x].jsonl"]
     for source in (f"s3://{name}/c", f"s3://{name}/c/", f"s3://{name}/c/*"):
         assert files.find_files(source)[0] == [f"s3://{name}/c/d.jsonl"]
+    for source in (f"s3://{name}/d[1]", f"s3://{name}/d[1]/"):
+        assert files.find_files(source)[0] == [f"s3://{name}/d[1]/e.jsonl"]
+    own_client().delete_object(Bucket=name, Key="d[1]/e.jsonl")
     own_client().delete_object(Bucket=name, Key="c/d.jsonl")
     for source in (f"s3://{name}", f"s3://{name}/"):
         assert len(files.find_files(source)[0]) == 2
@@ -116,4 +126,4 @@ def test_a_file_that_changed_since_the_plan_is_refused(bucket: str, store: Store
         shards.build_shard(store, "small", next(planned.jobs()), tokenizer.encode, tokenizer.EOT)
     own_client().delete_object(Bucket=servers.BUCKET, Key=key)
     with pytest.raises(SourceInvalid, match=r"lines\.jsonl.*deleted"):
-        identity.identify(f"{bucket}/lines.jsonl")
+        reading.identify(f"{bucket}/lines.jsonl")

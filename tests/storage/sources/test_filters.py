@@ -14,8 +14,8 @@ from storage.datasets.plan import ShardJob
 from storage.datasets.records import Record
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
-from storage.sources import identity
-from storage.sources.filters import parse
+from storage.sources import reading
+from storage.sources.filters import keeps_row, parse
 from storage.stores.store import Store
 from tests.making import document
 from tests.storage.sealing import jobs_of, rows_of
@@ -65,7 +65,8 @@ def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple
     ],
 )
 def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) -> None:
-    assert parse(text).keeps(value) is kept
+    condition = parse(text)
+    assert keeps_row([condition], {condition.column: value}, "a.jsonl", 0) is kept
 
 
 def test_a_filter_has_one_canonical_spelling() -> None:
@@ -180,4 +181,4 @@ def test_a_shard_whose_rows_are_all_filtered_is_done_and_has_no_tokens(tmp_path:
     assert (record.tokens, record.filtered) == (0, 2)
     assert records.is_finished(store, "small", job.shard_id)
     assert set(records.finished_shards(store, "small", [job.shard_id], {})) == {job.shard_id}
-    assert identity.identify(path).digest == job.recipe.source
+    assert reading.identify(path).digest == job.recipe.source

@@ -38,8 +38,12 @@ def fetched(file: SourceFile, partial: bytes = b"") -> bytes:
     return body.getvalue()
 
 
-def test_a_password_in_the_endpoint_is_refused_and_not_echoed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.constants, "ENDPOINT", "http://user:sekret@127.0.0.1:1")
+@pytest.mark.parametrize("endpoint", ["http://user:sekret@127.0.0.1:1", "sekret.example"])
+def test_a_wrong_endpoint_is_refused_at_once_and_not_echoed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setattr(client.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("retried"))
     with pytest.raises(ValueError, match="HF_ENDPOINT") as caught:
         client.resolve("org/edu", "main")
     assert "sekret" not in "".join(traceback.format_exception(caught.value))
@@ -61,7 +65,7 @@ def test_a_revision_resolves_to_a_commit_in_one_request(hub: Hub) -> None:
 def test_files_are_listed_in_order_with_their_published_digests(hub: Hub) -> None:
     repository = hub.dataset(
         "org/edu",
-        FILES | {"data/small.jsonl": b"{}", "other/x.parquet": b"x"},
+        FILES | dict.fromkeys(("data/small.jsonl", "data/.a.parquet", "data/README.md", "other/x.parquet"), b"x"),
         configs={"ten": {"train": "data/*.parquet"}},
     )
     (commit,) = repository.commits
@@ -71,7 +75,7 @@ def test_files_are_listed_in_order_with_their_published_digests(hub: Hub) -> Non
     assert [file.place for file in files] == [f"hf://datasets/org/edu@{commit}/{name}" for name in FILES]
     for file in files:
         assert fetched(file) == FILES[file.name]
-    assert len(listing.ignored) == 1  # in the folder of the split, but not in the split
+    assert len(listing.ignored) == 1  # in the folder of the split, but not in the split, and not hidden
     assert listing.ignored[0].startswith("data/small.jsonl: ")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from storage import keys
-from storage.errors import AlreadyExists, Conflict, ObjectMissing, StoreUnusable
+from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.stores.opening import LAYOUT, open_store
 from storage.stores.store import Store, read_json
 
@@ -94,7 +94,7 @@ def test_a_newer_layout_is_refused_and_not_changed(tmp_path: Path) -> None:
 def test_a_folder_with_an_invalid_format_object_is_refused(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "FORMAT").write_bytes(body)
     for create in (False, True):
-        with pytest.raises(StoreUnusable, match=r"FORMAT.*store_url"):
+        with pytest.raises(ObjectCorrupt, match=r"FORMAT.*store_url"):
             open_store(str(tmp_path), create=create)
     assert (tmp_path / "FORMAT").read_bytes() == body
 

@@ -165,6 +165,7 @@ def test_an_invalid_url_is_not_echoed(place: str) -> None:
         ("AWS_ENDPOINT_URL_S3", "key:sekret@127.0.0.1:1", "endpoint"),
         ("AWS_ENDPOINT_URL_S3", "127.0.0.1:1", "http"),
         ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:sekret", "endpoint"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1/?token=sekret", "endpoint"),
         ("AWS_PROFILE", "nope", "AWS_PROFILE"),
         ("AWS_CONFIG_FILE", "[default]\nsekret\n", "config"),
         ("AWS_SHARED_CREDENTIALS_FILE", "[default]\naws_access_key_id = a\nsekret\n", "credentials"),
