@@ -108,6 +108,7 @@ def test_a_repeated_run_does_nothing_and_returns_the_same_result(api: str, finis
     assert [node for node in children(api, stages["tokenise"]) if node["label"].startswith("shard-")] == []
 
 
+@pytest.mark.full
 def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, api: str) -> None:
     short = write_parquet(
         tmp_path / "short.parquet", [document(number, 30) for number in range(120)]

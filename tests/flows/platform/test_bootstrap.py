@@ -231,6 +231,7 @@ def soon(api: str, restarts: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         _automation(client, automations.mark_crashed())
 
 
+@pytest.mark.full
 def test_a_run_whose_worker_and_host_died_crashes_in_any_state(api: str, soon: None) -> None:
     """Each of these states holds a slot of the pool; the host may die in any of them."""
     deployed = {name: start(api, name, CONFIG) for name in ("pretrain", "demo", "train", "evaluate")}

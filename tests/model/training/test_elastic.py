@@ -89,7 +89,8 @@ def test_ranks_and_micro_batch_may_change_at_each_resume(
     assert losses(dataset.store, "parts") == pytest.approx(losses(dataset.store, reference), rel=1e-5, abs=0)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 4])
 def test_losses_and_gradients_equal_those_of_one_rank(
     dataset: StoredDataset, undisturbed_on: object, count: int
 ) -> None:

@@ -50,7 +50,7 @@ ENDLESS = ("train.max_steps=100000", "train.checkpoint_every_steps=100000", "tra
 # Resuming
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.nightly)])
 def test_three_kills_leave_no_trace(
     dataset: StoredDataset, undisturbed: Callable[[int], str], ranks: int, tmp_path: Path
 ) -> None:

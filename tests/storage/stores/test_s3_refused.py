@@ -88,8 +88,9 @@ def test_a_server_that_ignores_ranges_returns_no_wrong_bytes(
 
 def test_an_honest_server_is_probed_once_a_process(url: str) -> None:
     store = open_store(url, create=True)
-    assert store.probe().refuses_damaged
-    assert "127.0.0.1" in store.probe().server
+    server, refuses_damaged = store.probe()
+    assert refuses_damaged
+    assert "127.0.0.1" in server
     store.put_new("key", b"1")
     assert listed(store, "") == [keys.FORMAT, "key"]
 
