@@ -202,6 +202,7 @@ def console_run(api: str, *tags: str) -> str:
     return str(call_api(api, "/flow_runs/", body | {"state": {"type": "RUNNING", "name": "Running"}})["id"])
 
 
+@pytest.mark.full
 def test_only_a_crashed_run_of_a_deployment_is_restarted(api: str, restarts: str) -> None:
     """Nobody would run the console's again."""
     consoles = console_run(api, automations.TAG)
@@ -249,6 +250,7 @@ def test_a_run_whose_worker_and_host_died_crashes_in_any_state(api: str, soon: N
     set_state(api, foreign, "CANCELLED")
 
 
+@pytest.mark.full
 def test_repeated_crashes_pause_the_restart_until_a_person_enables_it(api: str, restarts: str) -> None:
     crashing = start(api, "train", CONFIG)
     for _ in range(automations.MAX_CRASHES):
