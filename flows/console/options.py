@@ -165,7 +165,7 @@ def prefect(verbose: bool) -> Iterator[None]:
     from flows.runtime.ending import ending_with_server
 
     is_named = bool(os.environ.get("PREFECT_API_URL"))  # such a server may restart: Prefect repeats its requests
-    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"  # without heartbeats a run whose host died stays Running
+    os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"  # Prefect's 180 s exceed our limit of 90 s
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     with ExitStack() as stack:
