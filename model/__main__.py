@@ -23,6 +23,9 @@ from model.training.trainer import Trainer
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 
+SMALLER_BATCH = "Halve the micro-batch: --set train.micro_batch_sequences=N. The batch stays the same; the run resumes."
+FEWER_AT_ONCE = "Use the CPU (resources.device=cpu) or one evaluation at a time (resources.concurrent_evaluations=1)"
+
 
 def run_job(store_url: str, job_key: str) -> int:
     """Run the job as this rank. Returns the exit code."""
@@ -47,13 +50,7 @@ def run_job(store_url: str, job_key: str) -> int:
     except (ValueError, StorageError) as error:
         return fail(f"error: {error}", USER_ERROR)
     except torch.OutOfMemoryError as error:
-        remedy = (
-            "Halve the micro-batch: --set train.micro_batch_sequences=N. The batch stays the same; the run resumes."
-        )
-        if job.kind != "train":
-            remedy = (
-                "Use the CPU (resources.device=cpu) or one evaluation at a time (resources.concurrent_evaluations=1)"
-            )
+        remedy = SMALLER_BATCH if job.kind == "train" else FEWER_AT_ONCE
         cause = str(error).partition(". ")[0]  # CUDA out of memory
         return fail(f"error: {cause} in the {job.kind} job. {remedy}", USER_ERROR)
     except Exception as error:

@@ -1,6 +1,5 @@
 """The console script `gpt2`: its entry point, and the verbs that run the pipeline or one of its stages."""
 
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
+from model.processes.output import discard_output
 from model.runs.job import OUT_OF_MEMORY, JobFailed, put_job
 from model.runs.run import find_run, training_job
 from storage.errors import StorageError, printable
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         message, code = f"error: {error}", 1 if isinstance(error, JobFailed) else 2
     except KeyboardInterrupt:
         message, code = "stopped; run the same command again to continue", 130
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
+    except BrokenPipeError:
+        discard_output()
         sys.exit(1)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)

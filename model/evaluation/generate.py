@@ -6,7 +6,6 @@ Shapes: B texts that are generated together, T time, C channels, V vocabulary.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +19,7 @@ from model.config import EvaluationConfig
 from model.config_file import config_of
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
-from model.processes.output import fail
+from model.processes.output import discard_output, fail
 from model.runs.job import USER_ERROR
 from storage.errors import StorageError, printable
 from storage.stores.opening import open_store
@@ -128,8 +127,8 @@ def main() -> int:
             _print(args.prompt, generate(model, args.prompt, settings, [args.seed + index]))
     except (ValueError, StorageError) as error:
         return fail(f"error: {error}", USER_ERROR)
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
+    except BrokenPipeError:
+        discard_output()
         return 1
     return 0
 

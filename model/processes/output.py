@@ -25,6 +25,11 @@ def drop_failing_output() -> None:
             setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "backslashreplace", line_buffering=True))
 
 
+def discard_output() -> None:
+    """Write further output nowhere, since its reader, such as head, has ended: else Python fails when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def fail(message: str, exit_code: int) -> int:
     """Print an error. Returns the exit code."""
     print(printable(message, lines=True), file=sys.stderr, flush=True)
