@@ -94,12 +94,12 @@ def test_a_start_checkpoint_that_was_deleted_is_named(
     assert f"step {STEPS}" in error
 
 
-@pytest.mark.parametrize(("parent", "reason"), [("over", f"{STEPS}, so no steps"), ("imported", "only weights")])
+@pytest.mark.parametrize(("parent", "reason"), [("over", f"{STEPS}, so no steps"), ("weights-only", "only weights")])
 def test_everything_of_a_run_that_cannot_go_on_is_refused_before_the_run_is_pinned(
     dataset: StoredDataset, parent: str, reason: str
 ) -> None:
     dataset.train("over", *SHORT)
-    if parent == "imported":
+    if parent == "weights-only":
         newest = newest_checkpoint(dataset.store, "over")
         weights = {WEIGHTS: read_checkpoint_file(dataset.store, "over", newest, WEIGHTS)}
         put_checkpoint(dataset.store, parent, weights, replace(newest, step=0, attempt="1"))
