@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ os.environ.pop("HF_TOKEN", None)
 # One thread a process: the workers of pytest share the cores, and OpenMP's threads that wait for each other spin, which
 # doubles the CPU time of a training.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell in the background ignores Ctrl-C, nohup a closed terminal, and so would every process that a test signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from model.config import RunConfig
 from storage.cache import host as host_cache
