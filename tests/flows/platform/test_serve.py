@@ -48,7 +48,7 @@ def login(folder: Path) -> str:
 def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     config = tiny_config(
-        str(tmp_path / "data"), str(source), "train.max_steps=600", "train.validate_every_steps=0",
+        str(tmp_path / "data"), str(source), "train.max_steps=400", "train.validate_every_steps=0",
         "train.checkpoint_every_steps=1000", "resources.processes=2",
     )  # fmt: skip
     port = free_port()
@@ -63,7 +63,7 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         assert listening(tree) == {("127.0.0.1", port)}
         api = f"http://{login(tmp_path)}@127.0.0.1:{port}/api"
         flow_run = start(api, "pretrain", config)
-        poll(lambda: steps() > 20, 120)
+        poll(lambda: steps() > 0, 120)
         tree = family(process.pid)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
@@ -71,12 +71,12 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         assert "cancelling active runs" in output
         assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
     saved = steps()
-    assert saved < 600
+    assert saved < 400
     with serving(tmp_path, port) as process:
         assert run(api, flow_run)["state_name"] == "Cancelled"
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
         assert ended(api, flow_run, 2)["state_name"] == "Completed"
-        assert steps() == 600
+        assert steps() == 400
         tree = family(process.pid)
         process.kill()  # the other processes notice by themselves
         process.wait()
