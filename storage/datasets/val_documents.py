@@ -50,8 +50,8 @@ class ValDocuments:
         first_words = _first_words(text)
         if not self._first_words[first_words >> 3] >> (first_words & 7) & 1:
             return False
-        place = self._hashes.searchsorted(HASH.type(hashed(text)))
-        return bool(place < len(self._hashes) and self._hashes[place] == hashed(text))
+        value = HASH.type(hashed(text))
+        return bool(self._hashes.searchsorted(value) < self._hashes.searchsorted(value, "right"))
 
 
 def put(store: Store, dataset: str, name: str, hashes: np.ndarray) -> None:

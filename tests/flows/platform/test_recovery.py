@@ -52,10 +52,10 @@ def config(tmp_path: Path) -> RunConfig:
     return tiny_config(str(tmp_path / "store"), str(source), *steps, "resources.processes=2")
 
 
-def step(config: RunConfig) -> int:
-    """The step that the training has reached, from its progress object."""
+def first_step(config: RunConfig) -> int:
+    """Wait until the training shows its progress. Returns the step that it has reached."""
     store = open_store(config.store_url, create=True)
-    return int((read_json(store, RunKeys(config.name).progress) or {"step": 0})["step"])
+    return int(poll(lambda: read_json(store, RunKeys(config.name).progress), 120)["step"])
 
 
 def of_flow_run(flow_run: str) -> list[int]:
@@ -75,11 +75,11 @@ def assert_cancellable(api: str, flow_run: str, config: RunConfig) -> None:
 
 def test_a_cancelled_training_saves_and_its_retry_resumes(api: str, one_worker: int, config: RunConfig) -> None:
     flow_run = start(api, "pretrain", config)
-    poll(lambda: step(config) > 0, 120)
+    reached = first_step(config)
     assert_cancellable(api, flow_run, config)
     store = open_store(config.store_url)
     [saved] = checkpoints(store, config.name)
-    assert 0 < saved.step < STEPS
+    assert reached <= saved.step < STEPS
     assert run(api, flow_run)["run_count"] == 1
     set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     assert ended(api, flow_run, 2)["state_name"] == "Completed"
@@ -107,7 +107,7 @@ def test_a_cancelled_evaluation_ends_at_once(api: str, one_worker: int, config: 
 def test_a_killed_flow_ends_with_its_processes_and_is_restarted(api: str, one_worker: int, config: RunConfig) -> None:
     build_dataset(config)
     flow_run = start(api, "train", config)
-    poll(lambda: step(config) > 0, 120)
+    first_step(config)
     kill(of_flow_run(flow_run))
     poll(lambda: not with_arguments(config.store_url), END_SECONDS)
     end = ended(api, flow_run, 2)
@@ -126,7 +126,7 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
     try:
         with worker("train", tmp_path / "worker.log") as process:
             flow_run = start(api, "train", config)
-            poll(lambda: step(config) > 0, 120)
+            first_step(config)
             kill([process.pid, *of_flow_run(flow_run)])
             process.wait()
         died_at = time.monotonic()
@@ -170,7 +170,7 @@ def test_a_run_that_died_with_its_worker_before_it_started_is_restarted(
 def test_a_killed_rank_fails_the_run_with_a_message_that_names_it(api: str, one_worker: int, config: RunConfig) -> None:
     build_dataset(config)
     flow_run = start(api, "train", config)
-    poll(lambda: step(config) > 0, 120)
+    first_step(config)
     rank = next(
         pid for pid in with_arguments(config.store_url) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
     )
