@@ -26,7 +26,7 @@ from storage.datasets.records import finished_shards
 from storage.datasets.sealing import check_binding
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing, SourceFile
-from storage.sources.mirror import list_source, locate, mirror
+from storage.sources.mirror import list_source, mirror
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -38,7 +38,8 @@ PLANS_AT_ONCE = 16  # reading a plan from a bucket takes a round trip
 @task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
 def list_files(data: DataConfig, store_url: str) -> Listing:
     """List the source's files. An unchanged Hub dataset costs one request; local files are hashed."""
-    listing, unavailable = list_source(open_store(store_url), data.source, data.config, data.revision, "train")
+    store = open_store(store_url)
+    listing, unavailable = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)
     if unavailable:
         reason = unavailable.partition(". ")[0]  # without the error's remedy: the build continues
         say("download", f"using the earlier listing of commit {listing.origin['commit'][:12]}: {reason}")
@@ -51,12 +52,12 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
 def prepare_file(
     file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, on_progress: Callable[[str, int], None]
 ) -> FilePlan:
-    """Mirror a Hub file if data.mirror is on, then plan it. `on_progress` receives its digest and the bytes fetched."""
+    """Mirror or convert a file that needs it, then plan it. `on_progress` receives its digest and the bytes fetched."""
     store, settings = open_store(store_url), data.spec(tokenizer.identity()).settings
-    located = mirror(store, file, partial(on_progress, file.digest)) if data.mirror else locate(store, file)
+    copy = mirror(store, file, partial(on_progress, file.digest), keep=data.mirror)
     plan = read_plan(store, data.dataset, file, settings, limit_tokens)
     if plan is None:
-        plan = replace(plan_file(located, settings, tokenizer.encode, limit_tokens), file=file)
+        plan = replace(plan_file(copy, settings, tokenizer.encode, limit_tokens), file=replace(file, members=()))
         put_plan(store, data.dataset, plan, limit_tokens)
     on_progress(file.digest, file.size_bytes)
     return plan
@@ -104,12 +105,12 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
     with ThreadPoolExecutor(PLANS_AT_ONCE) as pool:
         stored = pool.map(lambda file: read_plan(store, data.dataset, file, spec.settings), listing.files)
     plans = {plan.file: plan for plan in stored if plan}
-    done: set[SourceFile] = set(plans)
-    if data.mirror and listing.origin:  # a file must be mirrored while one of its shards is missing
+    done = {file for file in plans if file.is_read_by_rows and not (data.mirror and listing.origin)}
+    if len(done) < len(plans):  # a file must be in the store while one of its shards is missing
         split = val_split(store, spec, [plans[file] for file in listing.files if file in plans])
         record, shards = DatasetKeys(data.dataset).record, DatasetKeys(data.dataset).shards
         recorded = {listed.key for listed in store.list(shards)}
-        done = {file for file in plans if recorded.issuperset(record(job.shard_id) for job in plans[file].jobs(split))}
+        done |= {file for file in plans if recorded.issuperset(record(job.shard_id) for job in plans[file].jobs(split))}
     to_prepare = [file for file in listing.files if file not in done]
     fetched_bytes: Counter[str] = Counter()
     total_bytes = sum(file.size_bytes for file in to_prepare)
@@ -126,9 +127,10 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
         else:
             errors.append(error)
     bar.close()
-    # The first files become val, and every train shard depends on val.
+    # The first files become val, or all files have a part in it, and every train shard depends on val.
     first = [len(plans[file].row_ends) for file in takewhile(plans.__contains__, listing.files)]
-    is_val_known = sum(first) >= data.val_shards or check_binding(store, spec) is not None
+    has_val = not errors or (data.val_choice == "first" and sum(first) >= data.val_shards)
+    is_val_known = has_val or check_binding(store, spec) is not None
     for error in errors:
         if not is_val_known or not is_transient(error):
             raise error

@@ -19,8 +19,9 @@ def mirror_items(source: str, store_url: str) -> str:
     """Copy the file into the store. Returns its key. Raises SourceInvalid unless it is one file of HellaSwag items."""
     store = open_store(store_url)
     listing, _ = list_source(store, source, "", "main", "validation", "evaluation.hellaswag")
-    if len(listing.files) != 1:
-        problem = f"expected one file (on the Hub: in split 'validation'), found {len(listing.files)}"
+    if len(listing.files) != 1 or not listing.files[0].is_read_by_rows:
+        names = [file.name for file in listing.files[:3]]
+        problem = f"expected one file (on the Hub: in split 'validation'), found {len(listing.files)}, {names}"
         raise SourceInvalid(f"evaluation.hellaswag = {source!r}: {problem}. Give one .jsonl or .parquet file.")
     file = mirror(store, listing.files[0])
     if not listing.origin:

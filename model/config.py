@@ -52,15 +52,21 @@ class DataConfig(Section):
     source: Text = Field(
         "HuggingFaceFW/fineweb-edu",
         min_length=1,  # or it would be the working folder
-        description="Hugging Face dataset (owner/name), or path or s3:// URL: .parquet or .jsonl file, folder or glob.",
+        description="Hugging Face dataset (owner/name), or path or s3:// URL of a file, folder or quoted glob: "
+        "parquet, arrow, jsonl, json, csv, tsv, txt or md; also .gz, .zst, .bz2, .xz.",
     )
-    config: Text = Field("sample-10BT", description="Configuration (subset) of the Hugging Face dataset.")
+    config: Text = Field(
+        "sample-10BT",
+        description="Configuration of the Hugging Face dataset; a glob; newest:N for its last N crawls.",
+    )
     revision: Text = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
-    text_column: Text = Field("text", description="Column that holds the text of a document.")
+    text_column: Text = Field("text", description="Column that holds the text of a document (doc.text: in a column).")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
-    val_shards: Positive = Field(10, description="Shards in the validation split, from the start of the source.")
+    val_shards: Positive = Field(10, description="Shards in the validation split.")
     filters: Lines = Field(
-        (), description="Keep documents that meet all conditions, e.g. 'int_score >= 4', 'length >= 200' (characters)."
+        (),
+        description="Keep documents that meet all conditions, e.g. 'meta.score >= 4', 'length >= 200' (characters). "
+        "Folders such as lang=en/ are columns, too.",
     )
     max_tokens: Count = Field(0, description="Use only the first N tokens of the source (0 = all).")
     mirror: bool = Field(True, description="Copy Hugging Face files into the store (off = read them remotely).")
@@ -68,6 +74,9 @@ class DataConfig(Section):
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
     keep_val_duplicates: bool = Field(False, description="Keep val documents in train, to reproduce published tokens.")
+    val_choice: Literal["first", "spread"] = Field(
+        "first", description="Val shards: the first of the source, or spread evenly over it (for sorted sources)."
+    )
 
     @model_validator(mode="after")
     def _filters_parse(self) -> Self:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Protocol
+
+SLICE_BYTES = 1 << 26  # of a file in memory at once
 
 
 def canonical_json(value: Any) -> bytes:
@@ -11,9 +13,20 @@ def canonical_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
-def sha256(body: bytes | bytearray | memoryview) -> str:
+class Sliceable(Protocol):
+    """Bytes, or what gives them in slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes | bytearray | memoryview: ...
+
+
+def sha256(body: Sliceable) -> str:
     """The sha256 of some bytes, in hex."""
-    return hashlib.sha256(body).hexdigest()
+    hasher = hashlib.sha256()
+    for start in range(0, len(body), SLICE_BYTES):
+        hasher.update(body[start : start + SLICE_BYTES])
+    return hasher.hexdigest()
 
 
 def digest(value: Any) -> str:

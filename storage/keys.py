@@ -7,6 +7,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 FORMAT = "FORMAT"
 DATASETS = "datasets/"
 RUNS = "runs/"
+CONVERTED = "sources/converted/"
 TEMPORARY = "tmp/"
 
 
@@ -43,6 +44,11 @@ def probe(token: str) -> str:
 def source(digest: str, name: str) -> str:
     """A source file mirrored into the store."""
     return check_key(f"sources/{digest}/{name}")
+
+
+def converted(digest: str, suffix: str) -> str:
+    """The parquet file of that sha256, or the record named by the digest of a conversion's recipe."""
+    return check_key(f"{CONVERTED}{digest}{suffix}")
 
 
 def listing(digest: str) -> str:

@@ -121,7 +121,7 @@ class Hub:
 
 def is_large(name: str) -> bool:
     """Whether the Hub stores a file outside git and publishes its sha256."""
-    return Path(name).suffix == ".parquet"
+    return Path(name).suffix in (".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz")
 
 
 def entry(name: str, body: bytes) -> dict[str, Any]:

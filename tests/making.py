@@ -52,7 +52,7 @@ def tiny_config(store_url: str, source: str, *overrides: str) -> RunConfig:
 def build_dataset(config: RunConfig) -> Manifest:
     """Build and seal the dataset as `gpt2 dataset build` does, without Prefect."""
     store, data = open_store(config.store_url, create=True), config.data
-    listing, _ = list_source(store, data.source, data.config, data.revision, "train")
+    listing, _ = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)
     return building.build_dataset(
         store, data.spec(tokenizer.identity()), listing, tokenizer.encode, tokenizer.decode_bytes
     )

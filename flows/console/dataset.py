@@ -68,7 +68,7 @@ def verify(
     total = len(manifest.shard_ids)
     files: Sequence[SourceFile] = ()
     if deep or repair:
-        files = list_source(store, data.source, data.config, data.revision, "train")[0].files
+        files = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)[0].files
     with options.progress_bar("verify", total, hidden=as_json) as advance:
         damages = verify_dataset(
             store, data.dataset, manifest, eot=tokenizer.EOT, depth="quick" if quick else "full", on_progress=advance

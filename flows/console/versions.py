@@ -34,13 +34,15 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
     for version, parent in zip(history, [*history[1:], None], strict=True):
         sealed_at = store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
         sealed = datetime.fromtimestamp(sealed_at, UTC).isoformat(timespec="seconds")
-        commit, shards, tokens = version.origin.get("commit"), len(version.shard_ids), version.tokens
+        commit, configs = version.origin.get("commit"), version.origin.get("configs")
+        shards, tokens = len(version.shard_ids), version.tokens
         changes = versions.difference(parent, version) if parent else None
         if as_json:
-            facts = {"manifest": version.digest, "sealed": sealed, "commit": commit, "shards": shards, "tokens": tokens}
+            facts = {"manifest": version.digest, "sealed": sealed, "commit": commit, "configs": configs,
+                     "shards": shards, "tokens": tokens}  # fmt: skip
             print_json(facts | {"changes": changes.model_dump() if changes else None})
             continue
-        at_commit = f", commit {commit[:12]}" if commit else ""
+        at_commit = (f", commit {commit[:12]}" if commit else "") + (f", {configs}" if configs else "")
         say(version.digest[:12], f"{sealed}  {shards:,} shards, {tokens:,} tokens{at_commit}")
         if changes:
             say("  changed", _change_counts(changes))
@@ -63,9 +65,10 @@ def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_
         print_json(changes.model_dump())
         return
     say("changes", _change_counts(changes))
-    for kind, names in changes.files:
-        for name in names:
-            say(kind, name)
+    for prefix, kinds in (("", changes.files), ("config ", changes.configs)):
+        for kind, names in kinds:
+            for name in names:
+                say(prefix + kind, name)
     for name in changes.settings:
         say("setting", f"{name} differs")
 

@@ -22,6 +22,7 @@ from storage.datasets.manifest import read_manifest, read_pointer
 from storage.datasets.versions import version_digests
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import DatasetKeys, RunKeys
+from storage.sources.conversion import Conversion
 from storage.stores.store import Stat, Store, clock, read_as
 
 SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, record and failure note
@@ -45,6 +46,7 @@ def collect(store: Store, grace_seconds: float, *, remove: bool = True) -> Itera
     parts = [(f"dataset {name}", _shards(store, name, before, remove=remove)) for name in dataset_names(store)]
     for name in run_names(store):
         parts.append((f"run {name}", _objects(store, "run", _dead_run_objects(store, name, before), remove)))
+    parts.append(("converted source files", _objects(store, "source", _unrecorded(store, before), remove)))
     for part, garbage in parts:
         try:
             yield from garbage
@@ -122,6 +124,14 @@ def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:
         live.update(RunKeys(name).checkpoint_file(record.step, record.attempt, file) for file in record.files)
         live.update(record.metrics)
     yield from _records_first(listed for listed in old if listed.key not in live)
+
+
+def _unrecorded(store: Store, before: float) -> Iterator[Stat]:
+    """The converted source files that no record names, left by a conversion that was killed or repeated."""
+    converted = _old(store, keys.CONVERTED, before)
+    records = (listed.key for listed in store.list(keys.CONVERTED) if listed.key.endswith(".json"))
+    live = {conversion.key for key in records if (conversion := read_as(store, key, Conversion))}
+    yield from (listed for listed in converted if listed.key not in live and not listed.key.endswith(".json"))
 
 
 def _records_first(dead: Iterable[Stat]) -> list[Stat]:

@@ -23,7 +23,8 @@ def print_card(console: Console, card: DatasetSummary) -> None:
     """Print the card on a terminal."""
     source = "files on this host or in a bucket"
     if origin := card.origin:
-        source = f"{origin['dataset']} ({origin['config']}) at commit {origin['commit']}, licence {origin['licence']}"
+        chosen = ": ".join(filter(None, (origin["config"], origin.get("configs"))))
+        source = f"{origin['dataset']} ({chosen}) at commit {origin['commit']}, licence {origin['licence']}"
     lines = [
         ("dataset", card.dataset),
         ("manifest", card.manifest + (f", follows {card.parent[:12]}" if card.parent else ", the first")),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from storage.errors import StoreUnusable
-from storage.stores.store import Body
 
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "shards"
 QUARANTINE = "quarantine"
@@ -31,7 +30,7 @@ class HostCache:
     def has(self, sha256: str) -> bool:
         return self._path(sha256).exists()
 
-    def open(self, sha256: str, fetch: Callable[[], Body]) -> BinaryIO:
+    def open(self, sha256: str, fetch: Callable[[], bytes | bytearray]) -> BinaryIO:
         """The cached or fetched file, unverified. While open or mapped, it is not evicted. Raises StoreUnusable."""
         path = self._path(sha256)
         try:
@@ -59,7 +58,7 @@ class HostCache:
     def _path(self, sha256: str) -> Path:
         return self._folder / sha256[:2] / sha256
 
-    def _fetch(self, path: Path, fetch: Callable[[], Body]) -> BinaryIO:
+    def _fetch(self, path: Path, fetch: Callable[[], bytes | bytearray]) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):  # other processes wait here for the download
             if file := _open_locked(path):
@@ -104,7 +103,7 @@ def _open_locked(path: Path) -> BinaryIO | None:
     return None
 
 
-def _write(path: Path, body: Body) -> BinaryIO:
+def _write(path: Path, body: bytes | bytearray) -> BinaryIO:
     """The new file, open and locked before it is renamed, so that it cannot be evicted in between."""
     part = path.with_name("part")  # one writer per folder, which overwrites the part of a killed writer
     file = part.open("w+b")

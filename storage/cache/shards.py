@@ -16,7 +16,7 @@ from storage.datasets.shards import read_shard
 from storage.digests import sha256
 from storage.errors import ShardCorrupt, StorageError
 from storage.keys import DatasetKeys
-from storage.stores.store import Body, Store
+from storage.stores.store import Store
 
 OPEN_SHARDS = 32  # mapped at once, each a file descriptor: training reads 8 at a time, validation one by one
 LIMIT_BYTES = 50_000_000_000  # of the host's cache, the default of `resources.cache_bytes`
@@ -73,7 +73,7 @@ class ShardCache:
         self._verified.add(row.sha256)
         return tokens
 
-    def _read(self, row: ShardRow) -> Body:
+    def _read(self, row: ShardRow) -> bytes | bytearray:
         return read_shard(self._store, self._dataset, row.shard_id, row.tokens, row.sha256)
 
     def _local_path(self, row: ShardRow) -> Path | None:

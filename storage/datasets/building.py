@@ -6,7 +6,6 @@ start_build ─▶ build_shard for each missing val shard ─▶ put_val_documen
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -40,10 +39,10 @@ class Build:
 
 
 def val_split(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> ValSplit:
-    """The pinned val shards or, before the first seal, the first shards. Raises DatasetMismatch."""
+    """The pinned val shards or, before the first seal, those that the settings choose. Raises DatasetMismatch."""
     val = check_binding(store, spec)
     if val is None:
-        val = [job.shard_id for job in islice((job for plan in plans for job in plan.jobs()), spec.val_shards)]
+        val = spec.val_shards_of([job.shard_id for plan in plans for job in plan.jobs()])
     return ValSplit(frozenset(val), "" if spec.settings.keep_val_duplicates else digest(val))
 
 

@@ -16,7 +16,7 @@ from storage.keys import DatasetKeys
 from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.filters import LENGTH, keeps_row, parse
-from storage.sources.mirror import locate
+from storage.sources.mirror import mirror
 from storage.sources.rows import EOT_TOKENS, Row, RowTokens, estimated_tokens
 from storage.stores.store import Store, read_as
 
@@ -185,8 +185,13 @@ def plan_files(
 
 
 def planner(store: Store, settings: DatasetSettings, encode: Encode) -> PlanFile:
-    """A function that plans a file here, from its copy in the store if there is one."""
-    return lambda file, limit_tokens: replace(plan_file(locate(store, file), settings, encode, limit_tokens), file=file)
+    """A function that plans a file here, from its copy in the store if there is one or rows need one."""
+
+    def make_plan(file: SourceFile, limit_tokens: int) -> FilePlan:
+        copy = mirror(store, file, keep=False)
+        return replace(plan_file(copy, settings, encode, limit_tokens), file=replace(file, members=()))
+
+    return make_plan
 
 
 def read_plan(
@@ -194,7 +199,7 @@ def read_plan(
 ) -> FilePlan | None:
     """The file's plan if an earlier build stored it. Raises ObjectCorrupt."""
     stored = read_as(store, _key(dataset, file, settings, limit_tokens), Cut, Cut.is_valid)
-    return FilePlan(**vars(stored), file=file, settings=settings) if stored else None
+    return FilePlan(**vars(stored), file=replace(file, members=()), settings=settings) if stored else None
 
 
 def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) -> None:

@@ -30,6 +30,7 @@ class DatasetSettings:
     on_bad_document: str = "fail"
     max_tokens: int = 0
     keep_val_duplicates: bool = False
+    val_choice: str = "first"
 
     def to_json(self) -> dict[str, object]:
         return _without_defaults(self)
@@ -45,6 +46,11 @@ class DatasetSpec:
     config: str
     val_shards: int
     tokenizer: TokenizerIdentity
+
+    def val_shards_of(self, planned: list[str]) -> list[str]:
+        """The val shards of a first version: the first of the planned shards, or every k-th of them."""
+        every = max(len(planned) // self.val_shards, 1) if self.settings.val_choice == "spread" else 1
+        return planned[::every][: self.val_shards]
 
     @property
     def binding(self) -> dict[str, object]:

@@ -27,14 +27,14 @@ class Split:
 def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) -> Manifest:
     """Write the manifest of these shards and settings, and point `latest` at it. If neither changed, return the parent.
 
-    The first seal pins the first `val_shards` shards as val for good. `empty` lists the shards without documents.
+    The first seal pins the val shards for good. `empty` lists the shards without documents.
     Raises ObjectMissing if a shard is not done, DatasetMismatch if the name is bound to other settings. Raises
     SourceInvalid for a split without documents, Conflict if another builder sealed another version first.
     """
     pinned = check_binding(store, spec)
     pointer = read_pointer(store, spec.name)
     parent = latest_manifest(store, spec.name)
-    val = planned[: spec.val_shards] if pinned is None else pinned
+    val = spec.val_shards_of(planned) if pinned is None else pinned
     rows = _finished_rows(store, spec.name, planned, val, parent)
     totals: dict[str, dict[str, int]] = {}
     for split in ("train", "val"):

@@ -31,10 +31,18 @@ class FileChanges(BaseModel, frozen=True):
     removed: list[str]
 
 
+class ConfigChanges(BaseModel, frozen=True):
+    """Names of configurations of a Hub dataset, where a pattern chose them."""
+
+    added: list[str]
+    removed: list[str]
+
+
 class Difference(BaseModel, frozen=True):
     """What a version adds to an older version and removes, and the settings that differ: gpt2 dataset diff --json."""
 
     files: FileChanges
+    configs: ConfigChanges
     shards: Change
     documents: Change
     tokens: Change
@@ -104,6 +112,7 @@ def difference(old: Manifest, new: Manifest) -> Difference:
     old_rows, new_rows = old.rows_by_id, new.rows_by_id
     added = [row for shard_id, row in new_rows.items() if old_rows.get(shard_id) != row]
     removed = [row for shard_id, row in old_rows.items() if new_rows.get(shard_id) != row]
+    old_configs, new_configs = (set(version.origin.get("configs", "").split(", ")) - {""} for version in (old, new))
     settings = (field.name for field in fields(DatasetSettings))
     return Difference(
         files=FileChanges(
@@ -111,6 +120,7 @@ def difference(old: Manifest, new: Manifest) -> Difference:
             changed=sorted(name for name, digest in new.files.items() if old.files.get(name, digest) != digest),
             removed=sorted(old.files.keys() - new.files.keys()),
         ),
+        configs=ConfigChanges(added=sorted(new_configs - old_configs), removed=sorted(old_configs - new_configs)),
         shards=Change(added=len(added), removed=len(removed)),
         documents=Change(added=sum(row.documents for row in added), removed=sum(row.documents for row in removed)),
         tokens=Change(added=sum(row.tokens for row in added), removed=sum(row.tokens for row in removed)),

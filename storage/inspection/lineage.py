@@ -11,7 +11,7 @@ from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
 from storage.errors import StorageError
 from storage.sources import documents, hub
-from storage.sources.files import SourceFile
+from storage.sources.files import SourceFile, folder_columns
 from storage.sources.mirror import locate
 from storage.sources.rows import ID, URL, Row
 from storage.stores.store import Store
@@ -60,7 +60,9 @@ def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     if "commit" not in origin:
         return {}
     return {
-        digest: SourceFile(name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name))
+        digest: SourceFile(
+            name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name), folder_columns(name)
+        )
         for name, size_bytes, digest in zip(files["name"], files["size_bytes"], files["digest"], strict=True)
     }
 
@@ -82,6 +84,8 @@ def trace(
             traced = Traced(row.shard_id, number, record.source, None, None, None, reason, part)
             if source_row:
                 traced = traced._replace(row=source_row.number, id=source_row.id, url=source_row.url)
+                if source_row.packed_file is not None:
+                    traced = traced._replace(source=source_row.packed_file, row=source_row.packed_row)
             yield index, traced
 
 

@@ -7,7 +7,7 @@ from storage.errors import SourceInvalid
 from storage.sources import jsonl, parquet
 from storage.sources.files import SourceFile
 from storage.sources.filters import LENGTH, Filter, keeps_row, parse
-from storage.sources.rows import DUMP, ID, URL, Row, RowTokens
+from storage.sources.rows import DUMP, ID, PACKED_FILE, PACKED_ROW, URL, Row, RowTokens
 
 
 class Reader(Protocol):
@@ -26,7 +26,7 @@ class Reader(Protocol):
         """
 
 
-READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the suffixes are `selection.SUFFIXES`
+READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the formats are `selection.READ_BY_ROWS`
 
 
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
@@ -34,7 +34,8 @@ def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, str
 
     Raises SourceInvalid for an invalid file or column; if `strict`, also for a bad row or (without filters) null text.
     """
-    by_column = [condition for condition in map(parse, filters) if condition.column != LENGTH]
+    known = {LENGTH, *file.columns}  # `mirror.list_source` has left out the files whose folders do not pass
+    by_column = [condition for condition in map(parse, filters) if condition.column not in known]
     return _reader(file).count_tokens(file, text_column, by_column, strict=strict)
 
 
@@ -54,7 +55,7 @@ def documents(
     `start_byte` is where a JSON lines file's `row_from` starts, if known. Raises SourceInvalid, also for missing rows.
     """
     conditions = [parse(text) for text in filters]
-    others = [*names, *(condition.column for condition in conditions)]
+    others = [*names, PACKED_FILE, PACKED_ROW, *(condition.column for condition in conditions)]
     number = row_from - 1
     items = _reader(file).read_rows(file, text_column, others, row_from, row_to, start_byte)
     for number, item in enumerate(items, row_from):
@@ -62,11 +63,17 @@ def documents(
         length = len(text) if isinstance(text, str) else None
         if number in skip_rows:
             continue
-        if isinstance(text, ValueError) or keeps_row(conditions, item | {LENGTH: length}, file.place, number):
-            yield Row(number, text, item.get(DUMP), item.get(ID), item.get(URL))
+        columns = item | file.columns | {LENGTH: length}
+        if isinstance(text, ValueError) or keeps_row(conditions, columns, file.shown_place, number):
+            yield Row(number, text, *(columns.get(name) for name in (DUMP, ID, URL, PACKED_FILE, PACKED_ROW)))
     if number + 1 != row_to:
-        raise SourceInvalid(f"{file.place}: the plan has {row_to:,} rows, found {number + 1:,}. Run the command again.")
+        problem = f"the plan has {row_to:,} rows, found {number + 1:,}"
+        raise SourceInvalid(f"{file.shown_place}: {problem}. Run the command again.")
 
 
 def _reader(file: SourceFile) -> Reader:
-    return next(reader for suffix, reader in READERS.items() if file.place.lower().endswith(suffix))
+    if file.is_converted:
+        return jsonl if file.holds_lines else parquet
+    if not file.is_read_by_rows:
+        raise SourceInvalid(f"{file.place}: not yet converted to parquet in the store. Run gpt2 dataset build.")
+    return READERS[file.suffix.format]

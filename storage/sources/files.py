@@ -3,16 +3,19 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
+from urllib.parse import unquote
 
 from storage import keys
 from storage.errors import SourceInvalid
-from storage.sources.selection import HIDDEN, SUFFIXES, leads_to_match, listed, reason_to_ignore, select
+from storage.sources import selection
+from storage.sources.selection import HIDDEN, SUFFIXES, Suffix, leads_to_match, listed, reason_to_ignore, select
 from storage.stores.opening import is_in_bucket, open_bucket
 
 WILDCARD = re.compile(r"[*?\[]")
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -21,22 +24,50 @@ class SourceFile:
     """One file of a dataset as published: name, size, digest, and the place where it can be read.
 
     A place is a path on this host, `s3://bucket/key`, or `hf://datasets/{id}@{commit}/{path}`. The digest is of the
-    content: a sha256, or git's id for a small file of the Hub.
+    content: a sha256, or git's id for a small file of the Hub. `columns` holds the values of Hive partition folders
+    (`lang=en/`). `members` holds the small files that are read as this one.
     """
 
     name: str
     size_bytes: int
     digest: str
     place: str
+    columns: dict[str, str] = field(default_factory=dict, compare=False)
+    members: tuple["SourceFile", ...] = field(default=(), compare=False)
+
+    @property
+    def suffix(self) -> Suffix:
+        return selection.suffix_of(self.name)
+
+    @property
+    def is_read_by_rows(self) -> bool:
+        """Whether any rows can be read without the rows before them. Another file is converted to parquet first."""
+        return self.suffix.format in selection.READ_BY_ROWS and not self.suffix.compression and not self.members
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the place is a file of the store that this one was converted to."""
+        return f"/{keys.CONVERTED}{self.digest}" in self.place
+
+    @property
+    def holds_lines(self) -> bool:
+        """Whether it is a converted file whose rows are lines of JSON."""
+        return self.is_converted and self.suffix.format in selection.JSON
+
+    @property
+    def shown_place(self) -> str:
+        """The place to name in an error: of a converted file, the name of its source."""
+        return self.name if self.is_converted else self.place
 
     @property
     def stem(self) -> str:
         """The name without folder and suffix, in the characters that a key may have."""
-        return keys.as_name(PurePosixPath(self.name).stem)[:120] or "source"
+        name = PurePosixPath(self.name).name
+        return keys.as_name(name[: -len("".join(self.suffix)) or None])[:120] or "source"
 
     @property
     def key(self) -> str:
-        return keys.source(self.digest, self.stem + PurePosixPath(self.name).suffix.lower())
+        return keys.source(self.digest, self.stem + "".join(self.suffix))
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,12 @@ class Listing:
     files: tuple[SourceFile, ...]
     origin: dict[str, str]
     ignored: tuple[str, ...] = ()
+
+
+def folder_columns(place: str) -> dict[str, str]:
+    """The columns that Hive partition folders give to the files below them: `lang=en/` gives lang the value "en"."""
+    pairs = (part.partition("=") for part in PurePosixPath(place).parent.parts)
+    return {unquote(name): unquote(value) for name, _, value in pairs if value not in ("", HIVE_NULL)}
 
 
 def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
@@ -93,8 +130,9 @@ def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tu
     if not places:
         others = f", only {'; '.join(listed(ignored))}" if ignored else ""
         raise ValueError(
-            f"{setting} = {source!r}: no such file or folder, or no {' or '.join(SUFFIXES)} file there{others}. Give a "
-            f"path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a Hub dataset as owner/name."
+            f"{setting} = {source!r}: no such file or folder, or no readable file there{others}. Give "
+            f"{selection.READABLE}, as a path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a "
+            f"Hub dataset as owner/name."
         )
     return places, listed(ignored)
 

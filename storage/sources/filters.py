@@ -1,18 +1,23 @@
 """Filters: conditions on columns that decide which rows of a source file count: `int_score >= 4`, `dump in ["x"]`.
 
+A column may be inside another (`meta.score`), and a name with other characters is quoted (`"my score" >= 3`). Text is
+compared with a number by the number that it holds, a date or time with text in ISO format: `day >= "2024-03-01"`.
 `length` is the document's number of characters, which a plan ignores, since planning a parquet file reads no text.
 """
 
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime, time
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from storage.errors import SourceInvalid
 
 LENGTH = "length"
-CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>|not\s+in\b|in\b)\s*(.+)", re.DOTALL)
+NAME = re.compile(r"\w+(\.\w+)*")
+CONDITION = re.compile(r"\s*(\w+(?:\.\w+)*|\"[^\"]+\")\s*(<=|>=|==|!=|<|>|not\s+in\b|in\b)\s*(.+)", re.DOTALL)
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -34,7 +39,8 @@ class Filter(NamedTuple):
 
     def __str__(self) -> str:
         """The canonical form, as a recipe holds it."""
-        return f"{self.column} {self.comparison} {self.operand!r}"
+        column = self.column if NAME.fullmatch(self.column) else f'"{self.column}"'
+        return f"{column} {self.comparison} {self.operand!r}"
 
 
 def parse(text: str) -> Filter:
@@ -46,7 +52,7 @@ def parse(text: str) -> Filter:
     match = CONDITION.fullmatch(text)
     if match is None:
         raise unreadable
-    column, comparison = match[1], " ".join(match[2].split())
+    column, comparison = match[1].strip('"'), " ".join(match[2].split())
     try:
         operand = ast.literal_eval(match[3])
         if isinstance(operand, list | tuple | set) and comparison.endswith("in"):
@@ -65,14 +71,55 @@ def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: s
     for condition in filters:
         value = columns.get(condition.column)
         try:
-            if value is None or not COMPARISONS[condition.comparison](value, condition.operand):
+            if value is None or not _compare(value, condition):
                 return False
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise SourceInvalid(
                 f"{place}: row {row:,}: data.filters: {condition} compares values of different types: column "
                 f"{condition.column!r} holds {type(value).__name__} {str(value)[:40]!r}. Use a value of that type."
             ) from error
     return True
+
+
+def _compare(value: object, condition: Filter) -> bool:
+    """Raises TypeError, ValueError."""
+    operand = condition.operand
+    operands = operand if isinstance(operand, list) else [operand]
+    if isinstance(value, date):
+        moments = [_moment(item) for item in operands]
+        value, operand = _moment(value), moments if isinstance(operand, list) else moments[0]
+    elif isinstance(value, str) and operands and not any(isinstance(item, str) for item in operands):
+        if not value:  # an empty cell of CSV
+            return False
+        value = float(value)
+    return COMPARISONS[condition.comparison](value, operand)
+
+
+def _moment(value: date | str) -> datetime:
+    """A date or time, or its text in ISO format, as a time in UTC. Without a time zone it is UTC."""
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        value = datetime.combine(value, time())
+    return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def value_at(columns: Mapping[str, Any], path: str) -> Any:
+    """The value of a column, or of a field inside one: `meta.score`; None below null. Raises KeyError."""
+    outer, _, inner = path.partition(".")
+    if path in columns or not inner:
+        return columns[path]
+    value = columns[outer]
+    if not isinstance(value, Mapping | None):
+        raise KeyError(path)
+    return None if value is None else value_at(value, inner)
+
+
+def nested_names(columns: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the fields inside columns, as `value_at` takes them."""
+    for name, value in columns.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in (*value, *nested_names(value)))
 
 
 def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> None:
@@ -81,5 +128,12 @@ def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> No
         if condition.column not in (LENGTH, *names):
             raise SourceInvalid(
                 f"{place}: data.filters ({condition}) needs column {condition.column!r}, found "
-                f"{', '.join(names) or 'no columns'}. Filter on one of these, or on 'length'."
+                f"{columns_like(condition.column, names)}. Filter on one of these, or on 'length'."
             )
+
+
+def columns_like(name: str, names: Sequence[str], likely: Sequence[str] = ()) -> str:
+    """The names of a file's columns, for an error: all, then those that may be meant instead of `name`."""
+    similar = get_close_matches(name, names, cutoff=0.5) or [other for other in names if other in likely]
+    meant = f" (perhaps {' or '.join(map(repr, similar))})" if similar else ""
+    return (", ".join(names) or "no columns") + meant

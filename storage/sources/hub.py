@@ -11,6 +11,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
 
@@ -19,13 +21,15 @@ from huggingface_hub import DatasetInfo, HfApi, RepoFile, constants, errors, get
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
 
 from storage.errors import SourceInvalid, SourceUnavailable
-from storage.sources.files import Listing, SourceFile
-from storage.sources.selection import SUFFIXES, listed, reason_to_ignore
+from storage.sources.files import WILDCARD, Listing, SourceFile
+from storage.sources.selection import READABLE, SUFFIXES, listed, reason_to_ignore
 from storage.stores.opening import CREDENTIALS
 from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
 
 SCHEME = "hf://datasets/"
 PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
+NEWEST = "newest:"
+DATE = re.compile(r"(19|20)\d\d-\d\d")  # year and week in the name of a crawl's configuration: CC-MAIN-2025-05
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_RETRY_AFTER_SECONDS = 330.0  # the Hub limits requests per 5 minutes and sends the rest of that time
 READ_SECONDS = 30.0  # without a byte
@@ -57,7 +61,37 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
 
 
 def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
-    """The files of a split at a commit, in `load_dataset` order; others beside them are ignored. Raises ValueError."""
+    """The files of a split at a commit, in `load_dataset` order; others beside them are ignored. Raises ValueError.
+
+    `config` may stand for several configurations: a glob, or `newest:N` for the last N that are named by a date.
+    """
+    if not (WILDCARD.search(config) or config.startswith(NEWEST)):
+        return _list_config(dataset, config, commit, split)
+    names = _choose_configs(dataset, config, commit)
+    listings = [_list_config(dataset, name, commit, split) for name in names]
+    files = {file.name: file for listing in listings for file in listing.files}
+    ignored = tuple(line for listing in listings for line in listing.ignored)
+    return Listing(tuple(files.values()), {"configs": ", ".join(names)}, ignored)
+
+
+def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
+    """The configurations that a glob or `newest:N` chooses, oldest first. Raises ValueError if there are none."""
+    what = f"data.config = {config!r} of {dataset} at {commit}"
+    names = _with_retries(what, lambda: _config_names(dataset, commit))
+    chosen = sorted(name for name in names if fnmatchcase(name, config))
+    if config.startswith(NEWEST):
+        count = config.removeprefix(NEWEST)
+        if not count.isdecimal() or int(count) == 0:
+            raise ValueError(f"{what}: write the number of configurations: newest:3")
+        dated = sorted((date[0], name) for name in names if (date := DATE.search(name)))
+        chosen = [name for _, name in dated[-int(count) :]]
+    if not chosen:
+        nearest = ", ".join(get_close_matches(config, names, 5, cutoff=0))
+        raise ValueError(f"{what}: none of its {len(names):,} configurations matches. The nearest are {nearest}.")
+    return chosen
+
+
+def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
     what = f"{dataset} ({config or 'default'}) at {commit}"
     data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
     if split not in data_files:
@@ -67,7 +101,7 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
     for name in names:
         if not name.lower().endswith(SUFFIXES):
             raise ValueError(
-                f"{what}: {name!r} is not a {' or '.join(SUFFIXES)} file. Choose another dataset, data.config, or the "
+                f"{what}: {name!r} is not {READABLE}. Choose another dataset, data.config, or the "
                 f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"
             )
     entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
@@ -192,12 +226,27 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".:")
 
 
+def _config_names(dataset: str, commit: str) -> list[str]:
+    from datasets import get_dataset_config_names  # takes 1.5 s to import
+
+    with _refused(dataset, "", commit):
+        return list(get_dataset_config_names(dataset, revision=commit))
+
+
 def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
-    from datasets import load_dataset_builder  # takes 1.5 s to import
+    from datasets import load_dataset_builder
+
+    with _refused(dataset, config, commit):
+        return dict(load_dataset_builder(dataset, config or None, revision=commit).config.data_files)
+
+
+@contextmanager
+def _refused(dataset: str, config: str, commit: str) -> Iterator[None]:
+    """Raise the errors of `datasets` for the name of a dataset or a configuration as ValueError."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     try:
-        builder = load_dataset_builder(dataset, config or None, revision=commit)
+        yield
     except (DatasetNotFoundError, DataFilesNotFoundError, ValueError, RuntimeError) as error:
         # ValueError: no such configuration; RuntimeError: the repository holds a loading script
         name = f"data.config = {config!r} of {dataset}" if config else dataset
@@ -205,7 +254,6 @@ def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
             f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), "
             f"or choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
         ) from error
-    return dict(builder.config.data_files)
 
 
 def _entries(dataset: str, commit: str, names: list[str]) -> dict[str, RepoFile]:

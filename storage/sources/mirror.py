@@ -1,38 +1,67 @@
-"""Copies of Hub files in the store, each downloaded once and stored under its published digest, which it must match.
+"""Source files as a build reads them: listed, and copied or converted into the store where that is needed.
 
+A Hub file is downloaded once and stored under its published digest, which it must match, or as parquet (`conversion`).
 A download goes to a folder on this host first. After a kill it stays there, and the next download resumes it.
 """
 
 import fcntl
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
+from typing import BinaryIO
 
 from storage import keys
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists, ObjectMissing, SourceUnavailable, StoreUnusable
+from storage.errors import ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
-from storage.sources.files import Listing, SourceFile, find_files, is_on_hub, with_distinct_names, without_copies
-from storage.sources.reading import identify
-from storage.stores.store import Store, overwrite, read_as
+from storage.sources.conversion import convert, locate_converted, pack, put_named_by_content
+from storage.sources.files import (
+    Listing,
+    SourceFile,
+    find_files,
+    folder_columns,
+    is_on_hub,
+    with_distinct_names,
+    without_copies,
+)
+from storage.sources.filters import keeps_row, parse
+from storage.sources.reading import REQUEST_BYTES, identify, open_source
+from storage.sources.selection import listed
+from storage.stores.store import FileBody, Store, overwrite, read_as
 
 HASHING_THREADS = 4
 FOLDER = Path.home() / ".cache" / "gpt2-pipeline" / "incoming"
 
 
 def list_source(
-    store: Store, source: str, config: str, revision: str, split: str, setting: str = "data.source"
-) -> tuple[Listing, str]:
+    store: Store, source: str, config: str, revision: str, split: str, setting: str = "data.source",
+    filters: Sequence[str] = (),
+) -> tuple[Listing, str]:  # fmt: skip
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
+    Leaves out files whose Hive partition folders do not pass the filters, and packs small files into larger parts.
     The store keeps the listing of a Hub dataset, to ask the Hub only for the commit, and for when it does not respond.
     Raises ValueError, which names the setting, if the source does not exist. Raises SourceInvalid for an unreadable
     file, SourceUnavailable if the Hub does not respond and no listing is stored.
     """
+    listing, outdated = _listed(store, source, config, revision, split, setting)
+    conditions = [parse(text) for text in filters]
+    files, ignored = list[SourceFile](), dict[str, str]()
+    for listed_file in listing.files:
+        file = replace(listed_file, columns=folder_columns(listed_file.place))
+        of_folders = [condition for condition in conditions if condition.column in file.columns]
+        if keeps_row(of_folders, file.columns, file.place, 0):
+            files.append(file)
+        else:
+            ignored[file.name] = f"its folders do not pass data.filters ({', '.join(map(str, of_folders))})"
+    return replace(listing, files=tuple(pack(files)), ignored=listing.ignored + listed(ignored)), outdated
+
+
+def _listed(store: Store, source: str, config: str, revision: str, split: str, setting: str) -> tuple[Listing, str]:
     if not is_on_hub(source):
         places, ignored = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -52,13 +81,16 @@ def list_source(
     if known and known.origin["commit"] == commit:
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
-    listing = replace(without_copies(hub.list_files(source, config, commit, split)), origin=origin)
+    listing = without_copies(hub.list_files(source, config, commit, split))
+    listing = replace(listing, origin=origin | listing.origin)
     overwrite(store, key, canonical_json(asdict(listing)))
     return listing, ""
 
 
 def locate(store: Store, file: SourceFile) -> SourceFile:
     """The file with its place changed to its copy in the store, if the store has one."""
+    if not file.is_read_by_rows:
+        return locate_converted(store, file)
     with suppress(ObjectMissing):
         if file.place.startswith(hub.SCHEME) and store.stat(file.key).size == file.size_bytes:
             path = store.local_path(file.key)
@@ -66,15 +98,24 @@ def locate(store: Store, file: SourceFile) -> SourceFile:
     return file
 
 
-def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None) -> SourceFile:
-    """Copy a Hub file into the store if missing; return it there. Raises StoreUnusable, and what `hub.fetch` raises."""
+def mirror(
+    store: Store, file: SourceFile, on_progress: Callable[[int], None] = lambda _: None, *, keep: bool = True
+) -> SourceFile:
+    """Convert the file into the store if rows need it, or copy it if it is on the Hub and `keep`; return it there.
+
+    Raises StoreUnusable, and what `hub.fetch` and `convert` raise.
+    """
     located = locate(store, file)
-    if located.place.startswith(hub.SCHEME):
+    if not (located.is_read_by_rows or located.is_converted) or (keep and located.place.startswith(hub.SCHEME)):
         try:
-            _download_and_put(store, file, on_progress)
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            if file.is_read_by_rows:
+                _download_and_put(store, file, on_progress)
+            else:
+                convert(store, file, partial(_opened, on_progress=on_progress), FOLDER)
         except OSError as error:
             raise StoreUnusable(
-                f"{file.place}: cannot download {file.size_bytes:,} bytes into {FOLDER}: {error.strerror}. Free some "
+                f"{file.place}: cannot write {file.size_bytes:,} bytes to {FOLDER}: {error.strerror}. Free some "
                 f"space there or change its permissions, then run the same command again to continue."
             ) from error
         located = locate(store, file)
@@ -83,16 +124,32 @@ def mirror(store: Store, file: SourceFile, on_progress: Callable[[int], None] = 
 
 
 def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int], None]) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    with _incoming(file) as body:
+        if locate(store, file) is not file:  # another builder on this host held the lock and made the copy
+            return
+        hub.fetch(file, body, on_progress)
+        put_named_by_content(store, file.key, FileBody(body))
+
+
+@contextmanager
+def _incoming(file: SourceFile) -> Iterator[BinaryIO]:
+    """What has been downloaded of a Hub file, locked against other builders on this host; deleted after the block."""
     path = FOLDER / file.digest
     with path.open("a+b") as body:
         fcntl.flock(body, fcntl.LOCK_EX)
-        if locate(store, file) is file:  # else another builder on this host held the lock and made the copy
-            hub.fetch(file, body, on_progress)
-            body.flush()
-            with suppress(ObjectMissing):
-                if store.stat(file.key).size != file.size_bytes:  # the key names the content: the object is damaged
-                    store.delete(file.key)
-            with suppress(AlreadyExists):  # a builder on another host stored it first
-                store.put_new(file.key, np.memmap(path, np.uint8, "r").data if file.size_bytes else b"")
+        yield body
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(file: SourceFile, on_progress: Callable[[int], None]) -> Iterator[BinaryIO]:
+    """The bytes of a file to convert, verified."""
+    if file.place.startswith(hub.SCHEME):
+        with _incoming(file) as body:
+            hub.fetch(file, body, on_progress)
+            body.seek(0)
+            yield body
+    else:
+        source = open_source(file)
+        with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, REQUEST_BYTES) as body:
+            yield body

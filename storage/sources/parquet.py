@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.errors import SourceInvalid
 from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row
 from storage.sources.reading import RangeFile, open_source
-from storage.sources.rows import COUNT_COLUMN, DUMP, EOT_TOKENS, ID, MOST_TOKENS, RowTokens, estimated_tokens
+from storage.sources.rows import COUNT_COLUMN, DUMP, EOT_TOKENS, ID, MOST_TOKENS, RowTokens, estimated_tokens, no_column
 
 ROWS_AT_ONCE = 250  # 1,000 at once take 30 MB more per worker and save no time
 PLAUSIBLE_ROWS = 1 << 24  # more rows, and less than a byte each, are a damaged footer; a plan takes 8 bytes a row
@@ -29,8 +30,9 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         counts = np.array(list(groups.values()), np.int64)
         if not groups:
             return RowTokens(np.array([], np.int64), None, False, counts)
-        check_columns(filters, parquet.schema_arrow.names, file.place)
-        others = {COUNT_COLUMN, DUMP, ID, *names} & {*parquet.schema_arrow.names}
+        kinds = _kinds(parquet.schema_arrow)
+        check_columns(filters, list(kinds), file.shown_place)
+        others = {COUNT_COLUMN, DUMP, ID, *names} & kinds.keys()
         _check_metadata(parquet, file, [*product(groups, [text_column]), *product(list(groups)[:1], others)])
         footer = parquet.metadata
         paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]  # nested columns have several
@@ -49,8 +51,8 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         kept = np.ones(sum(counts), bool)
         if filters:
             batches = parquet.iter_batches(ROWS_AT_ONCE, columns=names)
-            rows = enumerate(row for batch in batches for row in _as_rows(batch))
-            kept = np.array([keeps_row(filters, row, file.place, number) for number, row in rows], bool)
+            rows = enumerate(row for batch in batches for row in _as_rows(batch, names))
+            kept = np.array([keeps_row(filters, row, file.shown_place, number) for number, row in rows], bool)
         if not len(tokens) == len(kept) == sum(counts):
             raise pa.ArrowInvalid("its columns have different numbers of rows")
     return RowTokens(tokens * kept, None, counted, np.cumsum(counts) - counts)
@@ -61,7 +63,7 @@ def read_rows(
 ) -> Iterator[dict[str, object]]:
     """Rows `row_from` to `row_to - 1`, fewer if the file ends. Raises SourceInvalid."""
     with _opened(file, text_column, others) as parquet:
-        names = sorted({text_column, *others} & set(parquet.schema_arrow.names))
+        names = sorted({text_column, *others} & _kinds(parquet.schema_arrow).keys())
         starts = np.cumsum([0, *_row_counts(parquet)])
         groups = [group for group in range(len(starts) - 1) if starts[group] < row_to and starts[group + 1] > row_from]
         first = int(starts[groups[0]]) if groups else 0
@@ -70,7 +72,7 @@ def read_rows(
         for batch in batches:
             start, stop = max(row_from - first, 0), min(row_to - first, batch.num_rows)
             if start < stop:
-                yield from _as_rows(batch.slice(start, stop - start), text_column)
+                yield from _as_rows(batch.slice(start, stop - start), names, text_column)
             first += batch.num_rows
             if first >= row_to:
                 return
@@ -86,12 +88,12 @@ def _opened(file: SourceFile, text_column: str, others: list[str]) -> Iterator[p
             if rows > max(PLAUSIBLE_ROWS, file.size_bytes):
                 raise pa.ArrowInvalid(f"its footer claims {rows:,} rows in {file.size_bytes:,} bytes")
             if rows:
-                _check_schema(parquet.schema_arrow, file.place, text_column, others)
+                _check_schema(parquet.schema_arrow, file, text_column, others)
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: the name of a column
         reason = str(error).partition("\n")[0].rstrip(". ")
         raise SourceInvalid(
-            f"{file.place}: cannot be read as parquet: {reason}. Check the file's permissions, and whether it is "
+            f"{file.shown_place}: cannot be read as parquet: {reason}. Check the file's permissions, and whether it is "
             f"encrypted; if it is damaged, download it again or remove it from data.source."
         ) from error
 
@@ -100,17 +102,28 @@ def _row_counts(parquet: pq.ParquetFile) -> list[int]:
     return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
 
-def _check_schema(schema: pa.Schema, place: str, text_column: str, others: list[str]) -> None:
+def _check_schema(schema: pa.Schema, file: SourceFile, text_column: str, others: list[str]) -> None:
     """Raise SourceInvalid if the text column is missing or of another type, or one of the columns exists twice."""
     for name in (text_column, *others):
         if (count := schema.names.count(name)) > 1:
-            raise SourceInvalid(f"{place}: {count} columns are named {name!r}. Rename all but one of them.")
-    kind = schema.field(text_column).type if text_column in schema.names else None
-    if kind is None or _storage(kind) not in (*TEXT, *BYTES, pa.null()):
-        raise SourceInvalid(
-            f"{place}: column {text_column!r} should hold strings, found {kind or 'no such column'}; the file has "
-            f"{', '.join(schema.names) or 'no columns'}. Set the column with the text: --set data.text_column=…"
-        )
+            raise SourceInvalid(f"{file.shown_place}: {count} columns are named {name!r}. Rename all but one of them.")
+    kinds = _kinds(schema)
+    if text_column not in kinds:
+        raise SourceInvalid(no_column(file, text_column, list(kinds)))
+    if _storage(kinds[text_column]) not in (*TEXT, *BYTES, pa.null()):
+        raise SourceInvalid(no_column(file, text_column, list(kinds), kinds[text_column]))
+
+
+def _kinds(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """The type of each column, and of each field inside one, by its path: `meta.score`."""
+    kinds: dict[str, pa.DataType] = {}
+    fields = [(field.name, field.type) for field in schema]
+    while fields:
+        name, kind = fields.pop(0)
+        kinds.setdefault(name, kind)
+        if pa.types.is_struct(kind):
+            fields += [(f"{name}.{field.name}", field.type) for field in kind]
+    return kinds
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:
@@ -155,10 +168,16 @@ def _counted(parquet: pq.ParquetFile) -> np.ndarray | None:
     return np.clip(counts, 0, MOST_TOKENS) + EOT_TOKENS
 
 
-def _as_rows(batch: pa.RecordBatch, text_column: str = "") -> Iterator[dict[str, object]]:
-    names = batch.schema.names
-    columns = [_values(column, name == text_column) for name, column in zip(names, batch.columns, strict=True)]
+def _as_rows(batch: pa.RecordBatch, names: list[str], text_column: str = "") -> Iterator[dict[str, object]]:
+    columns = [_values(_column(batch, name), name == text_column) for name in names]
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _column(batch: pa.RecordBatch, path: str) -> pa.Array:
+    if path in batch.schema.names:
+        return batch.column(path)
+    outer, *inner = path.split(".")
+    return pc.struct_field(batch.column(outer), inner)
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:

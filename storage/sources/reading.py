@@ -55,7 +55,7 @@ def open_source(file: SourceFile) -> Path | RangeFile:
     if file.place.startswith(hub.SCHEME):
         return RangeFile(file.size_bytes, partial(hub.read_range, file.place))
     in_bucket = is_in_bucket(file.place)
-    is_copy = file.place.endswith(file.key)
+    is_copy = file.is_converted or file.place.endswith(file.key)
     # Rehashing is skipped for copies in a bucket, and for small Hub files, whose git id is not a sha256.
     is_trusted = is_copy and (in_bucket or hub.COMMIT.fullmatch(file.digest))
     if not is_trusted and (sha256 := identify(file.place).digest) != file.digest:

@@ -1,14 +1,20 @@
 """Rows of a source file, whatever its format: what a plan counts, what a shard reads, and why a row is refused."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from storage.errors import SourceInvalid
 from storage.sources.files import SourceFile
+from storage.sources.filters import columns_like
 
 COUNT_COLUMN = "token_count"  # the column with the gpt2 tokens of each document, where a dataset has one
+DOCUMENT_BYTES = 1 << 28  # 256 MiB: a file without line feeds must not fill the memory
+LINE = "json"  # the only column of a file of JSON that was converted to parquet
+PACKED_FILE, PACKED_ROW = "packed_file", "packed_row"  # the name of a small file and the row in it, of many in one
 DUMP, ID, URL = "dump", "id", "url"  # columns with a document's crawl, its name, and where it was published
+TEXT_COLUMNS = ("text", "content", "raw_content", "body", "article", "document")  # names that corpora use
 BYTES_PER_TOKEN = 4  # English web text has about 4.4; with 4, estimated shards stay just below their limit
 MOST_TOKENS = 1 << 31  # the largest token_count accepted; a larger value is bad data and would overflow sums
 EOT_TOKENS = 1  # each document costs one more token than its text
@@ -29,7 +35,8 @@ class RowTokens(NamedTuple):
 class Row(NamedTuple):
     """A row that passed the filters: its number in the file, its text, and the columns that name the document.
 
-    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised.
+    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised. A row of
+    many small files in one has the name of its file, and its number there.
     """
 
     number: int
@@ -37,6 +44,8 @@ class Row(NamedTuple):
     dump: Any
     id: Any
     url: Any = None
+    packed_file: Any = None
+    packed_row: Any = None
 
 
 def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:
@@ -47,10 +56,18 @@ def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:
 
 def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:
     """The error for a document that cannot be tokenised."""
-    name = f"row {row.number:,}" + ("" if row.id is None else f" (id {row.id})")
+    place, number = (file.shown_place, row.number) if row.packed_file is None else (row.packed_file, row.packed_row)
+    name = f"row {number:,}" + ("" if row.id is None else f" (id {row.id})")
     return SourceInvalid(
-        f"{file.place}: {name}: {reason}. Repair or delete that row, or skip such rows: --set data.on_bad_document=skip"
+        f"{place}: {name}: {reason}. Repair or delete that row, or skip such rows: --set data.on_bad_document=skip"
     )
+
+
+def no_column(file: SourceFile, text_column: str, names: Sequence[str], kind: object = "no such column") -> str:
+    """The error for a file whose text is in another column."""
+    found = f"{kind}; the file has {columns_like(text_column, names, TEXT_COLUMNS)}"
+    problem = f"column {text_column!r} should hold strings, found {found}"
+    return f"{file.shown_place}: {problem}. Set the column with the text: --set data.text_column=…"
 
 
 def no_text(row: Row, text_column: str) -> str:

@@ -6,13 +6,19 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from glob import escape
 from itertools import islice
+from typing import NamedTuple
 
 from storage.errors import printable
 
-SUFFIXES = (".parquet", ".jsonl")  # in any case; each has its reader in `documents.READERS`
+READ_BY_ROWS = (".parquet", ".jsonl")  # the formats with a reader in `documents.READERS`
+JSON, TEXT = (".jsonl", ".json"), (".txt", ".md")  # one document is a line or an element; a whole file
+FORMATS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv", *TEXT)
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = tuple(format + compression for format in FORMATS for compression in COMPRESSIONS)  # in any case
+READABLE = f"a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, plain or {', '.join(filter(None, COMPRESSIONS))}"
 HIDDEN = re.compile(r"[._].*|.*(~|_\$folder\$|\.(tmp|temp|part|partial|crdownload|download|incomplete|swp))", re.I)
 DOCUMENTATION = re.compile(
-    r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.(txt|html))?|dataset_infos?\.json|.*\.(md|rst|cff)"
+    r"(readme|licen[cs]e|notice|copying|changelog|citation)(\.(txt|html|md))?|(dataset_infos?|state)\.json|.*\.(rst|cff)"
     r"|.*\.(md5|sha\d+|crc)|(md5|sha\d+)sums?(\.txt)?",
     re.IGNORECASE,
 )
@@ -25,6 +31,21 @@ WORD = re.compile("[a-z]+")
 MOST_LISTED = 20
 
 
+class Suffix(NamedTuple):
+    """The lower-case parts of the end of a file's name: `.json` and `.gz`. Both are empty for another kind of file."""
+
+    format: str
+    compression: str
+
+
+def suffix_of(name: str) -> Suffix:
+    """How a file is written, by its name."""
+    lower = name.lower()
+    compression = next((ending for ending in COMPRESSIONS if ending and lower.endswith(ending)), "")
+    format = next((ending for ending in FORMATS if lower.endswith(ending + compression)), "")
+    return Suffix(format, compression) if format else Suffix("", "")
+
+
 def select(
     setting: str, source: str, root: str, pattern: list[str], names: Iterable[str]
 ) -> tuple[list[str], dict[str, str]]:
@@ -33,17 +54,21 @@ def select(
     A final "/" marks a folder that was not entered. Raises ValueError for other formats, sub-folders, several splits.
     """
     what, choose = f"{setting} = {source!r}", f"--set {setting}='{escape(root)}"
-    files, ignored, other_formats, inner = list[str](), dict[str, str](), list[str](), list[str]()
+    files, ignored, inner = list[str](), dict[str, str](), list[str]()
     for name in names:
         parts = name.split("/")
         if pattern and (reason := reason_to_ignore(parts)):
             ignored[name] = reason
         elif not pattern or matches(parts, pattern):
-            (files if name.lower().endswith(SUFFIXES) else other_formats).append(name)
+            files.append(name)
         elif _is_inside(parts, pattern):
             inner.append(name)
         else:
             ignored[name] = "not matched by the pattern"
+    unreadable = _unreadable(files)
+    files = [name for name in files if name not in unreadable]
+    notes = [name for name in unreadable if suffix_of(name).format == ".md"]
+    ignored |= {name: f"documentation: {unreadable.pop(name)}" for name in notes}
     suffix = _suffix([*files, *inner])
     *folders, last = pattern or [""]
     start = "**/" if last == "**" else last.rstrip("*")
@@ -56,21 +81,31 @@ def select(
             f"{what}: {inner[0]!r} is in a sub-folder, which is not read. Read sub-folders, too: {choose}{deeper}'. "
             f"Or {leave_out}."
         )
-    if other_formats:
+    if unreadable:
+        name, problem = next(iter(unreadable.items()))
         raise ValueError(
-            f"{what}: {other_formats[0]!r} is not a {' or '.join(SUFFIXES)} file ({len(other_formats):,} such files). "
-            f"Convert them, or {leave_out}."
+            f"{what}: {name!r} is {problem} ({len(unreadable):,} such files). Convert them, or {leave_out}."
         )
     splits: dict[str, list[str]] = {}
     shared = os.path.commonprefix(files).rfind("/") + 1 if len(files) > 1 else 0  # noqa: RUF071  # a key may begin with /
     for name in files:
-        if match := _split_word(name, shared):
+        words = name[: name.rfind("/") + 1] if suffix_of(name).format in TEXT else name  # a text is named by its title
+        if match := _split_word(words, shared):
             splits.setdefault(SPLIT_OF[match[0]], []).append(name)
     if len(splits) > 1:
         examples = ", ".join(f"{split} ({len(members):,}, {members[0]!r})" for split, members in splits.items())
         pattern_of_one = _split_pattern(splits.get("train") or next(iter(splits.values())), shared)
         raise ValueError(f"{what}: files of several splits: {examples}. Choose one: {choose}{pattern_of_one}'.")
     return files, ignored
+
+
+def _unreadable(names: list[str]) -> dict[str, str]:
+    """What the names are that cannot be read together with the others. Text is read only on its own."""
+    kinds = {name: suffix_of(name).format for name in names}
+    problems = {name: f"not {READABLE}" for name, kind in kinds.items() if not kind}
+    if any(kind and kind not in TEXT for kind in kinds.values()):
+        problems |= {name: "text beside files of rows" for name, kind in kinds.items() if kind in TEXT}
+    return problems
 
 
 def reason_to_ignore(parts: list[str]) -> str:
@@ -111,7 +146,7 @@ def listed(ignored: dict[str, str]) -> tuple[str, ...]:
 
 def _suffix(names: list[str]) -> str:
     """The suffix that all names have; empty if they differ."""
-    suffixes = {name[name.rfind(".") :] for name in names if name.lower().endswith(SUFFIXES)}
+    suffixes = {name[-length:] for name in names if (length := len("".join(suffix_of(name))))}
     return suffixes.pop() if len(suffixes) == 1 else ""
 
 

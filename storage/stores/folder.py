@@ -15,9 +15,9 @@ from stat import S_ISDIR
 from typing import BinaryIO
 
 from storage import keys
-from storage.digests import sha256
+from storage.digests import SLICE_BYTES, sha256
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
-from storage.stores.store import LIMIT_BYTES, Body, Object, Stat, Store, check_conditions, check_size
+from storage.stores.store import LIMIT_BYTES, Body, FileBody, Object, Stat, Store, check_conditions, check_size
 
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
 NO_LINKS = "Its file system may lack hard links (exFAT, some network drives): choose a folder on another disk."
@@ -68,7 +68,7 @@ class FolderStore(Store):
                     if not path.exists() or sha256(path.read_bytes()) != etag:
                         raise conflict
                     temporary.replace(path)
-        return sha256(body)
+        return body.sha256 if isinstance(body, FileBody) else sha256(body)
 
     def stat(self, key: str) -> Stat:
         with self._opened(key) as file:
@@ -132,7 +132,8 @@ class FolderStore(Store):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("xb") as file:
-                    file.write(body)
+                    for start in range(0, len(body), SLICE_BYTES):
+                        file.write(body[start : start + SLICE_BYTES])
                     file.flush()
                     os.fsync(file.fileno())
                 yield path, temporary

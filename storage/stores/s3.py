@@ -71,7 +71,8 @@ class S3Store(Store):
             if (self._endpoint, self._bucket) not in self.checked_buckets:
                 self._check_conditions()
         if len(body) <= WHOLE_BYTES:
-            send = partial(self._call, "put_object", key, Body=bytes(body), ChecksumSHA256=base64_sha256(body))
+            whole = bytes(body[:])
+            send = partial(self._call, "put_object", key, Body=whole, ChecksumSHA256=base64_sha256(whole))
             return self._swap_by(send, key, body, etag)
         with self._uploaded_parts(key, body) as parameters:
             send = partial(self._call, "complete_multipart_upload", key, **parameters)
@@ -155,7 +156,7 @@ class S3Store(Store):
         begun = self._request(f"begin upload of {key!r}", "create_multipart_upload", key, ChecksumAlgorithm="SHA256")
 
         def put(start: int) -> dict[str, Any]:
-            part = bytes(memoryview(body)[start : start + PART_BYTES])
+            part = bytes(body[start : start + PART_BYTES])
             identity = {"PartNumber": 1 + start // PART_BYTES, "ChecksumSHA256": base64_sha256(part)}
             action = f"write part {identity['PartNumber']} of {key!r}"
             response = self._request(action, "upload_part", key, UploadId=begun["UploadId"], Body=part, **identity)

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 
 from storage.stores.retries import Transient
 from storage.stores.s3_client import status
-from storage.stores.store import Body, check_size
+from storage.stores.store import check_size
 
 PIECE_BYTES = 1 << 20
 AT_ONCE_BYTES = 1 << 26  # pieces cost a copy: 6 ms for 20 MB, a sixth of the read
@@ -91,6 +91,6 @@ def stored_sha256(response: Any) -> str | None:
     return b64decode(value).hex()
 
 
-def base64_sha256(body: Body) -> str:
+def base64_sha256(body: bytes) -> str:
     """The sha256 in base64, the form of S3 headers."""
     return b64encode(hashlib.sha256(body).digest()).decode()

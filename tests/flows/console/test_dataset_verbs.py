@@ -165,7 +165,7 @@ def test_a_store_or_source_that_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, bui
     for path in (built.folder / "source").iterdir():
         path.unlink()
     outcome = built.verify("--deep", "5")
-    assert (outcome.code, "no .parquet or .jsonl file" in outcome.error) == (2, True)
+    assert (outcome.code, "no readable file there" in outcome.error) == (2, True)
     assert built.verify().code == 0  # the source is not needed for the rest
 
 

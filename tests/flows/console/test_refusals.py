@@ -60,7 +60,7 @@ def write_half(path: Path) -> None:
 
 
 BAD_SOURCES = {
-    "no such file": (lambda folder: folder, ["bad.parquet", "no .parquet or .jsonl file"]),
+    "no such file": (lambda folder: folder, ["bad.parquet", "no readable file there"]),
     "cut in half": (lambda folder: write_half(folder / "bad.parquet"), ["bad.parquet"]),
     "no text column": (
         lambda folder: pq.write_table(pa.table({"body": ["a"], "id": ["b"]}), folder / "bad.parquet"),
@@ -152,7 +152,7 @@ def prepare(folder: Path, what: str) -> None:
         ("pretrain", "nothing", ["train.start_from=nobody"], ["train.start_from", "nobody", "gpt2 import"]),
         ("pretrain", "a dataset", ["data.text_column=body"], ["text_column is", "data.dataset"]),
         ("pretrain", "nothing", ["data.source=none/*.jsonl"], ["data.source", "none/*.jsonl"]),
-        ("dataset build", "nothing", ["data.source=empty"], ["data.source", "no .parquet or .jsonl"]),
+        ("dataset build", "nothing", ["data.source=empty"], ["data.source", "no readable file there"]),
         ("dataset build", "nothing", ["evaluation.hellaswag=none.jsonl", "resources.audit=true"], ["none.jsonl"]),
         ("dataset audit", "a dataset", ["evaluation.hellaswag=none.jsonl"], ["evaluation.hellaswag", "none.jsonl"]),
         ("dataset audit", "nothing", [], ["no sealed version"]),

@@ -14,6 +14,8 @@ from storage.stores.store import Store
 from tests.crawl import Crawl, crawled
 from tests.storage.sealing import built, seal, source_file
 
+NO_CONFIGS: dict[str, list[str]] = {"added": [], "removed": []}
+
 
 def rows_of(manifest: Manifest) -> dict[str, ShardRow]:
     return {row.shard_id: row for row in manifest.rows()}
@@ -55,12 +57,12 @@ def test_a_difference_counts_files_shards_documents_and_tokens(refreshed: tuple[
     _, (first, second, third) = refreshed
     files = {"added": ["file_3.parquet"], "changed": ["file_1.parquet"], "removed": ["file_2.parquet"]}
     change = difference(first, second).model_dump()
-    assert change == counted(first, second) | {"files": files, "settings": []}
+    assert change == counted(first, second) | {"files": files, "configs": NO_CONFIGS, "settings": []}
     assert all(change["shards"].values())
     assert tokens(first) + change["tokens"]["added"] - change["tokens"]["removed"] == tokens(second)
     reverse = difference(second, third).model_dump()
     files = {"added": ["file_2.parquet"], "changed": ["file_1.parquet"], "removed": ["file_3.parquet"]}
-    assert reverse == counted(second, third) | {"files": files, "settings": []}
+    assert reverse == counted(second, third) | {"files": files, "configs": NO_CONFIGS, "settings": []}
     no_change = {"added": 0, "removed": 0}
     for same in (difference(second, second).model_dump(), difference(first, third).model_dump()):
         assert [same[name] for name in ("shards", "documents", "tokens")] == [no_change] * 3

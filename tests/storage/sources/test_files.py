@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from storage.errors import SourceInvalid
-from storage.sources import documents, files, reading
+from storage.sources import documents, files, reading, selection
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
+from tests.corpora import FORMATS
 from tests.making import write_parquet
 from tests.storage.source_files import TEXTS, rows, texts_of, write_jsonl, write_lines, write_table
 
@@ -44,7 +45,7 @@ def written_source(error: pytest.ExceptionInfo[ValueError]) -> str:
 @pytest.mark.parametrize("pattern", ["nothing.parquet", "*.parquet", "none/*.jsonl", "**/*.jsonl", "[", "", "a/b.c"])
 def test_a_source_that_names_no_file_is_refused(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"no such file.*no \.parquet or \.jsonl file") as error:
+    with pytest.raises(ValueError, match=r"no such file.*no readable file there") as error:
         files.find_files(pattern)
     assert repr(pattern) in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -61,19 +62,32 @@ def test_a_url_of_another_scheme_is_refused_without_its_secret(url: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["b.csv", "b.txt", "b.json", "b.jsonl.gz", "b.parquet.zst", "b.arrow", "b", "c.part.1", "readme.json.gz"]
+    ("name", "problem"),
+    [
+        ("b.txt", "text beside files of rows"),
+        ("b.TXT.gz", "text beside files of rows"),
+        ("b.jsonl.lz4", r"not a \.parquet, .*\.xz"),
+        ("b.tar.gz", "not a"),
+        ("b.gz", "not a"),
+        ("b", "not a"),
+        ("c.part.1", "not a"),
+        ("readme.json.lz4", "not a"),
+    ],
 )
-def test_a_file_of_another_format_is_an_error_unless_a_pattern_excludes_it(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_format_is_an_error_unless_a_pattern_excludes_it(
+    tmp_path: Path, name: str, problem: str
+) -> None:
     touch(tmp_path, "a.parquet", name)
     for pattern in ("", "*"):
-        with pytest.raises(ValueError, match=rf"'{name}' is not a \.parquet or \.jsonl file") as error:
+        with pytest.raises(ValueError, match=rf"'{name}' is {problem}") as error:
             files.find_files(f"{tmp_path}/{pattern}")
     assert files.find_files(written_source(error)) == (
         [f"{tmp_path}/a.parquet"],
         (f"{name}: not matched by the pattern",),
     )
-    with pytest.raises(ValueError, match=rf"{name}.*\.parquet or \.jsonl"):
-        files.find_files(f"{tmp_path}/{name}")
+    if "text" not in problem:
+        with pytest.raises(ValueError, match=rf"{name}.*\.parquet"):
+            files.find_files(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "**/*"])
@@ -132,10 +146,10 @@ def test_a_sub_folder_with_files_is_an_error_unless_a_pattern_decides(tmp_path: 
 @pytest.mark.parametrize(
     ("pattern", "names", "first", "second"),
     [
-        ("data*", ["data.csv", "data-1.parquet", "other.parquet"], ["data-1.parquet"], []),
+        ("data*", ["data.txt", "data-1.parquet", "other.parquet"], ["data-1.parquet"], []),
         ("data*", ["data/x.parquet", "data-1.parquet", "other.parquet"], ["data-1.parquet", "data/x.parquet"],
          ["data-1.parquet"]),
-        ("**", ["a/x.parquet", "b.csv", "y.parquet"], ["a/x.parquet", "y.parquet"], []),
+        ("**", ["a/x.parquet", "b.txt", "y.parquet"], ["a/x.parquet", "y.parquet"], []),
         ("*", ["a/x.parquet", "b.jsonl", "c.parquet"], ["a/x.parquet", "b.jsonl", "c.parquet"], []),
         ("e*/*", ["en/a.parquet", "en/b.txt", "fr/c.parquet"], ["en/a.parquet"], []),
     ],
@@ -362,7 +376,8 @@ def test_a_source_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_every_suffix_has_a_reader() -> None:
-    assert tuple(documents.READERS) == files.SUFFIXES
+    assert tuple(documents.READERS) == selection.READ_BY_ROWS
+    assert {kind for kind, _ in FORMATS.values()} == set(selection.FORMATS)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])

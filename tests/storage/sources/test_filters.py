@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple
         ("int_score >= 4", None, False),
         ("dump not in ['B']", None, False),
         ("good == True", True, True),
+        ("meta.score >= 4", 4, True),
+        ('"my score" >= 4', 4, True),
+        ("int_score >= 4", "4.5", True),
+        ("int_score >= 4", "10", True),
+        ("int_score in [4, 5]", "5", True),
+        ("int_score >= 4", "", False),
+        ("dump in []", "A", False),
+        ("day >= '2024-03-01'", date(2024, 3, 1), True),
+        ("day > '2024-03-01'", date(2024, 3, 1), False),
+        ("day < '2024-03-01T12:00'", datetime(2024, 3, 1, 11, 59), True),
+        ("day == '2024-03-01'", datetime(2024, 3, 1, 1, tzinfo=timezone(timedelta(hours=1))), True),
+        ("day in ['2024-03-01', '2024-03-02']", date(2024, 3, 2), True),
     ],
 )
 def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) -> None:
@@ -71,12 +84,15 @@ def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) ->
 
 def test_a_filter_has_one_canonical_spelling() -> None:
     assert str(parse(" dump  in ('B','A' , 'A')")) == str(parse("dump in ['A', 'B']")) == "dump in ['A', 'B']"
-    assert str(parse("x>=4")) == "x >= 4"
+    assert str(parse("x>=4")) == str(parse('"x" >= 4')) == "x >= 4"
+    assert str(parse("a.b >=4")) == "a.b >= 4"
+    assert str(parse(str(parse('"my score" >= 4')))) == '"my score" >= 4'
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "int_score", "int_score >=", ">= 4", "int_score => 4", "int_score >= four", "a.b == 1", "dump in 'A'",
+    ["", "int_score", "int_score >=", ">= 4", "int_score => 4", "int_score >= four", "a..b == 1", "a b == 1",
+     '"" == 1', '"a == 1', "dump in 'A'",
      "dump == ['A']", "int_score >= 4 and x", "x == open('/etc/passwd')", "x == None", "x == {}", "x in [[1]]"],
 )  # fmt: skip
 def test_text_that_is_not_a_filter_is_refused(text: str) -> None:

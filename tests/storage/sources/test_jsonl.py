@@ -12,7 +12,7 @@ from storage.datasets.plan import cut
 from storage.datasets.records import read_record
 from storage.errors import SourceInvalid
 from storage.inspection.lineage import source_rows
-from storage.sources import jsonl
+from storage.sources import rows as row_types
 from storage.stores.folder import FolderStore
 from tests.storage.sealing import jobs_of, rows_of
 from tests.storage.source_files import READS, TEXTS, Read, rows, texts_of, write_lines
@@ -166,7 +166,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     exact = json.dumps({"text": "b" * 987})
     path = write_lines(tmp_path / "a.jsonl", '{"text": "a"}', exact)
-    monkeypatch.setattr(jsonl, "LINE_BYTES", len(exact) + 1)  # with its line feed
+    monkeypatch.setattr(row_types, "DOCUMENT_BYTES", len(exact) + 1)  # with its line feed
     read(path)
     path = write_lines(tmp_path / "b.jsonl", '{"text": "a"}', exact + " " * 1_000)
     with pytest.raises(SourceInvalid, match=r"b\.jsonl: the line that starts at byte 14 is longer than 1,000 bytes"):

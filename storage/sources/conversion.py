@@ -1,0 +1,105 @@
+"""Files that cannot be read by rows, converted to parquet in the store once. Small ones are packed into larger parts.
+
+The record is written last. It is named by what decides the rows, and it names the parquet file by its sha256.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from storage import keys
+from storage.digests import canonical_json, digest
+from storage.errors import AlreadyExists, ObjectMissing
+from storage.sources.files import SourceFile
+from storage.sources.formats import Opened, write_parquet
+from storage.sources.selection import JSON, TEXT
+from storage.stores.store import Body, FileBody, Store, overwrite, read_as
+
+FORMAT = 1  # raise it when the same file would give other rows
+SMALL_BYTES, PACK_BYTES = 4_000_000, 64_000_000
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The record of a conversion: the parquet file's sha256 and size."""
+
+    digest: str
+    size_bytes: int
+
+    @property
+    def key(self) -> str:
+        return keys.converted(self.digest, ".parquet")
+
+
+def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
+    """The files, with neighbouring small files of JSON or of text as parts of about PACK_BYTES.
+
+    A file's own digest decides whether a part ends after it, so one more file changes at most two parts.
+    """
+
+    def kind(file: SourceFile) -> tuple[int, dict[str, str]]:
+        is_small = file.size_bytes < SMALL_BYTES and not file.is_read_by_rows
+        return is_small * ((file.suffix.format in JSON) + 2 * (file.suffix.format in TEXT)), file.columns
+
+    for (is_packed, _), group in groupby(files, kind):
+        part: list[SourceFile] = []
+        for file in group:
+            part.append(file)
+            if not is_packed or int(file.digest[:15], 16) / 16**15 < file.size_bytes / PACK_BYTES:
+                yield _as_one(part)
+                part = []
+        if part:
+            yield _as_one(part)
+
+
+def _as_one(part: list[SourceFile]) -> SourceFile:
+    if len(part) == 1:
+        return part[0]
+    return replace(
+        part[0],
+        name=f"{part[0].name}..{part[-1].name.rpartition('/')[2]}",
+        size_bytes=sum(file.size_bytes for file in part),
+        digest=digest([file.digest for file in part]),
+        members=tuple(part),
+    )
+
+
+def locate_converted(store: Store, file: SourceFile) -> SourceFile:
+    """The file with its place, digest and size changed to those of its parquet file, if the store has one."""
+    conversion = read_as(store, _record_key(file), Conversion)
+    with suppress(ObjectMissing):
+        if conversion and store.stat(conversion.key).size == conversion.size_bytes:
+            path = store.local_path(conversion.key)
+            place = f"{store.url.rstrip('/')}/{conversion.key}" if path is None else str(path)
+            return replace(file, place=place, digest=conversion.digest, size_bytes=conversion.size_bytes, members=())
+    return file
+
+
+def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> None:
+    """Write the file's rows as parquet, then the record. The output grows in `folder`, on this host.
+
+    `opened` opens the file, or each of its members. Raises as `write_parquet`, and OSError for a full disk.
+    """
+    with tempfile.TemporaryFile(dir=folder) as output:  # without a name: a killed process leaves nothing
+        write_parquet(file.members or (file,), opened, output)
+        body = FileBody(output)
+        conversion = Conversion(body.sha256, len(body))
+        put_named_by_content(store, conversion.key, body)
+    overwrite(store, _record_key(file), canonical_json(asdict(conversion)))
+
+
+def put_named_by_content(store: Store, key: str, body: Body) -> None:
+    """Put an object whose key names its content, so that one of another size is damaged and replaced."""
+    with suppress(ObjectMissing):
+        if store.stat(key).size != len(body):
+            store.delete(key)
+    with suppress(AlreadyExists):  # a builder on another host stored it first
+        store.put_new(key, body)
+
+
+def _record_key(file: SourceFile) -> str:
+    recipe = {"format": FORMAT, "source": file.digest, "suffix": "".join(file.suffix)}
+    return keys.converted(digest(recipe), ".json")

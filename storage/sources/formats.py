@@ -1,0 +1,224 @@
+"""Rewrites source files of any format as one parquet file: streamed, in bounded memory, by the readers of pyarrow.
+
+JSON stays as it is written, one line or one element of an array a row, so that no value changes its type and a bad line
+keeps its row. A text file is one row. CSV, TSV and Arrow keep their columns; the values of CSV stay text.
+"""
+
+import codecs
+import csv
+import io
+import json
+import lzma
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from isal import igzip
+from isal.igzip_lib import IsalError
+
+from storage.errors import SourceInvalid
+from storage.sources.files import SourceFile
+from storage.sources.rows import DOCUMENT_BYTES, LINE, PACKED_FILE, PACKED_ROW
+from storage.sources.selection import TEXT
+
+GROUP_BYTES = 1 << 22  # of a row group
+BLOCK_BYTES = 1 << 20  # to read at once
+CSV_BLOCK_BYTES = 1 << 22  # the same of CSV: pyarrow needs a whole row in one block
+WHITESPACE = list(b" \t\n\v\f\r")
+SEPARATORS, END_OF_ELEMENT = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
+ARROW_FILE = b"ARROW1"  # an Arrow file begins and ends with it; between them are a stream and a footer
+CODECS = {".zst": "zstd", ".bz2": "bz2"}
+Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
+Item = TypeVar("Item")
+
+
+def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO) -> None:
+    """Write the rows of the files in order. `opened` opens a file to read its bytes.
+
+    Several files are all JSON or all text; two more columns then hold the name of the file and the row in it.
+    Raises SourceInvalid for a damaged or cut file, and for a document of more than DOCUMENT_BYTES.
+    """
+    if files[0].suffix.format == ".parquet":
+        with _decompressed(files[0], opened) as body:
+            shutil.copyfileobj(body, output, BLOCK_BYTES)
+        return
+    writer = None
+    for group in _ahead(_row_groups(_batches(files, opened))):
+        if writer is None:
+            repeated = [name for name in group.schema.names if name not in (LINE, "text")]  # may be worth a dictionary
+            options = {"compression": "zstd", "compression_level": 1, "use_dictionary": repeated}
+            writer = pq.ParquetWriter(output, group.schema, **options)
+        writer.write_table(group, max(len(group) * GROUP_BYTES // max(group.nbytes, 1), 1))
+    assert writer is not None  # every file has a batch
+    writer.close()
+
+
+def _batches(files: Sequence[SourceFile], opened: Opened) -> Iterator[pa.RecordBatch]:
+    """The rows of the files; at least one batch, perhaps empty, for the names of the columns."""
+    for file in files:
+        row = 0
+        for batch in _batches_of(file, opened):
+            if len(files) == 1:
+                yield batch
+                continue
+            names, numbers = pa.array([file.name] * len(batch), pa.string()), pa.array(range(row, row + len(batch)))
+            yield batch.append_column(PACKED_FILE, names).append_column(PACKED_ROW, numbers.cast(pa.int64()))
+            row += len(batch)
+
+
+def _batches_of(file: SourceFile, opened: Opened) -> Iterator[pa.RecordBatch]:
+    kind = file.suffix.format
+    with _decompressed(file, opened) as body:
+        if kind in (".csv", ".tsv"):
+            delimiter = "\t" if kind == ".tsv" else ","
+            head = io.StringIO(body.peek(BLOCK_BYTES).decode("utf-8-sig", "replace"), newline="")
+            names = next(csv.reader(head, delimiter=delimiter), [])
+            try:
+                with pyarrow.csv.open_csv(
+                    body,
+                    pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+                    pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                    pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary())),
+                ) as reader:
+                    yield pa.RecordBatch.from_pylist([], reader.schema)
+                    yield from reader
+            except pa.ArrowInvalid as error:
+                if "straddling" in str(error):  # its advice, a larger block, is not for a user
+                    raise pa.ArrowInvalid(f"a row is longer than {CSV_BLOCK_BYTES:,} bytes") from error
+                raise
+        elif kind == ".arrow":
+            is_file = body.peek(len(ARROW_FILE)).startswith(ARROW_FILE)
+            body.read(8 if is_file else 0)
+            with pa.ipc.open_stream(body) as reader:
+                yield pa.RecordBatch.from_pylist([], reader.schema)
+                yield from reader
+            if is_file and not body.read().endswith(ARROW_FILE):
+                raise pa.ArrowInvalid("it is cut: its footer is missing")
+        elif kind in TEXT:
+            text = body.read(DOCUMENT_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+            _check_length(file, len(text), "its text")
+            yield pa.record_batch([pa.array([text], pa.large_binary())], ["text"])
+        else:
+            yield pa.record_batch([pa.array([], pa.large_binary())], [LINE])
+            if kind == ".json" and body.peek(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                arrays = _elements(file, body)
+            else:
+                arrays = map(_split, _blocks_of_lines(file, body))
+            yield from (pa.record_batch([array], [LINE]) for array in arrays)
+
+
+def _blocks_of_lines(file: SourceFile, body: BinaryIO) -> Iterator[bytes]:
+    """Blocks of whole lines."""
+    rest = body.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+    for block in iter(partial(body.read, BLOCK_BYTES), b""):
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = b""
+        rest += block[end:]
+        _check_length(file, len(rest), "a line")
+    if rest:
+        yield rest
+
+
+def _split(block: bytes) -> pa.Array:
+    """The lines of a block that are not blank, without copying them."""
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+    bounds = np.unique(np.concatenate([[0], ends, [len(block)]]))
+    buffers = [None, pa.py_buffer(bounds.astype(np.int64)), pa.py_buffer(block)]
+    lines = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(bounds) - 1, buffers)
+    is_blank = np.isin(np.frombuffer(block, np.uint8)[bounds[:-1]], WHITESPACE)
+    for line in np.flatnonzero(is_blank):
+        is_blank[line] = block[bounds[line] : bounds[line + 1]].isspace()
+    return lines.filter(pa.array(~is_blank)) if is_blank.any() else lines
+
+
+def _elements(file: SourceFile, body: BinaryIO) -> Iterator[pa.Array]:
+    """The elements of one array of JSON as they are written, in blocks. Bytes that are not UTF-8 stay as they are."""
+    reader, decoder = codecs.getreader("utf-8")(body, "surrogateescape"), json.JSONDecoder()
+    text, at, elements = reader.read(BLOCK_BYTES), 0, list[bytes]()
+    at = text.index("[") + 1
+    while True:
+        at = SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
+        try:
+            end = at if text[at : at + 1] == "]" else decoder.raw_decode(text, at)[1]
+            is_whole = END_OF_ELEMENT.match(text, end) is not None  # else a number may go on
+        except (ValueError, RecursionError):
+            is_whole = False
+        if is_whole and end > at:
+            elements.append(text[at:end].encode(errors="surrogateescape"))
+            at = end
+            continue
+        yield pa.array(elements, pa.large_binary())
+        elements = []
+        if is_whole:
+            break
+        more = reader.read(max(BLOCK_BYTES, len(text) - at))  # twice as much each time: a long element takes log time
+        _check_length(file, len(text) - at, "an element of the array, or what follows it,")
+        if not more:
+            raise pa.ArrowInvalid(f"it is not one array of JSON: it breaks off or is damaged at {text[at : at + 40]!r}")
+        text, at = text[at:] + more, 0
+    if rest := (text[at + 1 :] + reader.read()).strip():
+        raise pa.ArrowInvalid(f"it is not one array of JSON: {rest[:40]!r} follows the array")
+
+
+def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The batches as tables of about GROUP_BYTES."""
+    group, group_bytes = list[pa.RecordBatch](), 0
+    for batch in batches:
+        group.append(batch)
+        group_bytes += batch.nbytes
+        if group_bytes >= GROUP_BYTES:
+            yield pa.Table.from_batches(group)
+            group, group_bytes = [], 0
+    if group:
+        yield pa.Table.from_batches(group)
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items. A thread computes each while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = pool.submit(next, items, None)
+            yield item
+
+
+@contextmanager
+def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReader]:
+    """The file's content. Raises SourceInvalid for errors of reading it."""
+    suffix = "".join(file.suffix)
+    try:
+        with opened(file) as raw:
+            body: Any = raw
+            if file.suffix.compression == ".xz":
+                body = lzma.LZMAFile(raw)  # noqa: SIM115  # closed with the buffer
+            elif file.suffix.compression == ".gz":
+                body = igzip.IGzipFile(fileobj=raw)  # type: ignore[no-untyped-call]  # 2.6 times as fast as pyarrow's
+            elif codec := CODECS.get(file.suffix.compression):
+                body = pa.CompressedInputStream(raw, codec)
+            yield io.BufferedReader(body, BLOCK_BYTES)
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, IsalError, UnicodeDecodeError) as error:  # type: ignore[misc]
+        if isinstance(error, OSError) and error.errno:  # the disk's, not a decompressor's
+            raise
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise SourceInvalid(
+            f"{file.place}: cannot be read as {suffix}: {reason}. If the file is cut or damaged, download it again; "
+            f"else correct its suffix, or remove it from data.source."
+        ) from error
+
+
+def _check_length(file: SourceFile, size_bytes: int, what: str) -> None:
+    if size_bytes > DOCUMENT_BYTES:
+        raise SourceInvalid(
+            f"{file.place}: {what} is longer than {DOCUMENT_BYTES:,} bytes, the limit of a document. Split the file "
+            f"into documents, or remove it from data.source."
+        )
