@@ -16,18 +16,19 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.platform import automations
-from model.config import RunConfig
+from model.config import DataConfig, RunConfig
 from model.config_file import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POOLS = {"data": None, "train": 1}  # concurrent runs: one training run uses all GPUs and cores of its host
-DEMO = DEPLOY / "configs" / "demo.toml"  # fills the form of the deployment "demo"
+CONFIGS = DEPLOY / "configs"
 
 
 def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
     """Register everything on the server at PREFECT_API_URL. Yields one line per object.
 
-    `config` fills the deployments' forms. Failed runs are reported through `block`, such as "slack-webhook/team".
+    `config` fills the deployments' forms. Without a source of its own, the refresh follows the newest crawls of
+    FineWeb-Edu. Failed runs are reported through `block`, such as "slack-webhook/team".
     Unless `scheduled`, new schedules start paused. Raises ValueError for an unknown block or if `prefect deploy` fails.
     """
     with get_client(sync_client=True) as client:
@@ -55,7 +56,10 @@ def _deployments(client: SyncPrefectClient, config: RunConfig, *, scheduled: boo
     project = yaml.safe_load(text)
     for deployment in project["deployments"]:
         name = deployment["name"]
-        form = load_config(DEMO, [f"store_url={config.store_url}"]) if name == "demo" else config
+        form = config
+        if name == "demo" or (name == "dataset-refresh" and config.data == DataConfig()):
+            preset = "demo.toml" if name == "demo" else "fineweb-edu-newest.toml"
+            form = load_config(CONFIGS / preset, [f"store_url={config.store_url}"])
         deployment["parameters"] = {"config": form.model_dump(mode="json")}
         deployment["paused"] = paused.get(name, False)
         for schedule in deployment.get("schedules", []):

@@ -202,7 +202,7 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
             if file.suffix.compression == ".xz":
                 body = lzma.LZMAFile(raw)  # noqa: SIM115  # closed with the buffer
             elif file.suffix.compression == ".gz":
-                body = igzip.IGzipFile(fileobj=raw)  # type: ignore[no-untyped-call]  # 2.6 times as fast as pyarrow's
+                body = igzip.IGzipFile(fileobj=raw, mode="rb")  # type: ignore[no-untyped-call]  # 2.6 times as fast as pyarrow's
             elif codec := CODECS.get(file.suffix.compression):
                 body = pa.CompressedInputStream(raw, codec)
             yield io.BufferedReader(body, BLOCK_BYTES)

@@ -111,6 +111,28 @@ def test_a_refresh_of_an_unchanged_dataset_is_one_request(config: RunConfig, hub
     ]
 
 
+def test_a_refresh_fetches_only_the_crawl_that_is_new(tmp_path: Path, hub: Hub) -> None:
+    crawls = {f"CC-MAIN-2025-{week}": body_of(tmp_path, number) for number, week in enumerate(("05", "08", "13"))}
+    repository = hub.dataset("org/edu", {}, configs={name: {"train": f"data/{name}/*"} for name in crawls})
+
+    def publish(*names: str) -> None:
+        repository.card["configs"] = {name: {"train": f"data/{name}/*"} for name in names}
+        repository.commit({f"data/{name}/train.parquet": crawls[name] for name in names})
+
+    publish("CC-MAIN-2025-05", "CC-MAIN-2025-08")
+    config = tiny_config(str(tmp_path / "store"), "org/edu", "data.config=newest:2", "data.shard_tokens=600")
+    first = sealed(config)
+    hub.requests.clear()
+    assert sealed(config) == first
+    assert [request.path for request in hub.requests] == ["/api/datasets/org/edu/revision/main"]
+    publish(*crawls)
+    hub.requests.clear()
+    second = sealed(config)
+    assert {request.path.split("/")[-2] for request in hub.received("/stored/*")} == {"CC-MAIN-2025-13"}
+    assert second.origin["configs"] == "CC-MAIN-2025-08, CC-MAIN-2025-13"
+    assert shard_ids(first) - shard_ids(second)  # the train shards of the first crawl
+
+
 def test_a_repair_reads_the_commit_of_the_version(config: RunConfig, hub: Hub, files: dict[str, bytes]) -> None:
     """The file of the damaged shard has been deleted from the Hub's main since."""
     before = sealed(config)

@@ -69,6 +69,8 @@ def test_everything_exists_and_a_second_call_changes_nothing(api: str) -> None:
     assert (
         before["automations"][automations.mark_orphaned().name][2]["within"] <= 300
     )  # the next run starts within 6 minutes
+    assert deployment(api, "dataset-refresh")["parameters"]["config"]["data"]["config"] == "newest:3"
+    assert deployment(api, "pretrain")["parameters"]["config"]["data"]["config"] == "sample-10BT"
     assert not any("created" in line or "updated" in line for line in bootstrap(CONFIG, scheduled=False))
     assert everything(api) == before
 
@@ -191,7 +193,8 @@ def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str
     for _ in range(2):
         call_api(api, path, {"active": True}, "PATCH")
         runs = poll(scheduled, 120)
-        assert RunConfig.model_validate(runs[0]["parameters"]["config"]) == CONFIG
+        parameters = RunConfig.model_validate(runs[0]["parameters"]["config"])
+        assert parameters.model_dump(mode="json") == refresh["parameters"]["config"]
         call_api(api, path, {"active": False}, "PATCH")
         poll(lambda: not scheduled())
 
