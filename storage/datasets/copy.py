@@ -1,6 +1,6 @@
 """Copies every version of a dataset to another store, each object before the object that names it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -11,13 +11,13 @@ from storage.datasets.shards import put_shard, read_shard
 from storage.datasets.versions import history, update_latest
 from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Body, ReadableStore, Store, read_json
 
 SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
 
 def copy_dataset(
-    source: Store, target: Store, dataset: str, on_progress: Callable[[int, int], None] = lambda *_: None
+    source: ReadableStore, target: Store, dataset: str, on_progress: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[Manifest, int, int]:
     """Copy what the target store lacks and verify each shard. Idempotent: a second call resumes.
 
@@ -26,7 +26,7 @@ def copy_dataset(
     DatasetMismatch for another dataset of that name in the target, and Conflict while gpt2 gc or a build changes it.
     """
     versions = list(history(source, dataset))
-    _check_target(source, target, dataset, versions)
+    check_target(source, target, dataset, versions)
     claim(target, dataset, "build")
     rows = {row.shard_id: row for version in versions for row in version.rows()}
     finished = finished_shards(target, dataset, list(rows), rows)
@@ -34,31 +34,13 @@ def copy_dataset(
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for _ in pool.map(lambda row: _copy_shard(source, target, dataset, row), missing):
             on_progress(1, len(missing))
-    _copy_versions(source, target, dataset, versions)
-    update_latest(target, dataset, versions[0], _check_target(source, target, dataset, versions))
+    for key, body in version_objects(source, dataset, versions):
+        _put(target, key, body)
+    update_latest(target, dataset, versions[0], check_target(source, target, dataset, versions))
     return versions[0], len(rows), len(missing)
 
 
-def _copy_shard(source: Store, target: Store, dataset: str, row: ShardRow) -> None:
-    body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
-    put_shard(target, dataset, row.shard_id, body, row.sha256)
-    _copy_object(source, target, DatasetKeys(dataset).record(row.shard_id))
-
-
-def _copy_versions(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> None:
-    """Copy the split, then each manifest, oldest first, with its empty shards and its leak report."""
-    dataset_keys = DatasetKeys(dataset)
-    _copy_object(source, target, dataset_keys.split)
-    for version in reversed(versions):
-        for shard_id in version.empty:
-            _copy_object(source, target, dataset_keys.shard(shard_id))
-            _copy_object(source, target, dataset_keys.record(shard_id))
-        _copy_object(source, target, dataset_keys.manifest(version.digest))
-        with suppress(ObjectMissing):  # not every version has a leak report
-            _copy_object(source, target, dataset_keys.leaks(version.digest))
-
-
-def _check_target(source: Store, target: Store, dataset: str, versions: list[Manifest]) -> str | None:
+def check_target(source: ReadableStore, target: ReadableStore, dataset: str, versions: list[Manifest]) -> str | None:
     """The digest in the target's `latest`, or None. Raises DatasetMismatch for a version or split not in the source."""
     dataset_keys = DatasetKeys(dataset)
     latest = read_pointer(target, dataset).manifest
@@ -66,12 +48,33 @@ def _check_target(source: Store, target: Store, dataset: str, versions: list[Man
     known = [version.digest for version in versions]
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
         raise DatasetMismatch(
-            f"dataset {dataset!r}: {target.url!r} holds another dataset of this name, or versions that {source.url!r} "
-            f"lacks (newest manifest: {latest or 'none'}). Copy to another store or prefix."
+            f"dataset {dataset!r}: {target.url!r} holds another dataset or a later version (newest manifest: "
+            f"{latest or 'none'}), not manifest {known[0][:12]} of {source.url!r} or one before it. "
+            f"Choose another store, prefix or repository."
         )
     return latest
 
 
-def _copy_object(source: Store, target: Store, key: str) -> None:
-    with suppress(AlreadyExists):  # create-only, and `_check_target` has compared the datasets
-        target.put_new(key, source.read(key).body)
+def version_objects(source: ReadableStore, dataset: str, versions: list[Manifest]) -> Iterator[tuple[str, Body]]:
+    """Key and body of the split, then, oldest first, of each manifest after its empty shards, and its leak report."""
+    dataset_keys = DatasetKeys(dataset)
+    yield dataset_keys.split, source.read(dataset_keys.split).body
+    for version in reversed(versions):
+        for shard_id in version.empty:
+            for key in (dataset_keys.shard(shard_id), dataset_keys.record(shard_id)):
+                yield key, source.read(key).body
+        yield dataset_keys.manifest(version.digest), source.read(dataset_keys.manifest(version.digest)).body
+        with suppress(ObjectMissing):  # not every version has a leak report
+            yield dataset_keys.leaks(version.digest), source.read(dataset_keys.leaks(version.digest)).body
+
+
+def _copy_shard(source: ReadableStore, target: Store, dataset: str, row: ShardRow) -> None:
+    body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
+    put_shard(target, dataset, row.shard_id, body, row.sha256)
+    key = DatasetKeys(dataset).record(row.shard_id)
+    _put(target, key, source.read(key).body)
+
+
+def _put(target: Store, key: str, body: Body) -> None:
+    with suppress(AlreadyExists):  # create-only, and `check_target` has compared the datasets
+        target.put_new(key, body)

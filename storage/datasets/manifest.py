@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from storage.datasets.recipe import DatasetSettings, TokenizerIdentity
 from storage.errors import ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.keys import NAME, DatasetKeys
-from storage.stores.store import Store, first_problem, read_as
+from storage.stores.store import ReadableStore, first_problem, read_as
 
 SCHEMA = 1
 LARGEST_SHARD_TOKENS = 1 << 31  # 4 GiB
@@ -102,7 +102,7 @@ _MANIFEST = TypeAdapter(Manifest)
 _COLUMNS = {name: TypeAdapter(list[kind]) for name, kind in get_type_hints(ShardRow, include_extras=True).items()}  # type: ignore[valid-type]  # read at run time
 
 
-def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
+def read_manifest(store: ReadableStore, dataset: str, digest: str) -> Manifest:
     """The manifest with that digest. Raises ObjectMissing, ObjectCorrupt, and StoreUnusable for a newer schema."""
     key = DatasetKeys(dataset).manifest(digest)
     place = f"object {key!r} of store {store.url!r}"
@@ -134,7 +134,7 @@ def read_manifest(store: Store, dataset: str, digest: str) -> Manifest:
         raise ObjectCorrupt(f"{place} is not a valid manifest ({first_problem(error)}). {remedy}") from error
 
 
-def latest_manifest(store: Store, dataset: str) -> Manifest | None:
+def latest_manifest(store: ReadableStore, dataset: str) -> Manifest | None:
     """The dataset's newest version, or None if it was never sealed or its manifest was deleted."""
     digest = read_pointer(store, dataset).manifest
     with suppress(ObjectMissing):  # damaged and deleted, as its error advised: the next build seals it again
@@ -142,13 +142,13 @@ def latest_manifest(store: Store, dataset: str) -> Manifest | None:
     return None
 
 
-def read_pointer(store: Store, dataset: str) -> Pointer:
+def read_pointer(store: ReadableStore, dataset: str) -> Pointer:
     """What `latest` holds; an empty Pointer if the dataset was never sealed. Raises ObjectCorrupt."""
     key, remedy = DatasetKeys(dataset).latest, "Delete it, then run gpt2 dataset build."
     return read_as(store, key, Pointer, lambda pointer: pointer.manifest, remedy) or Pointer()
 
 
-def ancestors(store: Store, dataset: str, digest: str | None) -> Iterator[Manifest]:
+def ancestors(store: ReadableStore, dataset: str, digest: str | None) -> Iterator[Manifest]:
     """The version with that digest and all versions before it, newest first."""
     while digest is not None:
         version = read_manifest(store, dataset, digest)

@@ -19,7 +19,7 @@ from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.sources.rows import Row, bad_document, no_text
-from storage.stores.store import Body, Store
+from storage.stores.store import Body, ReadableStore, Store
 
 BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer would need two copies
 
@@ -96,7 +96,7 @@ def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str
                 store.put_new(key, body)
 
 
-def read_shard(store: Store, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
+def read_shard(store: ReadableStore, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
     """The bytes of a shard, verified against `sha256`. Raises ObjectMissing, ShardCorrupt."""
     for _ in range(2):  # bytes damaged in transit arrive intact the second time
         try:

@@ -13,7 +13,7 @@ from storage.datasets.recipe import DatasetSettings
 from storage.digests import canonical_json
 from storage.errors import Conflict, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.stores.store import Store
+from storage.stores.store import ReadableStore, Store
 
 
 class Change(BaseModel, frozen=True):
@@ -49,7 +49,7 @@ class Difference(BaseModel, frozen=True):
     settings: list[str]
 
 
-def newest_version(store: Store, dataset: str) -> Manifest:
+def newest_version(store: ReadableStore, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
     manifest = latest_manifest(store, dataset)
     if manifest is None:
@@ -57,7 +57,7 @@ def newest_version(store: Store, dataset: str) -> Manifest:
     return manifest
 
 
-def history(store: Store, dataset: str) -> Iterator[Manifest]:
+def history(store: ReadableStore, dataset: str) -> Iterator[Manifest]:
     """All versions, newest first. Raises ObjectMissing if the dataset was never sealed."""
     return ancestors(store, dataset, newest_version(store, dataset).digest)
 

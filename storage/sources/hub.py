@@ -55,7 +55,7 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
                 f"{dataset}: cannot reach the Hub: {error}. Check the network and HF_ENDPOINT."
             ) from error
 
-    info = _with_retries(f"{dataset} at {revision}", request)
+    info = with_retries(f"{dataset} at {revision}", request)
     licence = info.card_data.get("license") if info.card_data else None
     return str(info.sha), ", ".join(licence) if isinstance(licence, list) else str(licence or "not stated")
 
@@ -93,7 +93,7 @@ def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
 
 def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
     what = f"{dataset} ({config or 'default'}) at {commit}"
-    data_files = _with_retries(what, lambda: _data_files(dataset, config, commit))
+    data_files = with_retries(what, lambda: _data_files(dataset, config, commit))
     if split not in data_files:
         remedy = "Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
         raise ValueError(f"{what}: no split {split!r}, only {', '.join(data_files)}. {remedy}")
@@ -104,7 +104,7 @@ def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
                 f"{what}: {name!r} is not {READABLE}. Choose another dataset, data.config, or the "
                 f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"
             )
-    entries = _with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
+    entries = with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
     digests = {name: entry.lfs.sha256 if entry.lfs else entry.blob_id for name, entry in entries.items()}
     files = (SourceFile(name, entries[name].size, digests[name], place_of(dataset, commit, name)) for name in names)
     folders = {PurePosixPath(name).parent for name in names}
@@ -128,7 +128,7 @@ def read_range(place: str, start: int, length: int) -> bytes:
             raise Transient(f"status {response.status_code}, {len(body):,} of {length:,} bytes at offset {start:,}")
         return body
 
-    return _with_retries(place, request)
+    return with_retries(place, request)
 
 
 def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
@@ -137,7 +137,7 @@ def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) 
     `on_progress` receives the size of `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests, SourceUnavailable.
     """
     for _ in range(DIGEST_TRIES):
-        _with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
+        with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
         digest = _content_digest(body, file)
         if digest == file.digest:
             return
@@ -183,7 +183,8 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Respo
         yield response
 
 
-def _with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
+def with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
+    """Send a request until it succeeds. Raises ValueError, SourceInvalid, SourceUnavailable, which name `what`."""
     endpoint = constants.ENDPOINT  # every error of the Hub's client quotes it
     if CREDENTIALS.search(endpoint) or not endpoint.startswith(("https://", "http://")):
         raise ValueError("HF_ENDPOINT should be https://HOST, without a password: the Hub's credential is HF_TOKEN.")

@@ -59,17 +59,24 @@ class Stat(NamedTuple):
     sha256: str | None = None  # None in a listing, and in stores that keep none
 
 
-class Store(Protocol):
-    """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract.
-
-    A store retries requests itself. It raises StoreUnavailable when retries are used up, StoreUnusable for what a retry
-    cannot fix, and never an exception of the library that it uses. A bucket of source files may hold keys of any form.
-    """
+class ReadableStore(Protocol):
+    """What it takes to read a dataset: a store, or a repository of the Hub."""
 
     url: str
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         """Read the whole object. Raises ObjectMissing, and ObjectCorrupt if damaged or larger than `limit_bytes`."""
+
+    def local_path(self, key: str) -> Path | None:
+        """The object's file, if the store keeps its objects as files on this host."""
+
+
+class Store(ReadableStore, Protocol):
+    """The interface of every kind of store; `tests/storage/stores/test_store.py` is the contract.
+
+    A store retries requests itself. It raises StoreUnavailable when retries are used up, StoreUnusable for what a retry
+    cannot fix, and never an exception of the library that it uses. A bucket of source files may hold keys of any form.
+    """
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Read `length` bytes from `start`, fewer at the end of the object. Raises ObjectMissing."""
@@ -101,9 +108,6 @@ class Store(Protocol):
 
     def unfinished(self, before: float, *, remove: bool = False) -> Iterator[str]:
         """Describe leftovers of killed writers that began before a time (Unix seconds), and optionally remove them."""
-
-    def local_path(self, key: str) -> Path | None:
-        """The object's file, if the store keeps its objects as files on this host."""
 
     def link(self, key: str, endpoint: str = "") -> str:
         """A URL for a browser to read only this object; a bucket's uses `endpoint` and expires after LINK_SECONDS."""
@@ -145,13 +149,13 @@ def clock(store: Store) -> float:
         store.delete(key)
 
 
-def read_json(store: Store, key: str, remedy: str = REMEDY) -> dict[str, object] | None:
+def read_json(store: ReadableStore, key: str, remedy: str = REMEDY) -> dict[str, object] | None:
     """The JSON object at `key`, or None if the key does not exist. Raises ObjectCorrupt for anything else."""
     return read_as(store, key, dict[str, object], remedy=remedy)
 
 
 def read_as(
-    store: Store, key: str, kind: type[T], fits: Callable[[T], object] = lambda _: True, remedy: str = REMEDY
+    store: ReadableStore, key: str, kind: type[T], fits: Callable[[T], object] = lambda _: True, remedy: str = REMEDY
 ) -> T | None:
     """The JSON object at `key` as a `kind`, or None if the key does not exist.
 

@@ -77,17 +77,17 @@ def test_shards_that_a_copy_counts_as_done_are_kept(
 ) -> None:
     """A killed copy left shards that no manifest lists; the next copy counts them while gc runs."""
     store = open_store(str(tmp_path / "to"), create=True)
-    copy_versions = copy._copy_versions
-    monkeypatch.setattr(copy, "_copy_versions", lambda *_: sys.exit("killed"))
+    version_objects = copy.version_objects
+    monkeypatch.setattr(copy, "version_objects", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit):
         copy.copy_dataset(in_folder.store, store, "small")
     make_old(store, "")
 
-    def beside_gc(*arguments: Any) -> None:
+    def beside_gc(*arguments: Any) -> Any:
         assert [item for item in collect(store, HOUR) if item.kind == "shard"] == []
-        copy_versions(*arguments)
+        return version_objects(*arguments)
 
-    monkeypatch.setattr(copy, "_copy_versions", beside_gc)
+    monkeypatch.setattr(copy, "version_objects", beside_gc)
     assert copy.copy_dataset(in_folder.store, store, "small")[2] == 0
     damaged = [check_fully(store, "small", row, tokenizer.EOT) for row in in_folder.manifest.rows()]
     assert not any(damaged)
