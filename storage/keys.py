@@ -79,6 +79,7 @@ class DatasetKeys:
         self.lease = f"{self.prefix}lease.json"  # who may change the dataset
         self.latest = f"{self.prefix}latest.json"  # pointer to the newest manifest, swapped
         self.request = f"{self.prefix}asked.json"  # the last request for the dataset
+        self.card = f"{self.prefix}README.md"  # only on the Hub
 
     def shard(self, shard_id: str) -> str:
         """Token ids, little-endian uint16, immutable."""

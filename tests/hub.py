@@ -1,9 +1,10 @@
 """A fake Hugging Face Hub: the part of its HTTP interface that its client uses, with fault injection.
 
-As on the real Hub, a request for a large file is redirected to another host (here `localhost` instead of 127.0.0.1),
-which must never get the token.
+As on the real Hub, a large file is read from and sent to another host (here `localhost` instead of 127.0.0.1), which
+must never get the token.
 """
 
+import base64
 import hashlib
 import json
 import socket
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from tests.ports import free_port
 
 Fault = Literal[
@@ -27,6 +30,7 @@ Fault = Literal[
     "500",
     "503",
     "reset",  # the connection ends before a response
+    "lost",  # the same, after the request was carried out
     "cut",  # half of the body, then the connection ends
     "short",  # half of the body with a matching Content-Length, so HTTP shows no error
     "wrong",  # the right length, one wrong bit
@@ -35,6 +39,7 @@ Fault = Literal[
 ]
 PORT = free_port()
 ENDPOINT = f"http://127.0.0.1:{PORT}"
+STORAGE = f"http://localhost:{PORT}"  # of large files
 PAGE_ENTRIES = 3  # of a listing; with the real 1,000 no test would need a second page
 TOKEN = "hf_" + "x" * 34  # the tests' access token
 
@@ -55,6 +60,8 @@ class Repository:
     card: dict[str, Any]
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
+    stored: dict[str, bytes] = field(default_factory=dict)  # large files that were sent, by sha256
 
     def commit(self, files: dict[str, bytes]) -> str:
         """Make these files the newest commit of `main`; returns the commit."""
@@ -64,7 +71,10 @@ class Repository:
             for name, splits in self.card["configs"].items()
         )
         readme = f"---\nlicense: {self.card['license']}\nconfigs:\n{config}\n---\n# A dataset\n"
-        files = {"README.md": readme.encode()} | files
+        return self.add({"README.md": readme.encode()} | files)
+
+    def add(self, files: dict[str, bytes]) -> str:
+        """Make exactly these files the newest commit of `main`."""
         digest = hashlib.sha1(repr(sorted(files.items())).encode() + bytes(len(self.commits)))  # noqa: S324  # git's
         self.commits[digest.hexdigest()] = files
         return digest.hexdigest()
@@ -121,7 +131,7 @@ class Hub:
 
 def is_large(name: str) -> bool:
     """Whether the Hub stores a file outside git and publishes its sha256."""
-    return Path(name).suffix in (".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz")
+    return Path(name).suffix in (".parquet", ".arrow", ".bin", ".gz", ".zst", ".bz2", ".xz")
 
 
 def entry(name: str, body: bytes) -> dict[str, Any]:
@@ -135,6 +145,7 @@ def entry(name: str, body: bytes) -> dict[str, Any]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which delays each response by 40 ms
     hub: Hub
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -150,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._posted = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._serve()
 
+    def do_PUT(self) -> None:
+        self.do_POST()
+
     def _serve(self) -> None:
         parts = urlsplit(self.path)
         path = unquote(parts.path)
@@ -157,15 +171,18 @@ class _Handler(BaseHTTPRequestHandler):
         host = headers["host"].split(":")[0]
         self._fault = self.hub.fault(Request(host, self.command, path, headers))
         if self._fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
+            self._hang_up()
             return
         if self._fault in ("429", "429 later", "400", "500", "503"):
             later = {"Retry-After": "1"} if self._fault == "429 later" else {}
             self._json({"error": "not now"}, int(self._fault.split()[0]), later)
             return
+        if self.command in ("POST", "PUT") and "paths-info" not in path:
+            self._upload(path)
+            return
         for name, repository in self.hub.repositories.items():
+            if f"datasets/{name}/" in f"{path}/" and repository.private and not self._has_token():
+                break
             for verb in ("revision", "tree", "paths-info"):
                 if path.startswith(f"/api/datasets/{name}/{verb}/"):
                     self._api(name, repository, verb, path.removeprefix(f"/api/datasets/{name}/{verb}/"), parts.query)
@@ -182,6 +199,77 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
 
+    def _hang_up(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _upload(self, path: str) -> None:
+        if path == "/api/repos/create":
+            self._create(json.loads(self._posted))
+        elif path == "/api/validate-yaml":
+            yaml.safe_load(json.loads(self._posted)["content"].split("---")[1])
+            self._json({"errors": [], "warnings": []})
+        for name, repository in self.hub.repositories.items():
+            if path == f"/api/datasets/{name}/preupload/main":
+                self._preupload(repository)
+            elif path == f"/datasets/{name}.git/info/lfs/objects/batch":
+                self._batch(name, repository)
+            elif path.startswith(f"/sent/{name}/"):
+                self._store(repository, path.rpartition("/")[2])
+            elif path == f"/api/datasets/{name}/commit/main":
+                self._commit(name, repository)
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        with self.hub.lock:
+            is_new = name not in self.hub.repositories
+            if is_new and self._has_token():
+                private = asked.get("visibility") == "private"
+                self.hub.repositories[name] = Repository({"license": "unknown"}, private=private)
+                self.hub.repositories[name].add({".gitattributes": b"*.bin filter=lfs"})
+        self._json({"url": f"{ENDPOINT}/datasets/{name}"}, (200 if is_new else 409) if self._has_token() else 401)
+
+    def _preupload(self, repository: Repository) -> None:
+        files, answer = repository.files("main")[1], []  # type: ignore[index]
+        for path in (file["path"] for file in json.loads(self._posted)["files"]):
+            known = entry(path, files[path]) if path in files else {}
+            oid = known["lfs"]["oid"] if "lfs" in known else known.get("oid")
+            mode = "lfs" if is_large(path) else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": answer})
+
+    def _batch(self, name: str, repository: Repository) -> None:
+        objects = json.loads(self._posted)["objects"]
+        for file in objects:
+            if file["oid"] not in repository.stored:
+                file["actions"] = {"upload": {"href": f"{STORAGE}/sent/{name}/{file['oid']}?signature=sekret"}}
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _store(self, repository: Repository, oid: str) -> None:
+        if hashlib.sha256(self._posted).hexdigest() != oid:
+            self._json({"error": "wrong checksum"}, 400)
+            return
+        repository.stored[oid] = self._posted
+        self._json({})
+
+    def _commit(self, name: str, repository: Repository) -> None:
+        header, *lines = (json.loads(line) for line in self._posted.splitlines())
+        with self.hub.lock:
+            head, files = repository.files("main")  # type: ignore[misc]
+            if not self._has_token() or header["value"].get("parentCommit", head) != head:
+                self._json({"error": "A commit has happened since."}, 412 if self._has_token() else 403)
+                return
+            files = dict(files)
+            for file in (line["value"] for line in lines):
+                content = base64.b64decode(file["content"]) if "content" in file else repository.stored[file["oid"]]
+                files[file["path"]] = content
+            commit = repository.add(files)
+        self._json({"commitUrl": f"{ENDPOINT}/datasets/{name}/commit/{commit}", "commitOid": commit})
+
     def _api(self, name: str, repository: Repository, verb: str, rest: str, query: str) -> None:
         revision, _, folder = rest.partition("/")
         tree = repository.files(revision)
@@ -192,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "revision":
             card = {"license": repository.card["license"]}
             siblings = [{"rfilename": file} for file in files]
-            facts = {"id": name, "sha": commit, "private": False, "disabled": False, "siblings": siblings}
+            facts = {"id": name, "sha": commit, "private": repository.private, "disabled": False, "siblings": siblings}
             self._json(facts | {"gated": "manual" if repository.gated else False, "cardData": card, "tags": []})
         elif verb == "tree":
             self._tree(files, folder, parse_qs(query))
@@ -224,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         if tree is None or file not in tree[1]:
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
-        if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if repository.gated and not self._has_token():
             self._json({"error": "gated"}, 401, {"X-Error-Code": "GatedRepo"})
             return
         commit, files = tree
@@ -234,9 +322,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._body(files[file], headers)
             return
         name = next(name for name, other in self.hub.repositories.items() if other is repository)
-        other_host = ENDPOINT.replace("127.0.0.1", "localhost")
         headers |= {"X-Linked-Size": str(fields["size"]), "X-Linked-ETag": f'"{fields["lfs"]["oid"]}"'}
-        headers["Location"] = f"{other_host}/stored/{name}/{commit}/{file}"
+        headers["Location"] = f"{STORAGE}/stored/{name}/{commit}/{file}"
         self._json({}, 302, headers)
 
     def _body(self, body: bytes, headers: dict[str, str]) -> None:
@@ -266,6 +353,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        if self._fault == "lost":
+            self._hang_up()
+            return
         body = json.dumps(value).encode()
         self.send_response(status)
         for name, text in ((headers or {}) | {"Content-Type": "application/json"}).items():

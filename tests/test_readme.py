@@ -108,6 +108,7 @@ def environment(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
             kept |= server.environment | {
                 "PYTHONPATH": str(folder), "HF_ENDPOINT": stand_in.ENDPOINT, "HF_HOME": str(folder / "hf"),
+                "HF_TOKEN": stand_in.TOKEN,
                 "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
             }  # fmt: skip
             port = free_port()

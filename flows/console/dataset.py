@@ -1,4 +1,4 @@
-"""The verbs of `gpt2 dataset` that build, check and copy: build, verify, audit, copy."""
+"""The verbs of `gpt2 dataset` that build, check and copy: build, verify, audit, copy, publish, pull."""
 
 import secrets
 from collections.abc import Sequence
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from cyclopts.types import NonNegativeInt
 
 from flows.console import options
-from flows.console.options import DEFAULTS, AsJson, Settings, Verbose, dataset_app, run_flow, say
+from flows.console.options import DEFAULTS, AsJson, Settings, Verbose, Version, dataset_app, run_flow, say
 from model import tokenizer
 from model.config import DataConfig, RunConfig
 from storage.datasets.building import val_split
 from storage.datasets.copy import copy_dataset
 from storage.datasets.plan import plan_files, planner
-from storage.datasets.versions import newest_version
+from storage.datasets.versions import find_version, newest_version
 from storage.inspection.verify import check_documents, verify_dataset
 from storage.keys import DatasetKeys
+from storage.publishing import publish as publish_version
+from storage.publishing import pull as pull_versions
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
@@ -149,3 +151,46 @@ def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
         manifest, shards, copied = copy_dataset(store, target, config.data.dataset, advance)
     say("copy", f"{copied:,} of {shards:,} shards copied now")
     say("copy", f"manifest {manifest.digest} is the newest in {to}")
+
+
+@dataset_app.command
+def publish(name: str, /, *, settings: Settings = DEFAULTS, version: Version = "latest", private: bool = False) -> None:
+    """Publish a version, and those before it, as a dataset repository of the Hugging Face Hub. Needs HF_TOKEN.
+
+    Uploads only what the repository lacks; the manifest and the dataset card (README.md) come last.
+
+    Example: gpt2 dataset publish owner/name --set data.dataset=mine
+    Next: gpt2 dataset pull owner/name, on any host; after a failure or Ctrl-C, the same command.
+
+    Args:
+        name: The repository, created if it does not exist: OWNER/NAME.
+        private: Create the repository as private.
+    """
+    from flows.pages.dataset_card import hub_card
+
+    config, store = settings.load_with_store()
+    manifest = find_version(store, config.data.dataset, version)
+    card = hub_card(name, manifest)
+    with options.progress_bar("publish", None) as advance:
+        commit, shards, sent = publish_version(store, config.data.dataset, manifest, name, card, private, advance)
+    say("publish", f"{sent:,} of {shards:,} shards uploaded now")
+    say("publish", f"manifest {manifest.digest} is the newest in {name}, commit {commit}")
+
+
+@dataset_app.command
+def pull(name: str, /, *, settings: Settings = DEFAULTS, revision: str = "main") -> None:
+    """Copy a dataset that gpt2 dataset publish put on the Hub into the store, as data.dataset. Verifies each shard.
+
+    Example: gpt2 dataset pull owner/name --set data.dataset=mine
+    Next: gpt2 dataset verify, gpt2 dataset show, gpt2 train; after a failure or Ctrl-C, the same command.
+
+    Args:
+        name: The repository: OWNER/NAME.
+        revision: A branch, a tag or a commit, whose newest version and those before it are copied.
+    """
+    config = settings.load()
+    store = open_store(config.store_url, create=True)
+    with options.progress_bar("pull", None) as advance:
+        manifest, shards, pulled = pull_versions(name, revision, store, config.data.dataset, advance)
+    say("pull", f"{pulled:,} of {shards:,} shards downloaded now")
+    say("pull", f"manifest {manifest.digest} is the newest of dataset {config.data.dataset}")

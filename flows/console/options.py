@@ -64,6 +64,7 @@ SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, 
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
+Version = Annotated[str, Parameter(help="A version: the first characters of its manifest's digest.")]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from flows.console.options import DEFAULTS, AsJson, Settings, console, dataset_app, print_json, progress_bar, say
+from flows.console import options
+from flows.console.options import DEFAULTS, AsJson, Settings, Version, console, dataset_app, print_json, say
 from flows.inspection.trace import trace_target, windows
 from model import tokenizer
 from storage.datasets import versions
@@ -16,7 +17,6 @@ from storage.inspection.lineage import Traced
 from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
 
-Version = Annotated[str, Parameter(help="A version: the first characters of its manifest's digest.")]
 Format = Annotated[Literal["nanogpt", "llmc"], Parameter("--format", help="The program that will read the files.")]
 STEP_TEXT_CHARACTERS = 160  # of each document; --window shows the full text
 
@@ -159,7 +159,7 @@ def export(to: Path, /, *, layout: Format, settings: Settings = DEFAULTS, versio
     """
     config, store = settings.load_with_store()
     manifest = versions.find_version(store, config.data.dataset, version)
-    with progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
+    with options.progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
         files = write(store, config.data.dataset, manifest, to, layout, advance)
     for file in files[:2]:
         say("export", str(file))

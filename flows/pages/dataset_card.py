@@ -1,4 +1,4 @@
-"""The dataset card: lines for a terminal and an HTML page with plots. `storage/inspection/summary.py` computes it."""
+"""The dataset card: lines for a terminal and an HTML page with plots, both of a summary; the README for the Hub."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from rich.text import Text
 
 from flows.inspection.facts import leak_line
 from flows.pages.drawing import bars, render
+from storage.datasets.manifest import Manifest
 from storage.errors import printable
 from storage.inspection.summary import DatasetSummary
 
@@ -58,6 +59,13 @@ def page(card: DatasetSummary) -> bytes:
     }
     texts = {"left_out": _left_out(card), "leaks": leak_line(card.audit)}
     return render("card.html", **dict(card), **texts, plots=plots).encode()
+
+
+def hub_card(name: str, manifest: Manifest) -> bytes:
+    """The card of a published version: the README.md of its repository on the Hub."""
+    documents = sum(sums["documents"] for sums in manifest.totals.values())
+    licence = manifest.origin.get("licence", "not stated")
+    return render("hub_card.md.j2", name=name, manifest=manifest, documents=documents, licence=licence).encode()
 
 
 def _left_out(card: DatasetSummary) -> str:

@@ -77,7 +77,7 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
 def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
     """The configurations that a glob or `newest:N` chooses, oldest first. Raises ValueError if there are none."""
     what = f"data.config = {config!r} of {dataset} at {commit}"
-    names = _with_retries(what, lambda: _config_names(dataset, commit))
+    names = with_retries(what, lambda: _config_names(dataset, commit))
     chosen = sorted(name for name in names if fnmatchcase(name, config))
     if config.startswith(NEWEST):
         count = config.removeprefix(NEWEST)

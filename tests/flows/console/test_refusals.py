@@ -210,6 +210,7 @@ def test_a_missing_package_is_refused_before_a_server_starts(
         (["train", "s3://key:sekret@bucket"], "unexpected"),
         (["train", "--set", "s3://key:se/kret@bucket"], "value is missing"),
         (["dataset", "copy", "s3://key:se/kret@bucket"], "credentials"),
+        (["dataset", "pull", "s3://key:se/kret@bucket"], "OWNER/NAME"),
         (["status", "--set", "data.source=s3://key:sekret@bucket"], "data.source"),
         (["import", "s3://key:se/kret@bucket/model"], "s3://…@bucket/model"),  # a Path has only one "/"
         (["status", "--config", "s3://key:sekret@bucket"], "--config"),

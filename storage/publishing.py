@@ -1,0 +1,178 @@
+"""A dataset as a repository of the Hub: published in commits, the manifest last, and pulled as one store is copied.
+
+The files of the repository are the dataset's objects, at their keys without the dataset's prefix.
+"""
+
+import io
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, errors, get_token, logging
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # imported lazily
+
+from storage.datasets.copy import SHARDS_AT_ONCE, check_target, copy_dataset, version_objects
+from storage.datasets.manifest import Manifest, ShardRow, ancestors
+from storage.datasets.shards import read_shard
+from storage.digests import canonical_json, sha256
+from storage.errors import Conflict, DatasetMismatch, ObjectMissing, ShardCorrupt, SourceInvalid
+from storage.keys import DatasetKeys
+from storage.sources import hub
+from storage.sources.files import HUB_NAME, SourceFile
+from storage.stores.store import LIMIT_BYTES, Body, Object, ReadableStore, Store, check_size
+
+COMMIT_SHARDS = 50  # and their records: the Hub recommends at most 100 files in a commit
+CONFLICTS = 10  # with others who commit to the repository at the same time
+PRECONDITION_FAILED = 412
+Progress = Callable[[int, int], None]
+
+
+class Repository(ReadableStore):
+    """The repository at the commit of a revision, then at each commit that it makes. Every read is verified."""
+
+    def __init__(self, name: str, dataset: str, revision: str = "main") -> None:
+        _check_name(name)
+        self.name, self.dataset, self.keys = name, dataset, DatasetKeys(dataset)
+        _ask(f"{name} at {revision}", partial(self._list, revision))
+        self.url = f"{hub.SCHEME}{name}@{self.commit_id}"
+
+    def _list(self, revision: str) -> None:
+        info = HfApi().dataset_info(self.name, revision=revision, timeout=hub.READ_SECONDS)
+        self.commit_id, self.is_private, self.files = str(info.sha), info.private, dict[str, SourceFile]()
+        for entry in HfApi().list_repo_tree(self.name, recursive=True, revision=info.sha, repo_type="dataset"):
+            if isinstance(entry, RepoFile):
+                digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                place = hub.place_of(self.name, self.commit_id, entry.path)
+                self.files[self.keys.prefix + entry.path] = SourceFile(entry.path, entry.size, digest, place)
+
+    def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
+        if key not in self.files:
+            raise ObjectMissing(f"{self.url} has no file {key.removeprefix(self.keys.prefix)!r}.")
+        file, body = self.files[key], io.BytesIO()
+        check_size(file.place, file.size_bytes, limit_bytes)
+        hub.fetch(file, body, lambda _: None)
+        digest = sha256(body.getvalue())
+        return Object(body.getvalue(), digest, digest)
+
+    def local_path(self, key: str) -> None:  # noqa: ARG002  # no file is on this host
+        return None
+
+    def addition(self, key: str, body: Body) -> CommitOperationAdd:
+        """A file to commit. Xet, which would not send it through HF_ENDPOINT, does not take buffers."""
+        return CommitOperationAdd(key.removeprefix(self.keys.prefix), io.BytesIO(body))
+
+    def upload(self, key: str, body: Body) -> CommitOperationAdd:
+        """Send a large file ahead of its commit, unless the Hub has these bytes, and free its memory."""
+        addition = self.addition(key, body)
+        send = partial(HfApi().preupload_lfs_files, self.name, [addition], repo_type="dataset")
+        _ask(f"{self.name}: {addition.path_in_repo}", send)
+        return addition
+
+    def commit(self, additions: list[CommitOperationAdd], summary: str) -> None:
+        """Add or replace these files. Raises Conflict if others have committed since `commit_id`."""
+        send = partial(HfApi().create_commit, self.name, additions, commit_message=summary, repo_type="dataset")
+        self.commit_id = _ask(f"{self.name}: {summary}", partial(send, parent_commit=self.commit_id)).oid
+
+
+def publish(
+    store: Store, dataset: str, version: Manifest, name: str, card: bytes, private: bool, on_progress: Progress
+) -> tuple[str, int, int]:
+    """Commit what the repository lacks of a version and of those before it, the manifest and the card last.
+
+    Returns the commit, the number of shards, and how many of them were missing. Idempotent: a second call resumes.
+    Raises ValueError, DatasetMismatch for other content, Conflict, ShardCorrupt, SourceInvalid, SourceUnavailable.
+    """
+    _check_name(name)
+    if get_token() is None:
+        raise ValueError(f"{name}: the Hub needs a token with write access. Set HF_TOKEN.")
+    disable_progress_bars()  # the client's own
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the client's warnings quote signed URLs
+    versions = list(ancestors(store, dataset, version.digest))
+    rows = {row.shard_id: row for each in versions for row in each.rows()}
+    sent = set[str]()
+    _ask(name, partial(HfApi().create_repo, name, repo_type="dataset", private=private or None, exist_ok=True))
+    for _ in range(CONFLICTS):
+        repository = Repository(name, dataset)
+        if private and not repository.is_private:
+            raise ValueError(f"{name} is public. Make it private in its settings on the Hub, or leave out --private.")
+        latest = check_target(store, repository, dataset, versions)
+        missing = _missing_shards(repository, rows.values(), is_new=latest is None)
+        sent.update(row.shard_id for row in missing)
+        with suppress(Conflict):
+            _send_shards(store, repository, missing, on_progress)
+            objects = [item for item in version_objects(store, dataset, versions) if item[0] not in repository.files]
+            if latest != version.digest:
+                pointer = {"manifest": version.digest, "parent": version.parent, "sequence": len(versions)}
+                objects += [(repository.keys.latest, canonical_json(pointer)), (repository.keys.card, card)]
+            if objects:
+                repository.commit([repository.addition(*item) for item in objects], f"Publish {version.digest[:12]}")
+            return repository.commit_id, len(rows), len(sent)
+    raise Conflict(f"{name}: others committed {CONFLICTS} times meanwhile. Run the command again.")
+
+
+def pull(name: str, revision: str, store: Store, dataset: str, on_progress: Progress) -> tuple[Manifest, int, int]:
+    """Copy the versions in a revision of the repository into the store; returns and raises as `copy_dataset`."""
+    repository = Repository(name, dataset, revision)
+    if repository.keys.latest not in repository.files:
+        raise ObjectMissing(f"{repository.url} holds no dataset that gpt2 dataset publish completed. Check the name.")
+    try:
+        return copy_dataset(repository, store, dataset, on_progress)
+    except (ObjectMissing, ShardCorrupt) as error:
+        reason = str(error).partition(" Rebuild it")[0]  # without the remedy for a store
+        raise SourceInvalid(f"{repository.url}: {reason} Its owner repairs it with gpt2 dataset publish.") from error
+
+
+def _missing_shards(repository: Repository, rows: Iterable[ShardRow], *, is_new: bool) -> list[ShardRow]:
+    """The shards that are absent or differ. Raises DatasetMismatch if a new repository holds something else."""
+    keys, files, missing = repository.keys, repository.files, []
+    own = {keys.card, f"{keys.prefix}.gitattributes"}
+    for row in rows:
+        shard, record = keys.shard(row.shard_id), keys.record(row.shard_id)
+        own |= {shard, record}
+        if not {shard, record} <= files.keys() or files[shard].digest != row.sha256:
+            missing.append(row)
+    if is_new and (others := sorted(files[key].name for key in files.keys() - own)):
+        raise DatasetMismatch(f"{repository.url} holds other files, as {others[0]!r}. Choose another repository.")
+    return missing
+
+
+def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], on_progress: Progress) -> None:
+    """Send the shards, a few at once, and commit them with their records."""
+
+    def upload(row: ShardRow) -> list[CommitOperationAdd]:
+        body = read_shard(store, repository.dataset, row.shard_id, row.tokens, row.sha256)
+        shard, record_key = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)
+        return [repository.upload(shard, body), repository.addition(record_key, store.read(record_key).body)]
+
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for start in range(0, len(missing), COMMIT_SHARDS):
+            additions = []
+            for pair in pool.map(upload, missing[start : start + COMMIT_SHARDS]):
+                additions += pair
+                on_progress(1, len(missing))
+            repository.commit(additions, f"Add {len(additions) // 2} shards")
+
+
+def _check_name(name: str) -> None:
+    if not HUB_NAME.fullmatch(name):  # which may be a URL with a password
+        raise ValueError("The name of a dataset repository on the Hub has the form OWNER/NAME.")
+
+
+def _ask(what: str, request: Callable[[], hub.Result]) -> hub.Result:
+    """Send a request until it succeeds. Raises ValueError, SourceInvalid, SourceUnavailable, Conflict."""
+
+    def translated() -> hub.Result:
+        try:
+            return request()
+        except RuntimeError as error:  # the client wraps the error of one file
+            raise error.__cause__ or error from None
+        except errors.HfHubHTTPError as error:
+            if type(error) is errors.RepositoryNotFoundError:
+                remedy = "Check the name, and that HF_TOKEN gives access."
+                raise ValueError(f"{what}: no such dataset on the Hub, or it is private. {remedy}") from error
+            if error.response.status_code == PRECONDITION_FAILED:
+                raise Conflict(f"{what}: others have committed meanwhile. Run the command again.") from error
+            raise
+
+    return hub.with_retries(what, translated)
