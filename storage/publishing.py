@@ -20,7 +20,7 @@ from storage.errors import Conflict, DatasetMismatch, ObjectMissing, ShardCorrup
 from storage.keys import DatasetKeys
 from storage.sources import hub
 from storage.sources.files import HUB_NAME, SourceFile
-from storage.stores.store import LIMIT_BYTES, Body, Object, ReadableStore, Store, check_size
+from storage.stores.store import LIMIT_BYTES, Object, ReadableStore, Store, check_size
 
 COMMIT_SHARDS = 50  # and their records: the Hub recommends at most 100 files in a commit
 CONFLICTS = 10  # with others who commit to the repository at the same time
@@ -58,11 +58,11 @@ class Repository(ReadableStore):
     def local_path(self, key: str) -> None:  # noqa: ARG002  # no file is on this host
         return None
 
-    def addition(self, key: str, body: Body) -> CommitOperationAdd:
+    def addition(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
         """A file to commit. Xet, which would not send it through HF_ENDPOINT, does not take buffers."""
         return CommitOperationAdd(key.removeprefix(self.keys.prefix), io.BytesIO(body))
 
-    def upload(self, key: str, body: Body) -> CommitOperationAdd:
+    def upload(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
         """Send a large file ahead of its commit, unless the Hub has these bytes, and free its memory."""
         addition = self.addition(key, body)
         send = partial(HfApi().preupload_lfs_files, self.name, [addition], repo_type="dataset")

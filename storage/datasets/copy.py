@@ -55,7 +55,9 @@ def check_target(source: ReadableStore, target: ReadableStore, dataset: str, ver
     return latest
 
 
-def version_objects(source: ReadableStore, dataset: str, versions: list[Manifest]) -> Iterator[tuple[str, Body]]:
+def version_objects(
+    source: ReadableStore, dataset: str, versions: list[Manifest]
+) -> Iterator[tuple[str, bytes | bytearray]]:
     """Key and body of the split, then, oldest first, of each manifest after its empty shards, and its leak report."""
     dataset_keys = DatasetKeys(dataset)
     yield dataset_keys.split, source.read(dataset_keys.split).body
