@@ -85,7 +85,9 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
     size_bytes, tokens = sum(plan.file.size_bytes for plan in plans), sum(plan.tokens for plan in plans)
     estimated = ", estimated from a sample" if any(plan.estimated for plan in plans) else ""
     size = f"{size_bytes / 1e6:,.1f} MB, {tokens:,} tokens{estimated}"
-    say("download", f"{len(plans):,} of {len(listing.files):,} source files, {size}")
+    members = sum(len(file.members) or 1 for file in listing.files)
+    packed = f" (packed from {members:,})" if members > len(listing.files) else ""
+    say("download", f"{len(plans):,} of {len(listing.files):,} source files{packed}, {size}")
     return Downloaded(plans, listing.origin, items, failed)
 
 

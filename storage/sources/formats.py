@@ -6,13 +6,14 @@ keeps its row. A text file is one row. CSV, TSV and Arrow keep their columns; th
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import lzma
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
@@ -40,25 +41,48 @@ Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
 Item = TypeVar("Item")
 
 
-def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO) -> None:
-    """Write the rows of the files in order. `opened` opens a file to read its bytes.
+def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO) -> str:
+    """Write the rows of the files in order; returns the sha256. `opened` opens a file to read its bytes.
 
     Several files are all JSON or all text; two more columns then hold the name of the file and the row in it.
     Raises SourceInvalid for a damaged or cut file, and for a document of more than DOCUMENT_BYTES.
     """
+    hashed = _Hashed(output)
     if files[0].suffix.format == ".parquet":
         with _decompressed(files[0], opened) as body:
-            shutil.copyfileobj(body, output, BLOCK_BYTES)
-        return
+            shutil.copyfileobj(body, hashed, BLOCK_BYTES)
+        return hashed.sha256()
     writer = None
     for group in _ahead(_row_groups(_batches(files, opened))):
         if writer is None:
             repeated = [name for name in group.schema.names if name not in (LINE, "text")]  # may be worth a dictionary
             options = {"compression": "zstd", "compression_level": 1, "use_dictionary": repeated}
-            writer = pq.ParquetWriter(output, group.schema, **options)
+            writer = pq.ParquetWriter(hashed, group.schema, **options)
         writer.write_table(group, max(len(group) * GROUP_BYTES // max(group.nbytes, 1), 1))
     assert writer is not None  # every file has a batch
     writer.close()
+    return hashed.sha256()
+
+
+class _Hashed(io.RawIOBase):
+    """A file that a thread hashes while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._pool = file, hashlib.sha256(), ThreadPoolExecutor(1)
+        self._pending: Future[None] = self._pool.submit(lambda: None)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, part: Any) -> int:
+        self._pending.result()  # one part waits at most
+        copied = bytes(part)
+        self._pending = self._pool.submit(self._hash.update, copied)
+        return self._file.write(copied)
+
+    def sha256(self) -> str:
+        self._pool.shutdown()
+        return self._hash.hexdigest()
 
 
 def _batches(files: Sequence[SourceFile], opened: Opened) -> Iterator[pa.RecordBatch]:

@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -23,16 +23,16 @@ LIMIT_BYTES = 1 << 26  # default size limit of a read; a manifest of 130,000 sha
 class FileBody:
     """The content of an open file of this host as a body. Stores read it in slices, so it is never in memory whole."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, digest: str = "") -> None:
         file.flush()
-        self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
+        self._file, self._size_bytes, self._digest = file, os.fstat(file.fileno()).st_size, digest
 
     def __len__(self) -> int:
         return self._size_bytes
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        return sha256(self)
+        return self._digest or sha256(self)
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size_bytes)

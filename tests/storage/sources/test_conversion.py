@@ -36,9 +36,9 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = list[str]()
     write = conversion.write_parquet
 
-    def count(files: tuple[SourceFile, ...], *rest: object) -> None:
+    def count(files: tuple[SourceFile, ...], *rest: object) -> str:
         names.append(" ".join(file.name for file in files))
-        write(files, *rest)  # type: ignore[arg-type]  # what `convert` gives
+        return write(files, *rest)  # type: ignore[arg-type]  # what `convert` gives
 
     monkeypatch.setattr(conversion, "write_parquet", count)
     return names
