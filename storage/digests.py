@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any, Protocol
 
-SLICE_BYTES = 1 << 26  # of a file in memory at once
+SLICE_BYTES = 1 << 23  # of a body in memory at once
 
 
 def canonical_json(value: Any) -> bytes:

@@ -32,7 +32,7 @@ from storage.sources.selection import TEXT
 
 GROUP_BYTES = 1 << 22  # of a row group
 BLOCK_BYTES = 1 << 20  # to read at once
-CSV_BLOCK_BYTES = 1 << 22  # the same of CSV: pyarrow needs a whole row in one block
+CSV_BLOCK_BYTES = 1 << 21  # the same of CSV: pyarrow needs a whole row in one block
 WHITESPACE = list(b" \t\n\v\f\r")
 SEPARATORS, END_OF_ELEMENT = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
 ARROW_FILE = b"ARROW1"  # an Arrow file begins and ends with it; between them are a stream and a footer
