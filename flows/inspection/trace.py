@@ -8,7 +8,6 @@ from operator import itemgetter
 import numpy as np
 
 from model.config import DataConfig, RunConfig, TrainingConfig
-from model.data.order import WindowOrder
 from model.runs.run import find_run
 from storage.cache.shards import ShardCache
 from storage.datasets.manifest import Manifest, read_manifest
@@ -16,6 +15,7 @@ from storage.datasets.versions import newest_version
 from storage.errors import StorageError
 from storage.inspection import lineage
 from storage.inspection.lineage import Traced
+from storage.loading.order import WindowOrder
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
 from storage.stores.store import Store

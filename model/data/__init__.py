@@ -1,1 +1,1 @@
-"""Training data: the global window order, and each rank's batches."""
+"""Training data as tensors: each rank's batches."""

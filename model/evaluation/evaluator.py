@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.data.loader import DataLoader, inputs_and_targets, widened
+from model.data.loader import inputs_and_targets, widened
 from model.evaluation.items import ENDINGS, Item
 from model.evaluation.packing import batch_rows, pack_items, to_tensors
 from model.gpt import EMBEDDING, GPT, unpadded
 from model.processes.distributed import DDPConfig
+from storage.loading.windows import Windows
 
 PROGRESS_SECONDS = 5.0
 EVALUATION_SEQUENCES = 8  # windows of one forward pass
@@ -58,21 +59,21 @@ class Evaluator:
         return torch.autocast(self.ddp.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     @torch.no_grad()
-    def val_loss(self, loader: DataLoader, limit_tokens: int, seed: int = 0) -> ValLoss:
+    def val_loss(self, split: Windows, limit_tokens: int, seed: int = 0) -> ValLoss:
         """The loss on the split's windows, or on a seeded choice of about `limit_tokens` tokens (0: all)."""
-        mine = _chosen_windows(loader, limit_tokens, seed)[self.ddp.rank :: self.ddp.ranks]
+        mine = _chosen_windows(split, limit_tokens, seed)[self.ddp.rank :: self.ddp.ranks]
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self._sums_on)  # loss, tokens
         for start in range(0, len(mine), EVALUATION_SEQUENCES):
-            windows = loader.windows_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
+            windows = split.read_in_file_order(mine[start : start + EVALUATION_SEQUENCES])
             tokens_BT, targets_BT = inputs_and_targets(widened(windows, self.ddp.device), self.ddp.device)
             with self.autocast():
                 sums[0] += self.model(tokens_BT, targets_BT).to(sums.device).double()
             sums[1] += targets_BT.numel()
             self.show_progress(min(start + EVALUATION_SEQUENCES, len(mine)), len(mine))
         total, tokens = self.ddp.sum(sums).tolist()
-        window_tokens = loader.order.epoch_windows * loader.sequence_tokens
-        return ValLoss(total / tokens, int(tokens), window_tokens - int(tokens), loader.tokens - window_tokens)
+        window_tokens = split.order.epoch_windows * split.sequence_tokens
+        return ValLoss(total / tokens, int(tokens), window_tokens - int(tokens), split.tokens - window_tokens)
 
     @torch.no_grad()
     def ending_losses(self, items: Sequence[Item]) -> np.ndarray:
@@ -105,9 +106,9 @@ class Evaluator:
         return normalisers_U[predictor_of_N.cpu()] - logits_N.cpu()
 
 
-def _chosen_windows(loader: DataLoader, limit_tokens: int, seed: int) -> np.ndarray:
-    windows = loader.order.epoch_windows
-    count = max(limit_tokens // loader.sequence_tokens, 1)
+def _chosen_windows(split: Windows, limit_tokens: int, seed: int) -> np.ndarray:
+    windows = split.order.epoch_windows
+    count = max(limit_tokens // split.sequence_tokens, 1)
     if not limit_tokens or count >= windows:
         return np.arange(windows)
     random_keys = np.random.PCG64(seed).random_raw(windows)

@@ -16,7 +16,6 @@ from model import tokenizer
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig
-from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
 from model.evaluation.generate import sample_texts
 from model.evaluation.hellaswag import CONVENTIONS, questions
@@ -29,6 +28,7 @@ from storage.datasets.manifest import read_manifest
 from storage.digests import canonical_json, sha256
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
+from storage.loading.windows import Windows
 from storage.stores.store import Store, overwrite
 
 
@@ -36,11 +36,11 @@ def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
     recipe = job.recipe
     manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
-    loader = DataLoader(
+    split = Windows(
         store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0,
         cache_bytes=job.how.resources.cache_bytes,
     )  # fmt: skip
-    scored = evaluator.val_loss(loader, recipe["validation_tokens"])
+    scored = evaluator.val_loss(split, recipe["validation_tokens"])
     with np.errstate(over="ignore"):
         perplexity = np.exp(scored.loss)
     _check_finite(job, np.array(perplexity))

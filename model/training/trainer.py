@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord
 from model.config import ModelConfig, TrainingConfig
-from model.data.loader import DataLoader, MicroBatches
+from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
@@ -31,6 +31,7 @@ from model.training.outliers import past_outliers
 from model.training.resume import cursor_of, resume
 from model.training.saver import Saver
 from storage.datasets.manifest import read_manifest
+from storage.loading.windows import Windows
 from storage.stores.store import Store
 
 SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save waits as long as a step takes
@@ -49,12 +50,12 @@ class Trainer:
         self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
         dataset = job.recipe["dataset"]
         open_split = partial(
-            DataLoader, store, dataset, read_manifest(store, dataset, job.recipe["manifest"]),
+            Windows, store, dataset, read_manifest(store, dataset, job.recipe["manifest"]),
             sequence_tokens=config.sequence_tokens, seed=config.seed, cache_bytes=self.resources.cache_bytes,
         )  # fmt: skip
-        self.loader = open_split("train")
+        self.windows = open_split("train")
         self._check_length()
-        self.val_loader = open_split("val") if config.validate_every_steps else None
+        self.val_windows = open_split("val") if config.validate_every_steps else None
         torch.manual_seed(config.seed)  # every rank draws the same initial weights
         self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), config.dropout).to(ddp.device)
         self.flops_per_token = flops_per_token(self.model.config, self.model.parameter_count, config.sequence_tokens)
@@ -78,16 +79,16 @@ class Trainer:
     def fit(self) -> TrainingResult | None:
         """Train to the last step, or save and return None after a signal. Raises ValueError if the loss diverges."""
         handlers = {signum: signal.signal(signum, self._on_stop_signal) for signum in stop_signals()}
-        self.batches = MicroBatches(
-            self.loader, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
+        self.batches = DataLoader(
+            self.windows, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
             size=self.config.micro_batch_sequences, rank=self.ddp.rank, ranks=self.ddp.ranks,
             ahead=self.resources.prefetch_batches,
         )  # fmt: skip
         try:
             while self.step < self.config.max_steps:
                 metrics, stopping = self._train_step()
-                if self.val_loader and self._is_due(self.config.validate_every_steps):
-                    metrics.val_loss = self.evaluator.val_loss(self.val_loader, self.config.validation_tokens).loss
+                if self.val_windows and self._is_due(self.config.validate_every_steps):
+                    metrics.val_loss = self.evaluator.val_loss(self.val_windows, self.config.validation_tokens).loss
                 if self.ddp.is_main:
                     self._log_and_save(metrics, stopping=stopping)
                 if stopping and self.step < self.config.max_steps:
@@ -165,7 +166,7 @@ class Trainer:
         return speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None
 
     def _check_length(self) -> None:
-        config, windows = self.config, self.loader.order.epoch_windows
+        config, windows = self.config, self.windows.order.epoch_windows
         if windows < config.batch_windows:
             split = f"the train split of dataset {self.job.recipe['dataset']!r}"
             length = f"only {windows:,} windows of {config.sequence_tokens:,} tokens, fewer than one batch"
@@ -177,7 +178,7 @@ class Trainer:
         """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""
         after = f" after {self.outliers.skipped} skipped steps" if self.outliers.skipped else ""
         first, count = self.step * self.config.batch_windows, self.config.batch_windows
-        shards = self.loader.shards_of(first, count)
+        shards = self.windows.shards_of(first, count)
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
         return ValueError(
             f"step {self.step:,} of run {self.job.run!r} diverged: summed loss {loss}, gradient norm {norm}{after}. "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from model.data.loader import MicroBatches
+from model.data.loader import DataLoader
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
 from model.training import trainer
@@ -91,9 +91,9 @@ def _observe(request: TrainingRequest, ddp: DDPConfig) -> ObservedTraining:
     store = open_store(request.store_url)
     steps: dict[int, list[str]] = {}
     first: list[torch.Tensor] = []
-    take, clip = MicroBatches.next, torch.nn.utils.clip_grad_norm_
+    take, clip = DataLoader.next, torch.nn.utils.clip_grad_norm_
 
-    def recording(self: MicroBatches) -> Any:
+    def recording(self: DataLoader) -> Any:
         tokens_BT, targets_BT = take(self)
         hashed = steps.setdefault(training.step, [])
         hashed += hashes(torch.cat([tokens_BT, targets_BT[:, -1:]], 1).numpy())
@@ -107,10 +107,10 @@ def _observe(request: TrainingRequest, ddp: DDPConfig) -> ObservedTraining:
             training._on_stop_signal(0, None)
         return clip(weights, most)
 
-    MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]
+    DataLoader.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]
     try:
         training = Trainer(store, read_job(store, request.job_key), ddp)
         training.fit()
     finally:
-        MicroBatches.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]
+        DataLoader.next, trainer.torch.nn.utils.clip_grad_norm_ = take, clip  # type: ignore[method-assign]
     return ObservedTraining(steps, first[0].numpy() if first and ddp.is_main else None)

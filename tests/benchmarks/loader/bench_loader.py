@@ -5,7 +5,7 @@
 
 The tokens lie in shards of 10 million. Each contender has a fresh process in each round, in another order each round;
 its clock runs from the making of its loader (after the imports) to the last batch, or to --seconds. Ours is
-DataLoader and MicroBatches in one process, without and with 4 micro-batches made ahead by a thread. The memory copy
+Windows and DataLoader in one process, without and with 4 micro-batches made ahead by a thread. The memory copy
 reads the mapped shards in order and copies x and y each to int64; nanoGPT's way is a random place for each row. Warm:
 files on this host, in the page cache. Cold: from an S3 store (SeaweedFS on this host) through an empty cache; ours
 proves each shard's SHA-256 in both, peers prove nothing. Peers run by the Python that --peers names:
@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.data.loader import DataLoader, MicroBatches
+from model.data.loader import DataLoader
 from storage.cache import host as host_cache
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.keys import DatasetKeys
+from storage.loading.windows import Windows
 from storage.stores.opening import open_store
 from tests import servers
 from tests.benchmarks import contest
@@ -74,9 +75,9 @@ def ours(url: str, columns: str, ahead: str, tokens: str, seconds: str) -> None:
     host_cache.FOLDER = Path("cache").absolute()
     store, manifest = open_store(url), manifest_of(json.loads(Path(columns).read_text()))
     begin = time.monotonic()
-    loader = DataLoader(store, DATASET, manifest, "train", sequence_tokens=T, seed=1)
+    loader = Windows(store, DATASET, manifest, "train", sequence_tokens=T, seed=1)
     share = {"batch_windows": BATCH_WINDOWS, "size": B, "rank": 0, "ranks": 1, "ahead": int(ahead)}
-    made = MicroBatches(loader, torch.device("cpu"), step=0, **share)
+    made = DataLoader(loader, torch.device("cpu"), step=0, **share)
     consume(iter(made.next, None), begin, int(tokens), float(seconds))
     made.close()
 

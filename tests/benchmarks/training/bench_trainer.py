@@ -24,12 +24,13 @@ import torch
 from model.__main__ import run_job
 from model.checkpoints.records import read_metrics
 from model.config import RunConfig
-from model.data.loader import DataLoader, inputs_and_targets, widened
+from model.data.loader import inputs_and_targets, widened
 from model.gpt import GPT
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from model.training.optimizer import make_optimizer
 from storage.datasets.manifest import Manifest
+from storage.loading.windows import Windows
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
@@ -43,11 +44,11 @@ def bare_seconds(config: RunConfig, manifest: Manifest, steps: int) -> list[floa
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).train()
     optimizer = make_optimizer(model, config.train)
-    loader = DataLoader(
+    loader = Windows(
         store, config.data.dataset, manifest, "train", sequence_tokens=config.train.sequence_tokens, seed=1
     )
     cpu = torch.device("cpu")
-    tokens_BT, targets_BT = inputs_and_targets(widened(loader.windows(0, config.train.batch_windows), cpu), cpu)
+    tokens_BT, targets_BT = inputs_and_targets(widened(loader.read(0, config.train.batch_windows), cpu), cpu)
     found = []
     for _ in range(steps):
         started = time.perf_counter()

@@ -18,10 +18,10 @@ from flows.console import cli
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.config import RunConfig
 from model.config_file import load_config
-from model.data.loader import DataLoader
 from model.runs.run import find_run
 from storage.datasets.manifest import Manifest
 from storage.keys import RunKeys
+from storage.loading.windows import Windows
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 from tests.making import document, tiny_config, write_parquet
@@ -70,8 +70,8 @@ def options(config: RunConfig, *overrides: str) -> list[str]:
 
 
 def val_loss_of_transformers(store: Store, manifest: Manifest, folder: Path) -> float:
-    loader = DataLoader(store, "small", manifest, "val", sequence_tokens=32, seed=0)
-    windows_NT = torch.from_numpy(loader.windows_in_file_order(np.arange(loader.order.epoch_windows)).astype(np.int64))
+    loader = Windows(store, "small", manifest, "val", sequence_tokens=32, seed=0)
+    windows_NT = torch.from_numpy(loader.read_in_file_order(np.arange(loader.order.epoch_windows)).astype(np.int64))
     with torch.no_grad():
         logits_NTV = AutoModelForCausalLM.from_pretrained(folder)(windows_NT[:, :-1]).logits
     return F.cross_entropy(logits_NTV.flatten(0, 1), windows_NT[:, 1:].flatten()).item()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flows.inspection.trace import TraceTarget, trace_target, windows
-from model.data.loader import DataLoader
-from model.data.order import WindowOrder
 from storage.datasets.records import read_record
 from storage.errors import ObjectMissing
 from storage.inspection.lineage import Traced, hub_files, source_rows
+from storage.loading.order import WindowOrder
+from storage.loading.windows import Windows
 from storage.sources import reading
 from storage.sources.mirror import mirror
 from storage.stores import retries
@@ -28,9 +28,9 @@ def order_of(target: TraceTarget, split: str) -> WindowOrder:
     return WindowOrder([row.tokens for row in target.manifest.rows(split)], T, target.train.seed)
 
 
-def loader(crawl: Crawl, target: TraceTarget, split: str) -> DataLoader:
+def loader(crawl: Crawl, target: TraceTarget, split: str) -> Windows:
     seed = crawl.config.train.seed
-    return DataLoader(crawl.store, "small", target.manifest, split, sequence_tokens=T, seed=seed)
+    return Windows(crawl.store, "small", target.manifest, split, sequence_tokens=T, seed=seed)
 
 
 def traced(crawl: Crawl, target: TraceTarget, split: str, first: int, count: int) -> list[list[Traced]]:
@@ -46,10 +46,10 @@ def whole_split(crawl: Crawl, target: TraceTarget, split: str) -> tuple[np.ndarr
     order = order_of(target, split)
     if split == "train":
         count = order.epoch_windows + EXTRA_WINDOWS
-        read = loader(crawl, target, split).windows(0, count)
+        read = loader(crawl, target, split).read(0, count)
     else:
         count = order.epoch_windows
-        read = loader(crawl, target, split).windows_in_file_order(np.arange(count))
+        read = loader(crawl, target, split).read_in_file_order(np.arange(count))
     return read, order, traced(crawl, target, split, 0, count)
 
 
@@ -240,6 +240,6 @@ def test_the_text_is_shown_when_the_hub_refuses_the_source(published: Published,
     else:
         hub.repositories["org/edu"].gated = True
     (documents,) = traced(published.crawl, published.target, "train", 0, 1)
-    read = loader(published.crawl, published.target, "train").windows(0, 1)[0]
+    read = loader(published.crawl, published.target, "train").read(0, 1)[0]
     assert np.array_equal(np.concatenate([document.ids for document in documents]), read)
     assert all(document.row is None and document.why for document in documents)

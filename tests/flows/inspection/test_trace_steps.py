@@ -10,7 +10,7 @@ from torch import Tensor
 from flows.inspection.trace import trace_target
 from model.__main__ import run_job
 from model.config import RunConfig
-from model.data.loader import MicroBatches
+from model.data.loader import DataLoader
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
 from storage.datasets.manifest import Manifest
@@ -40,15 +40,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     micro_batches: list[np.ndarray] = []
 
-    def next_and_keep(self: MicroBatches) -> tuple[Tensor, Tensor]:
+    def next_and_keep(self: DataLoader) -> tuple[Tensor, Tensor]:
         tokens_BT, targets_BT = next_micro_batch(self)
         micro_batches.append(np.concatenate([tokens_BT.numpy(), targets_BT[:, -1:].numpy()], 1))
         return tokens_BT, targets_BT
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "REMEMBERED", folder / "digests")
-        next_micro_batch = MicroBatches.next
-        patch.setattr(MicroBatches, "next", next_and_keep)
+        next_micro_batch = DataLoader.next
+        patch.setattr(DataLoader, "next", next_and_keep)
         crawl = Crawl(folder, names=FILES, count=3)
         manifest = crawl.build()
         config = tiny_config(crawl.config.store_url, crawl.config.data.source, *SETTINGS)

@@ -27,11 +27,11 @@ from model.checkpoints.huggingface import ensure_imported, export_run, import_fo
 from model.checkpoints.records import WEIGHTS, checkpoints, newest_checkpoint
 from model.checkpoints.weights import load_model
 from model.config import ModelConfig
-from model.data.loader import DataLoader
 from model.gpt import GPT
 from model.runs.run import Start, find_run
 from storage.errors import CheckpointInvalid, ObjectMissing, StoreUnusable
 from storage.keys import RunKeys
+from storage.loading.windows import Windows
 from storage.stores.store import Store
 from tests.damage import flip_bit
 from tests.model.training_runs import SHORT, STEPS, StoredDataset, losses, modification_times
@@ -234,8 +234,8 @@ def test_a_training_starts_from_an_imported_model(dataset: StoredDataset, publis
     key = dataset.put_job("tuned", *SHORT, "train.start_from=pretrained")
     assert find_run(dataset.store, "tuned").start == Start("pretrained", 0, record.attempt)
     assert run_job(dataset.store.url, key) == 0
-    loader = DataLoader(dataset.store, "small", dataset.manifest, "train", sequence_tokens=32, seed=1337)
-    first_BT = torch.from_numpy(loader.windows(0, 2).astype(np.int64))
+    loader = Windows(dataset.store, "small", dataset.manifest, "train", sequence_tokens=32, seed=1337)
+    first_BT = torch.from_numpy(loader.read(0, 2).astype(np.int64))
     with torch.no_grad():
         logits_BTV = AutoModelForCausalLM.from_pretrained(published)(first_BT[:, :-1]).logits
         model = load_model(dataset.store, "pretrained", record).eval()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from model import tokenizer
 from model.config import RunConfig
-from model.data.loader import DataLoader
 from model.evaluation import evaluator, packing
 from model.evaluation.evaluator import Evaluator, ValLoss
 from model.evaluation.items import Item
@@ -18,6 +17,7 @@ from model.evaluation.packing import batch_rows, pack_items
 from model.gpt import GPT
 from storage.datasets.manifest import Manifest
 from storage.keys import DatasetKeys
+from storage.loading.windows import Windows
 from storage.stores.store import Store
 from tests.model.evaluation.small_models import (
     ALONE,
@@ -36,8 +36,8 @@ def model() -> GPT:
 
 
 @pytest.fixture
-def loader(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]) -> DataLoader:
-    return DataLoader(store, "small", build(config), "val", sequence_tokens=T, seed=0)
+def loader(store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]) -> Windows:
+    return Windows(store, "small", build(config), "val", sequence_tokens=T, seed=0)
 
 
 def plain_windows(store: Store, manifest: Manifest) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_val_loss_equals_a_plain_reference(
     model: GPT, store: Store, config: RunConfig, build: Callable[[RunConfig], Manifest]
 ) -> None:
     manifest = build(config)
-    loader = DataLoader(store, "small", manifest, "val", sequence_tokens=T, seed=0)
+    loader = Windows(store, "small", manifest, "val", sequence_tokens=T, seed=0)
     windows = plain_windows(store, manifest)
     scored = Evaluator(model, ALONE).val_loss(loader, 0)
     assert scored.loss == pytest.approx(plain_loss(model, windows), rel=1e-6)
@@ -90,7 +90,7 @@ def test_val_loss_equals_a_plain_reference(
 
 @pytest.mark.parametrize("sequences", [1, 3, 100])
 def test_val_loss_does_not_depend_on_the_batch_size(
-    model: GPT, loader: DataLoader, sequences: int, monkeypatch: pytest.MonkeyPatch
+    model: GPT, loader: Windows, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = approximately(Evaluator(model, ALONE).val_loss(loader, 0))
     monkeypatch.setattr(evaluator, "EVALUATION_SEQUENCES", sequences)
@@ -100,7 +100,7 @@ def test_val_loss_does_not_depend_on_the_batch_size(
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 @pytest.mark.parametrize("limit_tokens", [0, 5 * T])
 def test_val_loss_does_not_depend_on_the_number_of_ranks(
-    model: GPT, loader: DataLoader, ranks: int, limit_tokens: int
+    model: GPT, loader: Windows, ranks: int, limit_tokens: int
 ) -> None:
     """With 5 windows for 7 ranks, two of them have nothing to score."""
     simulated = [SimulatedRank(rank, ranks, CPU) for rank in range(ranks)]
@@ -115,16 +115,16 @@ def test_val_loss_does_not_depend_on_the_number_of_ranks(
 
 @pytest.mark.parametrize(("limit_tokens", "windows"), [(5 * T, 5), (6 * T - 1, 5), (1, 1), (10**9, 58)])
 def test_a_limit_scores_a_seeded_part_the_same_every_time(
-    model: GPT, loader: DataLoader, limit_tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
+    model: GPT, loader: Windows, limit_tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[int] = []
-    take = loader.windows_in_file_order
+    take = loader.read_in_file_order
 
     def recording(indices: np.ndarray) -> np.ndarray:
         chosen.extend(indices.tolist())
         return take(indices)
 
-    monkeypatch.setattr(loader, "windows_in_file_order", recording)
+    monkeypatch.setattr(loader, "read_in_file_order", recording)
     scored = Evaluator(model, ALONE).val_loss(loader, limit_tokens, seed=4)
     first = chosen.copy()
     assert scored.tokens == windows * T
@@ -135,12 +135,12 @@ def test_a_limit_scores_a_seeded_part_the_same_every_time(
     assert chosen == first
 
 
-def test_another_seed_scores_another_part(model: GPT, loader: DataLoader) -> None:
+def test_another_seed_scores_another_part(model: GPT, loader: Windows) -> None:
     losses = {Evaluator(model, ALONE).val_loss(loader, 5 * T, seed=seed).loss for seed in range(4)}
     assert len(losses) == 4
 
 
-def test_evaluation_leaves_the_weights_unchanged_and_applies_no_dropout(loader: DataLoader) -> None:
+def test_evaluation_leaves_the_weights_unchanged_and_applies_no_dropout(loader: Windows) -> None:
     torch.manual_seed(0)
     model = GPT(SHAPE, dropout=0.5).train()
     before = {name: weight.clone() for name, weight in model.named_parameters()}

@@ -10,8 +10,8 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from model.data.loader import DataLoader
-from model.data.order import WindowOrder
+from storage.loading.order import WindowOrder
+from storage.loading.windows import Windows
 from tests.model.ranks import ObservedTraining, TrainingRequest, hashes, train
 from tests.model.training_runs import StoredDataset, final_weights, history, losses
 
@@ -46,9 +46,9 @@ def undisturbed_on(dataset: StoredDataset) -> object:
 def expected(dataset: StoredDataset) -> dict[int, list[str]]:
     """The hashes of every step's windows, from the window order."""
     seed = dataset.config("any").train.seed
-    loader = DataLoader(dataset.store, "small", dataset.manifest, "train", sequence_tokens=32, seed=seed)
+    loader = Windows(dataset.store, "small", dataset.manifest, "train", sequence_tokens=32, seed=seed)
     assert loader.order.epoch_windows < STEPS * WINDOWS
-    return {step: hashes(loader.windows(step * WINDOWS, WINDOWS)) for step in range(STEPS)}
+    return {step: hashes(loader.read(step * WINDOWS, WINDOWS)) for step in range(STEPS)}
 
 
 @pytest.mark.full

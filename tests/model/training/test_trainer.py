@@ -10,11 +10,11 @@ from safetensors.torch import load
 
 from model.__main__ import run_job
 from model.checkpoints.records import WEIGHTS, checkpoints
-from model.data.order import WindowOrder
 from model.processes.distributed import DDPConfig
 from model.runs.job import Job, read_job, read_result
 from model.training.trainer import Trainer
 from storage.keys import DatasetKeys, RunKeys
+from storage.loading.order import WindowOrder
 from tests.damage import flip_bit
 from tests.model.training_runs import BATCH_TOKENS, SHORT, STEPS, StoredDataset, history, losses, training
 

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import RunConfig
-from model.data import order as order_module
-from model.data.loader import DataLoader
-from model.data.order import GROUP_SHARDS, WindowOrder
 from storage.cache import host as host_cache
 from storage.cache.shards import ShardCache
 from storage.datasets.copy import copy_dataset
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.digests import sha256
 from storage.keys import DatasetKeys
+from storage.loading import order as order_module
+from storage.loading.order import GROUP_SHARDS, WindowOrder
+from storage.loading.windows import Windows
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.conftest import S3Url
@@ -26,8 +26,8 @@ from tests.polling import poll
 T = 32
 
 
-def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> DataLoader:
-    return DataLoader(store, "small", manifest, "train", sequence_tokens=T, seed=seed)
+def loader_of(store: Store, manifest: Manifest, seed: int = 7) -> Windows:
+    return Windows(store, "small", manifest, "train", sequence_tokens=T, seed=seed)
 
 
 def groups(order: WindowOrder, sizes: list[int], epoch: int, seed: int) -> list[list[int]]:
@@ -72,9 +72,9 @@ def test_a_loader_reads_the_same_windows_from_s3_as_from_a_folder(
     copy_dataset(store, remote, "small")
     ours, theirs = loader_of(store, manifest), loader_of(remote, manifest)
     for first in range(0, 2 * ours.order.epoch_windows, 50):
-        assert np.array_equal(ours.windows(first, 50), theirs.windows(first, 50))
+        assert np.array_equal(ours.read(first, 50), theirs.read(first, 50))
     chosen = np.arange(0, ours.order.epoch_windows, 3)
-    assert np.array_equal(ours.windows_in_file_order(chosen), theirs.windows_in_file_order(chosen))
+    assert np.array_equal(ours.read_in_file_order(chosen), theirs.read_in_file_order(chosen))
 
 
 def test_the_next_group_is_fetched_before_it_is_read(s3_url: S3Url, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +105,10 @@ def test_the_next_group_is_fetched_before_it_is_read(s3_url: S3Url, monkeypatch:
         first = group * GROUP_SHARDS * 3
         upcoming = [rows[shard].shard_id for shard in reading.order.upcoming_shards(first)]
         assert len(upcoming) == 2 * GROUP_SHARDS
-        poll(lambda first=first, upcoming=upcoming: reading.windows(first, 1) is not None and cached() >= set(upcoming))
+        poll(lambda first=first, upcoming=upcoming: reading.read(first, 1) is not None and cached() >= set(upcoming))
         assert prefetched[-1] == upcoming
         prefetches = len(prefetched)
-        reading.windows(first + 1, GROUP_SHARDS)
+        reading.read(first + 1, GROUP_SHARDS)
         assert len(prefetched) == prefetches  # one prefetch for each group
         if group == 0:
             assert cached() == set(upcoming)
