@@ -16,7 +16,7 @@ from flows.train import train
 from model import tokenizer
 from model.config import RunConfig
 from model.runs.job import JobFailed, JobRefused, TrainingResult
-from model.runs.run import find_start, keep_request, pinned_run
+from model.runs.run import find_mix, find_start, keep_request, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
@@ -29,6 +29,7 @@ def pretrain(config: RunConfig) -> Reported:
     if pinned_run(store, config) is None:  # refuses changed settings before they are stored
         check_binding(store, config.data.spec(tokenizer.identity()))
         find_start(store, config)
+        find_mix(store, config)
     downloaded = download(config)
     keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
     version = tokenise(config, downloaded)

@@ -22,6 +22,7 @@ from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
 from storage.keys import RunKeys
+from storage.loading.mix import describe
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_json
 
@@ -41,6 +42,8 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     store = open_store(config.store_url)
     run = started_run(store, config, version)
     job = training_job(run)
+    if run.mix:
+        say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
     done_before = _is_done(store, job)
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()

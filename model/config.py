@@ -6,12 +6,14 @@ never does. Secrets and endpoints are environment variables.
 
 from dataclasses import fields
 from importlib.util import find_spec
+from operator import not_
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storage import keys
 from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
+from storage.loading.mix import parse_mix
 from storage.sources.filters import parse
 from storage.stores.opening import CREDENTIALS
 
@@ -132,6 +134,9 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: Seed = Field(1337, description="Random seed of initial weights, data order, dropout and evaluation.")
+    mix: Lines = Field(
+        (), exclude_if=not_, description="Mix sealed datasets by weight: 'web:0.8', 'code:0.2' (empty = data.dataset)."
+    )
     start_from: Name = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
     start_with: Literal["weights", "everything"] = Field(
         "weights", description="What to load from that run: only the weights, or also the step and optimizer state."
@@ -140,7 +145,9 @@ class TrainingConfig(Section):
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
     keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
     validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
-    validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation during training.")
+    validation_tokens: Positive = Field(
+        10_485_760, description="Maximum tokens of a dataset per validation during training."
+    )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -236,6 +243,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.train.mix and self.data.dataset not in parse_mix(self.train.mix):
+            problem = f"train.mix does not name the run's own dataset, data.dataset = {self.data.dataset!r}"
+            raise ValueError(f"{problem}. Add '{self.data.dataset}:WEIGHT', or set data.dataset to one of the mix.")
         tokens, context = self.train.sequence_tokens, self.model.context_tokens
         if tokens > context:
             problem = f"train.sequence_tokens = {tokens:,} is more than model.context_tokens = {context:,}"
@@ -266,8 +276,8 @@ def check_extra(extra: str, package: str) -> None:
 
 
 def differences(requested: object, pinned: object, name: str = "") -> list[str]:
-    """One line per field that differs between two configurations of the same shape, sorted; `name` is a section."""
+    """One line per field that differs between two configurations, sorted; `name` is a section."""
     if isinstance(requested, dict) and isinstance(pinned, dict):
-        prefix = f"{name}." if name else ""
-        return sorted(line for key in requested for line in differences(requested[key], pinned[key], f"{prefix}{key}"))
+        pairs = {key: (requested.get(key), pinned.get(key)) for key in requested.keys() | pinned.keys()}
+        return sorted(line for key, pair in pairs.items() for line in differences(*pair, f"{name}.{key}".lstrip(".")))
     return [] if requested == pinned else [f"{name} is {pinned!r}, not {requested!r}"]

@@ -58,6 +58,14 @@ def build_dataset(config: RunConfig) -> Manifest:
     )
 
 
+def build_other(store_url: str, dataset: str, numbers: range, *overrides: str) -> Manifest:
+    """Add a source file with the documents of these numbers to another dataset of the store, and build it."""
+    folder = Path(store_url).parent / f"source-{dataset}"
+    write_parquet(folder / f"texts_{numbers.start}.parquet", [document(number) for number in numbers])
+    ours = [f"data.dataset={dataset}", "data.val_shards=1"]
+    return build_dataset(tiny_config(store_url, str(folder), *ours, *overrides))
+
+
 @cache
 def published() -> tiktoken.Encoding:
     """tiktoken's own gpt2 encoding: the reference for this project's encoding."""

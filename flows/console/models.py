@@ -70,8 +70,9 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
     """
     config = settings.load()
     shaped = _shaped(config, folder)
-    chosen = config.model.model_dump(include=config.model.model_fields_set)
-    if differing := differences(chosen, shaped.model.model_dump(), "model"):
+    chosen = config.model.model_fields_set
+    requested, read = (model.model_dump(include=chosen) for model in (config.model, shaped.model))
+    if differing := differences(requested, read, "model"):
         raise ValueError(f"cannot import {folder}: {'; '.join(differing)}. Leave these settings out.")
     with console.status("reading the model"):
         record = import_folder(open_store(config.store_url, create=True), config.name, folder)

@@ -24,7 +24,7 @@ from model.checkpoints.records import chosen
 from model.config import RunConfig, check_extra
 from model.config_file import load_config
 from model.runs.job import JobFailed
-from model.runs.run import find_start, pinned_run
+from model.runs.run import find_mix, find_start, pinned_run
 from storage.datasets.sealing import check_binding
 from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, printable
@@ -139,6 +139,7 @@ def check_inputs(config: RunConfig, *stages: str) -> None:
         newest_version(store, config.data.dataset)
     if "train" in stages and run is None:
         find_start(store, config)
+        find_mix(store, config)
     if "evaluate" in stages and "train" not in stages:
         chosen(store, config.name, config.evaluation.checkpoint)
 

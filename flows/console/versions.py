@@ -145,7 +145,7 @@ def _origin(document: Traced) -> str:
     place = f" row {document.row:,}" if document.row is not None else f" ({document.why})"
     names = [f"{name} {value}" for name, value in (("id", document.id), ("url", document.url)) if value is not None]
     source = ", ".join([document.source + place, *names])
-    return f"{source}; document {document.document:,} of shard {document.shard_id}"
+    return f"{source}; document {document.document:,} of shard {document.shard_id} of {document.dataset}"
 
 
 @dataset_app.command

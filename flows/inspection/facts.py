@@ -14,6 +14,7 @@ from storage.datasets.manifest import Manifest, read_manifest
 from storage.errors import ObjectMissing
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.keys import RunKeys
+from storage.loading.mix import describe
 from storage.stores.store import Store, read_as
 
 VAL_KINDS = ("val_loss", "completion")  # evaluations on the run's own dataset
@@ -67,6 +68,7 @@ class RunFacts:
     code_version: str | None
     config: dict[str, Any]
     dataset: DatasetFacts | None
+    mix: str  # the datasets of a mixed run and their shares
     metrics: list[StepMetrics]
     training: TrainingFacts
     evaluations: list[Evaluation]  # with metrics, by step
@@ -91,6 +93,7 @@ def run_facts(store: Store, name: str) -> RunFacts:
         code_version=run.code_version if run else None,
         config=run.config if run else {"model": records[-1].model},
         dataset=dataset,
+        mix=describe(run.mix) if run else "",
         metrics=metrics,
         training=TrainingFacts(
             steps=records[-1].step if records else 0,
@@ -179,6 +182,8 @@ def _lineage(
         if dataset.version.parent:
             yield "follows manifest", dataset.version.parent
     if run:
+        for name, share in run.mix.items():
+            yield f"mixed in: {name}", f"weight {share.weight}, manifest {share.manifest}"
         if run.start:
             yield "began with", f"step {run.start.step:,} of run {run.start.run}"
         yield "training job", training_job(run).job_id

@@ -13,6 +13,7 @@ from storage.datasets import records
 from storage.datasets.manifest import latest_manifest, read_manifest
 from storage.errors import ObjectMissing, StorageError, StoreUnavailable
 from storage.keys import RunKeys
+from storage.loading.mix import describe
 from storage.stores.store import Store, read_as
 
 Evaluation = tuple[str, int]  # kind, step
@@ -109,6 +110,7 @@ def _training_status(store: Store, run: Run, step: int) -> list[Line]:
         failure = records.read_failure(store, keys.failure(RunKeys(run.name).result(job.job_id)))
     return [
         Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
+        *([Line("  mix", describe(run.mix))] if run.mix else []),
         Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
         Line("  train", state, failure),
     ]

@@ -8,61 +8,68 @@ from operator import itemgetter
 import numpy as np
 
 from model.config import DataConfig, RunConfig, TrainingConfig
-from model.runs.run import find_run
-from storage.cache.shards import ShardCache
+from model.runs.run import find_mix, find_run
 from storage.datasets.manifest import Manifest, read_manifest
+from storage.datasets.sealing import Split
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
 from storage.inspection import lineage
 from storage.inspection.lineage import Traced
-from storage.loading.order import WindowOrder
+from storage.keys import DatasetKeys
+from storage.loading.mix import Share
+from storage.loading.windows import MixedWindows
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
-from storage.stores.store import Store
+from storage.stores.store import Store, read_as
 
 
 @dataclass(frozen=True)
 class TraceTarget:
-    """The dataset version whose windows are traced, its source, and the training settings."""
+    """The dataset version whose windows are traced, its source, the training settings, and the datasets of a mix."""
 
     manifest: Manifest
     data: DataConfig
     train: TrainingConfig
+    mix: dict[str, Share]
 
 
 def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     """The version and settings of the run; if it was never started, the dataset's newest version and `config`."""
     run = find_run(store, config.name)
     if run is None:
-        return TraceTarget(newest_version(store, config.data.dataset), config.data, config.train)
+        newest = newest_version(store, config.data.dataset)
+        return TraceTarget(newest, config.data, config.train, find_mix(store, config, newest.digest))
     pinned = RunConfig.model_validate(run.config, extra="ignore")  # it may hold settings that were removed
-    return TraceTarget(read_manifest(store, run.dataset, run.manifest), pinned.data, pinned.train)
+    return TraceTarget(read_manifest(store, run.dataset, run.manifest), pinned.data, pinned.train, run.mix)
 
 
 def windows(store: Store, target: TraceTarget, split: str, first: int, count: int) -> Iterator[tuple[int, Traced]]:
     """Each window's number and documents, in training or validation order. Raises ValueError past the end of val."""
-    rows, length, dataset = list(target.manifest.rows(split)), target.train.sequence_tokens, target.data.dataset
-    order = WindowOrder([row.tokens for row in rows], length, target.train.seed)
-    if split == "val" and first + count > order.epoch_windows:
-        raise ValueError(f"--window {first}: val has only {order.epoch_windows} windows, from 0. Use a smaller one.")
-    if split == "train":
-        shard_of, window_of = order.locate(first, count)
-    else:
-        shard_of, window_of = order.in_file_order(np.arange(first, first + count))
-    files, cache = _source_files(store, target), ShardCache(store, dataset)
+    length, own = target.train.sequence_tokens, {target.data.dataset: Share(target.manifest.digest, 1)}
+    mix = target.mix if target.mix and split == "train" else own
+    mixed = MixedWindows(store, mix, split, sequence_tokens=length, seed=target.train.seed)
     traced: list[tuple[int, Traced]] = []
-    for shard in np.unique(shard_of):  # open each shard and read its source once
-        places = np.flatnonzero(shard_of == shard).tolist()
-        spans = [(start * length, start * length + length + 1) for start in window_of[places].tolist()]
-        parts = lineage.trace(store, dataset, rows[shard], cache.open(rows[shard]), spans, files)
-        traced += [(first + places[span], document) for span, document in parts]
+    for dataset, start, numbers in mixed.order.parts(first, count):
+        part = mixed.splits[dataset]
+        order, files = part.order, _source_files(store, target, dataset, part.manifest)
+        if split == "val" and first + count > order.epoch_windows:
+            end = f"val has only {order.epoch_windows} windows, from 0"
+            raise ValueError(f"--window {first}: {end}. Use a smaller one.")
+        located = order.locate(start, len(numbers)) if split == "train" else order.in_file_order(first + numbers)
+        for shard in np.unique(located[0]):  # open each shard and read its source once
+            places, row = np.flatnonzero(located[0] == shard), part.rows[shard]
+            spans = [(start * length, start * length + length + 1) for start in located[1][places].tolist()]
+            documents = lineage.trace(store, dataset, row, part.cache.open(row), spans, files)
+            traced += [(first + int(numbers[places[span]]), document) for span, document in documents]
     yield from sorted(traced, key=itemgetter(0))
 
 
-def _source_files(store: Store, target: TraceTarget) -> dict[str, SourceFile]:
+def _source_files(store: Store, target: TraceTarget, dataset: str, manifest: Manifest) -> dict[str, SourceFile]:
     data = target.data
-    if not (files := lineage.hub_files(target.manifest)):
+    if not (files := lineage.hub_files(manifest)):
         with suppress(ValueError, StorageError):  # the source has moved or is gone: show what the store has
-            listing, _ = list_source(store, data.source, data.config, data.revision, "train")
+            pinned = read_as(store, DatasetKeys(dataset).split, Split) if dataset != data.dataset else None
+            source = pinned.bound.get("source", data.source) if pinned else data.source
+            listing, _ = list_source(store, source, data.config, data.revision, "train")
             files = {file.digest: file for file in listing.files}
     return files

@@ -85,7 +85,8 @@ def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:
 
 def _family(metric: str) -> str:
     """The name of a metric's plot: accuracies of one convention share a plot, as do losses of all window lengths."""
-    return metric.partition("_acc")[0].partition("_t")[0]
+    losses = (family for family in ("val_loss", "perplexity", "bits_per_byte") if metric.startswith(family))
+    return next(losses, metric.partition("_acc")[0])
 
 
 def _label(runs: list[RunFacts], run: RunFacts, label: str) -> str:

@@ -81,7 +81,8 @@ def _provenance(evaluation: Evaluation) -> str:
     else:
         repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
         scored = f"{evaluation.items:,} items{repeated}"
-    data = (evaluation.data or "none")[:12]
+    mixed = [f"{dataset} {share.manifest[:12]}" for dataset, share in (evaluation.mix or {}).items()]
+    data = ", ".join(mixed) or (evaluation.data or "none")[:12]
     return f"{scored}, data {data}, step {evaluation.step:,}, {evaluation.precision}"
 
 

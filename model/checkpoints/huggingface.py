@@ -23,6 +23,7 @@ from model.config import ModelConfig
 from storage.datasets.export import new_folder
 from storage.digests import sha256
 from storage.keys import RunKeys
+from storage.loading.mix import Share, describe
 from storage.stores.store import Store, read_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -117,7 +118,11 @@ def _small_files(record: CheckpointRecord) -> dict[str, bytes]:
     settings = {"config": config | ends, "generation_config": ends, "tokenizer_config": tokenizer_config}
     files = {f"{name}.json": (json.dumps(values, indent=2) + "\n").encode() for name, values in settings.items()}
     published = tokenizer.published_files()
-    return files | {"vocab.json": published["encoder.json"], "merges.txt": published["vocab.bpe"]}
+    cursor = record.cursor  # of an imported model: None
+    mix = cursor.mix or {cursor.dataset: Share(cursor.manifest, 1)} if cursor else {}
+    versions = "".join(f"- {dataset}: manifest {share.manifest}\n" for dataset, share in mix.items())
+    card = f"# GPT-2, step {record.step:,}\n\nTrained on {describe(mix) or 'unknown text'}.\n\n{versions}".encode()
+    return files | {"vocab.json": published["encoder.json"], "merges.txt": published["vocab.bpe"], "README.md": card}
 
 
 def tensor_shapes(model: ModelConfig) -> Shapes:

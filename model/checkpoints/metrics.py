@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class StepMetrics(BaseModel):
-    """The numbers of one step. Its JSON has `skipped` only if true, `val_loss` and `mfu` only if known."""
+    """The numbers of one step. Its JSON has `skipped` only if true, other optional fields only if known."""
 
     step: int
     loss: float | None  # None: NaN or infinite
@@ -14,6 +14,8 @@ class StepMetrics(BaseModel):
     gradient_norm: float | None  # None: NaN or infinite
     skipped: bool = Field(default=False, exclude_if=not_)
     val_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    val_losses: dict[str, float] = Field(default={}, exclude_if=not_)  # of a mix, by dataset
+    epochs: dict[str, float] = Field(default={}, exclude_if=not_)  # of a mix: passes through each dataset so far
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0
     mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)

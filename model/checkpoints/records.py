@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
 from storage.keys import RunKeys, check_key
+from storage.loading.mix import Share
 from storage.stores.store import Body, Store, read_as
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
@@ -42,6 +43,7 @@ class Cursor:
     seed: int
     sequence_tokens: int
     next_window: int
+    mix: dict[str, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
             store.put_new(names.checkpoint_file(record.step, attempt, name), body)
     record = replace(record, attempt=attempt, files=files)
     values = asdict(record)
-    body = canonical_json(values | {"cursor": values["cursor"] or {}})
+    cursor = {name: value for name, value in (values["cursor"] or {}).items() if value != {}}
+    body = canonical_json(values | {"cursor": cursor})
     with suppress(AlreadyExists):
         store.put_new(names.checkpoint_record(record.step), body)
         return record

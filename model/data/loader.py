@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.loading.windows import Windows
+from storage.loading.windows import MixedWindows, Windows
 
 
 class DataLoader:
@@ -19,8 +19,8 @@ class DataLoader:
     """
 
     def __init__(
-        self, windows: Windows, device: torch.device, *, step: int, batch_windows: int, size: int, rank: int,
-        ranks: int, ahead: int,
+        self, windows: Windows | MixedWindows, device: torch.device, *, step: int, batch_windows: int, size: int,
+        rank: int, ranks: int, ahead: int,
     ) -> None:  # fmt: skip
         self._windows, self._device = windows, device
         self._batch_windows, self._share, self._size = batch_windows, batch_windows // ranks, size

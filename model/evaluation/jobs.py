@@ -6,6 +6,7 @@ one name are comparable. The ranks share the work; the main rank writes to the s
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from model import tokenizer
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig
-from model.evaluation.evaluator import Evaluator
+from model.evaluation.evaluator import Evaluator, ValLoss
 from model.evaluation.generate import sample_texts
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.evaluation.items import Item, document_items
@@ -28,34 +29,46 @@ from storage.datasets.manifest import read_manifest
 from storage.digests import canonical_json, sha256
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
-from storage.loading.windows import Windows
+from storage.loading.mix import describe, weighted_mean
+from storage.loading.windows import MixedWindows
 from storage.stores.store import Store, overwrite
 
 
 def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
-    """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text."""
-    recipe = job.recipe
-    manifest = read_manifest(store, recipe["dataset"], recipe["manifest"])
-    split = Windows(
-        store, recipe["dataset"], manifest, "val", sequence_tokens=recipe["sequence_tokens"], seed=0,
-        cache_bytes=job.how.resources.cache_bytes,
-    )  # fmt: skip
-    scored = evaluator.val_loss(split, recipe["validation_tokens"])
-    with np.errstate(over="ignore"):
-        perplexity = np.exp(scored.loss)
-    _check_finite(job, np.array(perplexity))
-    # Bits of the whole split: unscored tokens are taken to cost as much as the scored ones, <|endoftext|> included
-    val = manifest.totals["val"]
-    bits_per_byte = scored.loss / math.log(2) * val["tokens"] / val["text_bytes"]
-    part = f"_of_{scored.tokens}" if scored.left_out_tokens else ""
-    suffix = f"t{recipe['sequence_tokens']}{part}"
-    metrics = {"val_loss": scored.loss, "perplexity": float(perplexity), "bits_per_byte": bits_per_byte}
-    metrics = {f"{name}_{suffix}": value for name, value in metrics.items()}
+    """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text.
+
+    For a mix: those of each dataset, and the mean of the losses by the weights.
+    """
+    recipe, metrics = job.recipe, dict[str, float]()
+    settings = {"sequence_tokens": recipe["sequence_tokens"], "seed": 0, "cache_bytes": job.how.resources.cache_bytes}
+    splits = MixedWindows(store, job.mix, "val", **settings).splits
+    scored = {dataset: evaluator.val_loss(split, recipe["validation_tokens"]) for dataset, split in splits.items()}
+    for dataset, score in scored.items():
+        with np.errstate(over="ignore"):
+            perplexity = np.exp(score.loss)
+        _check_finite(job, np.array(perplexity))
+        # Bits of the whole split: unscored tokens are taken to cost as much as the scored ones, <|endoftext|> included
+        val = splits[dataset].manifest.totals["val"]
+        bits_per_byte = score.loss / math.log(2) * val["tokens"] / val["text_bytes"]
+        suffix = (f"{dataset}_" if "mix" in recipe else "") + _suffix(recipe, score)
+        values = {"val_loss": score.loss, "perplexity": float(perplexity), "bits_per_byte": bits_per_byte}
+        metrics |= {f"{name}_{suffix}": value for name, value in values.items()}
+    counts = [(score.tokens, score.left_out_tokens, score.unused_tokens) for score in scored.values()]
+    losses = {dataset: score.loss for dataset, score in scored.items()}
+    total = ValLoss(weighted_mean(losses, job.mix), *map(sum, zip(*counts, strict=True)))
     convention = f"token-weighted mean over windows of {recipe['sequence_tokens']} tokens of the val split"
-    conventions = dict.fromkeys(metrics, convention)
+    conventions, mix = dict.fromkeys(metrics, convention), None
+    if "mix" in recipe:
+        mean, mix = f"val_loss_mix_{_suffix(recipe, total)}", job.mix
+        metrics[mean], conventions[mean] = total.loss, f"mean of the datasets' val losses by weight: {describe(mix)}"
     return Measurement(
-        metrics=metrics, conventions=conventions, tokens=scored.tokens, unused_tokens=scored.unused_tokens
+        metrics=metrics, conventions=conventions, mix=mix, tokens=total.tokens, unused_tokens=total.unused_tokens
     )
+
+
+def _suffix(recipe: dict[str, Any], scored: ValLoss) -> str:
+    """The end of a metric's name: the window length, and the scored tokens if some were left out."""
+    return f"t{recipe['sequence_tokens']}" + (f"_of_{scored.tokens}" if scored.left_out_tokens else "")
 
 
 def completion(store: Store, job: Job, evaluator: Evaluator) -> Measurement:

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, Field
 
+from storage.loading.mix import Share
+
 
 class Measurement(BaseModel, frozen=True):
     """What one kind of evaluation measured. A field that the kind does not have is None and is left out of the JSON.
@@ -15,6 +17,7 @@ class Measurement(BaseModel, frozen=True):
     data: str | None = None  # digest of the manifest, or of the HellaSwag file
     dataset: str | None = None
     file: str | None = None  # key of the HellaSwag file
+    mix: dict[str, Share] | None = None  # the datasets of a mixed run
     tokens: int | None = None  # scored
     unused_tokens: int | None = None  # of the split, in no window
     items: int | None = None

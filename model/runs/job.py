@@ -14,6 +14,7 @@ from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import AlreadyExists, ObjectMissing
 from storage.keys import RunKeys
+from storage.loading.mix import Share
 from storage.stores.store import Store, overwrite, read_as
 
 USER_ERROR = 2  # exit code of a process that failed because of something a user can fix
@@ -44,6 +45,12 @@ class Job:
     @property
     def key(self) -> str:
         return RunKeys(self.run).job(self.job_id)
+
+    @property
+    def mix(self) -> dict[str, Share]:
+        """The datasets that the job reads: its own alone, unless the recipe has a mix."""
+        own = {self.recipe["dataset"]: {"manifest": self.recipe["manifest"], "weight": 1}}
+        return {dataset: Share(**share) for dataset, share in self.recipe.get("mix", own).items()}
 
 
 @dataclass(frozen=True)

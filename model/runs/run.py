@@ -4,12 +4,15 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
+from model import tokenizer
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, newest_checkpoint
 from model.config import How, ModelConfig, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
+from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch
 from storage.keys import RunKeys
+from storage.loading.mix import Share, parse_mix
 from storage.stores.store import Store, overwrite, read_as
 
 READ = {"data": {"dataset", "source"}, "model": set(ModelConfig.model_fields),  # a stored run has these
@@ -36,6 +39,7 @@ class Run:
     items: str | None  # key of the HellaSwag file
     code_version: str
     start: Start | None = None
+    mix: dict[str, Share] = field(default_factory=dict)  # its own dataset included; empty without `train.mix`
     how: How = field(default=How(), compare=False)
 
     @property
@@ -59,10 +63,10 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
-    """The run, pinned at its first start. Raises like `pinned_run` and `find_start`."""
-    start = find_start(store, config)
-    run = Run(config.name, config.computed(), commit, manifest, items, version("gpt2-pipeline"), start, config.how())
-    pinned_values = {name: value for name, value in asdict(run).items() if name != "how"}
+    """The run, pinned at its first start. Raises like `pinned_run`, `find_start` and `find_mix`."""
+    start, mix, code_version = find_start(store, config), find_mix(store, config, manifest), version("gpt2-pipeline")
+    run = Run(config.name, config.computed(), commit, manifest, items, code_version, start, mix, config.how())
+    pinned_values = {name: value for name, value in asdict(run).items() if name != "how" and value != {}}
     try:
         store.put_new(RunKeys(config.name).config, canonical_json(pinned_values))
         return run
@@ -91,6 +95,19 @@ def find_start(store: Store, config: RunConfig) -> Start | None:
     return Start(parent, newest.step, newest.attempt)
 
 
+def find_mix(store: Store, config: RunConfig, manifest: str = "") -> dict[str, Share]:
+    """The newest versions of the datasets of `train.mix`, and `manifest` of the run's own. Raises StorageError."""
+    mix = {dataset: Share(manifest, weight) for dataset, weight in parse_mix(config.train.mix).items()}
+    for dataset, share in mix.items():
+        if dataset != config.data.dataset:
+            newest = newest_version(store, dataset)
+            if newest.tokenizer["sha256"] != tokenizer.identity()["sha256"]:
+                problem = f"dataset {dataset!r} was made with another tokenizer, {newest.tokenizer['name']}"
+                raise DatasetMismatch(f"train.mix: {problem}. Build its text again under another name, and mix that.")
+            mix[dataset] = Share(newest.digest, share.weight)
+    return mix
+
+
 def keep_request(store: Store, key: str, config: RunConfig) -> None:
     """Store the requested configuration, for `gpt2 retry`."""
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
@@ -111,7 +128,8 @@ def training_job(run: Run) -> Job:
     train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
     start = {} if run.start is None else {"start": asdict(run.start)}
     inputs = {"model": run.config["model"], "train": train, "dataset": run.dataset, "manifest": run.manifest}
-    return Job(run.name, "train", inputs | start, run.how)
+    mix = {"mix": asdict(run)["mix"]} if run.mix else {}
+    return Job(run.name, "train", inputs | start | mix, run.how)
 
 
 def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
@@ -131,8 +149,9 @@ def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str |
     seed = config.train.seed
     jobs = []
     if manifest is not None:
-        sequence_tokens = config.train.sequence_tokens
-        jobs.append(job("val_loss", "validation_tokens", "precision", sequence_tokens=sequence_tokens, **val_split))
+        mix = {"mix": asdict(record.cursor)["mix"]} if record.cursor and record.cursor.mix else {}
+        inputs = {"sequence_tokens": config.train.sequence_tokens} | val_split | mix
+        jobs.append(job("val_loss", "validation_tokens", "precision", **inputs))
     if items is not None:
         jobs.append(job("hellaswag", "precision", items=items))
     elif manifest is not None and not config.evaluation.hellaswag:

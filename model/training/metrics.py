@@ -89,6 +89,7 @@ def _line(metrics: StepMetrics) -> str:
     """The metrics as they are printed; NaN for a loss or norm that is not finite."""
     loss, norm = (math.nan if value is None else value for value in (metrics.loss, metrics.gradient_norm))
     val_loss = "" if metrics.val_loss is None else f"  val loss {metrics.val_loss:.4f}"
+    val_loss += "".join(f", {dataset} {loss:.4f}" for dataset, loss in metrics.val_losses.items())
     mfu = "" if metrics.mfu is None else f"  MFU {metrics.mfu:.1%}"
     skipped = "  skipped" if metrics.skipped else ""
     speed = f"{metrics.tokens_per_second:,.0f} tokens/s"

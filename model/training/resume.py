@@ -41,8 +41,8 @@ def resume(store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: Optimi
 
 def cursor_of(job: Job, next_window: int) -> Cursor:
     """The cursor of the job at this window."""
-    recipe, train = job.recipe, job.recipe["train"]
-    return Cursor(recipe["dataset"], recipe["manifest"], train["seed"], train["sequence_tokens"], next_window)
+    recipe, train, mix = job.recipe, job.recipe["train"], job.recipe.get("mix", {})
+    return Cursor(recipe["dataset"], recipe["manifest"], train["seed"], train["sequence_tokens"], next_window, mix)
 
 
 def _start(store: Store, job: Job, model: GPT, optimizer: Optimizer) -> int:

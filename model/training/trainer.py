@@ -30,8 +30,8 @@ from model.training.optimizer import learning_rate, make_optimizer
 from model.training.outliers import past_outliers
 from model.training.resume import cursor_of, resume
 from model.training.saver import Saver
-from storage.datasets.manifest import read_manifest
-from storage.loading.windows import Windows
+from storage.loading.mix import weighted_mean
+from storage.loading.windows import MixedWindows
 from storage.stores.store import Store
 
 SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save waits as long as a step takes
@@ -48,9 +48,8 @@ class Trainer:
         self.config = config = TrainingConfig.model_validate(job.recipe["train"] | job.how.train)
         self.resources = job.how.resources
         self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
-        dataset = job.recipe["dataset"]
         open_split = partial(
-            Windows, store, dataset, read_manifest(store, dataset, job.recipe["manifest"]),
+            MixedWindows, store, job.mix,
             sequence_tokens=config.sequence_tokens, seed=config.seed, cache_bytes=self.resources.cache_bytes,
         )  # fmt: skip
         self.windows = open_split("train")
@@ -88,7 +87,10 @@ class Trainer:
             while self.step < self.config.max_steps:
                 metrics, stopping = self._train_step()
                 if self.val_windows and self._is_due(self.config.validate_every_steps):
-                    metrics.val_loss = self.evaluator.val_loss(self.val_windows, self.config.validation_tokens).loss
+                    limit, splits = self.config.validation_tokens, self.val_windows.splits.items()
+                    losses = {dataset: self.evaluator.val_loss(split, limit).loss for dataset, split in splits}
+                    metrics.val_loss = weighted_mean(losses, self.job.mix)
+                    metrics.val_losses = losses if self.config.mix else {}
                 if self.ddp.is_main:
                     self._log_and_save(metrics, stopping=stopping)
                 if stopping and self.step < self.config.max_steps:
@@ -125,6 +127,7 @@ class Trainer:
             step_seconds=seconds,
             tokens_per_second=speed,
             mfu=self._mfu(speed),
+            epochs=self.windows.epochs((self.step + 1) * self.config.batch_windows) if self.config.mix else {},
             data_seconds=self._data_seconds,
             metrics_seconds=self._metrics_seconds,
             checkpoint_seconds=self._checkpoint_seconds,
@@ -166,23 +169,27 @@ class Trainer:
         return speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None
 
     def _check_length(self) -> None:
-        config, windows = self.config, self.windows.order.epoch_windows
-        if windows < config.batch_windows:
-            split = f"the train split of dataset {self.job.recipe['dataset']!r}"
-            length = f"only {windows:,} windows of {config.sequence_tokens:,} tokens, fewer than one batch"
-            most = f"train.batch_tokens = {windows * config.sequence_tokens}"
-            remedy = f"Start a new run (--set name=…) with at most {most}, more text or a smaller val split."
-            raise ValueError(f"train.batch_tokens = {config.batch_tokens:,}: {split} has {length}. {remedy}")
+        config, period = self.config, sum(share.weight for share in self.job.mix.values())
+        for dataset, share in self.job.mix.items():
+            windows = self.windows.splits[dataset].order.epoch_windows
+            most_windows = windows * period // share.weight
+            if most_windows < config.batch_windows:
+                split = f"the train split of dataset {dataset!r}"
+                length = f"only {windows:,} windows of {config.sequence_tokens:,} tokens, fewer than one batch reads"
+                most = f"train.batch_tokens = {most_windows * config.sequence_tokens}"
+                remedy = f"Start a new run (--set name=…) with at most {most}, more text or a smaller val split."
+                raise ValueError(f"train.batch_tokens = {config.batch_tokens:,}: {split} has {length}. {remedy}")
 
     def _divergence(self, loss: float, norm: float) -> ValueError:
         """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""
         after = f" after {self.outliers.skipped} skipped steps" if self.outliers.skipped else ""
         first, count = self.step * self.config.batch_windows, self.config.batch_windows
         shards = self.windows.shards_of(first, count)
+        manifests = " and ".join(share.manifest[:12] for share in self.job.mix.values())
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
         return ValueError(
             f"step {self.step:,} of run {self.job.run!r} diverged: summed loss {loss}, gradient norm {norm}{after}. "
-            f"Its batch is windows {first:,} to {first + count - 1:,} of manifest {self.job.recipe['manifest'][:12]}, "
+            f"Its batch is windows {first:,} to {first + count - 1:,} of manifest {manifests}, "
             f"in {', '.join(shards[:3])}{more}. gpt2 dataset trace --step {self.step} shows the documents. Try a "
             f"smaller train.learning_rate, a longer warm-up or train.skip_outlier_steps in a new run."
         )

@@ -53,7 +53,8 @@ def newest_version(store: ReadableStore, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
     manifest = latest_manifest(store, dataset)
     if manifest is None:
-        raise ObjectMissing(f"dataset {dataset!r}: no sealed version in {store.url!r}. Run gpt2 dataset build.")
+        remedy = f"Build it: gpt2 dataset build --set data.dataset={dataset}"
+        raise ObjectMissing(f"dataset {dataset!r}: no sealed version in {store.url!r}. {remedy}")
     return manifest
 
 

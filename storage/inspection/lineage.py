@@ -20,11 +20,12 @@ Span = tuple[int, int]  # tokens of a shard: the first, and the last + 1
 
 
 class Traced(NamedTuple):
-    """A document, or the part of it within a span: its place in the shard, its origin, and its token ids.
+    """A document, or the part of it within a span: its dataset and place in the shard, its origin, and its token ids.
 
     If its source file cannot be read, `row`, `id` and `url` are None and `why` says why. `--json` prints these names.
     """
 
+    dataset: str
     shard_id: str
     document: int
     source: str
@@ -81,7 +82,7 @@ def trace(
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
             source_row = rows.get(number)
-            traced = Traced(row.shard_id, number, record.source, None, None, None, reason, part)
+            traced = Traced(dataset, row.shard_id, number, record.source, None, None, None, reason, part)
             if source_row:
                 traced = traced._replace(row=source_row.number, id=source_row.id, url=source_row.url)
                 if source_row.packed_file is not None:

@@ -24,6 +24,9 @@ class WindowOrder:
         self.windows_of_shard = np.array([max(tokens - 1, 0) // sequence_tokens for tokens in shard_tokens], np.int64)
         self.epoch_windows = int(self.windows_of_shard.sum())
         self._seed = seed
+        # One cache for each order: those of a mix would evict each other from a shared one
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
+        self._group = lru_cache(maxsize=2)(self._shuffled_group)
         if not self.epoch_windows:
             raise ValueError(
                 f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, but the "
@@ -36,7 +39,7 @@ class WindowOrder:
         shard_of, window_of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         while count:
             epoch, place = divmod(first, self.epoch_windows)
-            ends = self._group_ends(epoch)
+            _, ends = self._epoch(epoch)
             group = int(np.searchsorted(ends, place, side="right"))
             start = place - (int(ends[group - 1]) if group else 0)
             shards, windows = self._group(epoch, group)
@@ -52,9 +55,9 @@ class WindowOrder:
         upcoming: list[int] = []
         for _ in range(2):
             epoch, place = divmod(first, self.epoch_windows)
-            ends = self._group_ends(epoch)
+            shards, ends = self._epoch(epoch)
             group = int(np.searchsorted(ends, place, side="right"))
-            upcoming += self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
+            upcoming += shards[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS].tolist()
             first += int(ends[group]) - place
         return upcoming
 
@@ -64,18 +67,14 @@ class WindowOrder:
         shard_of = np.searchsorted(ends, chosen, side="right")
         return shard_of, chosen - (ends - self.windows_of_shard)[shard_of]
 
-    @lru_cache(maxsize=2)  # noqa: B019  # an order lives as long as the process
-    def _shards(self, epoch: int) -> np.ndarray:
-        return _shuffled(len(self.windows_of_shard), self._seed, epoch)
+    def _shuffled_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in their order, and the end of each group in windows."""
+        shards = _shuffled(len(self.windows_of_shard), self._seed, epoch)
+        ends = np.cumsum(self.windows_of_shard[shards])
+        return shards, ends[[*range(GROUP_SHARDS - 1, len(ends) - 1, GROUP_SHARDS), len(ends) - 1]]
 
-    @lru_cache(maxsize=2)  # noqa: B019
-    def _group_ends(self, epoch: int) -> np.ndarray:
-        ends = np.cumsum(self.windows_of_shard[self._shards(epoch)])
-        return ends[[*range(GROUP_SHARDS - 1, len(ends) - 1, GROUP_SHARDS), len(ends) - 1]]
-
-    @lru_cache(maxsize=2)  # noqa: B019
-    def _group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = self._shards(epoch)[group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS]
+    def _shuffled_group(self, epoch: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = self._epoch(epoch)[0][group * GROUP_SHARDS : (group + 1) * GROUP_SHARDS]
         counts = self.windows_of_shard[shards]
         windows = np.concatenate([np.arange(count) for count in counts])
         order = _shuffled(len(windows), self._seed, epoch, group)

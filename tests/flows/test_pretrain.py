@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows import train
 from flows.handoffs import Reported
 from flows.inspection.status import run_status
 from flows.pretrain import evaluate_and_report, pretrain
@@ -15,12 +16,12 @@ from model.__main__ import run_job
 from model.config import RunConfig
 from model.runs.job import JobRefused, put_job
 from model.runs.run import find_run, pin_run, training_job
-from storage.errors import SourceInvalid
+from storage.errors import ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
 from storage.stores.store import read_json
 from tests.flows.client import call_api
-from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.making import build_dataset, build_other, document, tiny_config, write_parquet
 from tests.polling import poll
 
 
@@ -127,6 +128,25 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
         evaluate_and_report(config)
     again = task_states(api, newest_run(api, "evaluate-short"))
     assert again.items() >= {"val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped"}.items()
+
+
+@pytest.mark.full
+def test_a_mix_needs_its_other_datasets_sealed_before_anything_is_built(
+    tmp_path: Path, api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = write_parquet(tmp_path / "long.parquet", [document(number, 90) for number in range(40)])
+    config = tiny_config(str(tmp_path / "store"), str(long), "name=mixed", 'train.mix=["small:8", "code:2"]')
+    with pytest.raises(ObjectMissing, match="'code'"):
+        pretrain(config)
+    store = open_store(config.store_url)
+    assert list(store.list(DatasetKeys("small").prefix)) == []
+    build_other(config.store_url, "code", range(100, 130))
+    said: list[str] = []
+    monkeypatch.setattr(train, "say", lambda _, text: said.append(text))
+    reported = pretrain(config)
+    assert "code 20 %, small 80 %" in said[0]  # the weights are normalised
+    val_losses = {name for result in reported.evaluations for name in result.metrics if name.startswith("val_loss")}
+    assert val_losses == {"val_loss_code_t32", "val_loss_small_t32", "val_loss_mix_t32"}
 
 
 @pytest.mark.full

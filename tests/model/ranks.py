@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -35,6 +36,30 @@ class ObservedTraining(NamedTuple):
 
     steps: dict[int, list[str]]
     gradients: np.ndarray | None
+
+
+class SoloRank(DDPConfig):
+    """One of several ranks that run one after the other, so it cannot sum over them."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def agree(self, value: int) -> bool:
+        return value >= 0
+
+
+class UnsynchronisedModel(torch.nn.Module):
+    """Replaces DistributedDataParallel where the other ranks do not run."""
+
+    def __init__(self, module: torch.nn.Module, **_: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.module(*tensors)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def hashes(windows: np.ndarray) -> list[str]:

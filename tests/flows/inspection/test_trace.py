@@ -73,7 +73,8 @@ def check_split(crawl: Crawl, target: TraceTarget, split: str) -> None:
             start = at - starts[name][document.document]
             assert kept.ids[start : start + len(document.ids)] == document.ids.tolist()
             assert document[:-1] == (
-                name, document.document, kept.source, kept.row, kept.columns.get("id"), kept.columns.get("url"), "",
+                "small", name, document.document, kept.source, kept.row,
+                kept.columns.get("id"), kept.columns.get("url"), "",
             )  # fmt: skip
             at += len(document.ids)
         assert at == int(window) * T + T + 1

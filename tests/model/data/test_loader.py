@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from model.config import RunConfig
 from model.data.loader import DataLoader, inputs_and_targets, widened
-from model.processes.distributed import DDPConfig
 from model.runs.job import Job
 from model.runs.run import pin_run, training_job
 from model.training import trainer
@@ -23,6 +21,7 @@ from storage.loading.order import WindowOrder
 from storage.loading.windows import Windows
 from storage.stores.store import Store
 from tests.making import tiny_config
+from tests.model.ranks import SoloRank, UnsynchronisedModel
 from tests.storage.loading.orders import SEEDS, SEQUENCES, SIZES, pairs, windows_of
 
 CPU = torch.device("cpu")
@@ -38,30 +37,6 @@ def test_targets_are_the_tokens_that_follow() -> None:
     assert tokens_BT.tolist() == [[1, 2], [50_256, 5]]
     assert targets_BT.tolist() == [[2, 3], [5, 65_535]]
     assert tokens_BT.dtype == targets_BT.dtype == torch.int64
-
-
-class SoloRank(DDPConfig):
-    """One of several ranks that run one after the other, so it cannot sum over them."""
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    def agree(self, value: int) -> bool:
-        return value >= 0
-
-
-class UnsynchronisedModel(torch.nn.Module):
-    """Replaces DistributedDataParallel where the other ranks do not run."""
-
-    def __init__(self, module: torch.nn.Module, **_: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        return self.module(*tensors)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def trained_batches(
