@@ -8,7 +8,9 @@ from contextlib import suppress
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
+from storage.loading.token_dataset import TokenDataset
 from storage.loading.windows import MixedWindows, Windows
 
 
@@ -59,6 +61,32 @@ class DataLoader:
                     return
         except BaseException as error:  # `next` raises it in the training thread
             self._ready.put(error)
+
+
+class TokenStream(IterableDataset[tuple[Tensor, Tensor]]):
+    """A rank's endless batches of `size` windows for other trainers: inputs and targets, int64, B x T each.
+
+    Give it to torch's DataLoader with `batch_size=None`. Worker w of k reads batches w, w + k, and so on.
+    """
+
+    def __init__(self, dataset: TokenDataset, size: int, rank: int = 0, ranks: int = 1) -> None:
+        self._dataset, self._size, self._rank, self._ranks = dataset, size, rank, ranks
+        self._batch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker, cpu = get_worker_info(), torch.device("cpu")
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        while True:
+            first = ((self._batch + number) * self._ranks + self._rank) * self._size
+            self._batch += workers
+            yield inputs_and_targets(widened(self._dataset.windows.read(first, self._size), cpu), cpu)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches this process has read. With workers, save how many the loop has taken instead."""
+        return {"batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._batch = state["batch"]
 
 
 def widened(windows: np.ndarray, device: torch.device) -> Tensor:
