@@ -22,7 +22,7 @@ from tests.corpora import encoded, write_files
 from tests.making import build_dataset, document, tiny_config
 from tests.storage.source_files import rows, texts_of, write_lines
 
-SMALL = ("data.shard_tokens=30", "data.val_shards=1", "data.keep_val_duplicates=true")
+SMALL = ("data.shard_tokens=60", "data.val_shards=1", "data.keep_val_duplicates=true")
 ITEMS: list[dict[str, Any]] = [
     {
         "doc": {"text": document(number, 20), "meta": {"score": number}},
@@ -67,7 +67,7 @@ def test_conditions_on_fields_names_and_dates(tmp_path: Path, kind: str, conditi
     path = write_items(tmp_path, kind, ITEMS)
     counts = rows(path, "doc.text", condition).tokens
     assert [number for number, count in enumerate(counts) if count] == list(kept)
-    _, manifest = build(tmp_path, path, "data.text_column=doc.text", filters=(condition,))
+    _, manifest = build(tmp_path, path, "data.text_column=doc.text", "data.shard_tokens=30", filters=(condition,))
     assert documents(manifest) == len(list(kept))
 
 
@@ -117,15 +117,15 @@ def test_folders_are_columns(
     tmp_path: Path, kind: str, compression: str, filters: tuple[str, ...], folders: int
 ) -> None:
     for number, (lang, year) in enumerate(product(("en", "de"), (2023, 2024))):
-        texts = [document(number * 100 + row, 20) for row in range(20)]
+        texts = [document(number * 100 + row, 20) for row in range(8)]
         write_files(tmp_path / f"source/lang={lang}/year={year}", encoded(texts, kind, compression, files=1))
     config, manifest = build(tmp_path, f"{tmp_path}/source/**/*.{kind}{compression}", filters=filters)
-    assert documents(manifest) == folders * 20
+    assert documents(manifest) == folders * 8
     store = open_store(config.store_url)
     listing, _ = list_source(store, config.data.source, "", "", "", filters=config.data.filters)
     assert any("do not pass data.filters" in line for line in listing.ignored) == (folders < 4)
-    checked = list(check_documents(store, "small", manifest, listing.files, tokenizer.encode, count=9, seed=1))
-    assert checked == [None] * 9
+    checked = list(check_documents(store, "small", manifest, listing.files, tokenizer.encode, count=5, seed=1))
+    assert checked == [None] * 5
 
 
 def test_a_condition_on_a_folder_and_one_on_a_column_both_count(tmp_path: Path) -> None:
