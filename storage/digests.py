@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, Protocol
-
-SLICE_BYTES = 1 << 23  # of a body in memory at once
+from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
@@ -13,20 +11,9 @@ def canonical_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
-class Sliceable(Protocol):
-    """Bytes, or what gives them in slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> bytes | bytearray | memoryview: ...
-
-
-def sha256(body: Sliceable) -> str:
+def sha256(body: bytes | bytearray | memoryview) -> str:
     """The sha256 of some bytes, in hex."""
-    hasher = hashlib.sha256()
-    for start in range(0, len(body), SLICE_BYTES):
-        hasher.update(body[start : start + SLICE_BYTES])
-    return hasher.hexdigest()
+    return hashlib.sha256(body).hexdigest()
 
 
 def digest(value: Any) -> str:

@@ -15,11 +15,11 @@ from pydantic.dataclasses import dataclass
 
 from model.checkpoints.metrics import StepMetrics
 from model.config import ModelConfig
-from storage.digests import canonical_json, sha256
+from storage.digests import canonical_json
 from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
 from storage.keys import RunKeys, check_key
 from storage.loading.mix import Share
-from storage.stores.store import Body, Store, read_as
+from storage.stores.store import Body, Store, read_as, sha256_of
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
 WEIGHTS = "model.safetensors"
@@ -117,7 +117,7 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     where the failed try stopped. Raises CheckpointInvalid if another process has saved this step of the run.
     """
     names, attempt = RunKeys(run), record.attempt or secrets.token_hex(6)
-    files = {name: CheckpointFile(len(body), sha256(body)) for name, body in bodies.items()}
+    files = {name: CheckpointFile(len(body), sha256_of(body)) for name, body in bodies.items()}
     for name, body in bodies.items():
         with suppress(AlreadyExists):  # attempts are unique, so an earlier try has put it
             store.put_new(names.checkpoint_file(record.step, attempt, name), body)

@@ -128,7 +128,7 @@ def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int
         if locate(store, file) is not file:  # another builder on this host held the lock and made the copy
             return
         hub.fetch(file, body, on_progress)
-        put_named_by_content(store, file.key, FileBody(body))
+        put_named_by_content(store, file.key, FileBody(body, "" if hub.COMMIT.fullmatch(file.digest) else file.digest))
 
 
 @contextmanager

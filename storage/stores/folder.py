@@ -15,10 +15,11 @@ from stat import S_ISDIR
 from typing import BinaryIO
 
 from storage import keys
-from storage.digests import SLICE_BYTES, sha256
+from storage.digests import sha256
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
-from storage.stores.store import LIMIT_BYTES, Body, FileBody, Object, Stat, Store, check_conditions, check_size
+from storage.stores.store import LIMIT_BYTES, Body, Object, Stat, Store, check_conditions, check_size, sha256_of
 
+SLICE_BYTES = 1 << 23  # of a body in memory at once
 INTERNAL = ".store"  # no key begins with a dot, so this folder holds no object
 NO_LINKS = "Its file system may lack hard links (exFAT, some network drives): choose a folder on another disk."
 REMEDIES = {  # each follows the system's own text, as in "Permission denied"
@@ -68,7 +69,7 @@ class FolderStore(Store):
                     if not path.exists() or sha256(path.read_bytes()) != etag:
                         raise conflict
                     temporary.replace(path)
-        return body.sha256 if isinstance(body, FileBody) else sha256(body)
+        return sha256_of(body)
 
     def stat(self, key: str) -> Stat:
         with self._opened(key) as file:

@@ -18,12 +18,11 @@ from urllib.parse import urlsplit
 from botocore.exceptions import ClientError
 
 from storage import keys
-from storage.digests import sha256
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StorageError, StoreUnusable
 from storage.stores.retries import Transient
 from storage.stores.s3_body import ResumableBody, base64_sha256, stored_sha256
 from storage.stores.s3_client import DAMAGED_TRIES, code, new_client, own_client, status, with_retries
-from storage.stores.store import LIMIT_BYTES, LINK_SECONDS, Body, Object, Stat, Store, check_conditions
+from storage.stores.store import LIMIT_BYTES, LINK_SECONDS, Body, Object, Stat, Store, check_conditions, sha256_of
 
 WHOLE_BYTES = 1 << 26  # one request up to this size: a shard of 20 MB in parts costs five times the CPU time
 PART_BYTES = 1 << 25  # of a larger object: 32 MiB, 4 at a time, as fast as any other setting measured
@@ -144,7 +143,7 @@ class S3Store(Store):
             if tries > 1:
                 with suppress(ObjectMissing, ObjectCorrupt):
                     stored = self.read(key, len(body))
-                    if stored.sha256 == sha256(body):
+                    if stored.sha256 == sha256_of(body):
                         return stored.etag  # an earlier try was stored and only its response was lost
             raise Conflict(f"object {key!r} of store {self.url!r} has changed meanwhile. Run the command again.")
 

@@ -1,5 +1,6 @@
 """The interface of a store: objects at keys. Every write is atomic: it stores all of its bytes or none."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,18 +22,16 @@ LIMIT_BYTES = 1 << 26  # default size limit of a read; a manifest of 130,000 sha
 
 
 class FileBody:
-    """The content of an open file of this host as a body. Stores read it in slices, so it is never in memory whole."""
+    """An open file of this host as a body, with its sha256. Stores read it in slices, never whole into memory."""
 
-    def __init__(self, file: BinaryIO, digest: str = "") -> None:
+    def __init__(self, file: BinaryIO, sha256: str = "") -> None:
         file.flush()
-        self._file, self._size_bytes, self._digest = file, os.fstat(file.fileno()).st_size, digest
+        file.seek(0)
+        self.sha256 = sha256 or hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
+        self._file, self._size_bytes = file, os.fstat(file.fileno()).st_size
 
     def __len__(self) -> int:
         return self._size_bytes
-
-    @property
-    def sha256(self) -> str:
-        return self._digest or sha256(self)
 
     def __getitem__(self, part: slice) -> bytes:
         start, stop, _ = part.indices(self._size_bytes)
@@ -40,6 +39,11 @@ class FileBody:
 
 
 Body = bytes | bytearray | memoryview | FileBody
+
+
+def sha256_of(body: Body) -> str:
+    """The sha256 of a body."""
+    return body.sha256 if isinstance(body, FileBody) else sha256(body)
 
 
 class Object(NamedTuple):
