@@ -82,6 +82,32 @@ def test_a_file_that_is_cut_is_refused_wherever_it_is_cut(compression: str) -> N
             parquet_of(f"a.jsonl{compression}", whole[:length])
 
 
+@pytest.mark.parametrize("compression", [".bz2", ".xz"])
+def test_a_damaged_stream_of_several_is_refused_and_an_empty_one_is_not(compression: str) -> None:
+    compress, lines = COMPRESS[compression], [b'{"text": %d}\n' % number for number in range(4)]
+    streams = [compress(lines[0]), compress(b""), *map(compress, lines[1:])]
+    assert lines_of(f"a.jsonl{compression}", b"".join(streams) + bytes(512)) == [line.strip() for line in lines]
+    for place in (0, 1, len(streams[3]) // 2, len(streams[3]) - 9):
+        damaged = streams[3][:place] + bytes([streams[3][place] ^ 8]) + streams[3][place + 1 :]
+        with pytest.raises(SourceInvalid, match=rf"a\.jsonl{compression}: cannot be read as .*"):
+            parquet_of(f"a.jsonl{compression}", b"".join([*streams[:3], damaged, streams[4]]))
+
+
+def test_arrow_that_parquet_cannot_hold_or_with_damaged_offsets_is_refused() -> None:
+    def written(table: pa.Table) -> bytes:
+        body = io.BytesIO()
+        with pa.ipc.new_stream(body, table.schema) as writer:
+            writer.write_table(table)
+        return body.getvalue()
+
+    with pytest.raises(SourceInvalid, match=r"a\.arrow: cannot be read as \.arrow: .*'x' with no child field"):
+        parquet_of("a.arrow", written(pa.table({"text": TEXTS, "x": pa.array([{}] * 200, pa.struct([]))})))
+    offset = pa.array([0, 1 << 30, 2], pa.int32()).buffers()[1]
+    column = pa.StringArray.from_buffers(2, offset, pa.py_buffer(b"ab"))
+    with pytest.raises(SourceInvalid, match=r"a\.arrow: cannot be read as \.arrow: "):
+        parquet_of("a.arrow", written(pa.table({"text": column})))
+
+
 @pytest.mark.parametrize("kind", ["arrow file", "json array"])
 def test_a_plain_file_that_is_cut_is_refused(kind: str) -> None:
     suffix, write = FORMATS[kind]
@@ -123,6 +149,8 @@ def test_text_in_another_encoding_is_named_and_refused_or_skipped(
 def test_what_surrounds_lines_is_no_row() -> None:
     body = codecs.BOM_UTF8 + b'\n{"text": 1}\r\n\n \t\n{"text": 2}\n\n  \r\nbroken\n{"text": 3}'
     assert lines_of("a.jsonl.gz", COMPRESS[".gz"](body)) == [b'{"text": 1}', b'{"text": 2}', b"broken", b'{"text": 3}']
+    assert lines_of("a.jsonl.gz", COMPRESS[".gz"](b"\n \n" * (1 << 22))) == []  # in no time: a bomb is like this
+    assert lines_of("a.json", b"[1, %s]" % (b"9" * 5_000)) == [b"1", b"9" * 5_000]  # Python's limit is 4,300
     assert lines_of("a.json", b"") == lines_of("a.json", b" \n") == lines_of("a.json", b" [ ] ") == []
 
 
