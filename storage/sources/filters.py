@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: s
         try:
             if value is None or not _compare(value, condition):
                 return False
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SourceInvalid(
                 f"{place}: row {row:,}: data.filters: {condition} compares values of different types: column "
                 f"{condition.column!r} holds {type(value).__name__} {str(value)[:40]!r}. Use a value of that type."
@@ -82,7 +83,7 @@ def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: s
 
 
 def _compare(value: object, condition: Filter) -> bool:
-    """Raises TypeError, ValueError."""
+    """Raises TypeError, ValueError, and OverflowError for a time that is before the year 1 in UTC."""
     operand = condition.operand
     operands = operand if isinstance(operand, list) else [operand]
     if isinstance(value, date):
@@ -91,7 +92,9 @@ def _compare(value: object, condition: Filter) -> bool:
     elif isinstance(value, str) and operands and not any(isinstance(item, str) for item in operands):
         if not value:  # an empty cell of CSV
             return False
-        value = float(value)
+        value = int(value) if value.isdecimal() else float(value)  # not all integers are floats
+    elif isinstance(value, Decimal):
+        value = float(value)  # as the operand is: 1.1 == 1.1
     return COMPARISONS[condition.comparison](value, operand)
 
 
@@ -106,13 +109,13 @@ def _moment(value: date | str) -> datetime:
 
 def value_at(columns: Mapping[str, Any], path: str) -> Any:
     """The value of a column, or of a field inside one: `meta.score`; None below null. Raises KeyError."""
-    outer, _, inner = path.partition(".")
-    if path in columns or not inner:
+    if path in columns:
         return columns[path]
+    outer = next((name for name in columns if path.startswith(f"{name}.")), path)  # a name may have a dot, too
     value = columns[outer]
     if not isinstance(value, Mapping | None):
         raise KeyError(path)
-    return None if value is None else value_at(value, inner)
+    return None if value is None else value_at(value, path.removeprefix(f"{outer}."))
 
 
 def nested_names(columns: Mapping[str, Any]) -> Iterator[str]:

@@ -176,8 +176,8 @@ def _as_rows(batch: pa.RecordBatch, names: list[str], text_column: str = "") -> 
 def _column(batch: pa.RecordBatch, path: str) -> pa.Array:
     if path in batch.schema.names:
         return batch.column(path)
-    outer, *inner = path.split(".")
-    return pc.struct_field(batch.column(outer), inner)
+    outer = next(name for name in batch.schema.names if path.startswith(f"{name}."))  # which may have a dot, too
+    return pc.struct_field(batch.column(outer), path.removeprefix(f"{outer}.").split("."))
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:

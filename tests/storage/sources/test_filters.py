@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple
         ("int_score >= 4", "10", True),
         ("int_score in [4, 5]", "5", True),
         ("int_score >= 4", "", False),
+        ("id == 9007199254740993", "9007199254740993", True),
+        ("id != 9007199254740992", "9007199254740993", True),
+        ("score >= 1.1", Decimal("1.10"), True),
+        ("score in [1.1]", Decimal("1.1"), True),
         ("dump in []", "A", False),
         ("day >= '2024-03-01'", date(2024, 3, 1), True),
         ("day > '2024-03-01'", date(2024, 3, 1), False),
@@ -80,6 +85,11 @@ def build_one(store: Store, path: Path, *filters: str, **settings: Any) -> tuple
 def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) -> None:
     condition = parse(text)
     assert keeps_row([condition], {condition.column: value}, "a.jsonl", 0) is kept
+
+
+def test_a_time_before_the_first_year_is_refused() -> None:
+    with pytest.raises(SourceInvalid, match=r"a\.jsonl: row 0: data\.filters: day >= '0001-01-01T00:00\+09:00'"):
+        keeps_row([parse("day >= '0001-01-01T00:00+09:00'")], {"day": date(2024, 3, 1)}, "a.jsonl", 0)
 
 
 def test_a_filter_has_one_canonical_spelling() -> None:
