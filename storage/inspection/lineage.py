@@ -85,7 +85,7 @@ def trace(
             traced = Traced(dataset, row.shard_id, number, record.source, None, None, None, reason, part)
             if source_row:
                 traced = traced._replace(row=source_row.number, id=source_row.id, url=source_row.url)
-                if source_row.packed_file is not None:
+                if isinstance(source_row.packed_row, int):  # else a column of the source has this name
                     traced = traced._replace(source=source_row.packed_file, row=source_row.packed_row)
             yield index, traced
 

@@ -56,7 +56,8 @@ def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:
 
 def bad_document(file: SourceFile, row: Row, reason: str) -> SourceInvalid:
     """The error for a document that cannot be tokenised."""
-    place, number = (file.shown_place, row.number) if row.packed_file is None else (row.packed_file, row.packed_row)
+    is_packed = isinstance(row.packed_row, int)  # else a column of the source has this name
+    place, number = (row.packed_file, row.packed_row) if is_packed else (file.shown_place, row.number)
     name = f"row {number:,}" + ("" if row.id is None else f" (id {row.id})")
     return SourceInvalid(
         f"{place}: {name}: {reason}. Repair or delete that row, or skip such rows: --set data.on_bad_document=skip"
