@@ -83,7 +83,7 @@ class FilePlan(Cut):
         """The shards in order. Without a split, all as val shards, which leave out nothing."""
         how = {name: getattr(self.settings, name) for name in OF_EACH_SHARD}
         for index, (row_from, row_to) in enumerate(pairwise((0, *self.row_ends))):
-            recipe = ShardRecipe(source=self.file.digest, row_from=row_from, row_to=row_to, **how)
+            recipe = ShardRecipe(self.file.digest, row_from, row_to, read_as=self.file.read_as, **how)
             job = self._job(index, recipe)
             if split and job.shard_id not in split.shard_ids:
                 job = self._job(index, replace(recipe, leave_out=split.documents))
@@ -212,4 +212,5 @@ def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) 
 
 def _key(dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int) -> str:
     recipe = {"format": FORMAT, "source": file.digest, "shape": settings.to_json(), "limit_tokens": limit_tokens}
+    recipe |= {"read_as": file.read_as} if file.read_as else {}
     return DatasetKeys(dataset).plan(digest(recipe))

@@ -72,6 +72,7 @@ class ShardRecipe:
     filters: tuple[str, ...] = ()
     on_bad_document: str = "fail"
     leave_out: str = ""
+    read_as: str = ""
 
     def to_json(self) -> dict[str, object]:
         return FIXED | _without_defaults(self)

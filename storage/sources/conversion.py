@@ -62,7 +62,7 @@ def _as_one(part: list[SourceFile]) -> SourceFile:
         part[0],
         name=f"{part[0].name}..{part[-1].name.rpartition('/')[2]}",
         size_bytes=sum(file.size_bytes for file in part),
-        digest=digest([file.digest for file in part]),
+        digest=digest([[file.digest, file.suffix.format] for file in part]),
         members=tuple(part),
     )
 

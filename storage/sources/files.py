@@ -45,6 +45,11 @@ class SourceFile:
         return self.suffix.format in selection.READ_BY_ROWS and not self.suffix.compression and not self.members
 
     @property
+    def read_as(self) -> str:
+        """The format that decides its rows; empty for a file read by rows, as in recipes before there were others."""
+        return "" if self.is_read_by_rows else self.suffix.format
+
+    @property
     def is_converted(self) -> bool:
         """Whether the place is a file of the store that this one was converted to."""
         return f"/{keys.CONVERTED}{self.digest}" in self.place

@@ -1,5 +1,6 @@
 """Converted files: made once, named by content, packed so that one more file changes little, and traced to the row."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_a_file_is_converted_once_whatever_its_name_and_its_dataset(tmp_path: Pa
     assert {file.suffix.format for file in listed(config)} == {".csv", ".tsv"}
     with pytest.raises(SourceInvalid, match=r"renamed\.tsv\.gz: column 'text' should hold strings"):
         build_dataset(configured(tmp_path, "data.dataset=third"))
+
+
+@pytest.mark.parametrize("others", ["csv", "jsonl"])  # beside JSON lines it is a member of a part
+def test_a_file_with_a_corrected_suffix_is_read_anew(tmp_path: Path, others: str) -> None:
+    source = write_files(tmp_path / "source", encoded(TEXTS, others, ".gz", files=2))
+    array = json.dumps([{"text": f"{text} again"} for text in TEXTS]).encode()
+    write_files(source, {"a.jsonl.gz": COMPRESS[".gz"](array)})
+    config = configured(tmp_path, "data.on_bad_document=skip", KEEP_ALL)
+    assert sum(counts["documents"] for counts in build_dataset(config).totals.values()) == len(TEXTS)
+    (source / "a.jsonl.gz").rename(source / "a.json.gz")
+    assert {document_.source for document_ in traced(config, build_dataset(config))} >= {"a.json.gz"}
 
 
 @pytest.mark.parametrize("lost", ["file", "record", "both", "cut", "bit"])
@@ -183,6 +195,19 @@ def test_a_bad_row_of_a_packed_file_is_named_by_its_file(tmp_path: Path) -> None
     write_files(tmp_path / "source", files)
     with pytest.raises(SourceInvalid, match=r": part-00002\.jsonl\.zst: row 1\b|^part-00002\.jsonl\.zst: row 1\b"):
         build_dataset(configured(tmp_path))
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_a_column_of_the_source_may_be_named_as_that_of_a_part(tmp_path: Path, compression: str) -> None:
+    lines = [{"text": text, "packed_file": "theirs", "packed_row": "x"} for text in TEXTS]
+    body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    source = write_files(tmp_path / "source", {f"a.jsonl{compression}": COMPRESS[compression](body)})
+    config = configured(tmp_path, KEEP_ALL)
+    assert {document_.source for document_ in traced(config, build_dataset(config))} == {f"a.jsonl{compression}"}
+    body += b'{"text": null, "packed_file": "theirs"}'
+    write_files(source, {f"a.jsonl{compression}": COMPRESS[compression](body)})
+    with pytest.raises(SourceInvalid, match=rf"a\.jsonl{compression}: row 120: column 'text' should hold text"):
+        build_dataset(config)
 
 
 def test_hub_files_are_converted_from_the_download_and_not_kept_beside(
