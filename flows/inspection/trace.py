@@ -70,6 +70,7 @@ def _source_files(store: Store, target: TraceTarget, dataset: str, manifest: Man
         with suppress(ValueError, StorageError):  # the source has moved or is gone: show what the store has
             pinned = read_as(store, DatasetKeys(dataset).split, Split) if dataset != data.dataset else None
             source = pinned.bound.get("source", data.source) if pinned else data.source
-            listing, _ = list_source(store, source, data.config, data.revision, "train")
+            filters = manifest.recipe.filters
+            listing, _ = list_source(store, source, data.config, data.revision, "train", filters=filters)
             files = {file.digest: file for file in listing.files}
     return files

@@ -58,7 +58,8 @@ def list_source(
             files.append(file)
         else:
             ignored[file.name] = f"its folders do not pass data.filters ({', '.join(map(str, of_folders))})"
-    return replace(listing, files=tuple(pack(files)), ignored=listing.ignored + listed(ignored)), outdated
+    listing = without_copies(replace(listing, files=tuple(files), ignored=listing.ignored + listed(ignored)))
+    return replace(listing, files=tuple(pack(listing.files))), outdated
 
 
 def _listed(store: Store, source: str, config: str, revision: str, split: str, setting: str) -> tuple[Listing, str]:
@@ -66,7 +67,7 @@ def _listed(store: Store, source: str, config: str, revision: str, split: str, s
         places, ignored = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = list(pool.map(identify, places))
-        return without_copies(Listing(with_distinct_names(files), {}, ignored)), ""
+        return Listing(with_distinct_names(files), {}, ignored), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = read_as(store, key, Listing, lambda known: "commit" in known.origin and [file.key for file in known.files])
     if known and known.origin["commit"] == revision:
@@ -81,7 +82,7 @@ def _listed(store: Store, source: str, config: str, revision: str, split: str, s
     if known and known.origin["commit"] == commit:
         return known, ""
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
-    listing = without_copies(hub.list_files(source, config, commit, split))
+    listing = hub.list_files(source, config, commit, split)
     listing = replace(listing, origin=origin | listing.origin)
     overwrite(store, key, canonical_json(asdict(listing)))
     return listing, ""

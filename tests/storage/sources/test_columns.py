@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.inspection import trace
 from model import tokenizer
 from model.config import RunConfig
 from storage.datasets.manifest import Manifest
@@ -29,6 +30,7 @@ ITEMS: list[dict[str, Any]] = [
         "my score": number,
         "day": f"2024-03-{number + 1:02d}",
         "doc.kind": "odd" if number % 2 else "even",
+        "an.outer": {"n": number},
     }
     for number in range(20)
 ]
@@ -58,6 +60,7 @@ def write_items(folder: Path, kind: str, items: list[dict[str, Any]]) -> Path:
     [
         ("doc.meta.score >= 3", range(3, 20)),
         ('"my score" < 3', range(3)),
+        ("an.outer.n < 3", range(3)),
         ("day >= '2024-03-11'", range(10, 20)),
         ("day in ['2024-03-02', '2024-03-05']", (1, 4)),
         ("doc.kind == 'odd'", range(1, 20, 2)),  # a column of that name, not a field
@@ -134,6 +137,18 @@ def test_a_condition_on_a_folder_and_one_on_a_column_both_count(tmp_path: Path) 
         write_files(tmp_path / "source" / f"lang={lang}", encoded(texts, "jsonl", files=1, score=list(range(50))))
     _, manifest = build(tmp_path, f"{tmp_path}/source/**/*.jsonl", filters=("lang == 'en'", "score >= 10"))
     assert documents(manifest) == 40
+
+
+def test_folders_that_a_filter_leaves_out_take_nothing_from_the_others(tmp_path: Path) -> None:
+    texts = [{f"{half}/lang={lang}/{at:02d}.txt": f"{half} {at} {lang * same} text".encode() * 9 for at in range(20)}
+             for half in "xy" for lang in ("de", "en") for same in [half == "x"]]  # fmt: skip
+    files = {name: body for part in texts for name, body in part.items()}  # in y, both languages have the same texts
+    source = write_files(tmp_path / "source", files)
+    config, manifest = build(tmp_path, f"{source}/**/*.txt", filters=('lang == "en"',))
+    assert documents(manifest) == 40
+    store = open_store(config.store_url)
+    found = {document.source for _, document in trace.windows(store, trace.trace_target(store, config), "train", 0, 4)}
+    assert found <= files.keys()
 
 
 def test_the_values_of_folders_are_unquoted_and_null_is_none() -> None:
