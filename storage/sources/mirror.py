@@ -154,3 +154,4 @@ def _opened(file: SourceFile, on_progress: Callable[[int], None]) -> Iterator[Bi
         source = open_source(file)
         with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, REQUEST_BYTES) as body:
             yield body
+        open_source(file)  # raises if it has changed meanwhile: its rows would stay under this digest

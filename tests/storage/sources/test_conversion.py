@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,6 +126,25 @@ def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path: Path, monkeypa
     build_dataset(config)
     assert orphan in converted_keys(store)
     assert [item.name for item in collect(store, -60, remove=False) if item.kind == "source"] == []
+
+
+def test_a_file_that_changes_while_it_is_converted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_files(tmp_path / "source", encoded(TEXTS, "csv", files=1))
+    body, write = (source / "part-00000.csv").read_bytes(), conversion.write_parquet
+
+    def write_changed(files: Any, opened: Any, output: Any) -> None:
+        @contextmanager
+        def changed(file: SourceFile) -> Iterator[Any]:
+            with opened(file) as stream:
+                (source / "part-00000.csv").write_bytes(body + b"more\n")
+                yield stream
+
+        write(files, changed, output)
+
+    monkeypatch.setattr(conversion, "write_parquet", write_changed)
+    with pytest.raises(SourceInvalid, match=r"part-00000\.csv: changed since the plan"):
+        build_dataset(configured(tmp_path))
+    assert converted_keys(open_store(configured(tmp_path).store_url)) == []
 
 
 def test_a_shard_whose_file_is_not_converted_is_refused(tmp_path: Path) -> None:
