@@ -266,7 +266,7 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
             elif decompressor := DECOMPRESSORS.get(file.suffix.compression):
                 body = _Streams(raw, decompressor)
             yield io.BufferedReader(body, BLOCK_BYTES)
-    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, IsalError, UnicodeDecodeError) as error:  # type: ignore[misc]
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, IsalError, UnicodeDecodeError, csv.Error) as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno:  # the disk's, not a decompressor's
             raise
         reason = str(error).partition("\n")[0].rstrip(". ")

@@ -117,6 +117,11 @@ def test_a_plain_file_that_is_cut_is_refused(kind: str) -> None:
             parquet_of(f"a{suffix}", whole[:length])
 
 
+def test_a_header_without_an_end_is_refused() -> None:
+    with pytest.raises(SourceInvalid, match=r"a\.csv: cannot be read as \.csv: field larger than field limit"):
+        parquet_of("a.csv", b"text," + b"x" * 140_000 + b"\n")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.zst", ".csv.xz", ".txt.bz2", ".arrow", ".parquet.gz"])
 def test_a_file_of_another_format_than_its_name_says_is_refused(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(SourceInvalid, match=rf"a\{suffix}: cannot be read as"):
