@@ -11,7 +11,7 @@ from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
 from storage.errors import StorageError
 from storage.sources import documents, hub
-from storage.sources.files import SourceFile, folder_columns
+from storage.sources.files import SourceFile, hive_columns
 from storage.sources.mirror import locate
 from storage.sources.rows import ID, URL, Row
 from storage.stores.store import Store
@@ -62,7 +62,7 @@ def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
         return {}
     return {
         digest: SourceFile(
-            name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name), folder_columns(name)
+            name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name), hive_columns(name)
         )
         for name, size_bytes, digest in zip(files["name"], files["size_bytes"], files["digest"], strict=True)
     }

@@ -58,13 +58,9 @@ def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
 def _as_one(part: list[SourceFile]) -> SourceFile:
     if len(part) == 1:
         return part[0]
-    return replace(
-        part[0],
-        name=f"{part[0].name}..{part[-1].name.rpartition('/')[2]}",
-        size_bytes=sum(file.size_bytes for file in part),
-        digest=digest([[file.digest, file.suffix.format] for file in part]),
-        members=tuple(part),
-    )
+    name, size_bytes = f"{part[0].name}..{part[-1].name.rpartition('/')[2]}", sum(file.size_bytes for file in part)
+    named = digest([[file.digest, file.suffix.format] for file in part])
+    return replace(part[0], name=name, size_bytes=size_bytes, digest=named, members=tuple(part))
 
 
 def locate_converted(store: Store, file: SourceFile) -> SourceFile:

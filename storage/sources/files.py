@@ -84,13 +84,13 @@ class Listing:
     ignored: tuple[str, ...] = ()
 
 
-def folder_columns(place: str) -> dict[str, str]:
+def hive_columns(place: str) -> dict[str, str]:
     """The columns that Hive partition folders give to the files below them: `lang=en/` gives lang the value "en"."""
     pairs = (part.partition("=") for part in PurePosixPath(place).parent.parts)
     return {unquote(name): unquote(value) for name, _, value in pairs if value not in ("", HIVE_NULL)}
 
 
-def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+def distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     """The files; if two have the same name, each is named by its path below their common folder."""
     if len({file.name for file in files}) == len(files):
         return tuple(files)
@@ -98,7 +98,7 @@ def with_distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     return tuple(replace(file, name=str(PurePosixPath(file.place).relative_to(common))) for file in files)
 
 
-def without_copies(listing: Listing) -> Listing:
+def deduplicated(listing: Listing) -> Listing:
     """The listing without files that have the content of an earlier file: shards are named by content."""
     first: dict[str, SourceFile] = {}
     copies = {

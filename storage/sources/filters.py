@@ -93,6 +93,8 @@ def _compare(value: object, condition: Filter) -> bool:
         if not value:  # an empty cell of CSV
             return False
         value = int(value) if value.isdecimal() else float(value)  # not all integers are floats
+    elif not isinstance(value, str) and any(isinstance(item, str) for item in operands):
+        raise TypeError("a number is no text: == would be false, != true, for every row")
     elif isinstance(value, Decimal):
         value = float(value)  # as the operand is: 1.1 == 1.1
     return COMPARISONS[condition.comparison](value, operand)

@@ -278,7 +278,5 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
 
 def _check_length(file: SourceFile, size_bytes: int, what: str) -> None:
     if size_bytes > DOCUMENT_BYTES:
-        raise SourceInvalid(
-            f"{file.place}: {what} is longer than {DOCUMENT_BYTES:,} bytes, the limit of a document. Split the file "
-            f"into documents, or remove it from data.source."
-        )
+        problem = f"{what} is longer than {DOCUMENT_BYTES:,} bytes, the limit of a document"
+        raise SourceInvalid(f"{file.place}: {problem}. Split it into documents, or remove it from data.source.")

@@ -19,15 +19,7 @@ from storage.digests import canonical_json, digest
 from storage.errors import ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
 from storage.sources.conversion import convert, locate_converted, pack, put_named_by_content
-from storage.sources.files import (
-    Listing,
-    SourceFile,
-    find_files,
-    folder_columns,
-    is_on_hub,
-    with_distinct_names,
-    without_copies,
-)
+from storage.sources.files import Listing, SourceFile, deduplicated, distinct_names, find_files, hive_columns, is_on_hub
 from storage.sources.filters import keeps_row, parse
 from storage.sources.reading import REQUEST_BYTES, identify, open_source
 from storage.sources.selection import listed
@@ -52,13 +44,13 @@ def list_source(
     conditions = [parse(text) for text in filters]
     files, ignored = list[SourceFile](), dict[str, str]()
     for listed_file in listing.files:
-        file = replace(listed_file, columns=folder_columns(listed_file.place))
+        file = replace(listed_file, columns=hive_columns(listed_file.place))
         of_folders = [condition for condition in conditions if condition.column in file.columns]
         if keeps_row(of_folders, file.columns, file.place, 0):
             files.append(file)
         else:
             ignored[file.name] = f"its folders do not pass data.filters ({', '.join(map(str, of_folders))})"
-    listing = without_copies(replace(listing, files=tuple(files), ignored=listing.ignored + listed(ignored)))
+    listing = deduplicated(replace(listing, files=tuple(files), ignored=listing.ignored + listed(ignored)))
     return replace(listing, files=tuple(pack(listing.files))), outdated
 
 
@@ -67,7 +59,7 @@ def _listed(store: Store, source: str, config: str, revision: str, split: str, s
         places, ignored = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = list(pool.map(identify, places))
-        return Listing(with_distinct_names(files), {}, ignored), ""
+        return Listing(distinct_names(files), {}, ignored), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = read_as(store, key, Listing, lambda known: "commit" in known.origin and [file.key for file in known.files])
     if known and known.origin["commit"] == revision:

@@ -16,7 +16,7 @@ from model.config import RunConfig
 from storage.datasets.manifest import Manifest
 from storage.errors import SourceInvalid
 from storage.inspection.verify import check_documents
-from storage.sources.files import SourceFile, folder_columns
+from storage.sources.files import SourceFile, hive_columns
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from tests.corpora import encoded, write_files
@@ -152,7 +152,7 @@ def test_folders_that_a_filter_leaves_out_take_nothing_from_the_others(tmp_path:
 
 
 def test_the_values_of_folders_are_unquoted_and_null_is_none() -> None:
-    assert folder_columns("/data/city=New%20York/day=__HIVE_DEFAULT_PARTITION__/x=/a=b=c/part=1.parquet") == {
+    assert hive_columns("/data/city=New%20York/day=__HIVE_DEFAULT_PARTITION__/x=/a=b=c/part=1.parquet") == {
         "city": "New York",
         "a": "b=c",
     }
