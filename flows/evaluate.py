@@ -99,10 +99,7 @@ def _results(run: str, jobs: list[Job], futures: Futures, failures: list[Failure
 
 
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
-    """The manifest to evaluate on, or None without a dataset; the key of HellaSwag's items, or None if not mirrored.
-
-    A run uses what it is pinned to, an imported model the newest version. ValueError: `config` has another model.
-    """
+    """The manifest (None: no dataset) and the key of HellaSwag's items (None: not mirrored), pinned or newest."""
     if run := pinned_run(store, config):
         hellaswag = config.evaluation.hellaswag
         # A local file is read again, since it may have been edited. If it is gone, the copy in the store is used.

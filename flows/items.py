@@ -1,6 +1,5 @@
 """A task that copies the file of HellaSwag items into the store and validates it."""
 
-from contextlib import suppress
 from pathlib import Path
 
 from prefect import task
@@ -8,10 +7,11 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.runtime.tasks import retries
 from model.evaluation.hellaswag import questions
-from storage.errors import AlreadyExists, SourceInvalid
+from storage.errors import SourceInvalid
 from storage.sources.mirror import list_source, mirror
 from storage.sources.reading import open_source
 from storage.stores.opening import open_store
+from storage.stores.store import put_once
 
 
 @task(task_run_name="items-{source}", cache_policy=NO_CACHE, **retries(5, 30))
@@ -27,7 +27,6 @@ def mirror_items(source: str, store_url: str) -> str:
     if not listing.origin:
         opened = open_source(file)
         body = opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes)
-        with suppress(AlreadyExists):  # the key names the content
-            store.put_new(file.key, body)
+        put_once(store, file.key, body)  # the key names the content
     questions(store.read(file.key).body, file.key)
     return file.key

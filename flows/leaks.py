@@ -11,7 +11,7 @@ from flows.runtime.artifacts import show
 from flows.runtime.progress import Bar, say
 from flows.runtime.tasks import worker_count
 from model import tokenizer
-from model.config import ResourcesConfig, RunConfig
+from model.config import RunConfig
 from model.evaluation.hellaswag import completion_style, questions
 from storage.datasets.manifest import read_manifest
 from storage.datasets.val_documents import normalised
@@ -25,14 +25,12 @@ from storage.stores.store import Store, overwrite
 
 
 @task(task_run_name="audit-{dataset}", cache_policy=NO_CACHE)
-def find_leaks(
-    dataset: str, manifest: str, items: str | None, resources: ResourcesConfig, store_url: str
-) -> LeakReport:
+def find_leaks(dataset: str, manifest: str, items: str | None, workers: int, store_url: str) -> LeakReport:
     """The leak report of one version, computed unless stored for these `items` (the key of the HellaSwag items)."""
     store = open_store(store_url)
     report = read_leak_report(store, dataset, manifest)
     if report is None or report.items_key != items:
-        report = _report(store, dataset, manifest, items, resources)
+        report = _report(store, dataset, manifest, items, workers)
         overwrite(store, DatasetKeys(dataset).leaks(manifest), canonical_json(report.model_dump()))
     say("audit", leak_line(report))
     show(create_markdown_artifact, markdown=leak_line(report), key="leaks", description=f"Leaks in {dataset}")
@@ -45,32 +43,23 @@ def find_leaks_of_newest(config: RunConfig) -> LeakReport:
     data, store = config.data, open_store(config.store_url)
     items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
     manifest = newest_version(store, data.dataset).digest
-    return find_leaks(data.dataset, manifest, items, config.resources, config.store_url)
+    return find_leaks(data.dataset, manifest, items, worker_count(config.resources), config.store_url)
 
 
-def _report(store: Store, dataset: str, manifest: str, items: str | None, resources: ResourcesConfig) -> LeakReport:
+def _report(store: Store, dataset: str, manifest: str, items: str | None, workers: int) -> LeakReport:
     rows = list(read_manifest(store, dataset, manifest).rows())
     contexts, endings = _item_ngrams(store, items) if items else ([], [])
     ngrams = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
     bar = Bar("audit", len(rows), "shards")
-    repeats, in_train = find_repeats(
-        store.url, dataset, rows, tokenizer.decode_bytes, ngrams, worker_count(resources), bar.advance
-    )
+    repeats, in_train = find_repeats(store.url, dataset, rows, tokenizer.decode_bytes, ngrams, workers, bar.advance)
     bar.close()
     numbers = {"contexts": _overlapping(contexts, in_train), "endings": _overlapping(endings, in_train)}
     shared = {part: len(of_part) for part, of_part in numbers.items()}
     shorter = sum(not len(context) for context in contexts)
-    overlap = ItemOverlap(count=len(contexts), numbers=numbers, shorter=shorter, **shared)
-    return LeakReport(
-        dataset=dataset,
-        manifest=manifest,
-        items_key=items,
-        documents={split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")},
-        duplicates={"train": repeats.train, "val_in_train": len(repeats.leaks)},
-        examples=repeats.pairs,
-        leaks=repeats.leaks,
-        items=overlap if items else None,
-    )
+    overlap = ItemOverlap(count=len(contexts), numbers=numbers, shorter=shorter, **shared) if items else None
+    documents = {split: sum(row.documents for row in rows if row.split == split) for split in ("train", "val")}
+    version = {"dataset": dataset, "manifest": manifest, "items_key": items}
+    return LeakReport(documents=documents, items=overlap, **version, **repeats._asdict())
 
 
 def _item_ngrams(store: Store, key: str) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -26,7 +26,6 @@ from model import tokenizer
 from model.config import ResourcesConfig, RunConfig, check_extra
 from model.runs.job import OUT_OF_MEMORY, JobFailed, note_failure
 from model.runs.run import Run, pinned_run
-from storage import keys
 from storage.datasets import building
 from storage.datasets.manifest import Manifest, read_manifest
 from storage.datasets.plan import FilePlan, ShardJob, ValSplit
@@ -34,7 +33,7 @@ from storage.datasets.records import is_finished
 from storage.datasets.sealing import check_rebuilt
 from storage.datasets.shards import build_shard
 from storage.errors import DatasetMismatch, SourceUnavailable, StorageError
-from storage.keys import DatasetKeys
+from storage.keys import DatasetKeys, failure
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -69,7 +68,7 @@ def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
     if is_finished(store, dataset, job.shard_id):
         return False
     record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
-    store.delete(keys.failure(DatasetKeys(dataset).record(job.shard_id)))
+    store.delete(failure(DatasetKeys(dataset).record(job.shard_id)))
     get_run_logger().info(f"{job.name}: {record.tokens:,} tokens of {record.documents:,} documents")
     return True
 
@@ -91,7 +90,7 @@ def tokenise_flow(config: RunConfig, downloaded: Downloaded) -> DatasetVersion:
     title = f"Dataset {dataset}, manifest {manifest.digest}"
     show(create_table_artifact, table=table, key="dataset-manifest", description=title)
     if config.resources.audit:
-        find_leaks(dataset, manifest.digest, downloaded.items, config.resources, config.store_url)
+        find_leaks(dataset, manifest.digest, downloaded.items, worker_count(config.resources), config.store_url)
     return DatasetVersion(manifest.digest, manifest.origin.get("commit"), downloaded.items)
 
 
@@ -186,15 +185,13 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
     lines = [before] if missing < total else []
     retry_command = ""
     errors: list[BaseException] = []
-    settled = 0
     for part in parts:
         for group, error, future in in_window(
             _groups(part, config.resources.shards_per_task or -(-missing // MOST_TASKS)),
             lambda group: tokenise_shards.submit(_task_name(group), group, dataset, config.store_url),
             IN_FLIGHT * worker_count(config.resources),
         ):
-            settled += len(group)
-            bar.to(settled)
+            bar.advance(len(group))
             if error:
                 errors.append(error)
                 retry_command = retry_command or _retry_command(config)

@@ -1,6 +1,7 @@
 """Every key in the store is defined here and nowhere else. Plural names are prefixes, which end in "/"."""
 
 import re
+import secrets
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -36,9 +37,9 @@ def is_key(text: str) -> bool:
     return all(NAME.fullmatch(segment) for segment in text.split("/"))
 
 
-def probe(token: str) -> str:
-    """A scratch key, deleted by the check that writes it."""
-    return f"{TEMPORARY}{token}"
+def probe() -> str:
+    """A new scratch key, deleted by the check that writes it."""
+    return f"{TEMPORARY}{secrets.token_hex(8)}"
 
 
 def source(digest: str, name: str) -> str:

@@ -109,10 +109,8 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
             try:
                 config = config_of(request | {"store_url": store_url}, list(settings.overrides))
             except ValueError as error:
-                raise ValueError(
-                    f"{error}\nThe settings are those of {key!r} and --set. If the object is damaged, delete it, and "
-                    f"run gpt2 pretrain or gpt2 dataset build with its settings."
-                ) from error
+                remedy = "If the object is damaged, delete it, and give its settings to gpt2 pretrain or dataset build."
+                raise ValueError(f"{error}\nThe settings are those of {key!r} and --set. {remedy}") from error
             run_again(config, verbose)
             return
     raise ValueError(f"retry {name!r}: {store_url} has no such run or dataset to repeat. List what it has: gpt2 status")
@@ -196,8 +194,7 @@ def _print_summary(reported: Reported, config: RunConfig) -> None:
         counts = f"{dataset.version.tokens:,} tokens, {len(dataset.version.shard_ids)} shards"
         say("dataset", f"{dataset.name}: {counts}, manifest {dataset.version.digest}")
     training = reported.training
-    is_imported = training.last_loss is None
-    loss = "" if is_imported else f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
+    loss = "" if training.last_loss is None else f", loss {training.first_loss:.4f} → {training.last_loss:.4f}"
     say("training", f"{training.steps:,} steps{loss}")
     for result in reported.evaluations:
         if result.metrics:

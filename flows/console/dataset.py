@@ -72,9 +72,7 @@ def verify(
     if deep or repair:
         files = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)[0].files
     with options.progress_bar("verify", total, hidden=as_json) as advance:
-        damages = verify_dataset(
-            store, data.dataset, manifest, eot=tokenizer.EOT, depth="quick" if quick else "full", on_progress=advance
-        )
+        damages = verify_dataset(store, data.dataset, manifest, eot=tokenizer.EOT, quick=quick, on_progress=advance)
     seed = secrets.randbits(32)  # different documents each time
     chosen = list(check_documents(store, data.dataset, manifest, files, tokenizer.encode, count=deep, seed=seed))
     damages += [damage for damage in chosen if damage is not None and not damage.of_source]
@@ -88,11 +86,9 @@ def verify(
         skipped = [{"name": damage.name, "why": damage.wrong} for damage in uncompared]
         options.print_json(facts | {"damaged": damaged, "uncompared": skipped, "repair": repair_command})
     else:
-        for damage in damages:
-            say("damaged", f"{damage.name}: {damage.wrong}")
+        for damage in [*damages, *uncompared]:
+            say("uncompared" if damage.of_source else "damaged", f"{damage.name}: {damage.wrong}")
         say("verify", f"{whole:,} of {total:,} shards match the manifest")
-        for damage in uncompared:
-            say("uncompared", f"{damage.name}: {damage.wrong}")
         if chosen:
             say("verify", f"{compared:,} documents of the source compared")
         if repair_command and not repair:
@@ -107,15 +103,12 @@ def verify(
 def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], shard_ids: set[str]) -> None:
     """Delete these shards' records, so that the next build replaces the shards. Raises ValueError if it could not."""
     spec = data.spec(tokenizer.identity())
-    make_plan = planner(store, spec.settings, tokenizer.encode)
-    plans = list(plan_files(store, data.dataset, files, spec.settings, make_plan))
+    plans = list(plan_files(store, data.dataset, files, spec.settings, planner(store, spec.settings, tokenizer.encode)))
     split = val_split(store, spec, plans)
-    missing = shard_ids.difference(job.shard_id for plan in plans for job in plan.jobs(split))
-    if missing:
-        raise ValueError(
-            f"--repair cannot rebuild {len(missing):,} damaged shards (first: {min(missing)}) from data.source = "
-            f"{data.source!r}. Restore the source files and settings of their build, or build another dataset."
-        )
+    if missing := shard_ids.difference(job.shard_id for plan in plans for job in plan.jobs(split)):
+        problem = f"--repair cannot rebuild {len(missing):,} damaged shards (first: {min(missing)})"
+        remedy = "Restore the source files and settings of their build, or build another dataset."
+        raise ValueError(f"{problem} from data.source = {data.source!r}. {remedy}")
     for shard_id in sorted(shard_ids):
         store.delete(DatasetKeys(data.dataset).record(shard_id))
 

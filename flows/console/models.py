@@ -9,21 +9,18 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
 from flows.console.options import DEFAULTS, MODELS, Settings, app, console, say
-from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, read_model_config
+from model.checkpoints.huggingface import export_run, import_folder, read_model_config
 from model.config import RunConfig, differences
 from storage import keys
 from storage.stores.opening import open_store
 
+Prompt = Annotated[str, Parameter(allow_leading_hyphen=True)]
 CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
 @app.command(group=MODELS)
 def generate(
-    *,
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    settings: Settings = DEFAULTS,
-    samples: PositiveInt = 1,
-    seed: NonNegativeInt = 0,
+    *, prompt: Prompt, settings: Settings = DEFAULTS, samples: PositiveInt = 1, seed: NonNegativeInt = 0
 ) -> int:
     """Continue a prompt with the run's newest checkpoint.
 
@@ -91,7 +88,7 @@ def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     if name == RunConfig.model_fields["name"].default:
         name = keys.as_name(folder.resolve().name) or "model"
     with console.status("reading the model"):
-        ensure_imported(open_store(config.store_url, create=True), name, folder)
+        import_folder(open_store(config.store_url, create=True), name, folder, again=True)
     return shaped.model_copy(update={"name": name})
 
 

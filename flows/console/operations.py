@@ -11,6 +11,9 @@ from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, con
 from flows.inspection import garbage
 from flows.inspection.status import run_status, store_status
 
+Days = Annotated[float, Parameter(validator=Number(gte=0.05))]
+Port = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
+
 
 @app.command(group=INSPECT, usage="Usage: gpt2 status [OPTIONS] [RUN]")
 def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> int:
@@ -51,12 +54,7 @@ def doctor(*, settings: Settings = DEFAULTS) -> int:
 
 
 @app.command(group=INSPECT)
-def gc(
-    *,
-    settings: Settings = DEFAULTS,
-    delete: bool = False,
-    grace_days: Annotated[float, Parameter(validator=Number(gte=0.05))] = 7.0,
-) -> int:
+def gc(*, settings: Settings = DEFAULTS, delete: bool = False, grace_days: Days = 7.0) -> int:
     """List or delete what nothing refers to, such as orphan shards, old checkpoints and unfinished uploads.
 
     Safe while builds and training runs are active. Deletes nothing of a damaged run or dataset (exit code 1).
@@ -68,26 +66,20 @@ def gc(
         grace_days: Keep everything that was written in the last N days.
     """
     _, store = settings.load_with_store()
-    count = size_bytes = damaged = 0
+    items = []
     for item in garbage.collect(store, grace_days * 86_400, remove=delete):
-        if item.damage:
-            say(item.kind, f"{item.name}: {item.damage}")
-            damaged = 1
-            continue
-        say(item.kind, f"{item.name}  {item.size_bytes:,} bytes")
-        count += 1
-        size_bytes += item.size_bytes
-    what = f"{count:,} objects and files, {size_bytes / 1e6:,.1f} MB, older than {grace_days:g} days"
+        say(item.kind, f"{item.name}: {item.damage}" if item.damage else f"{item.name}  {item.size_bytes:,} bytes")
+        items.append(item)
+    sizes_bytes = [item.size_bytes for item in items if not item.damage]
+    what = f"{len(sizes_bytes):,} objects and files, {sum(sizes_bytes) / 1e6:,.1f} MB, older than {grace_days:g} days"
     say("gc", f"{what}: {'deleted' if delete else 'nothing was deleted'}")
-    if count and not delete:
+    if sizes_bytes and not delete:
         say("to delete", settings.command(f"gc --delete --grace-days {grace_days:g}"))
-    return damaged
+    return int(len(sizes_bytes) < len(items))
 
 
 @app.command(group=SERVICE)
-def serve(
-    *, port: Annotated[int, Parameter(validator=Number(gte=1, lte=65535))] = 4200, settings: Settings = DEFAULTS
-) -> None:
+def serve(*, port: Port = 4200, settings: Settings = DEFAULTS) -> None:
     """Run Prefect's server and UI, the deployments and their workers for this folder, until Ctrl-C.
 
     The forms in the UI start from the settings given here. Schedules start paused; switch them on in the UI.

@@ -60,6 +60,7 @@ class _Terminal(Console):
 
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
+FILE = "A TOML file with the settings that differ from the defaults."
 SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
@@ -73,9 +74,7 @@ AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
 class Settings:
     """The options that make up the configuration."""
 
-    file: Annotated[
-        Path | None, Parameter("--config", help="A TOML file with the settings that differ from the defaults.")
-    ] = None
+    file: Annotated[Path | None, Parameter("--config", help=FILE)] = None
     overrides: Annotated[tuple[str, ...], Parameter("--set", help=SET)] = ()
 
     def load(self) -> RunConfig:

@@ -15,13 +15,12 @@ from model.checkpoints.records import checkpoints, retained
 from model.config import TrainingConfig
 from model.runs.job import Job
 from model.runs.run import find_run, training_job
-from storage import keys
 from storage.cache import host
 from storage.datasets.lease import claim, holds, last_build, release
 from storage.datasets.manifest import read_manifest, read_pointer
 from storage.datasets.versions import version_digests
 from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
-from storage.keys import DatasetKeys, RunKeys
+from storage.keys import CONVERTED, TEMPORARY, DatasetKeys, RunKeys
 from storage.sources.conversion import Conversion
 from storage.stores.store import Stat, Store, clock, read_as
 
@@ -52,7 +51,7 @@ def collect(store: Store, grace_seconds: float, *, remove: bool = True) -> Itera
             yield from garbage
         except (ObjectCorrupt, ObjectMissing, ValueError) as error:
             yield Garbage("damaged", part, damage=str(error))
-    yield from _objects(store, "probe", _old(store, keys.TEMPORARY, before), remove)
+    yield from _objects(store, "probe", _old(store, TEMPORARY, before), remove)
     yield from _unfinished(store, before, remove=remove)
 
 
@@ -128,8 +127,8 @@ def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:
 
 def _unrecorded(store: Store, before: float) -> Iterator[Stat]:
     """The converted source files that no record names, left by a conversion that was killed or repeated."""
-    converted = _old(store, keys.CONVERTED, before)
-    records = (listed.key for listed in store.list(keys.CONVERTED) if listed.key.endswith(".json"))
+    converted = _old(store, CONVERTED, before)
+    records = (listed.key for listed in store.list(CONVERTED) if listed.key.endswith(".json"))
     live = {conversion.key for key in records if (conversion := read_as(store, key, Conversion))}
     yield from (listed for listed in converted if listed.key not in live and not listed.key.endswith(".json"))
 

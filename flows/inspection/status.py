@@ -21,13 +21,6 @@ EVALUATION = re.compile(r"([0-9]{6,18})/([^/]+)\.json")
 
 
 @dataclass(frozen=True)
-class Request:
-    """The part of the last request for a run that decides which evaluations it has."""
-
-    evaluation: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Line:
     """One part of a run or dataset, its state, and the error of its last attempt if it failed."""
 
@@ -70,14 +63,14 @@ def dataset_status(store: Store, dataset: str) -> list[Line]:
     """The dataset's newest version, and its failed shard jobs."""
     manifest = latest_manifest(store, dataset)
     failures = records.failures(store, dataset)
-    if manifest is None:
-        lines = [Line(f"dataset {dataset}", "not sealed yet; continue with gpt2 dataset build")]
-    else:
+    state = "not sealed yet; continue with gpt2 dataset build"
+    if manifest is not None:
         finished = records.finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
         state = f"{len(finished):,} of {len(manifest.shard_ids):,} shards done, {manifest.tokens:,} tokens"
-        lines = [Line(f"dataset {dataset}", f"{state}, manifest {manifest.digest[:12]}")]
+        state += f", manifest {manifest.digest[:12]}"
         failures = {shard_id: error for shard_id, error in failures.items() if shard_id not in finished}
-    return lines + [Line(f"  shard {shard_id}", "failed", error) for shard_id, error in failures.items()]
+    failed = [Line(f"  shard {shard_id}", "failed", error) for shard_id, error in failures.items()]
+    return [Line(f"dataset {dataset}", state), *failed]
 
 
 def run_status(store: Store, name: str) -> list[Line]:
@@ -88,32 +81,29 @@ def run_status(store: Store, name: str) -> list[Line]:
         raise ObjectMissing(f"store {store.url!r} has no run {name!r}; its runs: {runs}. Use one, or another store.")
     kept = checkpoints(store, name)
     step = kept[-1].step if kept else 0
-    run = find_run(store, name)
-    if run is None:
-        lines = [Line(f"run {name}", "an imported model")]
-        kinds = ["samples"]
-    else:
-        lines = _training_status(store, run, step)
-        request = read_as(store, RunKeys(name).request, Request)
-        evaluation = request.evaluation if request else run.config["evaluation"]
+    lines, kinds = [Line(f"run {name}", "an imported model")], ["samples"]
+    if run := find_run(store, name):
+        lines = list(_training_status(store, run, step))
+        key = RunKeys(name).request
+        request = read_as(store, key, dict[str, Any], lambda value: isinstance(value.get("evaluation"), dict))
+        evaluation = (request or run.config)["evaluation"]
         kinds = ["val_loss", "hellaswag" if evaluation.get("hellaswag") else "completion", "samples"]
     report = "written" if any(store.list(RunKeys(name).report("html"))) else "missing"
     return [*lines, *_evaluation_status(store, name, step, kinds), Line("  report", report)]
 
 
-def _training_status(store: Store, run: Run, step: int) -> list[Line]:
+def _training_status(store: Store, run: Run, step: int) -> Iterator[Line]:
     manifest = read_manifest(store, run.dataset, run.manifest)
     finished = records.finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
     job, state, failure = training_job(run), "done", ""
     if read_result(store, job) is None:
         state = f"{step:,} of {run.config['train']['max_steps']:,} steps saved"
         failure = records.read_failure(store, keys.failure(RunKeys(run.name).result(job.job_id)))
-    return [
-        Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}"),
-        *([Line("  mix", describe(run.mix))] if run.mix else []),
-        Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done"),
-        Line("  train", state, failure),
-    ]
+    yield Line(f"run {run.name}", f"manifest {run.manifest[:12]} of dataset {run.dataset}")
+    if run.mix:
+        yield Line("  mix", describe(run.mix))
+    yield Line("  tokenise", f"{len(finished):,} of {len(manifest.shard_ids):,} shards done")
+    yield Line("  train", state, failure)
 
 
 def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> Iterator[Line]:
@@ -123,19 +113,15 @@ def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str
     for kind in dict.fromkeys([*kinds, *(kind for kind, _ in [*written, *errors])]):
         steps = {step for written_kind, step in written if written_kind == kind}
         state = "done" if newest_step in steps else "missing"
-        earlier = len(steps - {newest_step})
-        if earlier:
-            state += f", earlier checkpoints done: {earlier}"
+        if earlier := steps - {newest_step}:
+            state += f", earlier checkpoints done: {len(earlier)}"
         yield Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
 
 
 def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
     prefix = RunKeys(run).evaluations
-    written = {}
-    for listed in store.list(prefix):
-        if match := EVALUATION.fullmatch(listed.key.removeprefix(prefix)):
-            written[match[2], int(match[1])] = listed.modified
-    return written
+    matched = ((EVALUATION.fullmatch(stat.key.removeprefix(prefix)), stat.modified) for stat in store.list(prefix))
+    return {(match[2], int(match[1])): modified for match, modified in matched if match}
 
 
 def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]) -> dict[Evaluation, str]:

@@ -10,6 +10,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 
 TAG = "gpt2"  # of our deployments' runs, and of the runs that the console starts, which nobody restarts
 OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+EACH_RUN = {"prefect.resource.id"}
 DEPLOYED = [OURS, {"prefect.resource.id": "prefect.deployment.*", "prefect.resource.role": "deployment"}]
 HEARTBEAT_LIMIT_SECONDS = 90  # three heartbeats: the deployments set PREFECT_FLOWS_HEARTBEAT_FREQUENCY to 30 s
 PENDING_LIMIT_SECONDS = 300  # a process starts in seconds, on a busy host with a pull step in a minute or two
@@ -19,6 +20,7 @@ MAX_CRASHES, CRASH_MINUTES = 8, 15  # only instant crashes reach this: a missing
 MARK_CRASHED = "gpt2: mark runs without a heartbeat as crashed"
 MARK_ORPHANED = "gpt2: mark runs that never started as crashed"
 RESTART = "gpt2: restart crashed runs"
+PAUSE = "gpt2: pause automatic restarts after repeated crashes"
 NOTIFY = "gpt2: notify about failed runs"
 
 
@@ -35,70 +37,48 @@ def mark_orphaned() -> AutomationCore:
 
 def _mark_silent(name: str, events: set[str], seconds: int, silence: str) -> AutomationCore:
     reason = f"{silence} {seconds} s: the run's worker or process died."
-    return AutomationCore(
-        name=name,
-        description=reason,
-        trigger=_silence_after(events, seconds, OURS),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=reason)],
-    )
+    trigger = _silence_after(events, seconds, OURS)
+    action = ChangeFlowRunState(state=StateType.CRASHED, message=reason)
+    return AutomationCore(name=name, description=reason, trigger=trigger, actions=[action])
 
 
 def restart() -> AutomationCore:
     """Schedule a crashed run again. Cancelled and failed runs are left alone."""
     message = "The run crashed; it is restarted and resumes from the store."
-    return AutomationCore(
-        name=RESTART,
-        description=f"Restarts a crashed run after {RESTART_SECONDS} s; it resumes from the store. "
-        f"Failed runs are left for people to retry.",
-        trigger=_silence_after({"Crashed"}, RESTART_SECONDS),
-        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)],
-    )
+    description = f"Restarts a crashed run after {RESTART_SECONDS} s. Failed runs are left for people to retry."
+    trigger = _silence_after({"Crashed"}, RESTART_SECONDS)
+    action = ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message=message)
+    return AutomationCore(name=RESTART, description=description, trigger=trigger, actions=[action])
 
 
 def pause_restarts(restart_id: UUID) -> AutomationCore:
     """Pause the automation `restart` after repeated crashes, so that no run is restarted forever."""
-    return AutomationCore(
-        name="gpt2: pause automatic restarts after repeated crashes",
-        description=f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart. Fix the cause of "
-        f"the crashes (see the runs' logs), then enable '{RESTART}' again.",
-        trigger=_trigger(
-            expect={"prefect.flow-run.Crashed"}, threshold=MAX_CRASHES, within=timedelta(minutes=CRASH_MINUTES)
-        ),
-        actions=[PauseAutomation(source="selected", automation_id=restart_id)],
-    )
+    reason = f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart."
+    remedy = f"Fix the cause of the crashes (see the runs' logs), then enable '{RESTART}' again."
+    within = timedelta(minutes=CRASH_MINUTES)
+    trigger = _trigger(expect={"prefect.flow-run.Crashed"}, threshold=MAX_CRASHES, within=within)
+    action = PauseAutomation(source="selected", automation_id=restart_id)
+    return AutomationCore(name=PAUSE, description=f"{reason} {remedy}", trigger=trigger, actions=[action])
 
 
 def notify(block_id: UUID) -> AutomationCore:
     """Send a message for each failed or crashed run through a notification block."""
-    return AutomationCore(
-        name=NOTIFY,
-        description="Sends a message for each failed or crashed run.",
-        trigger=_trigger(
-            expect={"prefect.flow-run.Failed", "prefect.flow-run.TimedOut", "prefect.flow-run.Crashed"},
-            for_each={"prefect.resource.id"},
-        ),
-        actions=[
-            SendNotification(
-                block_document_id=block_id,
-                subject="{{ flow_run.name }}: {{ flow_run.state.name }}",
-                body="{{ flow_run.name }} of deployment {{ deployment.name }}: {{ flow_run.state.name }}\n"
-                "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}\n"
-                "Retry it there, or: prefect flow-run retry {{ flow_run.id }}",
-            )
-        ],
-    )
+    subject = "{{ flow_run.name }}: {{ flow_run.state.name }}"
+    body = "{{ flow_run.name }} of deployment {{ deployment.name }}: {{ flow_run.state.name }}\n"
+    body += "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}\n"
+    body += "Retry it there, or: prefect flow-run retry {{ flow_run.id }}"
+    action = SendNotification(block_document_id=block_id, subject=subject, body=body)
+    ends = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed")}
+    trigger = _trigger(expect=ends, for_each=EACH_RUN)
+    description = "Sends a message for each failed or crashed run."
+    return AutomationCore(name=NOTIFY, description=description, trigger=trigger, actions=[action])
 
 
 def _silence_after(names: set[str], seconds: int, related: Any = DEPLOYED) -> EventTrigger:
     """A trigger that fires when no other event of the run follows one of these within `seconds`."""
-    return _trigger(
-        related,
-        posture=Posture.Proactive,
-        after={f"prefect.flow-run.{name}" for name in names},
-        expect={"prefect.flow-run.*"},
-        for_each={"prefect.resource.id"},
-        within=timedelta(seconds=seconds),
-    )
+    after = {f"prefect.flow-run.{name}" for name in names}
+    options = {"posture": Posture.Proactive, "for_each": EACH_RUN, "within": timedelta(seconds=seconds)}
+    return _trigger(related, after=after, expect={"prefect.flow-run.*"}, **options)
 
 
 def _trigger(related: Any = DEPLOYED, **options: Any) -> EventTrigger:

@@ -21,7 +21,6 @@ from model.config_file import load_config
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POOLS = {"data": None, "train": 1}  # concurrent runs: one training run uses all GPUs and cores of its host
-CONFIGS = DEPLOY / "configs"
 
 
 def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
@@ -59,7 +58,7 @@ def _deployments(client: SyncPrefectClient, config: RunConfig, *, scheduled: boo
         form = config
         if name == "demo" or (name == "dataset-refresh" and config.data == DataConfig()):
             preset = "demo.toml" if name == "demo" else "fineweb-edu-newest.toml"
-            form = load_config(CONFIGS / preset, [f"store_url={config.store_url}"])
+            form = load_config(DEPLOY / "configs" / preset, [f"store_url={config.store_url}"])
         deployment["parameters"] = {"config": form.model_dump(mode="json")}
         deployment["paused"] = paused.get(name, False)
         for schedule in deployment.get("schedules", []):

@@ -23,10 +23,7 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run everything that the deployments need while the block lasts. Yields the processes by name.
-
-    Leaving the block cancels active runs; a retry resumes them. Raises ValueError when no server can be started.
-    """
+    """Run what the deployments need, by name, while the block lasts; then cancel the runs. Raises as `serving`."""
     with server.serving(port) as server_process:
         assert server_process is not None
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported

@@ -52,10 +52,7 @@ def _origins(port: int) -> list[str]:
 
 
 def login() -> str:
-    """USER:PASSWORD of this folder's server, created at the first call. Only this user can enter `.gpt2`.
-
-    Raises ValueError for a folder or file that another user could have put there.
-    """
+    """USER:PASSWORD of this folder's server, created at the first call. Raises ValueError if others could know it."""
     HOME.mkdir(mode=0o700, exist_ok=True)
     path = HOME / "login"
     _check_own(HOME)
@@ -166,9 +163,8 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     except OSError as error:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             free = probe.getsockname()[1]
-        raise ValueError(
-            f"port {port} of 127.0.0.1: {error.strerror}. Choose another: gpt2 serve --port {free}"
-        ) from error
+        remedy = f"Choose another: gpt2 serve --port {free}"
+        raise ValueError(f"port {port} of 127.0.0.1: {error.strerror}. {remedy}") from error
     with listener, (HOME / "server.json").open("w") as pointer:
         port = listener.getsockname()[1]
         json.dump({"port": port}, pointer)

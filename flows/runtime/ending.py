@@ -66,9 +66,8 @@ def _watch(url: str, left: threading.Event) -> None:
             return
         fault = _fault(url)
         faults = [*faults, fault] if fault else []
-    _say(
-        f"error: Prefect's server at {url} {faults[-1]}. See its log: {log_path('server')}. Run the same command again."
-    )
+    remedy = f"See its log: {log_path('server')}. Run the same command again."
+    _say(f"error: Prefect's server at {url} {faults[-1]}. {remedy}")
     logging.disable()  # else Prefect logs every request that fails
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
     left.wait(STOP_SECONDS)

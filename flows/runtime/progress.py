@@ -86,8 +86,8 @@ class Bar:
             self._printed_at = now
             self._bars.console.print(f"{self._stage:<10} {done:,} of {self._total:,} {self._unit}  {note}")
 
-    def advance(self) -> None:
-        self.to(self._done + 1)
+    def advance(self, count: int = 1) -> None:
+        self.to(self._done + count)
 
     def close(self) -> None:
         """Wait until the last update is sent, then remove the bar from the terminal."""

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectWrappedFuture
 
 from model.config import ResourcesConfig
 from storage.errors import SourceUnavailable, StoreUnavailable
 
+Future = PrefectFuture[Any]
 Item = TypeVar("Item")
 POLL_SECONDS = 0.5
 
@@ -26,25 +26,18 @@ def is_transient(error: object) -> bool:
     return isinstance(error, OSError | StoreUnavailable | SourceUnavailable)
 
 
-def _retry_if_transient(_task: Any, _run: Any, state: State[Any]) -> bool:
-    return is_transient(state.result(raise_on_failure=False))
-
-
 def retries(*delays: float) -> dict[str, Any]:
     """The options of a task that is retried after these delays (seconds) if its error is transient."""
     options = {"retries": len(delays), "retry_delay_seconds": list(delays), "retry_jitter_factor": 0.5}
-    return options | {"retry_condition_fn": _retry_if_transient}
+    return options | {"retry_condition_fn": lambda _, __, state: is_transient(state.result(raise_on_failure=False))}
 
 
 def in_window(
-    items: Iterable[Item],
-    submit: Callable[[Item], PrefectFuture[Any]],
-    window: int,
-    on_poll: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Item, BaseException | None, PrefectFuture[Any]]]:
+    items: Iterable[Item], submit: Callable[[Item], Future], window: int, on_poll: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Item, BaseException | None, Future]]:
     """Submit a task per item, `window` at once; calls `on_poll` while it waits. Yields item, error, future in order."""
     waiting = iter(items)
-    pending: deque[tuple[Item, PrefectFuture[Any]]] = deque()
+    pending: deque[tuple[Item, Future]] = deque()
     while True:
         pending.extend((item, submit(item)) for item in islice(waiting, window - len(pending)))
         if not pending:

@@ -53,10 +53,7 @@ SAVED_FOLDER = "Give a folder that transformers' save_pretrained wrote."
 
 
 def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
-    """Write the run's newest checkpoint as a transformers model with its tokenizer. Returns the checkpoint's record.
-
-    Raises as `new_folder`, ObjectMissing for a run without a checkpoint, CheckpointInvalid for damaged weights.
-    """
+    """Write the newest checkpoint for transformers. Raises ObjectMissing, CheckpointInvalid, and as `new_folder`."""
     record = records.newest_checkpoint(store, run)
     with new_folder(folder, record.files[WEIGHTS].size_bytes) as unfinished:
         for name, body in _small_files(record).items():
@@ -70,24 +67,20 @@ def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
     return record
 
 
-def import_folder(store: Store, run: str, folder: Path) -> CheckpointRecord:
-    """Store the folder's model as step 0 of a new run. Raises ValueError if the run exists or the model is no GPT-2."""
+def import_folder(store: Store, run: str, folder: Path, *, again: bool = False) -> CheckpointRecord:
+    """Store the folder's model as step 0 of a run, which may exist if it holds that model and `again`.
+
+    Raises ValueError for any other run that exists, and for a model that is not a GPT-2.
+    """
     model = read_model_config(folder)
-    if records.checkpoints(store, run) or read_json(store, RunKeys(run).config) is not None:
+    saved = records.checkpoints(store, run)
+    if (saved and not again) or (not saved and read_json(store, RunKeys(run).config) is not None):
         raise ValueError(f"cannot import {folder}: run {run!r} already exists in {store.url!r}. {OTHER_NAME}")
     body = save(_transposed(read_weights(folder, model)))
-    return records.put_checkpoint(store, run, {WEIGHTS: body}, CheckpointRecord(0, "import", model.model_dump(), {}))
-
-
-def ensure_imported(store: Store, run: str, folder: Path) -> None:
-    """Import the folder's model unless the run holds it already. Raises ValueError if the run holds another model."""
-    saved = records.checkpoints(store, run)
-    if not saved:
-        import_folder(store, run, folder)
-        return
-    body = save(_transposed(read_weights(folder, read_model_config(folder))))
-    if saved[0].job != "import" or saved[0].files[WEIGHTS].sha256 != sha256(body):
+    if saved and (saved[0].job != "import" or saved[0].files[WEIGHTS].sha256 != sha256(body)):
         raise ValueError(f"cannot import {folder}: run {run!r} holds another model. {OTHER_NAME}")
+    new = CheckpointRecord(0, "import", model.model_dump(), {})
+    return saved[0] if saved else records.put_checkpoint(store, run, {WEIGHTS: body}, new)
 
 
 def _transposed(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -101,20 +94,13 @@ def _transposed(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _small_files(record: CheckpointRecord) -> dict[str, bytes]:
     """The exported files beside the weights, by name."""
     ends = {"bos_token_id": tokenizer.EOT, "eos_token_id": tokenizer.EOT}
-    config = {
-        **{name: accepted[0] for name, accepted in ACCEPTED.items()},
-        **{name: record.model[ours] for name, ours in SHAPE.items()},
-        "n_ctx": record.model["context_tokens"],
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), record.train.get("dropout", 0.0)),
-        "architectures": ["GPT2LMHeadModel"],
-        "dtype": "float32",
-    }
-    tokenizer_config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": record.model["context_tokens"],
-        "add_prefix_space": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-    }
+    config: dict[str, Any] = {name: accepted[0] for name, accepted in ACCEPTED.items()}
+    config |= {name: record.model[ours] for name, ours in SHAPE.items()} | {"n_ctx": record.model["context_tokens"]}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), record.train.get("dropout", 0.0))
+    config |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    tokenizer_config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    tokenizer_config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    tokenizer_config |= {"model_max_length": record.model["context_tokens"]}
     settings = {"config": config | ends, "generation_config": ends, "tokenizer_config": tokenizer_config}
     files = {f"{name}.json": (json.dumps(values, indent=2) + "\n").encode() for name, values in settings.items()}
     published = tokenizer.published_files()

@@ -67,10 +67,9 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
     tensors = load(read_checkpoint_file(store, run, record, WEIGHTS))
     weights = {name: unpadded(name, weight) for name, weight in model.named_parameters()}
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: w.shape for name, w in weights.items()}:
-        raise CheckpointInvalid(
-            f"run {run!r}: the weights of step {record.step:,} do not fit the configured model. Start a new run with "
-            f"--set name=… {' '.join(f'--set model.{name}={value}' for name, value in record.model.items())}"
-        )
+        problem = f"run {run!r}: the weights of step {record.step:,} do not fit the configured model"
+        shape = " ".join(f"--set model.{name}={value}" for name, value in record.model.items())
+        raise CheckpointInvalid(f"{problem}. Start a new run with --set name=… {shape}")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])

@@ -6,6 +6,7 @@ Shapes: B texts that are generated together, T time, C channels, V vocabulary.
 """
 
 import argparse
+import codecs
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -76,10 +77,9 @@ def prompt_ids(prompt: str, context_tokens: int) -> list[int]:
     """The prompt as the beginning of a document. Raises ValueError when it is longer than the model's context."""
     ids = [tokenizer.EOT, *tokenizer.encode(prompt).tolist()]
     if len(ids) > context_tokens:
-        raise ValueError(
-            f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, but the model takes at most "
-            f"{context_tokens - 1:,} tokens (model.context_tokens less one for <|endoftext|>). Shorten it."
-        )
+        most = f"{context_tokens - 1:,} tokens (model.context_tokens less one for <|endoftext|>)"
+        problem = f"the prompt {prompt!r:.40} has {len(ids) - 1:,} tokens, but the model takes at most {most}"
+        raise ValueError(f"{problem}. Shorten it.")
     return ids
 
 
@@ -136,14 +136,10 @@ def main() -> int:
 def _print(prompt: str, generated: Iterator[list[int]]) -> None:
     """Print the prompt, then each token as soon as it completes a character."""
     print(printable(prompt, lines=True), end="", flush=True)
-    pending: list[int] = []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character's bytes may be spread over several tokens
     for ids in generated:
-        pending += ids
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-            print(printable(text, lines=True), end="", flush=True)
-            pending = []
-    print(printable(tokenizer.decode(pending), lines=True))
+        print(printable(decoder.decode(tokenizer.decode_bytes(ids)), lines=True), end="", flush=True)
+    print(printable(decoder.decode(b"", final=True), lines=True))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from model import tokenizer
 from model.evaluation.items import Item
 from storage.errors import SourceInvalid
+from storage.stores.store import first_problem
 
 Text = Annotated[str, Field(min_length=1)]
 DIGITS = ["0", "1", "2", "3"]  # a label is a number, or its digit as text
@@ -42,12 +43,9 @@ def questions(body: bytes | bytearray, name: str) -> list[Question]:
         try:
             parsed.append(validate(line))
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"])) or "line"  # invalid JSON has no location
-            raise SourceInvalid(
-                f"{name}: line {number:,} should be a HellaSwag item ({', '.join(Question.model_fields)}), found "
-                f"{field!r}: {problem['msg']}. Repair the file of evaluation.hellaswag, or leave the setting empty."
-            ) from error
+            expected = f"line {number:,} should be a HellaSwag item ({', '.join(Question.model_fields)})"
+            remedy = "Repair the file of evaluation.hellaswag, or leave the setting empty."
+            raise SourceInvalid(f"{name}: {expected}, found {first_problem(error)}. {remedy}") from error
     if not parsed:
         raise SourceInvalid(f"{name}: the file has no HellaSwag items. Set evaluation.hellaswag to another file.")
     return parsed
@@ -71,16 +69,9 @@ def harness_style(question: Question) -> Item:
     return Item(ids or [tokenizer.EOT], together, question.label, [len(ending) for ending in endings])
 
 
-CONVENTIONS = {
-    "completion": (
-        completion_style,
-        "raw context, ending tokenised separately, acc by the sum, acc_norm by the mean per token",
-    ),
-    "harness": (
-        harness_style,
-        "activity label, cleaned text, tokenised together, acc by the sum, acc_norm by the sum per character",
-    ),
-}
+RAW = "raw context, ending tokenised separately, acc by the sum, acc_norm by the mean per token"
+CLEANED = "activity label, cleaned text, tokenised together, acc by the sum, acc_norm by the sum per character"
+CONVENTIONS = {"completion": (completion_style, RAW), "harness": (harness_style, CLEANED)}
 
 
 def _cleaned(text: str) -> str:

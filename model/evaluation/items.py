@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model import tokenizer
 from storage.cache.shards import LIMIT_BYTES, ShardCache
 from storage.datasets.manifest import Manifest
+from storage.datasets.shards import document_bounds
 from storage.stores.store import Store
 
 ENDINGS = 4
@@ -29,16 +29,12 @@ class Item:
 def document_items(
     store: Store, dataset: str, manifest: Manifest, count: int, seed: int, cache_bytes: int = LIMIT_BYTES
 ) -> list[Item]:
-    """Up to `count` items from val documents: the true ending and three endings of other documents, seeded.
-
-    Raises ValueError if the val split has fewer than four documents that are long enough.
-    """
+    """Up to `count` items of val documents, with endings of others, seeded. Raises ValueError for too few documents."""
     openings = list(_openings(ShardCache(store, dataset, cache_bytes), manifest))
     if len(openings) < ENDINGS:
-        raise ValueError(
-            f"dataset {dataset!r}: a completion set needs {ENDINGS} val documents of at least {ITEM_TOKENS} tokens, "
-            f"found {len(openings)}. Set a larger data.val_shards in a new dataset, or evaluation.hellaswag to a file."
-        )
+        needed = f"a completion set needs {ENDINGS} val documents of at least {ITEM_TOKENS} tokens"
+        remedy = "Set a larger data.val_shards in a new dataset, or evaluation.hellaswag to a file."
+        raise ValueError(f"dataset {dataset!r}: {needed}, found {len(openings)}. {remedy}")
     generator = np.random.Generator(np.random.PCG64(seed))
     items = []
     for index in generator.permutation(len(openings))[:count]:
@@ -55,8 +51,6 @@ def _openings(cache: ShardCache, manifest: Manifest) -> Iterator[list[int]]:
     """The first ITEM_TOKENS tokens of each val document that is long enough."""
     for row in manifest.rows("val"):
         ids = cache.open(row)
-        starts = np.flatnonzero(ids == tokenizer.EOT) + 1
-        ends = [*(starts[1:] - 1), len(ids)]
-        for start, end in zip(starts, ends, strict=True):
-            if end - start >= ITEM_TOKENS:
-                yield ids[start : start + ITEM_TOKENS].tolist()
+        for start, end in zip(*document_bounds(ids), strict=True):
+            if end - start > ITEM_TOKENS:
+                yield ids[start + 1 : start + 1 + ITEM_TOKENS].tolist()

@@ -55,10 +55,9 @@ def pack_items(items: Sequence[Item], context_tokens: int) -> list[Row]:
     for number, item in enumerate(items):
         longest = max(map(len, item.endings))
         if longest > context_tokens:
-            raise ValueError(
-                f"item {number + 1}: its longest ending has {longest} tokens, more than the model's context "
-                f"(model.context_tokens = {context_tokens}). Remove the item, or evaluate another model."
-            )
+            problem = f"item {number + 1}: its longest ending has {longest} tokens, more than the model's context"
+            remedy = "Remove the item, or evaluate another model."
+            raise ValueError(f"{problem} (model.context_tokens = {context_tokens}). {remedy}")
         if len(item.context) + longest - 1 <= context_tokens:
             rows.append(Row(number, 0, item.context, item.endings))
             continue
@@ -103,9 +102,6 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Batch:
     parts_BT = torch.tensor(parts, device=device)
     earlier_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     visible_BTT = (parts_BT[:, None, :] == 0) | (parts_BT[:, None, :] == parts_BT[:, :, None])
-    return Batch(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-        (visible_BTT & earlier_TT)[:, None],
-        *(torch.tensor(values, device=device) for values in (predictors, predictor_of, targets, slots)),
-    )
+    mask_B1TT = (visible_BTT & earlier_TT)[:, None]
+    scored = (torch.tensor(values, device=device) for values in (predictors, predictor_of, targets, slots))
+    return Batch(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), mask_B1TT, *scored)

@@ -27,13 +27,9 @@ class DDPConfig:
 
     @classmethod
     def detect(cls, environment: Mapping[str, str], device: str = "auto") -> "DDPConfig":
-        """Read torchrun's variables and choose the device. "auto" is CUDA, else MPS (one process only), else the CPU.
-
-        Raises ValueError if the device is not available, or if a CUDA job has more processes on this host than GPUs.
-        """
-        rank = int(environment.get("RANK", "0"))
+        """Read torchrun's variables. "auto" is CUDA, else MPS, else the CPU. Raises ValueError for a missing device."""
+        rank, local_rank = (int(environment.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
         ranks = int(environment.get("WORLD_SIZE", "1"))
-        local_rank = int(environment.get("LOCAL_RANK", "0"))
         init_method = environment.get("INIT_METHOD", "env://")
         available = ["cuda"] if torch.cuda.is_available() else []
         available += ["mps"] if torch.backends.mps.is_available() and ranks == 1 else []  # MPS has no collectives
@@ -41,18 +37,16 @@ class DDPConfig:
         device = available[0] if device == "auto" else device
         if device not in available:
             condition = " (MPS needs a single process)" if device == "mps" else ""
-            raise ValueError(
-                f"resources.device = {device!r}: torch {torch.__version__} has no such device here{condition}, only "
-                f"{', '.join(available)}. Use --set resources.device=auto, or check the driver with nvidia-smi."
-            )
+            problem = f"torch {torch.__version__} has no such device here{condition}, only {', '.join(available)}"
+            remedy = "Use --set resources.device=auto, or check the driver with nvidia-smi."
+            raise ValueError(f"resources.device = {device!r}: {problem}. {remedy}")
         if device != "cuda":
             return cls(rank, ranks, torch.device(device), init_method)
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(
-                f"process {local_rank} of this host has no GPU: the host has {gpus}. Start at most one process "
-                f"per GPU: --set resources.processes={gpus} (for evaluations: resources.evaluation_processes)"
-            )
+            problem = f"process {local_rank} of this host has no GPU: the host has {gpus}"
+            remedy = f"--set resources.processes={gpus} (for evaluations: resources.evaluation_processes)"
+            raise ValueError(f"{problem}. Start at most one process per GPU: {remedy}")
         torch.cuda.set_device(local_rank)
         return cls(rank, ranks, torch.device("cuda", local_rank), init_method)
 

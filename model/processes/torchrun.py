@@ -49,21 +49,16 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     except SignalException:  # torchrun has forwarded the signal, and the ranks have saved a checkpoint
         return 0
     except RendezvousError as error:
-        return fail(
-            f"error: resources.rendezvous = {resources.rendezvous!r}: the {resources.nodes} hosts did not connect, or "
-            f"their connection was lost: {str(error).rstrip('.')}. Give an address of the first host that the other "
-            f"hosts can reach. Start the same command on all hosts within a minute, beginning with the first host.",
-            1,
-        )
+        problem = f"the {resources.nodes} hosts did not connect, or their connection was lost: {str(error).rstrip('.')}"
+        remedy = "Give an address of the first host that the other hosts can reach. "
+        remedy += "Start the same command on all hosts within a minute, beginning with the first host."
+        return fail(f"error: resources.rendezvous = {resources.rendezvous!r}: {problem}. {remedy}", 1)
     return 0
 
 
 def local_address(rendezvous: str) -> tuple[str, bool]:
-    """This host's address on the network of the first host, and whether this is the first host.
-
-    torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian. Raises RendezvousError if the
-    first host is unknown or unreachable.
-    """
+    """This host's address on the network of the first host, and whether it is the first. Raises RendezvousError."""
+    # torchrun would resolve this host's own name instead, which is 127.0.1.1 on Debian.
     host, _, port = rendezvous.rpartition(":")
     try:
         family, _, _, _, first = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]

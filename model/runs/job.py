@@ -3,19 +3,17 @@
 The digest of its recipe names a job, so "is it done?" is one lookup of its result, which is written last.
 """
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from model.config import How
-from storage import keys
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists, ObjectMissing
-from storage.keys import RunKeys
+from storage.errors import ObjectMissing
+from storage.keys import RunKeys, failure
 from storage.loading.mix import Share
-from storage.stores.store import Store, overwrite, read_as
+from storage.stores.store import Store, overwrite, put_once, read_as
 
 USER_ERROR = 2  # exit code of a process that failed because of something a user can fix
 OUT_OF_MEMORY = "memory ran out. Use fewer workers: --set resources.workers=1. Finished shards stay."
@@ -89,9 +87,8 @@ def read_job(store: Store, key: str) -> Job:
 def put_result(store: Store, job: Job, result: dict[str, Any]) -> None:
     """Put the result, which marks the job as done, and delete the note of an earlier failure."""
     result_key = RunKeys(job.run).result(job.job_id)
-    with suppress(AlreadyExists):  # another process finished first: same recipe, same result
-        store.put_new(result_key, canonical_json(result))
-    store.delete(keys.failure(result_key))
+    put_once(store, result_key, canonical_json(result))  # another process with this recipe has the same result
+    store.delete(failure(result_key))
 
 
 def read_result(store: Store, job: Job) -> dict[str, Any] | None:
@@ -103,4 +100,4 @@ def read_result(store: Store, job: Job) -> dict[str, Any] | None:
 
 def note_failure(store: Store, record_key: str, reason: str) -> None:
     """Store why a job failed, beside the key of its record. `put_result` deletes the note."""
-    overwrite(store, keys.failure(record_key), canonical_json({"why": reason}))
+    overwrite(store, failure(record_key), canonical_json({"why": reason}))

@@ -36,10 +36,8 @@ class HostCache:
         try:
             return _open_locked(path) or self._fetch(path, fetch)
         except OSError as error:
-            raise StoreUnusable(
-                f"cache {self._folder}: {error.strerror or error}. Free some space, make the folder writable, "
-                f"or set HOME to another folder."
-            ) from error
+            remedy = "Free some space, make the folder writable, or set HOME to another folder."
+            raise StoreUnusable(f"cache {self._folder}: {error.strerror or error}. {remedy}") from error
 
     def quarantine(self, sha256: str) -> None:
         """Move a damaged file out of the way. It is kept for inspection until `gpt2 gc` deletes it."""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.cache import host as host_cache
-from storage.cache.host import HostCache
+from storage.cache import host
 from storage.datasets.manifest import ShardRow
 from storage.datasets.records import DTYPE
 from storage.datasets.shards import read_shard
@@ -29,7 +28,7 @@ class ShardCache:
     def __init__(self, store: Store, dataset: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._store = store
         self._dataset = dataset
-        self._host = HostCache(host_cache.FOLDER, limit_bytes)
+        self._host = host.HostCache(host.FOLDER, limit_bytes)
         self.open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
         self._verified: set[str] = set()
         self._prefetching = threading.Thread()
@@ -54,10 +53,9 @@ class ShardCache:
             tokens = self._mapped(row)
         if tokens is None:
             self._read(row)  # raises if the store's copy is also damaged
-            raise ShardCorrupt(
-                f"shard {row.shard_id!r} of dataset {self._dataset!r}: intact in the store, but this host's disk "
-                f"returns other bytes. Check that disk, or set HOME to a folder on another disk."
-            )
+            problem = "intact in the store, but this host's disk returns other bytes"
+            remedy = "Check that disk, or set HOME to a folder on another disk."
+            raise ShardCorrupt(f"shard {row.shard_id!r} of dataset {self._dataset!r}: {problem}. {remedy}")
         return tokens
 
     def _mapped(self, row: ShardRow) -> np.ndarray | None:

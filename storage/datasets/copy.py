@@ -9,9 +9,9 @@ from storage.datasets.manifest import Manifest, ShardRow, read_pointer
 from storage.datasets.records import finished_shards
 from storage.datasets.shards import put_shard, read_shard
 from storage.datasets.versions import history, update_latest
-from storage.errors import AlreadyExists, DatasetMismatch, ObjectMissing
+from storage.errors import DatasetMismatch, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.stores.store import Body, ReadableStore, Store, read_json
+from storage.stores.store import ReadableStore, Store, put_once, read_json
 
 SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
@@ -35,7 +35,7 @@ def copy_dataset(
         for _ in pool.map(lambda row: _copy_shard(source, target, dataset, row), missing):
             on_progress(1, len(missing))
     for key, body in version_objects(source, dataset, versions):
-        _put(target, key, body)
+        put_once(target, key, body)
     update_latest(target, dataset, versions[0], check_target(source, target, dataset, versions))
     return versions[0], len(rows), len(missing)
 
@@ -47,11 +47,9 @@ def check_target(source: ReadableStore, target: ReadableStore, dataset: str, ver
     split = read_json(target, dataset_keys.split)
     known = [version.digest for version in versions]
     if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
-        raise DatasetMismatch(
-            f"dataset {dataset!r}: {target.url!r} holds another dataset or a later version (newest manifest: "
-            f"{latest or 'none'}), not manifest {known[0][:12]} of {source.url!r} or one before it. "
-            f"Choose another store, prefix or repository."
-        )
+        problem = f"{target.url!r} holds another dataset or a later version (newest manifest: {latest or 'none'})"
+        expected = f"not manifest {known[0][:12]} of {source.url!r} or one before it"
+        raise DatasetMismatch(f"dataset {dataset!r}: {problem}, {expected}. Choose another store or repository.")
     return latest
 
 
@@ -74,9 +72,4 @@ def _copy_shard(source: ReadableStore, target: Store, dataset: str, row: ShardRo
     body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
     put_shard(target, dataset, row.shard_id, body, row.sha256)
     key = DatasetKeys(dataset).record(row.shard_id)
-    _put(target, key, source.read(key).body)
-
-
-def _put(target: Store, key: str, body: Body) -> None:
-    with suppress(AlreadyExists):  # create-only, and `check_target` has compared the datasets
-        target.put_new(key, body)
+    put_once(target, key, source.read(key).body)

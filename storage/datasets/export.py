@@ -46,10 +46,7 @@ def export(
 
 @contextmanager
 def new_folder(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `folder` after the block. Raises StoreUnusable, also for an OSError there.
-
-    The folder appears complete or not at all, and its files are on the disk.
-    """
+    """Yield a folder that becomes `folder` after the block, complete and synced or not at all. Raises StoreUnusable."""
     if ":/" in str(folder):  # a URL, whose Path would be a folder here
         raise StoreUnusable(f"cannot export to {folder}: only a folder on this host can be written. Give its path.")
     unfinished = folder.absolute().with_name(f".{folder.absolute().name}.part")

@@ -2,8 +2,7 @@
 
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from storage.digests import canonical_json
 from storage.errors import Conflict, ObjectMissing
@@ -11,15 +10,8 @@ from storage.keys import DatasetKeys
 from storage.stores.store import Store, clock, read_as
 
 COLLECTING_SECONDS = 3600.0  # then a build may take over: a killed collector must not block it for longer
-Holder = Literal["build", "collector"]
+Holder = Literal["build", "collector"]  # who took the lease last
 REMEDY = "Make sure that no gpt2 gc runs, delete the object, and run the command again."
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Who took the lease last."""
-
-    holder: Holder
 
 
 def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -> str:
@@ -34,12 +26,11 @@ def claim(store: Store, dataset: str, holder: Holder, idle_since: float = 0.0) -
             etag, claimed_at = store.read(key).etag, last_build(store, dataset)
             if holder == "collector" and claimed_at >= idle_since:
                 raise Conflict(f"dataset {dataset!r}: a build or gpt2 gc has just started. Run gpt2 gc again later.")
-            lease = read_as(store, key, Lease, remedy=REMEDY)
-            if lease == Lease("collector") and clock(store) - claimed_at < COLLECTING_SECONDS:
-                raise Conflict(
-                    f"dataset {dataset!r}: gpt2 gc is deleting shards. Run the same command again later; a killed "
-                    f"gpt2 gc blocks builds for at most {COLLECTING_SECONDS / 60:.0f} minutes."
-                )
+            lease = read_as(store, key, dict[str, str], lambda lease: lease.get("holder") in get_args(Holder), REMEDY)
+            if lease and lease["holder"] == "collector" and clock(store) - claimed_at < COLLECTING_SECONDS:
+                limit = f"{COLLECTING_SECONDS / 60:.0f} minutes"
+                remedy = f"Run the same command again later; a killed gpt2 gc blocks builds for at most {limit}."
+                raise Conflict(f"dataset {dataset!r}: gpt2 gc is deleting shards. {remedy}")
         try:
             return store.swap(key, canonical_json({"holder": holder, "commit_id": secrets.token_hex(8)}), etag)
         except Conflict:  # a build shares the lease that another build took first

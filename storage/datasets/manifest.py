@@ -87,15 +87,9 @@ class Manifest:
                 yield row
 
     def to_json(self) -> dict[str, object]:
-        return {
-            "schema": SCHEMA,
-            "recipe": self.recipe.to_json(),
-            "tokenizer": self.tokenizer,
-            "source": self.origin | {"files": self.source_files},
-            "totals": self.totals,
-            "parent": self.parent,
-            "shards": self.columns,
-        } | ({"empty": self.empty} if self.empty else {})
+        value = {"schema": SCHEMA, "recipe": self.recipe.to_json(), "tokenizer": self.tokenizer, "parent": self.parent}
+        value |= {"source": self.origin | {"files": self.source_files}, "totals": self.totals, "shards": self.columns}
+        return value | ({"empty": self.empty} if self.empty else {})
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -117,9 +111,8 @@ def read_manifest(store: ReadableStore, dataset: str, digest: str) -> Manifest:
     try:
         value = from_json(body)
         if value["schema"] > SCHEMA:  # before the columns, which may differ in a newer schema
-            raise StoreUnusable(
-                f"{place} has schema {value['schema']}, but this version reads up to {SCHEMA}. Update gpt2-pipeline."
-            )
+            newer = f"schema {value['schema']}, but this version reads up to {SCHEMA}"
+            raise StoreUnusable(f"{place} has {newer}. Update gpt2-pipeline.")
         shards = {"in_val": [0] * len(value["shards"]["shard_id"])} | value["shards"]  # absent from older versions
         columns = {name: kind.validate_python(shards[name], strict=True) for name, kind in _COLUMNS.items()}
         origin = dict(value["source"])

@@ -1,6 +1,5 @@
 """The record of a shard: the JSON that makes the shard count as done. It is written after the shard, create-only."""
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -26,25 +25,23 @@ RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
 class Record:
     """A finished shard: its counts, the sha256 of its bytes, its recipe, and the package versions that built it.
 
-    Of the recipe's rows, `documents` were tokenised, `skipped` could not be (`skipped_rows` lists them), `in_val_rows`
-    hold val documents, and `filtered` were dropped by a filter. `lengths[n]` counts documents of 2**n to 2**(n+1) - 1
-    tokens, EOT included; `dumps` counts documents of each crawl.
+    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens, EOT included.
     """
 
     shard_id: ShardId
     tokens: Tokens
     documents: Count
-    skipped: Count
+    skipped: Count  # rows that could not be tokenised: `skipped_rows`
     text_bytes: Count
     sha256: Digest
     source: str
     recipe: Annotated[ShardRecipe, BeforeValidator(without_fixed)]
     versions: dict[str, str]
-    filtered: Count = 0
+    filtered: Count = 0  # rows that a filter dropped
     skipped_rows: list[Count] = field(default_factory=list)
     lengths: Annotated[list[Count], Field(max_length=LARGEST_SHARD_TOKENS.bit_length())] = field(default_factory=list)
-    dumps: dict[str, Count] = field(default_factory=dict)
-    in_val_rows: list[Count] = field(default_factory=list)
+    dumps: dict[str, Count] = field(default_factory=dict)  # documents of each crawl
+    in_val_rows: list[Count] = field(default_factory=list)  # rows that hold val documents
 
     @property
     def in_val(self) -> int:
@@ -93,7 +90,7 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
 
 
 def finished_shards(
-    store: Store, dataset: str, shard_ids: Sequence[str], known: Mapping[str, ShardRow]
+    store: Store, dataset: str, shard_ids: list[str], known: dict[str, ShardRow]
 ) -> dict[str, ShardRow]:
     """The shards with a record and of the recorded size. Costs a listing, and a read for each shard not `known`."""
     dataset_keys = DatasetKeys(dataset)

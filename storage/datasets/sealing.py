@@ -1,7 +1,6 @@
 """Seals a version: checks the records, writes the manifest, swaps `latest`. The first seal pins val and settings."""
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from storage.digests import canonical_json, sha256
 from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
-from storage.stores.store import Store, read_as
+from storage.stores.store import Store, put_once, read_as
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,8 @@ class Split:
 def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) -> Manifest:
     """Write the manifest of these shards and settings, and point `latest` at it. If neither changed, return the parent.
 
-    The first seal pins the val shards for good. `empty` lists the shards without documents.
-    Raises ObjectMissing if a shard is not done, DatasetMismatch if the name is bound to other settings. Raises
-    SourceInvalid for a split without documents, Conflict if another builder sealed another version first.
+    The first seal pins the val shards for good. Raises ObjectMissing if a shard is not done, DatasetMismatch for other
+    settings, SourceInvalid for a split without documents, Conflict if another builder sealed another version first.
     """
     pinned = check_binding(store, spec)
     pointer = read_pointer(store, spec.name)
@@ -48,21 +46,13 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     columns = {name: [getattr(row, name) for row in rows if row.tokens] for name in ShardRow._fields}
     if parent is not None and (parent.columns, parent.recipe) == (columns, spec.settings):
         return parent
-    manifest = Manifest(
-        digest="",
-        recipe=spec.settings,
-        tokenizer=spec.tokenizer,
-        origin=listing.origin,
-        totals=totals,
-        parent=parent.digest if parent else pointer.parent,  # a lost version gets its old one
-        columns=columns,
-        source_files={name: [getattr(file, name) for file in listing.files] for name in FILE_COLUMNS},
-        empty=tuple(row.shard_id for row in rows if not row.tokens),
-    )
+    before = parent.digest if parent else pointer.parent  # a lost version gets its old one
+    files = {name: [getattr(file, name) for file in listing.files] for name in FILE_COLUMNS}
+    empty = tuple(row.shard_id for row in rows if not row.tokens)
+    manifest = Manifest("", spec.settings, spec.tokenizer, listing.origin, totals, before, columns, files, empty)
     body = canonical_json(manifest.to_json())
     manifest = replace(manifest, digest=sha256(body))
-    with suppress(AlreadyExists):  # named by its bytes: another builder sealed the same manifest
-        store.put_new(DatasetKeys(spec.name).manifest(manifest.digest), body)
+    put_once(store, DatasetKeys(spec.name).manifest(manifest.digest), body)  # named by its bytes
     update_latest(store, spec.name, manifest, pointer.manifest)
     return manifest
 
@@ -70,9 +60,8 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
 def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: Collection[str]) -> None:
     """Raise ShardCorrupt if a rebuilt shard's record differs from the manifest that lists it."""
     for row in manifest.rows():
-        stored_sha256 = read_record(store, dataset, row.shard_id).sha256 if row.shard_id in rebuilt else row.sha256
-        if stored_sha256 != row.sha256:
-            wrong = f"manifest {manifest.digest[:12]} lists sha256 {row.sha256}, the rebuilt shard has {stored_sha256}."
+        if row.shard_id in rebuilt and (stored := read_record(store, dataset, row.shard_id)).sha256 != row.sha256:
+            wrong = f"manifest {manifest.digest[:12]} lists sha256 {row.sha256}, the rebuilt shard has {stored.sha256}."
             cause = "Other package versions can cause this: install those that its sealed version was built with."
             raise corrupt(dataset, row.shard_id, f"{wrong} {cause}")
 
@@ -90,10 +79,8 @@ def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
     bound, binding = unset | split.bound, unset | spec.binding
     if names := sorted(name for name in unset if bound[name] != binding[name]):
         differences = "; ".join(f"{name} is {bound[name]!r}, requested {binding[name]!r}" for name in names)
-        raise DatasetMismatch(
-            f"dataset {spec.name!r} is bound to the settings of its first build: {differences}. "
-            f"Choose another name with --set data.dataset=…, or use the same settings."
-        )
+        problem = f"dataset {spec.name!r} is bound to the settings of its first build: {differences}"
+        raise DatasetMismatch(f"{problem}. Choose another name with --set data.dataset=…, or use the same settings.")
     return split.val
 
 
@@ -101,11 +88,9 @@ def _pin_val(store: Store, spec: DatasetSpec, val: list[str]) -> None:
     try:
         store.put_new(DatasetKeys(spec.name).split, canonical_json({"val": val, "bound": spec.binding}))
     except AlreadyExists as error:
-        pinned = check_binding(store, spec)
-        if pinned != val:
-            raise Conflict(
-                f"dataset {spec.name!r}: another process sealed other val shards {pinned}. Run the command again."
-            ) from error
+        if (pinned := check_binding(store, spec)) != val:
+            problem = f"another process sealed other val shards {pinned}"
+            raise Conflict(f"dataset {spec.name!r}: {problem}. Run the command again.") from error
 
 
 def _finished_rows(

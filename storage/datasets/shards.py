@@ -2,7 +2,6 @@
 
 import platform
 from collections import Counter
-from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 
@@ -19,16 +18,13 @@ from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.mirror import locate
 from storage.sources.rows import Row, bad_document, no_text
-from storage.stores.store import Body, ReadableStore, Store
+from storage.stores.store import Body, ReadableStore, Store, put_once
 
 BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer would need two copies
 
 
 def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: int) -> Record:
-    """Tokenise the job's rows, put the shard, then its record. Idempotent, and safe to run concurrently.
-
-    Raises SourceInvalid for a changed or invalid source file, ShardCorrupt if the stored record has another sha256.
-    """
+    """Put a job's shard, then its record. Idempotent, even concurrently. Raises SourceInvalid or as `put_record`."""
     recipe = job.recipe
     buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
     text_bytes = 0
@@ -92,8 +88,7 @@ def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str
             read_shard(store, dataset, shard_id, len(body) // DTYPE.itemsize, sha256)
         except (ObjectMissing, ShardCorrupt):  # no job with this recipe writes other bytes
             delete_shard(store, dataset, shard_id)
-            with suppress(AlreadyExists):  # another process repaired it first
-                store.put_new(key, body)
+            put_once(store, key, body)  # unless another process repaired it first
 
 
 def read_shard(store: ReadableStore, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from datetime import UTC, datetime
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -15,12 +16,14 @@ from storage.errors import Conflict, ObjectMissing
 from storage.keys import DatasetKeys
 from storage.stores.store import ReadableStore, Store
 
+T = TypeVar("T")
 
-class Change(BaseModel, frozen=True):
-    """How many were added and removed."""
 
-    added: int
-    removed: int
+class Change(BaseModel, Generic[T], frozen=True):
+    """What was added and removed: a count, or names."""
+
+    added: T
+    removed: T
 
 
 class FileChanges(BaseModel, frozen=True):
@@ -31,21 +34,14 @@ class FileChanges(BaseModel, frozen=True):
     removed: list[str]
 
 
-class ConfigChanges(BaseModel, frozen=True):
-    """Names of configurations of a Hub dataset, where a pattern chose them."""
-
-    added: list[str]
-    removed: list[str]
-
-
 class Difference(BaseModel, frozen=True):
     """What a version adds to an older version and removes, and the settings that differ: gpt2 dataset diff --json."""
 
     files: FileChanges
-    configs: ConfigChanges
-    shards: Change
-    documents: Change
-    tokens: Change
+    configs: Change[list[str]]  # of a Hub dataset, where a pattern chose them
+    shards: Change[int]
+    documents: Change[int]
+    tokens: Change[int]
     settings: list[str]
 
 
@@ -91,13 +87,8 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
         etag = store.read(key).etag
     pointer = read_pointer(store, dataset)
     if pointer.manifest == expected != digest:
-        body = {
-            "manifest": digest,
-            "parent": manifest.parent,
-            "sequence": pointer.sequence + 1,
-            "commit_id": secrets.token_hex(8),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        body = {"manifest": digest, "parent": manifest.parent, "sequence": pointer.sequence + 1}
+        body |= {"commit_id": secrets.token_hex(8), "at": datetime.now(UTC).isoformat(timespec="seconds")}
         with suppress(Conflict):
             store.swap(key, canonical_json(body), etag)
             return
@@ -110,9 +101,8 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
 
 def difference(old: Manifest, new: Manifest) -> Difference:
     """What the new version adds to the old version and removes from it."""
-    old_rows, new_rows = old.rows_by_id, new.rows_by_id
-    added = [row for shard_id, row in new_rows.items() if old_rows.get(shard_id) != row]
-    removed = [row for shard_id, row in old_rows.items() if new_rows.get(shard_id) != row]
+    old_rows, new_rows = set(old.rows()), set(new.rows())
+    added, removed = new_rows - old_rows, old_rows - new_rows
     old_configs, new_configs = (set(version.origin.get("configs", "").split(", ")) - {""} for version in (old, new))
     settings = (field.name for field in fields(DatasetSettings))
     return Difference(
@@ -121,7 +111,7 @@ def difference(old: Manifest, new: Manifest) -> Difference:
             changed=sorted(name for name, digest in new.files.items() if old.files.get(name, digest) != digest),
             removed=sorted(old.files.keys() - new.files.keys()),
         ),
-        configs=ConfigChanges(added=sorted(new_configs - old_configs), removed=sorted(old_configs - new_configs)),
+        configs=Change(added=sorted(new_configs - old_configs), removed=sorted(old_configs - new_configs)),
         shards=Change(added=len(added), removed=len(removed)),
         documents=Change(added=sum(row.documents for row in added), removed=sum(row.documents for row in removed)),
         tokens=Change(added=sum(row.tokens for row in added), removed=sum(row.tokens for row in removed)),

@@ -7,7 +7,6 @@ import multiprocessing
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -32,27 +31,21 @@ SEEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("document",
 
 
 class Repeats(NamedTuple):
-    """Documents whose normalised text occurs more than once.
+    """Documents whose normalised text occurs more than once."""
 
-    `train` counts repeats of an earlier train document, `leaks` lists val documents in train, `pairs` has examples.
-    """
-
-    train: int
-    leaks: list[Document]
-    pairs: dict[str, list[tuple[Document, Document]]]
+    duplicates: dict[str, int]  # repeats of an earlier train document in train, and of any in val
+    leaks: list[Document]  # val documents in train
+    examples: dict[str, list[tuple[Document, Document]]]
 
 
 class ItemOverlap(BaseModel, frozen=True, populate_by_name=True, serialize_by_alias=True):
-    """Test items that share an n-gram with train: in their context, or in an n-gram that reaches into an ending.
-
-    Of the `count` items, `shorter` have a context of fewer words than an n-gram. `numbers` lists items by kind.
-    """
+    """Test items that share an n-gram with train: in their context, or in an n-gram that reaches into an ending."""
 
     contexts: int
-    count: int
+    count: int  # of all items
     endings: int
-    numbers: dict[str, list[int]]
-    shorter: int
+    numbers: dict[str, list[int]]  # of the items, by kind
+    shorter: int  # items whose context has fewer words than an n-gram
     ngram_words: int = Field(NGRAM_WORDS, alias="words")
 
 
@@ -95,7 +88,7 @@ def find_repeats(
     parts, hits = [np.empty(0, SEEN)], np.empty(0, np.uint64)
     processes = max(min(workers, len(rows)), 1)
     with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=arguments) as pool:
-        scanned = chain.from_iterable(pool.map(_scan_in_worker, batch) for batch in batches)
+        scanned = chain.from_iterable(pool.map(_scan_shard, batch) for batch in batches)
         for number, (documents, shard_hits) in enumerate(scanned):
             documents["shard"] = number
             parts.append(documents)
@@ -107,20 +100,17 @@ def find_repeats(
     return _repeats(seen, rows), hits
 
 
-_worker_scan: Callable[[ShardRow], Scanned]  # set once per process: building a HashSet of 1.1 million takes 0.7 s
+_worker: tuple[Store, str, Decode, HashSet]  # set once per process: building a HashSet of 1.1 million takes 0.7 s
 
 
 def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
-    global _worker_scan  # noqa: PLW0603  # a pool's initializer cannot return anything
-    _worker_scan = partial(_scan_shard, open_store(store_url), dataset, decode, HashSet(hashes))
+    global _worker  # noqa: PLW0603  # a pool's initializer cannot return anything
+    _worker = (open_store(store_url), dataset, decode, HashSet(hashes))
 
 
-def _scan_in_worker(row: ShardRow) -> Scanned:
-    return _worker_scan(row)
-
-
-def _scan_shard(store: Store, dataset: str, decode: Decode, searched: HashSet, row: ShardRow) -> Scanned:
+def _scan_shard(row: ShardRow) -> Scanned:
     """A shard's documents that contain words, as SEEN, and the searched hashes that occur in them."""
+    store, dataset, decode, searched = _worker
     ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
     seen, hits = [], [np.empty(0, np.uint64)]
     for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
@@ -140,13 +130,14 @@ def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
     repeated = np.zeros(len(seen), bool)  # equal to the previous document
     repeated[1:] = (seen["high"][1:] == seen["high"][:-1]) & (seen["low"][1:] == seen["low"][:-1])
     first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(seen))))  # the first equal document
-    repeats, leaks = repeated & train, repeated & ~train & train[first]
+    masks = {"train": repeated & train, "val_in_train": repeated & ~train & train[first]}
 
     def named(index: Any) -> Document:
         return rows[int(seen["shard"][index])].shard_id, int(seen["document"][index])
 
-    pairs = {
-        kind: [(named(index), named(first[index])) for index in np.flatnonzero(mask)[:EXAMPLES]]
-        for kind, mask in (("train", repeats), ("val_in_train", leaks))
+    places = {kind: np.flatnonzero(mask) for kind, mask in masks.items()}
+    examples = {
+        kind: [(named(index), named(first[index])) for index in of_kind[:EXAMPLES]] for kind, of_kind in places.items()
     }
-    return Repeats(int(repeats.sum()), sorted(named(index) for index in np.flatnonzero(leaks)), pairs)
+    duplicates = {kind: len(of_kind) for kind, of_kind in places.items()}
+    return Repeats(duplicates, sorted(map(named, places["val_in_train"])), examples)

@@ -30,11 +30,7 @@ class FileSummary(BaseModel, frozen=True):
 
 
 class DatasetSummary(BaseModel, frozen=True):
-    """A version in numbers, as `gpt2 dataset show --json` prints it.
-
-    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens; `rows` the source rows of all shards; `filtered` those
-    that filters dropped; `in_val` those that train leaves out; `in_val_added` the same in shards that the parent lacks.
-    """
+    """A version in numbers, as `gpt2 dataset show --json` prints it."""
 
     dataset: str
     manifest: str
@@ -45,12 +41,12 @@ class DatasetSummary(BaseModel, frozen=True):
     totals: dict[str, dict[str, int]]
     files: list[FileSummary]
     dumps: dict[str, int]
-    lengths: list[int]
-    rows: int
-    filtered: int
+    lengths: list[int]  # entry n counts documents of 2**n to 2**(n+1) - 1 tokens
+    rows: int  # source rows of all shards
+    filtered: int  # rows that filters dropped
     filtered_share: float
-    in_val: int
-    in_val_added: int
+    in_val: int  # rows that train leaves out
+    in_val_added: int  # the same, in shards that the parent lacks
     audit: LeakReport | None
 
 
@@ -73,14 +69,12 @@ def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
     files = [FileSummary(name=name, **counted) for name, counted in counts.items()]
     filtered = sum(file.filtered for file in files)
     rows = sum(file.documents + file.skipped + file.filtered + file.in_val for file in files)
+    version = {name: getattr(manifest, name) for name in ("parent", "tokenizer", "origin", "totals")}
     return DatasetSummary(
+        **version,
         dataset=dataset,
         manifest=manifest.digest,
-        parent=manifest.parent,
         recipe=manifest.recipe.to_json(),
-        tokenizer=manifest.tokenizer,
-        origin=manifest.origin,
-        totals=manifest.totals,
         files=files,
         dumps=dict(sorted(dumps.items())),
         lengths=lengths,

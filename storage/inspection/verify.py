@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,33 +20,29 @@ from storage.stores.store import Store
 
 DAMAGES = (ObjectMissing, ObjectCorrupt, ShardCorrupt)  # an unreachable store is not damage, and must not be repaired
 SHARDS_AT_ONCE = 4  # one shard is read while another is hashed
-Depth = Literal["quick", "full"]
 Progress = Callable[[], None]
 
 
 class Damage(NamedTuple):
-    """A damaged shard or manifest, and what is wrong with it. A `repairable` shard is repaired by building it again.
-
-    `of_source` means that its source file is gone or changed, so that nothing was compared: the shard may be intact.
-    """
+    """A damaged shard or manifest, and what is wrong with it."""
 
     name: str
     wrong: str
-    repairable: bool = False
-    of_source: bool = False
+    repairable: bool = False  # by building the shard again
+    of_source: bool = False  # the source file is gone or changed: nothing was compared, and the shard may be intact
 
 
 def verify_dataset(
-    store: Store, dataset: str, manifest: Manifest, *, eot: int, depth: Depth, on_progress: Progress = lambda: None
+    store: Store, dataset: str, manifest: Manifest, *, eot: int, quick: bool, on_progress: Progress = lambda: None
 ) -> list[Damage]:
-    """The damaged shards of a version in order; if `full`, also a damaged ancestor. Raises StorageError."""
-    check = partial(check_fully, store, dataset, eot=eot) if depth == "full" else partial(check_quickly, store, dataset)
+    """The damaged shards of a version in order; unless `quick`, also a damaged ancestor. Raises StorageError."""
+    check = partial(check_quickly, store, dataset) if quick else partial(check_fully, store, dataset, eot=eot)
     damages: list[Damage] = []
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for damage in pool.map(check, manifest.rows()):
             damages += [damage] if damage else []
             on_progress()
-    return damages + (list(check_versions(store, dataset, manifest)) if depth == "full" else [])
+    return damages if quick else [*damages, *check_versions(store, dataset, manifest)]
 
 
 def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:

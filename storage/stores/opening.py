@@ -36,10 +36,8 @@ def open_store(url: str, *, create: bool = False) -> Store:
             store.put_new(keys.FORMAT, json.dumps({"layout": LAYOUT}).encode())
         return open_store(url)
     if written is None:
-        raise ObjectMissing(
-            f"store {url!r} does not exist (it has no {keys.FORMAT} object). "
-            f"Check --set store_url=…, or create it with gpt2 pretrain or gpt2 dataset build."
-        )
+        remedy = "Check --set store_url=…, or create it with gpt2 pretrain or gpt2 dataset build."
+        raise ObjectMissing(f"store {url!r} does not exist (it has no {keys.FORMAT} object). {remedy}")
     if written.layout > LAYOUT:
         newer = f"layout {written.layout}, but this version reads up to {LAYOUT}"
         raise StoreUnusable(f"store {url!r} has {newer}. Update gpt2-pipeline, or choose another store.")

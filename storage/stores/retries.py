@@ -24,10 +24,7 @@ class Backoff:
         self.stalled_seconds = 0.0
 
     def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
-        """Sleep before the next try, or return False at once when that would pass the deadline.
-
-        The server's Retry-After is honoured up to a maximum, and extends a shorter deadline.
-        """
+        """Sleep, or return False at once if that would pass the deadline. A Retry-After extends a shorter deadline."""
         now = time.monotonic()
         if received_bytes > self._received_bytes:
             self.tries, self._last_progress, self._received_bytes = 0, now, received_bytes

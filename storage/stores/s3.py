@@ -5,7 +5,6 @@ A write whose response was lost is recognised by its stored bytes, so writes tha
 """
 
 import mimetypes
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +43,9 @@ class S3Store(Store):
         self._endpoint = str(own_client().meta.endpoint_url)
         parts = urlsplit(self._endpoint)
         if not (plain_http or parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")):
-            raise StoreUnusable(
-                f"store {url!r}: its endpoint should be https, found {parts.scheme}://{parts.hostname}. Use https, or "
-                f"on a private network write s3+http:// instead of s3://."
-            )
+            problem = f"its endpoint should be https, found {parts.scheme}://{parts.hostname}"
+            remedy = "Use https, or on a private network write s3+http:// instead of s3://."
+            raise StoreUnusable(f"store {url!r}: {problem}. {remedy}")
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         for _ in range(DAMAGED_TRIES):  # damage in transit disappears with the next try
@@ -55,10 +53,9 @@ class S3Store(Store):
             digest = received.hasher.hexdigest()
             if received.stored_sha256 in (None, digest):
                 return Object(received.body, received.etag, digest)
-        raise ObjectCorrupt(
-            f"object {key!r} of store {self.url!r}: its bytes have sha256 {digest}, the store recorded "
-            f"{received.stored_sha256}. The object is damaged: delete it, then repeat the command that wrote it."
-        )
+        problem = f"its bytes have sha256 {digest}, the store recorded {received.stored_sha256}"
+        remedy = "The object is damaged: delete it, then repeat the command that wrote it."
+        raise ObjectCorrupt(f"object {key!r} of store {self.url!r}: {problem}. {remedy}")
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         length = min(length, self.stat(key).size - start)
@@ -95,7 +92,7 @@ class S3Store(Store):
 
     def probe(self) -> tuple[str, bool]:
         server = self._check_conditions()
-        key = keys.probe(secrets.token_hex(8))
+        key = keys.probe()
         damaged = {"Body": b"body", "ChecksumSHA256": base64_sha256(b"another body")}
         try:
             self._request("probe checksums", "put_object", key, **damaged)

@@ -14,13 +14,11 @@ from typing import Any, TypeVar
 import boto3
 from botocore import exceptions
 from botocore.config import Config
-from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectMissing, StoreUnavailable, StoreUnusable, printable
 from storage.stores import retries
-from storage.stores.retries import Transient
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0  # without a byte; a shard of 20 MB takes 0.03 s on loopback, 2 s over 100 Mbit/s
@@ -31,7 +29,7 @@ DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumM
 DAMAGED_TRIES = 3
 ENDPOINT = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[^?#]*)?")  # without a secret
 NETWORK = (OSError, HTTPError, exceptions.ConnectionError, exceptions.HTTPClientError)
-TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, Transient)
+TRANSIENT = (*NETWORK, exceptions.IncompleteReadError, ResponseParserError, retries.Transient)
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
 REMEDIES = {
     "NoSuchBucket": "Create the bucket (aws s3 mb, or mc mb), or correct its name.",
@@ -99,30 +97,29 @@ def with_retries(
     while True:
         try:
             return request()
-        except (ClientError, exceptions.BotoCoreError, *TRANSIENT) as error:
+        except (exceptions.ClientError, exceptions.BotoCoreError, *TRANSIENT) as error:
             retry_after_seconds = _check_transient(what, error, backoff.tries)
             if not backoff.wait(retry_after_seconds, received_bytes()):
-                raise StoreUnavailable(
-                    f"{what}: {backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: {error}. "
-                    f"Check that the server runs and AWS_ENDPOINT_URL is its address, then run the same command again."
-                ) from error
+                problem = f"{backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: {error}"
+                remedy = "Check that the server runs at AWS_ENDPOINT_URL, then run the same command again."
+                raise StoreUnavailable(f"{what}: {problem}. {remedy}") from error
             if backoff.tries == WARN_AFTER_TRIES:
                 log.warning("%s: %s; retrying for up to %.0f s", what, printable(str(error)), retries.RETRY_SECONDS)
 
 
-def status(error: ClientError) -> int:
+def status(error: exceptions.ClientError) -> int:
     """The HTTP status of the response."""
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
-def code(error: ClientError) -> str:
+def code(error: exceptions.ClientError) -> str:
     """The server's error code, or the HTTP status if the response has no body."""
     return str(error.response["Error"]["Code"])
 
 
 def _check_transient(what: str, error: Exception, tries: int) -> float:
     """The server's Retry-After in seconds. Raises StoreUnusable or ObjectMissing if a retry cannot fix the error."""
-    if isinstance(error, ClientError):
+    if isinstance(error, exceptions.ClientError):
         is_damaged = code(error) in DAMAGED_CODES and tries < DAMAGED_TRIES
         if is_damaged or status(error) in retries.RETRYABLE_STATUSES or code(error) in RETRYABLE_CODES:
             return retries.parse_retry_after(error.response["ResponseMetadata"]["HTTPHeaders"].get("retry-after"))

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -105,10 +104,7 @@ class Store(ReadableStore, Protocol):
         """Remove the object. A missing object is not an error."""
 
     def probe(self) -> tuple[str, bool]:
-        """The server's name and endpoint, and whether it rejects a body that was damaged in transit.
-
-        Raises StoreUnusable unless conditional writes are honoured.
-        """
+        """The server's name, and whether it rejects a body damaged in transit. Raises as `check_conditions`."""
 
     def unfinished(self, before: float, *, remove: bool = False) -> Iterator[str]:
         """Describe leftovers of killed writers that began before a time (Unix seconds), and optionally remove them."""
@@ -119,7 +115,7 @@ class Store(ReadableStore, Protocol):
 
 def check_conditions(store: Store, server: str) -> None:
     """Test create-only put and compare-and-swap on a scratch key. Raises StoreUnusable if either is ignored."""
-    key = keys.probe(secrets.token_hex(8))
+    key = keys.probe()
     etag = store.put_new(key, b"1")
     ignored = []
     with suppress(AlreadyExists):
@@ -145,7 +141,7 @@ def check_size(name: str, size_bytes: int, limit_bytes: int) -> None:
 
 def clock(store: Store) -> float:
     """The store's current time (Unix seconds), which may differ from this host's."""
-    key = keys.probe(secrets.token_hex(8))
+    key = keys.probe()
     store.put_new(key, b"")
     try:
         return store.stat(key).modified
@@ -165,7 +161,7 @@ def read_as(
 
     Raises ObjectCorrupt with the remedy for anything else, and if `fits` returns a false value or raises ValueError.
     """
-    found, problem = f"object {key!r} of store {store.url!r} is damaged:", "its values do not belong together"
+    found, problem = f"object {key!r} of store {store.url!r} is damaged:", "a field is missing or has a wrong value"
     body: bytes | bytearray = b""
     try:
         body = store.read(key).body
@@ -195,6 +191,12 @@ def first_problem(error: Exception) -> str:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def put_once(store: Store, key: str, body: Body) -> None:
+    """Write the object unless it exists."""
+    with suppress(AlreadyExists):
+        store.put_new(key, body)
 
 
 def overwrite(store: Store, key: str, body: Body) -> None:

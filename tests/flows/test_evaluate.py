@@ -179,8 +179,8 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     ("body", "message"),
     [
         (b'{"ctx": "x", "endings": ["a", "b"', "line 1 should be a HellaSwag item"),
-        (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "'activity_label': Field required"),
-        (None, "no .parquet or .jsonl file"),
+        (b'{"ctx": "x", "endings": ["a", "b", "c", "d"], "label": 1}', "found activity_label: Field required"),
+        (None, "no such file or folder"),
     ],
     ids=["cut", "fields missing", "no file"],
 )

@@ -230,7 +230,7 @@ def test_unfinished_writes_are_deleted(place: Place) -> None:
 
 
 def test_probes_of_killed_processes_are_deleted(place: Place) -> None:
-    key = keys.probe("0123456789abcdef")
+    key = keys.probe()
     place.store.put_new(key, b"1")
     assert key not in deleted(place.store, HOUR)
     place.age(keys.TEMPORARY)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.checkpoints.huggingface import ensure_imported, export_run, import_folder, tensor_shapes
+from model.checkpoints.huggingface import export_run, import_folder, tensor_shapes
 from model.checkpoints.records import WEIGHTS, checkpoints, newest_checkpoint
 from model.checkpoints.weights import load_model
 from model.config import ModelConfig
@@ -377,13 +377,13 @@ def test_an_existing_run_is_not_overwritten(dataset: StoredDataset, published: P
 def test_the_same_folder_is_imported_only_once(
     dataset: StoredDataset, published: Path, altered: Callable[..., Path]
 ) -> None:
-    ensure_imported(dataset.store, "ensured", published)
+    import_folder(dataset.store, "ensured", published, again=True)
     trained = dataset.train("trained-not-imported", *SHORT)
     before = modification_times(dataset.store)
-    ensure_imported(dataset.store, "ensured", published)
+    import_folder(dataset.store, "ensured", published, again=True)
     for run, folder in (("ensured", altered({}, {LN: np.ones(16, "f4")})), (trained, published)):
         with pytest.raises(ValueError, match=rf"'{run}' holds another model.*--set name="):
-            ensure_imported(dataset.store, run, folder)
+            import_folder(dataset.store, run, folder, again=True)
     assert modification_times(dataset.store) == before
 
 

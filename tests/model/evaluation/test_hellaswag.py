@@ -105,7 +105,7 @@ def test_a_file_without_items_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("name", sorted(GOOD))
 def test_a_missing_field_is_named(name: str) -> None:
-    with pytest.raises(SourceInvalid, match=f"'{name}'.*evaluation.hellaswag"):
+    with pytest.raises(SourceInvalid, match=f"found {name}: .*evaluation.hellaswag"):
         questions(lines(without(name)), "val.jsonl")
 
 

@@ -80,10 +80,10 @@ def test_the_report_equals_a_comparison_of_all_pairs_with_any_number_of_workers(
     repeats, leaks = repeats_of(everything), leaks_of(everything)
     assert min(len(repeats), len(leaks), len(expected), len(runs) - len(expected)) > 5  # or the test would prove little
     report, hits = search(store, rows, list(runs), workers=1)
-    assert report.train == len(repeats)
+    assert report.duplicates["train"] == len(repeats)
     assert report.leaks == sorted(leaks)
-    assert dict(report.pairs["train"]) == repeats
-    assert dict(report.pairs["val_in_train"]) == leaks
+    assert dict(report.examples["train"]) == repeats
+    assert dict(report.examples["val_in_train"]) == leaks
     assert sorted(hits) == expected
     assert search(store, rows, list(runs), workers=3) == (report, hits)
 
@@ -102,8 +102,8 @@ def test_planted_documents_are_reported_and_nothing_else(store: Store, tmp_path:
     assert ([document.text for document in stored], stored[5].split, stored[20].split) == (texts, "val", "train")
     report, hits = search(store, list(manifest.rows()))
     assert report.leaks == [stored[0].name, stored[1].name]
-    assert dict(report.pairs["val_in_train"]) == {stored[0].name: stored[22].name, stored[1].name: stored[-1].name}
-    assert (report.train, report.pairs["train"]) == (1, [(stored[21].name, stored[20].name)])
+    assert dict(report.examples["val_in_train"]) == {stored[0].name: stored[22].name, stored[1].name: stored[-1].name}
+    assert (report.duplicates["train"], report.examples["train"]) == (1, [(stored[21].name, stored[20].name)])
     assert hits == []
 
 
@@ -112,9 +112,9 @@ def test_examples_are_limited_and_counts_are_not(store: Store, tmp_path: Path, m
     manifest = sealed(store, tmp_path, [story(number % 20) for number in range(100)])
     stored = documents(store, "small", manifest)
     report, _ = search(store, list(manifest.rows()))
-    assert (report.train, len(report.leaks)) == (len(repeats_of(stored)), len(leaks_of(stored)))
-    assert [len(pairs) for pairs in report.pairs.values()] == [3, 3]
-    assert set(report.pairs["train"]) < set(repeats_of(stored).items())
+    assert (report.duplicates["train"], len(report.leaks)) == (len(repeats_of(stored)), len(leaks_of(stored)))
+    assert [len(pairs) for pairs in report.examples.values()] == [3, 3]
+    assert set(report.examples["train"]) < set(repeats_of(stored).items())
 
 
 def test_the_search_refuses_a_damaged_shard(store: Store, tmp_path: Path) -> None:
@@ -126,7 +126,8 @@ def test_the_search_refuses_a_damaged_shard(store: Store, tmp_path: Path) -> Non
 
 def test_a_version_without_shards_has_no_leaks(store: Store) -> None:
     """For example, if every document of its source was skipped."""
-    assert search(store, [], [1, 2]) == (Repeats(0, [], {"train": [], "val_in_train": []}), [])
+    kinds = ("train", "val_in_train")
+    assert search(store, [], [1, 2]) == (Repeats(dict.fromkeys(kinds, 0), [], {kind: [] for kind in kinds}), [])
 
 
 # The stored report

@@ -146,7 +146,7 @@ def test_all_damage_of_a_dataset_is_reported_in_order(
     store.delete(DatasetKeys("small").manifest(first.digest))
     calls: list[None] = []
     damages = verify_dataset(
-        store, "small", manifest, eot=tokenizer.EOT, depth=depth, on_progress=lambda: calls.append(None)
+        store, "small", manifest, eot=tokenizer.EOT, quick=depth == "quick", on_progress=lambda: calls.append(None)
     )
     shards_then_versions = [(rows[2].shard_id, True), (rows[4].shard_id, True), (f"manifest {first.digest}", False)]
     assert [(damage.name, damage.repairable) for damage in damages] == shards_then_versions[
@@ -294,7 +294,7 @@ def test_an_unreachable_store_is_an_error_and_not_damage(
 
     monkeypatch.setattr(verify, "read_shard", unavailable)
     with pytest.raises(StoreUnavailable):
-        verify_dataset(store, "small", manifest, eot=tokenizer.EOT, depth="full")
+        verify_dataset(store, "small", manifest, eot=tokenizer.EOT, quick=False)
 
 
 # Versions
