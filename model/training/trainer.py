@@ -6,7 +6,6 @@ batch of step k ─▶ forward, backward in micro-batches ─▶ clip ─▶ Ada
 import signal
 import time
 from contextlib import nullcontext
-from functools import partial
 from math import inf, isfinite
 from types import FrameType
 from typing import Any
@@ -46,15 +45,12 @@ class Trainer:
     def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
         self.job, self.ddp = job, ddp
         self.config = config = TrainingConfig.model_validate(job.recipe["train"] | job.how.train)
-        self.resources = job.how.resources
+        self.resources = resources = job.how.resources
         self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
-        open_split = partial(
-            MixedWindows, store, job.mix,
-            sequence_tokens=config.sequence_tokens, seed=config.seed, cache_bytes=self.resources.cache_bytes,
-        )  # fmt: skip
-        self.windows = open_split("train")
+        options = {"sequence_tokens": config.sequence_tokens, "seed": config.seed, "cache_bytes": resources.cache_bytes}
+        self.windows = MixedWindows(store, job.mix, "train", **options)
         self._check_length()
-        self.val_windows = open_split("val") if config.validate_every_steps else None
+        self.val_windows = MixedWindows(store, job.mix, "val", **options) if config.validate_every_steps else None
         torch.manual_seed(config.seed)  # every rank draws the same initial weights
         self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), config.dropout).to(ddp.device)
         self.flops_per_token = flops_per_token(self.model.config, self.model.parameter_count, config.sequence_tokens)
@@ -66,9 +62,9 @@ class Trainer:
         self.parallel: Any = torch.compile(self.model) if compiled else self.model
         if ddp.ranks > 1:
             self.parallel = DistributedDataParallel(self.parallel, forward_sync_buffers=False)
-        tensorboard = self.resources.tensorboard if ddp.is_main else ""
+        tensorboard = resources.tensorboard if ddp.is_main else ""
         self.log = MetricsLog(store, job.run, config.max_steps, segments, tensorboard=tensorboard, step=self.step)
-        self.saver = Saver(store, job.run, self.log, config, self.resources.unsaved_minutes)
+        self.saver = Saver(store, job.run, self.log, config, resources.unsaved_minutes)
         self._stop_requested = self._save_due = False
         self._data_seconds = self._metrics_seconds = self._checkpoint_seconds = 0.0
         if ddp.is_main:
@@ -106,7 +102,9 @@ class Trainer:
     def _train_step(self) -> tuple[StepMetrics, bool]:
         """One optimizer step. Returns its metrics, and whether any rank was told to stop."""
         started = time.perf_counter()
-        torch.manual_seed(self._step_seed())
+        # The seed of dropout depends on seed, step and rank alone, so a resume needs no generator state
+        bits = np.random.SeedSequence([self.config.seed, self.step, self.ddp.rank]).generate_state(2)
+        torch.manual_seed(int(bits[0]) << 31 | int(bits[1]) >> 1)
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -118,6 +116,7 @@ class Trainer:
             self.optimizer.step()
         seconds = time.perf_counter() - started
         speed = self.config.batch_tokens / seconds
+        peak = peak_flops(self.ddp.device_name) if self.evaluator.precision == "bf16" else None
         metrics = StepMetrics(
             step=self.step,
             loss=loss / self.config.batch_tokens if isfinite(loss) else None,
@@ -126,7 +125,7 @@ class Trainer:
             skipped=skipped,
             step_seconds=seconds,
             tokens_per_second=speed,
-            mfu=self._mfu(speed),
+            mfu=speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None,
             epochs=self.windows.epochs((self.step + 1) * self.config.batch_windows) if self.config.mix else {},
             data_seconds=self._data_seconds,
             metrics_seconds=self._metrics_seconds,
@@ -158,16 +157,6 @@ class Trainer:
         total, norm, stop = self.ddp.sum(sums).tolist()  # the only time in a step that the CPU waits for the GPU
         return total, norm, stop > 0
 
-    def _step_seed(self) -> int:
-        """The seed of dropout: it depends on seed, step and rank alone, so a resume needs no generator state."""
-        bits = np.random.SeedSequence([self.config.seed, self.step, self.ddp.rank]).generate_state(2)
-        return int(bits[0]) << 31 | int(bits[1]) >> 1
-
-    def _mfu(self, speed: float) -> float | None:
-        """The share of the GPUs' peak at `speed` tokens per second, or None in fp32 or if the peak is unknown."""
-        peak = peak_flops(self.ddp.device_name) if self.evaluator.precision == "bf16" else None
-        return speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None
-
     def _check_length(self) -> None:
         config, period = self.config, sum(share.weight for share in self.job.mix.values())
         for dataset, share in self.job.mix.items():
@@ -195,10 +184,7 @@ class Trainer:
         )
 
     def _log_and_save(self, metrics: StepMetrics, *, stopping: bool) -> None:
-        """On the main rank: log the metrics, and save a checkpoint if one is due.
-
-        A save waits up to one step's time for the previous save. If that save still runs, the next step tries again.
-        """
+        """On the main rank: log the metrics, and save a checkpoint if one is due, now or since an earlier step."""
         metrics.memory_bytes = self.ddp.memory_bytes()
         started = time.perf_counter()
         self.log.add(metrics)
