@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from operator import not_
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from storage import keys
 from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
@@ -39,12 +39,10 @@ def _form(schema: dict[str, Any]) -> None:
         field |= {"title": name.replace("_", " ").capitalize(), "position": position}
 
 
-class Section(BaseModel):
+class Section(
+    BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_form, regex_engine="python-re"
+):
     """A part of the configuration. Frozen; an unknown field is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_form, regex_engine="python-re"
-    )
 
 
 class DataConfig(Section):
@@ -57,10 +55,7 @@ class DataConfig(Section):
         description="Hugging Face dataset (owner/name), or path or s3:// URL of a file, folder or quoted glob: "
         "parquet, arrow, jsonl, json, csv, tsv, txt or md; also .gz, .zst, .bz2, .xz.",
     )
-    config: Text = Field(
-        "sample-10BT",
-        description="Configuration of the Hugging Face dataset; a glob; newest:N for its last N crawls.",
-    )
+    config: Text = Field("sample-10BT", description="Hub configuration, a glob, or newest:N for its last N crawls.")
     revision: Text = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
     text_column: Text = Field("text", description="Column that holds the text of a document (doc.text: in a column).")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
@@ -134,20 +129,14 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: Seed = Field(1337, description="Random seed of initial weights, data order, dropout and evaluation.")
-    mix: Lines = Field(
-        (), exclude_if=not_, description="Mix sealed datasets by weight: 'web:0.8', 'code:0.2' (empty = data.dataset)."
-    )
+    mix: Lines = Field((), exclude_if=not_, description="Mix by weight: 'web:0.8', 'code:0.2' (empty = data.dataset).")
     start_from: Name = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
-    start_with: Literal["weights", "everything"] = Field(
-        "weights", description="What to load from that run: only the weights, or also the step and optimizer state."
-    )
+    start_with: Literal["weights", "everything"] = Field("weights", description="everything = also step and optimizer.")
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
     keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
     validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
-    validation_tokens: Positive = Field(
-        10_485_760, description="Maximum tokens of a dataset per validation during training."
-    )
+    validation_tokens: Positive = Field(10_485_760, description="Maximum tokens of a dataset per validation.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
