@@ -31,10 +31,14 @@ class Series(NamedTuple):
 
 def curves(runs: list[RunFacts]) -> dict[str, str]:
     """Title and inline SVG of each plot that has at least one point."""
-    plots = {"Loss": _draw("Loss", "nats per token", list(_losses(runs)), _published(runs, "val_loss"))}
+    losses = [
+        line for index, run in enumerate(runs) for line in _training_losses(run.metrics, index, _label(runs, run))
+    ]
+    losses += _evaluated(runs, "val_loss")
+    plots = {"Loss": _draw("Loss", "nats per token", losses, _published(runs, "val_loss"))}
     for title, (column, unit) in TRAINING_PLOTS.items():
         points = [thinned(_column(run.metrics, column)) for run in runs]
-        lines = [Series(_label(runs, run, ""), index, points[index]) for index, run in enumerate(runs)]
+        lines = [Series(_label(runs, run), index, points[index]) for index, run in enumerate(runs)]
         plots[title] = _draw(title, unit, lines, {})
     families = (_family(metric) for run in runs for evaluation in run.evaluations for metric in evaluation.metrics)
     for family in dict.fromkeys(families):
@@ -53,12 +57,6 @@ def thinned(points: list[Point]) -> list[Point]:
     width = -(-len(points) // MAXIMUM_POINTS)
     groups = [points[start : start + width] for start in range(0, len(points), max(width, 1))]
     return [(group[-1][0], sum(value for _, value, _ in group) / len(group), 0.0) for group in groups]
-
-
-def _losses(runs: list[RunFacts]) -> Iterator[Series]:
-    for index, run in enumerate(runs):
-        yield from _training_losses(run.metrics, index, _label(runs, run, ""))
-    yield from _evaluated(runs, "val_loss")
 
 
 def _training_losses(metrics: list[StepMetrics], run: int, name: str) -> list[Series]:
@@ -89,17 +87,13 @@ def _family(metric: str) -> str:
     return next(losses, metric.partition("_acc")[0])
 
 
-def _label(runs: list[RunFacts], run: RunFacts, label: str) -> str:
+def _label(runs: list[RunFacts], run: RunFacts, label: str = "") -> str:
     return label if len(runs) == 1 else f"{run.name} {label}".strip()
 
 
 def _published(runs: list[RunFacts], family: str) -> dict[str, float]:
-    return {
-        f"{reference.label}, {metric}: {reference.value:.4f}": reference.value
-        for run in runs
-        for metric, reference in run.references.items()
-        if _family(metric) == family
-    }
+    known = (item for run in runs for item in run.references.items() if _family(item[0]) == family)
+    return {f"{reference.label}, {metric}: {reference.value:.4f}": reference.value for metric, reference in known}
 
 
 def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:

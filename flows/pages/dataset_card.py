@@ -47,16 +47,12 @@ def print_card(console: Console, card: DatasetSummary) -> None:
 
 def page(card: DatasetSummary) -> bytes:
     """The card as an HTML page."""
-    counts_by_title = {
+    charts = {
         "Documents by length, in tokens": (_lengths(card), "documents"),
         "Documents by dump": (card.dumps, "documents"),
         "Tokens by source file": ({file.name: file.tokens for file in card.files}, "tokens"),
     }
-    plots = {
-        title: bars(title, list(counts), list(counts.values()), unit)
-        for title, (counts, unit) in counts_by_title.items()
-        if counts and len(counts) <= MAXIMUM_BARS
-    }
+    plots = {title: bars(title, *chart) for title, chart in charts.items() if 0 < len(chart[0]) <= MAXIMUM_BARS}
     texts = {"left_out": _left_out(card), "leaks": leak_line(card.audit)}
     return render("card.html", **dict(card), **texts, plots=plots).encode()
 

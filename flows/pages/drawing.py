@@ -15,14 +15,9 @@ LINE, MARK = "#3b82c4", "#d9822b"
 
 def render(template: str, **values: Any) -> str:
     """Render a template of this folder; an .html template escapes its values."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flows", "pages"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(template).render(values)
+    templates = jinja2.Environment(autoescape=jinja2.select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True)
+    templates.loader, templates.undefined = jinja2.PackageLoader("flows", "pages"), jinja2.StrictUndefined
+    return templates.get_template(template).render(values)
 
 
 def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
@@ -48,16 +43,16 @@ def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
     return svg[svg.index("<svg") :].replace(TEXT_COLOUR, "currentColor")
 
 
-def bars(name: str, labels: list[str], lengths: list[int], unit: str) -> str:
+def bars(name: str, counts: dict[str, int], unit: str) -> str:
     """A chart of horizontal bars for counts."""
 
     def plot(axes: Any) -> None:
-        axes.barh(labels, lengths, color=LINE)
+        axes.barh(list(counts), list(counts.values()), color=LINE)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(unit)
 
-    return draw(name, plot, 1.2 + 0.24 * len(labels))
+    return draw(name, plot, 1.2 + 0.24 * len(counts))
 
 
 def write_file(path: Path, page: bytes, option: str) -> None:

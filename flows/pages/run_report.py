@@ -76,11 +76,8 @@ def differing(runs: list[RunFacts]) -> list[str]:
 
 
 def _provenance(evaluation: Evaluation) -> str:
-    if evaluation.items is None:
-        scored = f"{evaluation.tokens:,} tokens"
-    else:
-        repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
-        scored = f"{evaluation.items:,} items{repeated}"
+    repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
+    scored = f"{evaluation.tokens:,} tokens" if evaluation.items is None else f"{evaluation.items:,} items{repeated}"
     mixed = [f"{dataset} {share.manifest[:12]}" for dataset, share in (evaluation.mix or {}).items()]
     data = ", ".join(mixed) or (evaluation.data or "none")[:12]
     return f"{scored}, data {data}, step {evaluation.step:,}, {evaluation.precision}"
