@@ -17,8 +17,6 @@ from storage.keys import RunKeys
 from storage.loading.mix import describe
 from storage.stores.store import Store, read_as
 
-VAL_KINDS = ("val_loss", "completion")  # evaluations on the run's own dataset
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -86,6 +84,8 @@ def run_facts(store: Store, name: str) -> RunFacts:
         raise ObjectMissing(f"store {store.url!r} has no run {name!r} to report on. List its runs: gpt2 status")
     metrics = read_metrics(store, name)
     losses = [line.loss for line in metrics if line.loss is not None]  # None: NaN in a skipped step
+    first_loss, last_loss = (losses[0], losses[-1]) if losses else (None, None)
+    steps, max_steps = records[-1].step if records else 0, run.config["train"]["max_steps"] if run else 0
     evaluations = read_evaluations(store, name)
     dataset = _dataset(store, run, evaluations)
     return RunFacts(
@@ -95,12 +95,7 @@ def run_facts(store: Store, name: str) -> RunFacts:
         dataset=dataset,
         mix=describe(run.mix) if run else "",
         metrics=metrics,
-        training=TrainingFacts(
-            steps=records[-1].step if records else 0,
-            max_steps=run.config["train"]["max_steps"] if run else 0,
-            first_loss=losses[0] if losses else None,
-            last_loss=losses[-1] if losses else None,
-        ),
+        training=TrainingFacts(steps, max_steps, first_loss, last_loss),
         evaluations=[evaluation for evaluation in evaluations if evaluation.metrics],
         samples=[evaluation for evaluation in reversed(evaluations) if evaluation.samples is not None],
         references=references(evaluations, dataset),
@@ -160,11 +155,9 @@ def leak_line(report: LeakReport | None) -> str:
 
 def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> DatasetFacts | None:
     """The version that the run is pinned to, or that an imported model was last evaluated on."""
-    versions = [(evaluation.dataset, evaluation.data) for evaluation in evaluations if evaluation.name in VAL_KINDS]
-    if run:
-        versions = [(run.dataset, run.manifest)]
-    for name, digest in reversed(versions):
-        if name and digest:
+    versions = [(run.dataset, run.manifest)] if run else [(one.dataset, one.data) for one in reversed(evaluations)]
+    for name, digest in versions:
+        if name and digest:  # not of an evaluation on a file, as HellaSwag
             version = read_manifest(store, name, digest)
             source = run.config["data"]["source"] if run else version.origin.get("dataset", "")
             return DatasetFacts(name, version, source, leak_line(read_leak_report(store, name, digest)))
@@ -196,8 +189,7 @@ def _lineage(
 def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     """The machines of the finished training run and of the newest evaluations."""
     names_by_machine: dict[str, list[str]] = defaultdict(list)
-    trained = read_result(store, training_job(run)) if run else None
-    if trained and "environment" in trained:
+    if run and (trained := read_result(store, training_job(run))):
         names_by_machine[_machine(trained["environment"])].append("training")
     for one in newest(evaluations):
         names_by_machine[f"{_machine(one.environment)}, {one.precision}"].append(one.name)

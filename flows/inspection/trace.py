@@ -53,8 +53,7 @@ def windows(store: Store, target: TraceTarget, split: str, first: int, count: in
         part = mixed.splits[dataset]
         order, files = part.order, _source_files(store, target, dataset, part.manifest)
         if split == "val" and first + count > order.epoch_windows:
-            end = f"val has only {order.epoch_windows} windows, from 0"
-            raise ValueError(f"--window {first}: {end}. Use a smaller one.")
+            raise ValueError(f"--window {first}: val has only {order.epoch_windows} windows, from 0. Use a lower one.")
         located = order.locate(start, len(numbers)) if split == "train" else order.in_file_order(first + numbers)
         for shard in np.unique(located[0]):  # open each shard and read its source once
             places, row = np.flatnonzero(located[0] == shard), part.rows[shard]

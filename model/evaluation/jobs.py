@@ -85,10 +85,7 @@ def hellaswag(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
     """Accuracy on a file of HellaSwag items, in both conventions."""
     key = job.recipe["items"]
     lines = questions(store.read(key).body, key)
-    sets = {
-        f"hellaswag_{name}": ([to_item(line) for line in lines], convention)
-        for name, (to_item, convention) in CONVENTIONS.items()
-    }
+    sets = {f"hellaswag_{name}": ([*map(to_item, lines)], text) for name, (to_item, text) in CONVENTIONS.items()}
     measurement = _choose(job, evaluator, sets)
     repeated = len(lines) - len({(line.ctx, line.endings) for line in lines})
     return measurement.model_copy(update={"data": key.split("/")[1], "file": key, "repeated_items": repeated})
@@ -107,8 +104,7 @@ def samples(_store: Store, job: Job, evaluator: Evaluator) -> Measurement:
         for row, ids in zip(mine, texts, strict=True):
             shifted_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64) + 1
         for shifted in ddp.sum(shifted_NT.to(ddp.device)).tolist():
-            text = tokenizer.decode([value - 1 for value in shifted if value])
-            written.append({"prompt": prompt, "text": text})
+            written.append({"prompt": prompt, "text": tokenizer.decode([value - 1 for value in shifted if value])})
         evaluator.show_progress(number, len(settings.prompts))
     drawn = f"temperature {settings.temperature}, top k {settings.top_k}, top p {settings.top_p}, seed {seed}"
     return Measurement(drawn=drawn, samples=written)
