@@ -50,7 +50,7 @@ def list_files(data: DataConfig, store_url: str) -> Listing:
 
 @task(task_run_name="file-{file.name}", cache_policy=NO_CACHE, **retries(5, 30))
 def prepare_file(
-    file: SourceFile, data: DataConfig, store_url: str, limit_tokens: int, on_progress: Callable[[str, int], None]
+    file: SourceFile, limit_tokens: int, data: DataConfig, store_url: str, on_progress: Callable[[str, int], None]
 ) -> FilePlan:
     """Mirror or convert a file that needs it, then plan it. `on_progress` receives its digest and the bytes fetched."""
     store, settings = open_store(store_url), data.spec(tokenizer.identity()).settings
@@ -120,7 +120,7 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
     errors: list[BaseException] = []
     for file, error, future in in_window(
         to_prepare,
-        lambda file: prepare_file.submit(file, data, config.store_url, 0, fetched_bytes.__setitem__),
+        lambda file: prepare_file.submit(file, 0, data, config.store_url, fetched_bytes.__setitem__),
         FILES_AT_ONCE * 4,
         lambda: bar.to(sum(list(fetched_bytes.values())) // 1_000_000),
     ):
@@ -141,10 +141,6 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
 
 def _plan_first(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
     """Plan the files in order until they hold `max_tokens`; later files are not downloaded."""
-    data = config.data
-    settings = data.spec(tokenizer.identity()).settings
-
-    def make_plan(file: SourceFile, limit_tokens: int) -> FilePlan:
-        return prepare_file(file, data, config.store_url, limit_tokens, lambda *_: None)
-
+    data, settings = config.data, config.data.spec(tokenizer.identity()).settings
+    make_plan = partial(prepare_file, data=data, store_url=config.store_url, on_progress=lambda *_: None)
     return list(plan_files(store, data.dataset, listing.files, settings, make_plan)), []

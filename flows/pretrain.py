@@ -33,8 +33,7 @@ def pretrain(config: RunConfig) -> Reported:
     downloaded = download(config)
     keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
     version = tokenise(config, downloaded)
-    trained = train(config, version)
-    return _evaluate_and_report(config, trained)
+    return _evaluate_and_report(config, train(config, version))
 
 
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
@@ -44,8 +43,7 @@ def build_dataset(config: RunConfig) -> str:
     check_binding(store, config.data.spec(tokenizer.identity()))
     downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
     keep_request(store, DatasetKeys(config.data.dataset).request, config)
-    version = tokenise(config, downloaded)
-    return str(version.manifest)
+    return tokenise(config, downloaded).manifest
 
 
 @flow(name="train-run", flow_run_name="train-{config.name}")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +67,8 @@ class Cut:
 
     def is_valid(self) -> bool:
         starts = self.start_bytes or range(len(self.row_ends))  # each increases
-        return len(starts) == len(self.row_ends) and all(
-            first < second for places in (starts, (0, *self.row_ends)) for first, second in pairwise(places)
-        )
+        pairs = chain(pairwise(starts), pairwise((0, *self.row_ends)))
+        return len(starts) == len(self.row_ends) and all(first < second for first, second in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +96,16 @@ class FilePlan(Cut):
 def plan_file(file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0) -> FilePlan:
     """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid."""
     rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
-    tokens, estimated = _calibrated(file, settings, rows, encode)
+    tokens, estimated = _calibrate(file, settings, rows, encode)
     if limit_tokens:
         tokens = tokens[: int(np.searchsorted(np.cumsum(tokens), limit_tokens, side="right"))]
     row_ends = tuple(cut(tokens, int(settings.shard_tokens * ESTIMATED_SHARE) if estimated else settings.shard_tokens))
-    start_bytes = None
-    if rows.starts is not None:
-        start_bytes = tuple(int(rows.starts[row]) for row in (0, *row_ends[:-1])) if row_ends else ()
+    start_bytes = None if rows.starts is None else tuple(int(rows.starts[row]) for row in (0, *row_ends)[:-1])
     limited = len(tokens) < len(rows.tokens)
     return FilePlan(row_ends, start_bytes, int(tokens.sum()), limited, estimated, file=file, settings=settings)
 
 
-def _calibrated(
-    file: SourceFile, settings: DatasetSettings, rows: RowTokens, encode: Encode
-) -> tuple[np.ndarray, bool]:
+def _calibrate(file: SourceFile, settings: DatasetSettings, rows: RowTokens, encode: Encode) -> tuple[np.ndarray, bool]:
     """The tokens of each row, and whether most are estimates. Published counts stand if they agree with a sample."""
     for sample_rows in (CHECK_ROWS, SAMPLE_ROWS):
         counts, sampled, ratio = _compared(file, settings, rows, encode, sample_rows)
@@ -118,7 +113,7 @@ def _calibrated(
             return rows.tokens, False
     scaled = np.maximum(np.rint(rows.tokens * ratio), rows.tokens > 0).astype(np.int64)
     if rows.counted and np.abs(scaled - counts)[sampled].sum() > counts.sum() / 2:  # bad counts: use the mean
-        return _calibrated(file, settings, rows._replace(tokens=np.minimum(rows.tokens, 1), counted=False), encode)
+        return _calibrate(file, settings, rows._replace(tokens=np.minimum(rows.tokens, 1), counted=False), encode)
     return np.where(sampled, counts, scaled), not sampled.all()
 
 
