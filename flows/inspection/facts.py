@@ -140,10 +140,8 @@ def leak_line(report: LeakReport | None) -> str:
     if report is None:
         return "not checked yet: gpt2 dataset audit"
     documents, duplicates, items = report.documents, report.duplicates, report.items
-    line = (
-        f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are also in train, "
-        f"{duplicates['train']:,} of {documents['train']:,} train documents repeat an earlier one"
-    )
+    line = f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are also in train, "
+    line += f"{duplicates['train']:,} of {documents['train']:,} train documents repeat an earlier one"
     if items is not None:
         line += (
             f"; of {items.count:,} HellaSwag items, {items.contexts:,} share {items.ngram_words} consecutive words "
@@ -169,8 +167,7 @@ def _lineage(
 ) -> Iterator[tuple[str, str]]:
     """The digests of source, manifest, training job, weights and evaluations."""
     if dataset:
-        for field, value in dataset.version.origin.items():
-            yield f"source {field}", str(value)
+        yield from ((f"source {field}", str(value)) for field, value in dataset.version.origin.items())
         yield f"manifest of {dataset.name}", dataset.version.digest
         if dataset.version.parent:
             yield "follows manifest", dataset.version.parent
@@ -180,10 +177,8 @@ def _lineage(
         if run.start:
             yield "began with", f"step {run.start.step:,} of run {run.start.run}"
         yield "training job", training_job(run).job_id
-    for record in records:
-        yield f"weights of step {record.step:,}", record.files[WEIGHTS].sha256
-    for one in evaluations:
-        yield f"{one.name} of step {one.step:,}", f"{one.job}, data {one.data or 'none'}"
+    yield from ((f"weights of step {record.step:,}", record.files[WEIGHTS].sha256) for record in records)
+    yield from ((f"{one.name} of step {one.step:,}", f"{one.job}, data {one.data or 'none'}") for one in evaluations)
 
 
 def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:

@@ -87,10 +87,8 @@ def chosen(store: Store, run: str, checkpoint: str, setting: str = "name") -> li
     """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when it selects none."""
     records = checkpoints(store, run)
     if not records:
-        raise ObjectMissing(
-            f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train, import "
-            f"a model with gpt2 import, or choose another run: gpt2 status lists the runs."
-        )
+        problem = f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train"
+        raise ObjectMissing(f"{problem}, import a model with gpt2 import, or choose another run from gpt2 status.")
     numbered = [record for record in records if str(record.step) == checkpoint]
     if selected := {"last": records[-1:], "every": records}.get(checkpoint, numbered):
         return selected
@@ -133,10 +131,8 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
         store.delete(names.checkpoint_record(record.step))
         store.put_new(names.checkpoint_record(record.step), body)
     elif stored.attempt != attempt:
-        raise CheckpointInvalid(
-            f"run {run!r}: another process has already saved step {record.step:,}. Train a run in one place at a time. "
-            f"To continue from the newest checkpoint, run the command again."
-        )
+        problem = f"run {run!r}: another process already saved step {record.step:,}. Train a run in one place at a time"
+        raise CheckpointInvalid(f"{problem}. To continue from the newest checkpoint, run the command again.")
     return stored or record  # stored: by an earlier try whose reply was lost
 
 

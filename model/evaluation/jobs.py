@@ -166,10 +166,9 @@ def _check_finite(job: Job, losses: np.ndarray) -> None:
     """Raise ValueError for a loss that is NaN or infinite: argmin would choose the ending with NaN."""
     wrong = losses[~np.isfinite(losses)]
     if wrong.size:
-        raise ValueError(
-            f"the checkpoint of step {job.recipe['step']:,} gives losses that are not finite ({wrong.flat[0]}): its "
-            f"training diverged. Evaluate an earlier checkpoint: --set evaluation.checkpoint=STEP"
-        )
+        problem = f"the checkpoint of step {job.recipe['step']:,} gives losses that are not finite ({wrong.flat[0]})"
+        remedy = "Evaluate an earlier checkpoint: --set evaluation.checkpoint=STEP"
+        raise ValueError(f"{problem}: its training diverged. {remedy}")
 
 
 def _evaluated_model(store: Store, job: Job) -> GPT:

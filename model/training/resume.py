@@ -27,10 +27,8 @@ def resume(store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: Optimi
     newest = records[-1] if records else None
     if not ddp.agree(int(newest.attempt, 16) if newest else 0):
         listed = f"step {newest.step:,}" if newest else "none"
-        raise ValueError(
-            f"run {job.run!r}: the ranks found different checkpoints (rank {ddp.rank}: {listed}), because another "
-            f"process is still saving. When it has ended, run the same command again."
-        )
+        problem = f"the ranks found different checkpoints (rank {ddp.rank}: {listed}): another process is still saving"
+        raise ValueError(f"run {job.run!r}: {problem}. When it has ended, run the same command again.")
     if newest is None:
         return (_start(store, job, model, optimizer) if "start" in job.recipe else 0), []
     _check(job, newest)
@@ -50,10 +48,9 @@ def _start(store: Store, job: Job, model: GPT, optimizer: Optimizer) -> int:
     start, train = job.recipe["start"], job.recipe["train"]
     record = next((saved for saved in checkpoints(store, start["run"]) if saved.attempt == start["attempt"]), None)
     if record is None:
-        raise ObjectMissing(
-            f"run {job.run!r}: its start, the checkpoint of step {start['step']:,} of run {start['run']!r}, was "
-            f"deleted. To start from the newest checkpoint of {start['run']!r}, choose another name: --set name=…"
-        )
+        problem = f"its start, the checkpoint of step {start['step']:,} of run {start['run']!r}, was deleted"
+        remedy = f"To start from the newest checkpoint of {start['run']!r}, choose another name: --set name=…"
+        raise ObjectMissing(f"run {job.run!r}: {problem}. {remedy}")
     load_weights(store, start["run"], record, model)
     if train["start_with"] == "weights":
         return 0
@@ -67,8 +64,7 @@ def _check(job: Job, record: CheckpointRecord) -> None:
     expected = {"model": job.recipe["model"], "train": job.recipe["train"]} | asdict(cursor_of(job, cursor.next_window))
     saved = {"model": record.model, "train": expected["train"] | record.train} | asdict(cursor)
     if differing := differences(expected, saved):
-        raise CheckpointInvalid(
-            f"run {job.run!r}: the checkpoint of step {record.step:,} does not belong to this run: "
-            f"{'; '.join(differing)}. Choose another name, or delete the run's checkpoints. To continue from it with "
-            f"other settings: --set name=… --set train.start_from={job.run} --set train.start_with=everything"
-        )
+        problem = f"the checkpoint of step {record.step:,} does not belong to this run: {'; '.join(differing)}"
+        remedy = "Choose another name, or delete the run's checkpoints. To continue from it with other settings"
+        start = f"--set name=… --set train.start_from={job.run} --set train.start_with=everything"
+        raise CheckpointInvalid(f"run {job.run!r}: {problem}. {remedy}: {start}")

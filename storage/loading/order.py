@@ -28,11 +28,10 @@ class WindowOrder:
         self._epoch = lru_cache(maxsize=2)(self._shuffled_epoch)
         self._group = lru_cache(maxsize=2)(self._shuffled_group)
         if not self.epoch_windows:
-            raise ValueError(
-                f"train.sequence_tokens = {sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, but the "
-                f"longest shard has {max(shard_tokens, default=0):,}. Start a new run with a smaller "
-                f"train.sequence_tokens, or a new dataset with a larger data.shard_tokens."
-            )
+            longest = f"the longest shard has {max(shard_tokens, default=0):,}"
+            problem = f"{sequence_tokens:,}: a window needs {sequence_tokens + 1:,} tokens, but {longest}"
+            remedy = "Use a smaller train.sequence_tokens in a new run, or a larger data.shard_tokens in a new dataset."
+            raise ValueError(f"train.sequence_tokens = {problem}. {remedy}")
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard and window in that shard for `count` windows of the stream from `first` on."""
