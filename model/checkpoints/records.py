@@ -174,8 +174,7 @@ def read_segments(store: Store, segments: list[str]) -> list[StepMetrics]:
         try:
             steps += [StepMetrics.model_validate_json(line) for line in store.read(key).body.splitlines()]
         except ValidationError as error:
-            raise ObjectCorrupt(
-                f"metrics {key!r} of store {store.url!r} are damaged. Restore them from a copy, or continue the run in "
-                f"a new run: --set name=… --set train.start_from={key.split('/')[1]} --set train.start_with=everything"
-            ) from error
+            start = f"--set name=… --set train.start_from={key.split('/')[1]} --set train.start_with=everything"
+            remedy = f"Restore them from a copy, or continue the run in a new run: {start}"
+            raise ObjectCorrupt(f"metrics {key!r} of store {store.url!r} are damaged. {remedy}") from error
     return steps
