@@ -119,7 +119,8 @@ def read_evaluation(store: Store, key: str) -> Evaluation | None:
 def _is_complete(evaluation: Evaluation) -> bool:
     """Whether it has what a report shows beside each metric."""
     is_scored = evaluation.items is not None or evaluation.tokens is not None or not evaluation.metrics
-    return is_scored and evaluation.metrics.keys() <= evaluation.conventions.keys()
+    is_shown = all({"prompt", "text"} <= sample.keys() for sample in evaluation.samples or [])
+    return is_shown and is_scored and evaluation.metrics.keys() <= evaluation.conventions.keys()
 
 
 def newest(evaluations: list[Evaluation]) -> list[Evaluation]:
