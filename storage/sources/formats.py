@@ -9,7 +9,6 @@ import codecs
 import csv
 import hashlib
 import io
-import json
 import lzma
 import re
 import shutil
@@ -28,14 +27,16 @@ from isal.igzip_lib import IsalError
 
 from storage.errors import SourceInvalid
 from storage.sources.files import SourceFile
+from storage.sources.parquet import PLAUSIBLE_ROWS
 from storage.sources.rows import DOCUMENT_BYTES, LINE, PACKED_FILE, PACKED_ROW
 from storage.sources.selection import TEXT
 
 GROUP_BYTES = 1 << 22  # of a row group
 BLOCK_BYTES = 1 << 20  # to read at once
 CSV_BLOCK_BYTES = 1 << 21  # the same of CSV: pyarrow needs a whole row in one block
+DEEPEST = 1 << 20  # brackets: more are a bomb
 WHITESPACE = list(b" \t\n\v\f\r")
-SEPARATORS, END_OF_ELEMENT = re.compile(r"[\s,]*"), re.compile(r"\s*[,\]]")
+TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # of JSON, without numbers and words
 ARROW_FILE = b"ARROW1"  # an Arrow file begins and ends with it; between them are a stream and a footer
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
 Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
@@ -53,12 +54,15 @@ def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO)
         with _decompressed(files[0], opened) as body:
             shutil.copyfileobj(body, hashed, BLOCK_BYTES)
         return hashed.sha256()
-    writer = None
+    writer, rows, most_rows = None, 0, max(PLAUSIBLE_ROWS, sum(file.size_bytes for file in files))
     for group in _ahead(_row_groups(_batches(files, opened))):
         if writer is None:
             repeated = [name for name in group.schema.names if name not in (LINE, "text")]  # may be worth a dictionary
             options = {"compression": "zstd", "compression_level": 1, "use_dictionary": repeated}
             writer = pq.ParquetWriter(hashed, group.schema, **options)
+        rows += len(group)
+        if rows > most_rows:  # a bomb of empty rows
+            raise SourceInvalid(f"{files[0].place}: more than {most_rows:,} rows. Remove the file from data.source.")
         writer.write_table(group, max(len(group) * GROUP_BYTES // max(group.nbytes, 1), 1))
     assert writer is not None  # every file has a batch
     writer.close()
@@ -172,33 +176,41 @@ def _split(block: bytes) -> pa.Array:
 
 
 def _elements(file: SourceFile, body: BinaryIO) -> Iterator[pa.Array]:
-    """The elements of one array of JSON as they are written, in blocks. Bytes that are not UTF-8 stay as they are."""
-    reader, decoder = codecs.getreader("utf-8")(body, "surrogateescape"), json.JSONDecoder(parse_int=str)
-    text, at, elements = reader.read(BLOCK_BYTES), 0, list[bytes]()
-    at = text.index("[") + 1
-    while True:
-        at = SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
-        try:
-            end = at if text[at : at + 1] == "]" else decoder.raw_decode(text, at)[1]
-            is_whole = END_OF_ELEMENT.match(text, end) is not None  # else a number may go on
-        except (ValueError, RecursionError):
-            is_whole = False
-        if is_whole and end > at:
-            elements.append(text[at:end].encode(errors="surrogateescape"))
-            at = end
-            continue
+    """The elements of one array of JSON as they are written, in blocks: what is between commas outside of brackets."""
+    data, start, is_open = body.read(BLOCK_BYTES), 0, False
+    while data:
+        elements, depth = list[bytes](), 0
+        for token in TOKEN.finditer(data, start):
+            if token[0] == b'"':  # of a string that goes on in the next block
+                break
+            if not is_open:
+                is_open = True
+            elif token[0] in (b"[", b"{"):
+                depth += 1
+                if depth > DEEPEST:
+                    raise pa.ArrowInvalid(f"its brackets are nested more than {DEEPEST:,} deep")
+                continue
+            elif depth:
+                depth -= token[0] in (b"]", b"}")
+                continue
+            elif token[0] not in (b",", b"]"):
+                continue
+            elif element := data[start : token.start()].strip():
+                elements.append(element)
+            start = token.end()
+            if token[0] == b"]":
+                yield pa.array(elements, pa.large_binary())
+                if rest := (data[start:] + body.read(BLOCK_BYTES)).strip():
+                    raise pa.ArrowInvalid(f"it is not one array of JSON: {rest[:40]!r} follows the array")
+                return
         yield pa.array(elements, pa.large_binary())
-        elements = []
-        if is_whole:
-            break
-        _check_length(file, len(text) - at, "an element of the array, or what follows it,")
-        size = len(text) - at  # twice as much each time: a long element takes log time
-        more = reader.read(min(max(BLOCK_BYTES, size), DOCUMENT_BYTES + 1 - size))
+        data, start = data[start:], 0
+        _check_length(file, len(data), "an element of the array, or what follows it,")
+        size = max(BLOCK_BYTES, len(data))  # twice as much each time: a long element takes log time
+        more = body.read(min(size, DOCUMENT_BYTES + 1 - len(data)))
         if not more:
-            raise pa.ArrowInvalid(f"it is not one array of JSON: it breaks off or is damaged at {text[at : at + 40]!r}")
-        text, at = text[at:] + more, 0
-    if rest := (text[at + 1 :] + reader.read()).strip():
-        raise pa.ArrowInvalid(f"it is not one array of JSON: {rest[:40]!r} follows the array")
+            raise pa.ArrowInvalid(f"it is not one array of JSON: it breaks off, or is damaged, after {data[:40]!r}")
+        data += more
 
 
 def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -215,6 +215,30 @@ def test_a_document_over_the_limit_is_refused_in_bounded_memory(monkeypatch: pyt
     assert read < len(body)
 
 
+def test_a_deeply_nested_element_is_one_row_unless_it_is_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    assert lines_of("a.json", b"[" + deep + b', {"text": "}]"} ]') == [deep, b'{"text": "}]"}']
+    monkeypatch.setattr(formats, "DEEPEST", 1_000)
+    with pytest.raises(SourceInvalid, match=r"a\.json.*more than 1,000 deep"):
+        lines_of("a.json", b"[" + deep + b"]")
+
+
+@pytest.mark.parametrize(("name", "body"), [("a.jsonl.gz", b"{}\n" * 5_000), ("a.json.gz", b"[" + b"[]," * 5_000)])
+def test_more_rows_than_bytes_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, body: bytes) -> None:
+    """A bomb of empty rows: 300 million of them would take minutes, and their plan 2.4 GB."""
+    monkeypatch.setattr(formats, "PLAUSIBLE_ROWS", 1_000)
+    monkeypatch.setattr(formats, "GROUP_BYTES", 1_000)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 1_000)
+    with pytest.raises(SourceInvalid, match=rf"{name}: more than 1,000 rows"):
+        parquet_of(name, COMPRESS[".gz"](body))
+
+
+def test_the_limit_of_an_element_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "DOCUMENT_BYTES", 1 << 20)
+    with pytest.raises(SourceInvalid, match="longer than 1,048,576 bytes"):
+        lines_of("a.json", b'["' + "🙂".encode() * (1 << 19))
+
+
 def test_a_large_file_becomes_many_row_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "GROUP_BYTES", 2_000)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1_000)
