@@ -1,7 +1,5 @@
 """A task that copies the file of HellaSwag items into the store and validates it."""
 
-from pathlib import Path
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -9,7 +7,7 @@ from flows.runtime.tasks import retries
 from model.evaluation.hellaswag import questions
 from storage.errors import SourceInvalid
 from storage.sources.mirror import list_source, mirror
-from storage.sources.reading import open_source
+from storage.sources.reading import REQUEST_BYTES, open_bytes
 from storage.stores.opening import open_store
 from storage.stores.store import put_once
 
@@ -25,8 +23,7 @@ def mirror_items(source: str, store_url: str) -> str:
         raise SourceInvalid(f"evaluation.hellaswag = {source!r}: {problem}. Give one .jsonl or .parquet file.")
     file = mirror(store, listing.files[0])
     if not listing.origin:
-        opened = open_source(file)
-        body = opened.read_bytes() if isinstance(opened, Path) else opened.read(file.size_bytes)
-        put_once(store, file.key, body)  # the key names the content
+        with open_bytes(file, REQUEST_BYTES) as body:
+            put_once(store, file.key, body.read())  # the key names the content
     questions(store.read(file.key).body, file.key)
     return file.key

@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{ENDPOINT}/datasets/{name}"}, (200 if is_new else 409) if self._has_token() else 401)
 
     def _preupload(self, repository: Repository) -> None:
-        files, answer = repository.files("main")[1], []  # type: ignore[index]
+        files, answer = repository.files("main")[1], []  # type: ignore[index]  # main exists
         for path in (file["path"] for file in json.loads(self._posted)["files"]):
             known = entry(path, files[path]) if path in files else {}
             oid = known["lfs"]["oid"] if "lfs" in known else known.get("oid")
@@ -259,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, name: str, repository: Repository) -> None:
         header, *lines = (json.loads(line) for line in self._posted.splitlines())
         with self.hub.lock:
-            head, files = repository.files("main")  # type: ignore[misc]
+            head, files = repository.files("main")  # type: ignore[misc]  # main exists
             if not self._has_token() or header["value"].get("parentCommit", head) != head:
                 self._json({"error": "A commit has happened since."}, 412 if self._has_token() else 403)
                 return

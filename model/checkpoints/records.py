@@ -19,7 +19,7 @@ from storage.digests import canonical_json
 from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
 from storage.keys import RunKeys, check_key
 from storage.loading.mix import Share
-from storage.stores.store import Body, Store, read_as, sha256_of
+from storage.stores.store import Body, Store, put_once, read_as, sha256_of
 
 STEP_RECORD = re.compile(r"\d{6,}\.json")
 WEIGHTS = "model.safetensors"
@@ -117,8 +117,7 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     names, attempt = RunKeys(run), record.attempt or secrets.token_hex(6)
     files = {name: CheckpointFile(len(body), sha256_of(body)) for name, body in bodies.items()}
     for name, body in bodies.items():
-        with suppress(AlreadyExists):  # attempts are unique, so an earlier try has put it
-            store.put_new(names.checkpoint_file(record.step, attempt, name), body)
+        put_once(store, names.checkpoint_file(record.step, attempt, name), body)  # attempts are unique
     record = replace(record, attempt=attempt, files=files)
     values = asdict(record)
     cursor = {name: value for name, value in (values["cursor"] or {}).items() if value != {}}

@@ -76,9 +76,12 @@ class Saver:
     def _is_free(self, seconds: float) -> bool:
         """Whether the previous save ends within `seconds`. Stops a save that is failing."""
         deadline = time.monotonic() + seconds
-        while self._thread.is_alive() and (seconds_left := deadline - time.monotonic()) > 0:
+        while self._thread.is_alive():
             if self._failing_since is not None:
                 self._give_way.set()
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
+                break
             self._thread.join(min(seconds_left, 1.0))
         self.check()
         return not self._thread.is_alive()

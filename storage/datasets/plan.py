@@ -11,14 +11,13 @@ import numpy as np
 from storage.datasets.manifest import Count
 from storage.datasets.recipe import FORMAT, DatasetSettings, ShardRecipe
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists
 from storage.keys import DatasetKeys
 from storage.sources import documents
 from storage.sources.files import SourceFile
 from storage.sources.filters import LENGTH, keeps_row, parse
 from storage.sources.mirror import mirror
 from storage.sources.rows import EOT_TOKENS, Row, RowTokens, estimated_tokens
-from storage.stores.store import Store, read_as
+from storage.stores.store import Store, put_once, read_as
 
 PlanFile = Callable[[SourceFile, int], "FilePlan"]
 Encode = Callable[[str], np.ndarray]
@@ -201,8 +200,7 @@ def put_plan(store: Store, dataset: str, plan: FilePlan, limit_tokens: int = 0) 
     """Store the plan for the next build."""
     key = _key(dataset, plan.file, plan.settings, limit_tokens)
     value = {field.name: getattr(plan, field.name) for field in fields(Cut)}
-    with suppress(AlreadyExists):  # the key is a digest of everything that decides the plan
-        store.put_new(key, canonical_json(value | {"file": plan.file.name}))
+    put_once(store, key, canonical_json(value | {"file": plan.file.name}))  # the key names all that decides the plan
 
 
 def _key(dataset: str, file: SourceFile, settings: DatasetSettings, limit_tokens: int) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from storage import keys
 from storage.digests import canonical_json, digest
-from storage.errors import AlreadyExists, ObjectMissing
+from storage.errors import ObjectMissing
 from storage.sources.files import SourceFile
 from storage.sources.formats import Opened, write_parquet
 from storage.sources.selection import JSON, TEXT
-from storage.stores.store import Body, FileBody, Store, overwrite, read_as
+from storage.stores.store import Body, FileBody, Store, overwrite, put_once, read_as
 
 FORMAT = 1  # raise it when the same file would give other rows
 SMALL_BYTES, PACK_BYTES = 4_000_000, 64_000_000
@@ -40,15 +40,16 @@ def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
     A file's own digest decides whether a part ends after it, so one more file changes at most two parts.
     """
 
-    def kind(file: SourceFile) -> tuple[int, dict[str, str]]:
-        is_small = file.size_bytes < SMALL_BYTES and not file.is_read_by_rows
-        return is_small * ((file.suffix.format in JSON) + 2 * (file.suffix.format in TEXT)), file.columns
+    def kind(file: SourceFile) -> tuple[tuple[str, ...], dict[str, str]]:
+        is_packed = file.size_bytes < SMALL_BYTES and not file.is_read_by_rows
+        formats = next((formats for formats in (JSON, TEXT) if file.suffix.format in formats), ())
+        return formats if is_packed else (), file.columns
 
-    for (is_packed, _), group in groupby(files, kind):
+    for (formats, _), group in groupby(files, kind):
         part: list[SourceFile] = []
         for file in group:
             part.append(file)
-            if not is_packed or int(file.digest[:15], 16) / 16**15 < file.size_bytes / PACK_BYTES:
+            if not formats or int(file.digest[:15], 16) / 16**15 < file.size_bytes / PACK_BYTES:
                 yield _as_one(part)
                 part = []
         if part:
@@ -68,8 +69,7 @@ def locate_converted(store: Store, file: SourceFile) -> SourceFile:
     conversion = read_as(store, _record_key(file), Conversion)
     with suppress(ObjectMissing):
         if conversion and store.stat(conversion.key).size == conversion.size_bytes:
-            path = store.local_path(conversion.key)
-            place = f"{store.url.rstrip('/')}/{conversion.key}" if path is None else str(path)
+            place = place_of(store, conversion.key)
             return replace(file, place=place, digest=conversion.digest, size_bytes=conversion.size_bytes, members=())
     return file
 
@@ -87,13 +87,18 @@ def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> Non
     overwrite(store, _record_key(file), canonical_json(asdict(conversion)))
 
 
+def place_of(store: Store, key: str) -> str:
+    """The place of an object of the store, to read it as a source file."""
+    path = store.local_path(key)
+    return f"{store.url.rstrip('/')}/{key}" if path is None else str(path)
+
+
 def put_named_by_content(store: Store, key: str, body: Body) -> None:
     """Put an object whose key names its content, so that one of another size is damaged and replaced."""
     with suppress(ObjectMissing):
         if store.stat(key).size != len(body):
             store.delete(key)
-    with suppress(AlreadyExists):  # a builder on another host stored it first
-        store.put_new(key, body)
+    put_once(store, key, body)
 
 
 def _record_key(file: SourceFile) -> str:

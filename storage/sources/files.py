@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from storage import keys
 from storage.errors import SourceInvalid
 from storage.sources import selection
-from storage.sources.selection import HIDDEN, SUFFIXES, Suffix, leads_to_match, listed, reason_to_ignore, select
+from storage.sources.selection import HIDDEN, Suffix, leads_to_match, listed, reason_to_ignore, select
 from storage.stores.opening import is_in_bucket, open_bucket
 
 WILDCARD = re.compile(r"[*?\[]")
@@ -111,7 +111,7 @@ def deduplicated(listing: Listing) -> Listing:
 
 def is_on_hub(source: str) -> bool:
     """Whether a source names a Hub dataset: it has the form `owner/name`, and no local file has that path."""
-    return bool(HUB_NAME.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not os.path.lexists(source)
+    return bool(HUB_NAME.fullmatch(source)) and not selection.suffix_of(source).format and not os.path.lexists(source)
 
 
 def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tuple[str, ...]]:

@@ -39,6 +39,10 @@ WHITESPACE = list(b" \t\n\v\f\r")
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # of JSON, without numbers and words
 ARROW_FILE = b"ARROW1"  # an Arrow file begins and ends with it; between them are a stream and a footer
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+READING_ERRORS: tuple[type[Exception], ...] = (
+    pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, csv.Error,
+    IsalError,  # type: ignore[assignment]  # isal's stub takes the class for an instance
+)  # fmt: skip
 Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
 Item = TypeVar("Item")
 
@@ -278,7 +282,7 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
             elif decompressor := DECOMPRESSORS.get(file.suffix.compression):
                 body = _Streams(raw, decompressor)
             yield io.BufferedReader(body, BLOCK_BYTES)
-    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, IsalError, UnicodeDecodeError, csv.Error) as error:  # type: ignore[misc]
+    except READING_ERRORS as error:
         if isinstance(error, OSError) and error.errno:  # the disk's, not a decompressor's
             raise
         reason = str(error).partition("\n")[0].rstrip(". ")

@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.sources.files import WILDCARD, Listing, SourceFile
-from storage.sources.selection import READABLE, SUFFIXES, listed, reason_to_ignore
+from storage.sources.selection import READABLE, listed, reason_to_ignore, suffix_of
 from storage.stores.opening import CREDENTIALS
 from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
 
@@ -99,7 +99,7 @@ def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
         raise ValueError(f"{what}: no split {split!r}, only {', '.join(data_files)}. {remedy}")
     names = [_parse_place(place)[2] for place in data_files[split]]
     for name in names:
-        if not name.lower().endswith(SUFFIXES):
+        if not suffix_of(name).format:
             raise ValueError(
                 f"{what}: {name!r} is not {READABLE}. Choose another dataset, data.config, or the "
                 f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"

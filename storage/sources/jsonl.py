@@ -2,12 +2,10 @@
 located by its first byte.
 """
 
-import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +13,7 @@ from storage.errors import SourceInvalid
 from storage.sources import parquet, rows
 from storage.sources.files import SourceFile
 from storage.sources.filters import Filter, check_columns, keeps_row, nested_names, value_at
-from storage.sources.reading import open_source
+from storage.sources.reading import open_bytes
 
 BUFFER_BYTES = 1 << 20  # over a network each refill is a request
 PACKED = [rows.PACKED_FILE, rows.PACKED_ROW]
@@ -88,9 +86,8 @@ def _converted(file: SourceFile, row_from: int) -> Iterator[tuple[int, str | byt
 
 def _lines(file: SourceFile, start_byte: int) -> Iterator[tuple[int, bytes, dict[str, object]]]:
     """The first byte of each line from `start_byte` on, and the line."""
-    source = open_source(file)
     try:
-        with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, BUFFER_BYTES) as body:
+        with open_bytes(file, BUFFER_BYTES) as body:
             body.seek(start_byte)
             while line := body.readline(rows.DOCUMENT_BYTES):
                 if len(line) == rows.DOCUMENT_BYTES and not line.endswith(b"\n"):

@@ -5,7 +5,6 @@ A download goes to a folder on this host first. After a kill it stays there, and
 """
 
 import fcntl
-import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,10 +17,10 @@ from storage import keys
 from storage.digests import canonical_json, digest
 from storage.errors import ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
-from storage.sources.conversion import convert, locate_converted, pack, put_named_by_content
+from storage.sources.conversion import convert, locate_converted, pack, place_of, put_named_by_content
 from storage.sources.files import Listing, SourceFile, deduplicated, distinct_names, find_files, hive_columns, is_on_hub
 from storage.sources.filters import keeps_row, parse
-from storage.sources.reading import REQUEST_BYTES, identify, open_source
+from storage.sources.reading import REQUEST_BYTES, identify, open_bytes, open_source
 from storage.sources.selection import listed
 from storage.stores.store import FileBody, Store, overwrite, read_as
 
@@ -86,8 +85,7 @@ def locate(store: Store, file: SourceFile) -> SourceFile:
         return locate_converted(store, file)
     with suppress(ObjectMissing):
         if file.place.startswith(hub.SCHEME) and store.stat(file.key).size == file.size_bytes:
-            path = store.local_path(file.key)
-            return replace(file, place=f"{store.url.rstrip('/')}/{file.key}" if path is None else str(path))
+            return replace(file, place=place_of(store, file.key))
     return file
 
 
@@ -143,7 +141,6 @@ def _opened(file: SourceFile, on_progress: Callable[[int], None]) -> Iterator[Bi
             body.seek(0)
             yield body
     else:
-        source = open_source(file)
-        with source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, REQUEST_BYTES) as body:
+        with open_bytes(file, REQUEST_BYTES) as body:
             yield body
         open_source(file)  # raises if it has changed meanwhile: its rows would stay under this digest

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from storage.digests import digest
 from storage.errors import ObjectMissing, SourceInvalid
@@ -67,6 +68,12 @@ def open_source(file: SourceFile) -> Path | RangeFile:
         return Path(file.place)
     store, key = open_bucket(file.place)
     return RangeFile(file.size_bytes, partial(store.read_range, key))
+
+
+def open_bytes(file: SourceFile, buffer_bytes: int) -> BinaryIO:
+    """The source file opened for reading. Raises as `open_source`, and OSError."""
+    source = open_source(file)
+    return source.open("rb") if isinstance(source, Path) else io.BufferedReader(source, buffer_bytes)
 
 
 def identify(place: str | Path) -> SourceFile:

@@ -14,7 +14,6 @@ READ_BY_ROWS = (".parquet", ".jsonl")  # the formats with a reader in `documents
 JSON, TEXT = (".jsonl", ".json"), (".txt", ".md")  # one document is a line or an element; a whole file
 FORMATS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv", *TEXT)
 COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz")
-SUFFIXES = tuple(format + compression for format in FORMATS for compression in COMPRESSIONS)  # in any case
 READABLE = f"a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, plain or {', '.join(filter(None, COMPRESSIONS))}"
 HIDDEN = re.compile(r"[._].*|.*(~|_\$folder\$|\.(tmp|temp|part|partial|crdownload|download|incomplete|swp))", re.I)
 DOCUMENTATION = re.compile(

@@ -132,7 +132,7 @@ def _observe(request: TrainingRequest, ddp: DDPConfig) -> ObservedTraining:
             training._on_stop_signal(0, None)
         return clip(weights, most)
 
-    DataLoader.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]
+    DataLoader.next, trainer.torch.nn.utils.clip_grad_norm_ = recording, clipping  # type: ignore[method-assign,assignment]  # put back below
     try:
         training = Trainer(store, read_job(store, request.job_key), ddp)
         training.fit()

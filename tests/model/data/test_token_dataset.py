@@ -123,7 +123,7 @@ def test_a_pickled_dataset_is_the_same_version(dataset: TokenDataset, built: tup
     """As a spawned worker receives it. `latest` may have moved meanwhile."""
     body = pickle.dumps(dataset)
     assert built[1].digest.encode() in body
-    copied = pickle.loads(body)  # noqa: S301
+    copied = pickle.loads(body)  # noqa: S301  # made two lines above
     assert len(copied) == len(dataset)
     assert all(np.array_equal(copied[index], dataset[index]) for index in (0, 70, -1))
 
@@ -169,7 +169,7 @@ def test_the_readmes_example_works(built: tuple[RunConfig, Manifest], expected: 
         assert written in example
         example = example.replace(written, here)
     read: list[Batch] = []
-    exec(example, {"model": lambda *batch: read.append(batch)})  # noqa: S102
+    exec(example, {"model": lambda *batch: read.append(batch)})  # noqa: S102  # the README's own example
     assert len(read) > 20
     assert are_equal(read[:20], expected(20))
 

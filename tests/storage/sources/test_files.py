@@ -102,7 +102,7 @@ def test_files_that_are_no_corpus_are_ignored_and_listed(tmp_path: Path, name: s
     assert chosen(tmp_path, pattern) == ["a.parquet"]
     (first,) = ignored(tmp_path, pattern)
     assert name.startswith(first)
-    if name.endswith(files.SUFFIXES):
+    if selection.suffix_of(name).format:
         assert chosen(tmp_path, name) == [name]  # it is the source
 
 
@@ -126,7 +126,7 @@ def test_suffixes_are_read_in_any_case(tmp_path: Path) -> None:
     for name in chosen(tmp_path):
         assert texts_of(tmp_path / name, 0, len(TEXTS)) == TEXTS
         shutil.rmtree(tmp_path / f"0-{len(TEXTS)}")
-        assert reading.identify(tmp_path / name).key.endswith(files.SUFFIXES)
+        assert reading.identify(tmp_path / name).key.endswith(selection.READ_BY_ROWS)
     assert not files.is_on_hub("texts/A.PARQUET")
 
 
