@@ -23,7 +23,7 @@ ANSWER_SECONDS, SILENCES = 5.0, 24  # 144 s: a busy server is slow, but a frozen
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """End this process if the block hangs after SIGTERM or Ctrl-C. Only for work that can be repeated."""
+    """End this process if it hangs after SIGTERM or Ctrl-C in the block. Only for work that can be repeated."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     left = threading.Event()
@@ -39,9 +39,9 @@ def ending() -> Iterator[None]:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
+        left.set()  # not after an error: a thread of the block may keep the interpreter from its end
     finally:
         signal.set_wakeup_fd(-1)
-        left.set()
         os.close(writer)
 
 

@@ -50,6 +50,18 @@ def test_a_verb_ends_soon_after_its_server_cleans_up_and_says_why(hanging_second
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_thread_of_a_stopped_block_keeps_no_process_alive() -> None:
+    """Such as a stalled shard job, if Ctrl-C raises where nothing waits for its thread."""
+    script = (
+        "import os, signal, threading, time\nfrom flows.runtime import ending\nending.STOP_SECONDS = 0.2\n"
+        "with ending.ending():\n    threading.Thread(target=threading.Event().wait).start()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(600)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 130, result.stderr
+    assert "stopped; run the same command again" in result.stderr
+
+
 def test_a_server_that_restarts_in_between_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "CHECK_SECONDS", 0.01)
     faults = ["ended", "ended", ""] * 3
