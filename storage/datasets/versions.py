@@ -49,7 +49,7 @@ def newest_version(store: ReadableStore, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
     manifest = latest_manifest(store, dataset)
     if manifest is None:
-        remedy = f"Build it: gpt2 dataset build --set data.dataset={dataset}"
+        remedy = f"Build it from its source: gpt2 dataset build --set data.dataset={dataset} --set data.source=…"
         raise ObjectMissing(f"dataset {dataset!r}: no sealed version in {store.url!r}. {remedy}")
     return manifest
 

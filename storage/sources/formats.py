@@ -125,7 +125,7 @@ def _batches_of(file: SourceFile, opened: Opened) -> Iterator[pa.RecordBatch]:
                     yield from reader
             except pa.ArrowInvalid as error:
                 if "straddling" in str(error):  # its advice, a larger block, is not for a user
-                    raise pa.ArrowInvalid(f"a row is longer than {CSV_BLOCK_BYTES:,} bytes") from error
+                    raise pa.ArrowInvalid(f"a row has over {CSV_BLOCK_BYTES:,} bytes; use JSON lines") from error
                 raise
         elif kind == ".arrow":
             is_file = body.peek(len(ARROW_FILE)).startswith(ARROW_FILE)

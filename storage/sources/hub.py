@@ -87,7 +87,7 @@ def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
         chosen = [name for _, name in dated[-int(count) :]]
     if not chosen:
         nearest = ", ".join(get_close_matches(config, names, 5, cutoff=0))
-        raise ValueError(f"{what}: none of its {len(names):,} configurations matches. The nearest are {nearest}.")
+        raise ValueError(f"{what}: none of its {len(names):,} configurations matches. Set one of these: {nearest}.")
     return chosen
 
 
