@@ -10,7 +10,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.handoffs import Evaluated
 from flows.inspection.facts import read_evaluation
 from flows.items import mirror_items
 from flows.runtime.artifacts import show
@@ -44,7 +43,7 @@ def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
-def evaluate_flow(config: RunConfig, after: TrainingResult | None) -> Evaluated:  # noqa: ARG001  # the stage to wait for
+def evaluate_flow(config: RunConfig, after: TrainingResult | None) -> list[EvaluationSummary]:  # noqa: ARG001  # the stage to wait for
     """Run the configured evaluations. After all of them, raises JobRefused or JobFailed with every failure."""
     store = open_store(config.store_url)
     records = chosen(store, config.name, config.evaluation.checkpoint)
@@ -63,10 +62,10 @@ def evaluate_flow(config: RunConfig, after: TrainingResult | None) -> Evaluated:
             future.add_done_callback(lambda _: bar.advance())
         wait(futures)
     bar.close()
-    return Evaluated(_results(config.name, jobs, futures, failures))
+    return _results(config.name, jobs, futures, failures)
 
 
-def evaluate(config: RunConfig, trained: TrainingResult | None) -> State[Evaluated]:
+def evaluate(config: RunConfig, trained: TrainingResult | None) -> State[list[EvaluationSummary]]:
     """Run the stage, `resources.concurrent_evaluations` evaluations at a time. Returns its final state."""
     runner: Any = ThreadPoolTaskRunner(config.resources.concurrent_evaluations)
     return evaluate_flow.with_options(task_runner=runner)(config, trained, return_state=True)

@@ -29,13 +29,6 @@ class DatasetVersion:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The results of the evaluation jobs."""
-
-    results: list[EvaluationSummary]
-
-
-@dataclass(frozen=True)
 class Reported:
     """The facts that a run's report shows, the report's key, and the evaluation results."""
 

@@ -8,7 +8,7 @@ from prefect.utilities.engine import link_state_to_flow_run_result
 
 from flows.download import download
 from flows.evaluate import evaluate
-from flows.handoffs import Evaluated, Reported
+from flows.handoffs import Reported
 from flows.report import report
 from flows.runtime.artifacts import show_links
 from flows.tokenise import tokenise
@@ -67,7 +67,7 @@ def _evaluate_and_report(config: RunConfig, trained: TrainingResult | None) -> R
     result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException) and not isinstance(result, JobFailed | JobRefused):
         raise result
-    evaluated = result if isinstance(result, Evaluated) else Evaluated([])
+    evaluated = result if isinstance(result, list) else []
     link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a returned value; its UI then draws the arrow
     reported = report(config, evaluated)
     pages = {"report": reported.page}

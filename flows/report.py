@@ -4,7 +4,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.handoffs import Evaluated, Reported
+from flows.handoffs import Reported
 from flows.pages import run_report
 from flows.runtime.artifacts import Picture, show
 from flows.runtime.progress import say
@@ -29,8 +29,8 @@ def write_report(run_name: str, store_url: str, evaluations: list[EvaluationSumm
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)
-def report(config: RunConfig, evaluated: Evaluated) -> Reported:
+def report(config: RunConfig, evaluated: list[EvaluationSummary]) -> Reported:
     """Write the run's report from whatever the store has."""
-    reported = write_report(config.name, config.store_url, evaluated.results)
+    reported = write_report(config.name, config.store_url, evaluated)
     say("report", f"written to {config.store_url.rstrip('/')}/{reported.page}")
     return reported
