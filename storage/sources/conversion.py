@@ -80,9 +80,9 @@ def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> Non
     `opened` opens the file, or each of its members. Raises as `write_parquet`, and OSError for a full disk.
     """
     with tempfile.TemporaryFile(dir=folder) as output:  # without a name: a killed process leaves nothing
-        sha256 = write_parquet(file.members or (file,), opened, output)
-        body = FileBody(output, sha256)
-        conversion = Conversion(sha256, len(body))
+        write_parquet(file.members or (file,), opened, output)
+        body = FileBody(output)
+        conversion = Conversion(body.sha256, len(body))
         put_named_by_content(store, conversion.key, body)
     overwrite(store, _record_key(file), canonical_json(asdict(conversion)))
 
