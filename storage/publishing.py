@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, errors, get_token, logging
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, logging
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # imported lazily
 
 from storage.datasets.copy import SHARDS_AT_ONCE, check_target, copy_dataset, version_objects
@@ -19,12 +19,11 @@ from storage.digests import canonical_json, sha256
 from storage.errors import Conflict, DatasetMismatch, ObjectMissing, ShardCorrupt, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources import hub
-from storage.sources.files import HUB_NAME, SourceFile
+from storage.sources.files import HUB_NAME
 from storage.stores.store import LIMIT_BYTES, Object, ReadableStore, Store, check_size
 
 COMMIT_SHARDS = 50  # and their records: the Hub recommends at most 100 files in a commit
 CONFLICTS = 10  # with others who commit to the repository at the same time
-PRECONDITION_FAILED = 412
 Progress = Callable[[int, int], None]
 
 
@@ -34,17 +33,14 @@ class Repository(ReadableStore):
     def __init__(self, name: str, dataset: str, revision: str = "main") -> None:
         _check_name(name)
         self.name, self.dataset, self.keys = name, dataset, DatasetKeys(dataset)
-        _ask(f"{name} at {revision}", partial(self._list, revision))
+        hub.with_retries(f"{name} at {revision}", partial(self._list, revision))
         self.url = f"{hub.SCHEME}{name}@{self.commit_id}"
 
     def _list(self, revision: str) -> None:
         info = HfApi().dataset_info(self.name, revision=revision, timeout=hub.READ_SECONDS)
-        self.commit_id, self.is_private, self.files = str(info.sha), info.private, dict[str, SourceFile]()
-        for entry in HfApi().list_repo_tree(self.name, recursive=True, revision=info.sha, repo_type="dataset"):
-            if isinstance(entry, RepoFile):
-                digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-                place = hub.place_of(self.name, self.commit_id, entry.path)
-                self.files[self.keys.prefix + entry.path] = SourceFile(entry.path, entry.size, digest, place)
+        self.commit_id, self.is_private = str(info.sha), info.private
+        files = hub.files_of(self.name, self.commit_id)
+        self.files = {self.keys.prefix + name: file for name, file in files.items()}
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         if key not in self.files:
@@ -65,14 +61,20 @@ class Repository(ReadableStore):
     def upload(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
         """Send a large file ahead of its commit, unless the Hub has these bytes, and free its memory."""
         addition = self.addition(key, body)
-        send = partial(HfApi().preupload_lfs_files, self.name, [addition], repo_type="dataset")
-        _ask(f"{self.name}: {addition.path_in_repo}", send)
+
+        def send() -> None:
+            try:
+                HfApi().preupload_lfs_files(self.name, [addition], repo_type="dataset")
+            except RuntimeError as error:  # the client wraps the error of one file
+                raise error.__cause__ or error from None
+
+        hub.with_retries(f"{self.name}: {addition.path_in_repo}", send)
         return addition
 
     def commit(self, additions: list[CommitOperationAdd], summary: str) -> None:
         """Add or replace these files. Raises Conflict if others have committed since `commit_id`."""
         send = partial(HfApi().create_commit, self.name, additions, commit_message=summary, repo_type="dataset")
-        self.commit_id = _ask(f"{self.name}: {summary}", partial(send, parent_commit=self.commit_id)).oid
+        self.commit_id = hub.with_retries(f"{self.name}: {summary}", partial(send, parent_commit=self.commit_id)).oid
 
 
 def publish(
@@ -91,7 +93,8 @@ def publish(
     versions = list(ancestors(store, dataset, version.digest))
     rows = {row.shard_id: row for each in versions for row in each.rows()}
     sent = set[str]()
-    _ask(name, partial(HfApi().create_repo, name, repo_type="dataset", private=private or None, exist_ok=True))
+    create = partial(HfApi().create_repo, name, repo_type="dataset", private=private or None, exist_ok=True)
+    hub.with_retries(name, create)
     for _ in range(CONFLICTS):
         repository = Repository(name, dataset)
         if private and not repository.is_private:
@@ -157,22 +160,3 @@ def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], 
 def _check_name(name: str) -> None:
     if not HUB_NAME.fullmatch(name):  # which may be a URL with a password
         raise ValueError("The name of a dataset repository on the Hub has the form OWNER/NAME.")
-
-
-def _ask(what: str, request: Callable[[], hub.Result]) -> hub.Result:
-    """Send a request until it succeeds. Raises ValueError, SourceInvalid, SourceUnavailable, Conflict."""
-
-    def translated() -> hub.Result:
-        try:
-            return request()
-        except RuntimeError as error:  # the client wraps the error of one file
-            raise error.__cause__ or error from None
-        except errors.HfHubHTTPError as error:
-            if type(error) is errors.RepositoryNotFoundError:
-                remedy = "Check the name, and that HF_TOKEN gives access."
-                raise ValueError(f"{what}: no such dataset on the Hub, or it is private. {remedy}") from error
-            if error.response.status_code == PRECONDITION_FAILED:
-                raise Conflict(f"{what}: others have committed meanwhile. Run the command again.") from error
-            raise
-
-    return hub.with_retries(what, translated)

@@ -9,14 +9,13 @@ from flows.console import options
 from flows.console.options import DEFAULTS, AsJson, Settings, Verbose, Version, dataset_app, run_flow, say
 from model import tokenizer
 from model.config import DataConfig, RunConfig
+from storage import publishing
 from storage.datasets.building import val_split
 from storage.datasets.copy import copy_dataset
 from storage.datasets.plan import plan_files, planner
 from storage.datasets.versions import find_version, newest_version
 from storage.inspection.verify import check_documents, verify_dataset
 from storage.keys import DatasetKeys
-from storage.publishing import publish as publish_version
-from storage.publishing import pull as pull_versions
 from storage.sources.files import SourceFile
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
@@ -165,7 +164,7 @@ def publish(name: str, /, *, settings: Settings = DEFAULTS, version: Version = "
     manifest = find_version(store, config.data.dataset, version)
     card = hub_card(name, manifest)
     with options.progress_bar("publish", None) as advance:
-        commit, shards, sent = publish_version(store, config.data.dataset, manifest, name, card, private, advance)
+        commit, shards, sent = publishing.publish(store, config.data.dataset, manifest, name, card, private, advance)
     say("publish", f"{sent:,} of {shards:,} shards uploaded now")
     say("publish", f"manifest {manifest.digest} is the newest in {name}, commit {commit}")
 
@@ -184,6 +183,6 @@ def pull(name: str, /, *, settings: Settings = DEFAULTS, revision: str = "main")
     config = settings.load()
     store = open_store(config.store_url, create=True)
     with options.progress_bar("pull", None) as advance:
-        manifest, shards, pulled = pull_versions(name, revision, store, config.data.dataset, advance)
+        manifest, shards, pulled = publishing.pull(name, revision, store, config.data.dataset, advance)
     say("pull", f"{pulled:,} of {shards:,} shards downloaded now")
     say("pull", f"manifest {manifest.digest} is the newest of dataset {config.data.dataset}")

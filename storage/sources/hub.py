@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
 
@@ -20,7 +21,7 @@ import httpx2
 from huggingface_hub import DatasetInfo, HfApi, RepoFile, constants, errors, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
 
-from storage.errors import SourceInvalid, SourceUnavailable
+from storage.errors import Conflict, SourceInvalid, SourceUnavailable
 from storage.sources.files import WILDCARD, Listing, SourceFile
 from storage.sources.selection import READABLE, listed, reason_to_ignore, suffix_of
 from storage.stores.opening import CREDENTIALS
@@ -65,19 +66,21 @@ def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
 
     `config` may stand for several configurations: a glob, or `newest:N` for the last N that are named by a date.
     """
-    if not (WILDCARD.search(config) or config.startswith(NEWEST)):
-        return _list_config(dataset, config, commit, split)
-    names = _choose_configs(dataset, config, commit)
+    is_pattern = WILDCARD.search(config) or config.startswith(NEWEST)
+    names = _choose_configs(dataset, config, commit) if is_pattern else [config]
     listings = [_list_config(dataset, name, commit, split) for name in names]
     files = {file.name: file for listing in listings for file in listing.files}
     ignored = tuple(line for listing in listings for line in listing.ignored)
-    return Listing(tuple(files.values()), {"configs": ", ".join(names)}, ignored)
+    return Listing(tuple(files.values()), {"configs": ", ".join(names)} if is_pattern else {}, ignored)
 
 
 def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
     """The configurations that a glob or `newest:N` chooses, oldest first. Raises ValueError if there are none."""
+    from datasets import get_dataset_config_names  # takes 1.5 s to import
+
     what = f"data.config = {config!r} of {dataset} at {commit}"
-    names = with_retries(what, lambda: _config_names(dataset, commit))
+    get_names = partial(get_dataset_config_names, dataset, revision=commit)
+    names = with_retries(what, _refused(dataset, "", commit)(get_names))
     chosen = sorted(name for name in names if fnmatchcase(name, config))
     if config.startswith(NEWEST):
         count = config.removeprefix(NEWEST)
@@ -92,8 +95,11 @@ def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
 
 
 def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
+    from datasets import load_dataset_builder
+
     what = f"{dataset} ({config or 'default'}) at {commit}"
-    data_files = with_retries(what, lambda: _data_files(dataset, config, commit))
+    load = _refused(dataset, config, commit)(partial(load_dataset_builder, dataset, config or None, revision=commit))
+    data_files = with_retries(what, load).config.data_files
     if split not in data_files:
         remedy = "Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
         raise ValueError(f"{what}: no split {split!r}, only {', '.join(data_files)}. {remedy}")
@@ -104,13 +110,23 @@ def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
                 f"{what}: {name!r} is not {READABLE}. Choose another dataset, data.config, or the "
                 f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"
             )
-    entries = with_retries(f"the files of {dataset} at {commit}", lambda: _entries(dataset, commit, names))
-    digests = {name: entry.lfs.sha256 if entry.lfs else entry.blob_id for name, entry in entries.items()}
-    files = (SourceFile(name, entries[name].size, digests[name], place_of(dataset, commit, name)) for name in names)
     folders = {PurePosixPath(name).parent for name in names}
-    others = (name for name in sorted(entries.keys() - set(names)) if PurePosixPath(name).parent in folders)
+    common = os.path.commonpath(folders)
+    files = with_retries(f"the files of {dataset} at {commit}", lambda: files_of(dataset, commit, common))
+    others = (name for name in sorted(files.keys() - set(names)) if PurePosixPath(name).parent in folders)
     ignored = {name: f"not in split {split!r}" for name in others if not reason_to_ignore([PurePosixPath(name).name])}
-    return Listing(tuple(files), {}, listed(ignored))
+    return Listing(tuple(files[name] for name in names), {}, listed(ignored))
+
+
+def files_of(dataset: str, commit: str, folder: str = "") -> dict[str, SourceFile]:
+    """The files of a repository at a commit, below a folder, by name."""
+    tree = HfApi().list_repo_tree(dataset, folder or None, recursive=True, revision=commit, repo_type="dataset")
+    entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+    digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
+    return {
+        entry.path: SourceFile(entry.path, entry.size, digest, place_of(dataset, commit, entry.path))
+        for entry, digest in zip(entries, digests, strict=True)
+    }
 
 
 def place_of(dataset: str, commit: str, name: str) -> str:
@@ -203,7 +219,7 @@ def with_retries(what: str, request: Callable[[], Result], received_bytes: Calla
 
 
 def _check_transient(what: str, error: Exception) -> None:
-    """Raise an error that a retry cannot fix as ValueError, SourceInvalid or SourceUnavailable."""
+    """Raise an error that a retry cannot fix as ValueError, Conflict, SourceInvalid or SourceUnavailable."""
     if isinstance(error, errors.GatedRepoError):
         raise ValueError(
             f"{what}: access is restricted to accounts that have accepted the dataset's terms. Accept them on its Hub "
@@ -213,11 +229,13 @@ def _check_transient(what: str, error: Exception) -> None:
         raise ValueError(f"{what}: no such revision. Name a branch, a tag or a commit.") from error
     if isinstance(error, errors.RepositoryNotFoundError):
         raise ValueError(
-            f"{what}: no such local file, and no such dataset on the Hub (or it is private). "
-            f"Check the name or the path; for a private dataset set HF_TOKEN."
+            f"{what}: no such dataset on the Hub (or it is private), and no such local file. "
+            f"Check the name or the path; for a private dataset set HF_TOKEN to a token that has access."
         ) from error
     if isinstance(error, errors.OfflineModeIsEnabled):
         raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == httpx2.codes.PRECONDITION_FAILED:
+        raise Conflict(f"{what}: others have committed meanwhile. Run the command again.") from error
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
         answer = f"{error.response.status_code}: {_first_line(error)}"
         raise SourceInvalid(f"{what}: the Hub answered {answer}. Check HF_TOKEN and HF_ENDPOINT.") from error
@@ -225,20 +243,6 @@ def _check_transient(what: str, error: Exception) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".:")
-
-
-def _config_names(dataset: str, commit: str) -> list[str]:
-    from datasets import get_dataset_config_names  # takes 1.5 s to import
-
-    with _refused(dataset, "", commit):
-        return list(get_dataset_config_names(dataset, revision=commit))
-
-
-def _data_files(dataset: str, config: str, commit: str) -> dict[str, list[str]]:
-    from datasets import load_dataset_builder
-
-    with _refused(dataset, config, commit):
-        return dict(load_dataset_builder(dataset, config or None, revision=commit).config.data_files)
 
 
 @contextmanager
@@ -255,13 +259,6 @@ def _refused(dataset: str, config: str, commit: str) -> Iterator[None]:
             f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), "
             f"or choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
         ) from error
-
-
-def _entries(dataset: str, commit: str, names: list[str]) -> dict[str, RepoFile]:
-    common = os.path.commonpath([str(PurePosixPath(name).parent) for name in names])
-    folder = None if common in ("", ".") else common
-    tree = HfApi().list_repo_tree(dataset, folder, recursive=True, revision=commit, repo_type="dataset")
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _parse_place(place: str) -> tuple[str, str, str]:
