@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -57,7 +56,7 @@ def prepare_file(
     copy = mirror(store, file, partial(on_progress, file.digest), keep=data.mirror)
     plan = read_plan(store, data.dataset, file, settings, limit_tokens)
     if plan is None:
-        plan = replace(plan_file(copy, settings, tokenizer.encode, limit_tokens), file=replace(file, members=()))
+        plan = plan_file(file, settings, tokenizer.encode, limit_tokens, copy)
         put_plan(store, data.dataset, plan, limit_tokens)
     on_progress(file.digest, file.size_bytes)
     return plan
@@ -77,7 +76,12 @@ def download(config: RunConfig, with_items: bool = True) -> Downloaded:
             return Downloaded([], {}, run.items, [])
         data = data.model_copy(update={"revision": run.commit or data.revision})
     listing = list_files(data, config.store_url)
-    plans, failed = _plan_first(config, store, listing) if data.max_tokens else _plan_all(config, store, listing)
+    if data.max_tokens:  # later files are not downloaded
+        settings = data.spec(tokenizer.identity()).settings
+        make_plan = partial(prepare_file, data=data, store_url=config.store_url, on_progress=lambda *_: None)
+        plans, failed = list(plan_files(store, data.dataset, listing.files, settings, make_plan)), list[str]()
+    else:
+        plans, failed = _plan_all(config, store, listing)
     if run is None and not failed:
         _check_planned(data, plans)
     hellaswag = config.evaluation.hellaswag if with_items else ""
@@ -137,10 +141,3 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
         if not is_val_known or not is_transient(error):
             raise error
     return [plans[file] for file in listing.files if file in plans], [str(error) for error in errors]
-
-
-def _plan_first(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:
-    """Plan the files in order until they hold `max_tokens`; later files are not downloaded."""
-    data, settings = config.data, config.data.spec(tokenizer.identity()).settings
-    make_plan = partial(prepare_file, data=data, store_url=config.store_url, on_progress=lambda *_: None)
-    return list(plan_files(store, data.dataset, listing.files, settings, make_plan)), []

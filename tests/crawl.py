@@ -14,13 +14,11 @@ import pyarrow.parquet as pq
 
 from model import tokenizer
 from model.config import RunConfig
-from storage.datasets import building
 from storage.datasets.manifest import Manifest
 from storage.keys import DatasetKeys
-from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
-from tests.making import WORDS, tiny_config
+from tests.making import WORDS, build_dataset, tiny_config
 
 DUMPS = ("CC-MAIN-2024-10", None, "CC-MAIN-2021-04", "CC-MAIN-2024-10", "CC-MAIN-2013-20")
 FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -103,11 +101,7 @@ class Crawl:
 
     def build(self) -> Manifest:
         """Build the missing shards and seal the dataset."""
-        data = self.config.data
-        listing, _ = list_source(self.store, data.source, data.config, data.revision, "train")
-        return building.build_dataset(
-            self.store, data.spec(tokenizer.identity()), listing, tokenizer.encode, tokenizer.decode_bytes
-        )
+        return build_dataset(self.config)
 
     def kept(self) -> list[Kept]:
         """The documents that the dataset must hold, in order."""

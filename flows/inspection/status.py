@@ -108,7 +108,9 @@ def _training_status(store: Store, run: Run, step: int) -> Iterator[Line]:
 
 def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str]) -> Iterator[Line]:
     """One line per kind: its state at the newest checkpoint, how many earlier checkpoints have it, and its errors."""
-    written = _written_evaluations(store, run)
+    prefix = RunKeys(run).evaluations
+    matched = ((EVALUATION.fullmatch(stat.key.removeprefix(prefix)), stat.modified) for stat in store.list(prefix))
+    written = {(match[2], int(match[1])): modified for match, modified in matched if match}
     errors = _failed_evaluations(store, run, written)
     for kind in dict.fromkeys([*kinds, *(kind for kind, _ in [*written, *errors])]):
         steps = {step for written_kind, step in written if written_kind == kind}
@@ -116,12 +118,6 @@ def _evaluation_status(store: Store, run: str, newest_step: int, kinds: list[str
         if earlier := steps - {newest_step}:
             state += f", earlier checkpoints done: {len(earlier)}"
         yield Line(f"  {kind}", state, "; ".join(error for (failed, _), error in errors.items() if failed == kind))
-
-
-def _written_evaluations(store: Store, run: str) -> dict[Evaluation, float]:
-    prefix = RunKeys(run).evaluations
-    matched = ((EVALUATION.fullmatch(stat.key.removeprefix(prefix)), stat.modified) for stat in store.list(prefix))
-    return {(match[2], int(match[1])): modified for match, modified in matched if match}
 
 
 def _failed_evaluations(store: Store, run: str, written: dict[Evaluation, float]) -> dict[Evaluation, str]:

@@ -59,9 +59,7 @@ def page(card: DatasetSummary) -> bytes:
 
 def hub_card(name: str, manifest: Manifest) -> bytes:
     """The card of a published version: the README.md of its repository on the Hub."""
-    documents = sum(sums["documents"] for sums in manifest.totals.values())
-    licence = manifest.origin.get("licence", "not stated")
-    return render("hub_card.md.j2", name=name, manifest=manifest, documents=documents, licence=licence).encode()
+    return render("hub_card.md.j2", name=name, manifest=manifest).encode()
 
 
 def _left_out(card: DatasetSummary) -> str:

@@ -54,7 +54,7 @@ SAVED_FOLDER = "Give a folder that transformers' save_pretrained wrote."
 
 def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
     """Write the newest checkpoint for transformers. Raises ObjectMissing, CheckpointInvalid, and as `new_folder`."""
-    record = records.newest_checkpoint(store, run)
+    record = records.chosen(store, run)[0]
     with new_folder(folder, record.files[WEIGHTS].size_bytes) as unfinished:
         for name, body in _small_files(record).items():
             (unfinished / name).write_bytes(body)

@@ -78,13 +78,11 @@ def _belongs_to(names: RunKeys, key: str, record: CheckpointRecord) -> bool:
     return bool(record.attempt) and WEIGHTS in record.files and names.checkpoint_record(record.step) == key
 
 
-def newest_checkpoint(store: Store, run: str, setting: str = "name") -> CheckpointRecord:
-    """The newest complete checkpoint of the run, which the setting names. Raises ObjectMissing when there is none."""
-    return chosen(store, run, "last", setting)[0]
+def chosen(store: Store, run: str, checkpoint: str = "last", setting: str = "name") -> list[CheckpointRecord]:
+    """The checkpoints that `evaluation.checkpoint` selects, oldest first: by default only the newest.
 
-
-def chosen(store: Store, run: str, checkpoint: str, setting: str = "name") -> list[CheckpointRecord]:
-    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing when it selects none."""
+    Raises ObjectMissing, which names the `setting` that names the run, when it selects none.
+    """
     records = checkpoints(store, run)
     if not records:
         problem = f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train"

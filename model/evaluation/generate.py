@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.checkpoints.records import newest_checkpoint
+from model.checkpoints.records import chosen
 from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig
 from model.config_file import config_of
@@ -118,7 +118,7 @@ def main() -> int:
         values = {"evaluation": sampling | {"sample_tokens": args.tokens}, "train": {"seed": args.seed}}
         settings = config_of(values, []).evaluation
         store = open_store(args.store_url)
-        model = load_model(store, args.run, newest_checkpoint(store, args.run))
+        model = load_model(store, args.run, chosen(store, args.run)[0])
         prompt_ids(args.prompt, model.config.context_tokens)  # refuses a long prompt before anything is printed
         model.to(DDPConfig.detect({}, args.device).device)
         for index in range(args.samples):

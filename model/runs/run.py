@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from model import tokenizer
-from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, newest_checkpoint
+from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, chosen
 from model.config import How, ModelConfig, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.datasets.versions import newest_version
@@ -81,7 +81,7 @@ def find_start(store: Store, config: RunConfig) -> Start | None:
     parent = config.train.start_from
     if not parent:
         return None
-    newest = newest_checkpoint(store, parent, "train.start_from")
+    newest = chosen(store, parent, setting="train.start_from")[0]
     if differing := differences(config.model.model_dump(), newest.model, "model"):
         problem = f"train.start_from = {parent!r}: that run has another model: {'; '.join(differing)}"
         raise DatasetMismatch(f"{problem}. Use the same model settings, or start from another run.")

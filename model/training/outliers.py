@@ -23,20 +23,14 @@ class Outliers:
         self._norms = deque(norms, maxlen=MEMORY_STEPS)
 
     def skip(self, loss: float, norm: float) -> bool:
-        """Whether to skip the step with this loss and gradient norm. If so, the step is counted as skipped."""
-        if self.allowed == 0 or not self.judge(loss, norm) or self.skipped >= self.allowed:
-            return False
-        self.skipped += 1
-        return True
-
-    def judge(self, loss: float, norm: float) -> bool:
-        """Whether this loss and gradient norm are an outlier. If not, the norm counts for later steps."""
-        if not (isfinite(loss) and isfinite(norm)):
-            return True
-        if len(self._norms) >= FEWEST_STEPS and norm > FACTOR * median(self._norms):
-            return True
-        self._norms.append(norm)
-        return False
+        """Whether to skip the step with this loss and gradient norm; counts it. Another norm counts for later steps."""
+        is_spike = len(self._norms) >= FEWEST_STEPS and norm > FACTOR * median(self._norms)
+        is_outlier = is_spike or not (isfinite(loss) and isfinite(norm))
+        if not is_outlier:
+            self._norms.append(norm)
+        is_skipped = is_outlier and self.skipped < self.allowed
+        self.skipped += is_skipped
+        return is_skipped
 
 
 def past_outliers(store: Store, segments: list[str], allowed: int) -> Outliers:

@@ -91,7 +91,10 @@ class Saver:
             while not self._try(bodies, record, metrics):
                 if self._give_way.wait(RETRY_SECONDS):
                     return
-            self._retain()
+            try:
+                retain(self._store, self._run, self._config.keep_last, self._config.keep_every_steps)
+            except StorageError as error:  # the next save tries again
+                print(f"old checkpoints of run {self._run!r} could not be deleted: {error}", flush=True)
         except Exception as error:  # a bug of ours, too: training must not go on without checkpoints
             self._error = error
 
@@ -121,9 +124,3 @@ class Saver:
             raise StoreUnavailable(f"{problem}. {remedy}, at step {step:,}: {error}") from error
         waiting = f"training goes on for at most {minutes_left:.0f} minutes"
         print(f"checkpoint of step {step:,} is not stored yet, {waiting}: {error}", flush=True)
-
-    def _retain(self) -> None:
-        try:
-            retain(self._store, self._run, self._config.keep_last, self._config.keep_every_steps)
-        except StorageError as error:  # the next save tries again
-            print(f"old checkpoints of run {self._run!r} could not be deleted: {error}", flush=True)

@@ -12,11 +12,11 @@ import numpy as np
 from storage.datasets import val_documents
 from storage.datasets.lease import claim
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.plan import Encode, FilePlan, ShardJob, ValSplit, plan_files, planner
+from storage.datasets.plan import FilePlan, ShardJob, ValSplit
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import DTYPE, failures, finished_shards, read_record
 from storage.datasets.sealing import check_binding, check_rebuilt, seal
-from storage.datasets.shards import build_shard, document_bounds, read_shard
+from storage.datasets.shards import document_bounds, read_shard
 from storage.digests import digest
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing
 from storage.keys import DatasetKeys, failure
@@ -88,17 +88,6 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
     for shard_id in failures(store, dataset):  # including jobs that are no longer planned
         store.delete(failure(DatasetKeys(dataset).record(shard_id)))
     return manifest
-
-
-def build_dataset(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode) -> Manifest:
-    """Plan the files, build the missing shards one by one, and seal."""
-    plans = list(plan_files(store, spec.name, listing.files, spec.settings, planner(store, spec.settings, encode)))
-    build = start_build(store, spec, plans)
-    for split in ("val", "train"):
-        for job in missing_jobs(plans, build.split, build.missing, split):
-            build_shard(store, spec.name, job, encode, spec.tokenizer["eot"])
-        put_val_documents(store, spec.name, build.split, decode)
-    return finish_build(store, build, listing.origin)
 
 
 def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan], val: ValSplit) -> set[str]:

@@ -92,15 +92,22 @@ class FilePlan(Cut):
         return ShardJob(shard_id, recipe, self.file, self.start_bytes[index] if self.start_bytes else 0)
 
 
-def plan_file(file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0) -> FilePlan:
-    """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid."""
-    rows = documents.rows(file, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
-    tokens, estimated = _calibrate(file, settings, rows, encode)
+def plan_file(
+    file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0, copy: SourceFile | None = None
+) -> FilePlan:
+    """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid.
+
+    Reads the file's copy in the store, if given.
+    """
+    copy = copy or file
+    rows = documents.rows(copy, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
+    tokens, estimated = _calibrate(copy, settings, rows, encode)
     if limit_tokens:
         tokens = tokens[: int(np.searchsorted(np.cumsum(tokens), limit_tokens, side="right"))]
     row_ends = tuple(cut(tokens, int(settings.shard_tokens * ESTIMATED_SHARE) if estimated else settings.shard_tokens))
     start_bytes = None if rows.starts is None else tuple(int(rows.starts[row]) for row in (0, *row_ends)[:-1])
     limited = len(tokens) < len(rows.tokens)
+    file = replace(file, members=())
     return FilePlan(row_ends, start_bytes, int(tokens.sum()), limited, estimated, file=file, settings=settings)
 
 
@@ -180,12 +187,7 @@ def plan_files(
 
 def planner(store: Store, settings: DatasetSettings, encode: Encode) -> PlanFile:
     """A function that plans a file here, from its copy in the store if there is one or rows need one."""
-
-    def make_plan(file: SourceFile, limit_tokens: int) -> FilePlan:
-        copy = mirror(store, file, keep=False)
-        return replace(plan_file(copy, settings, encode, limit_tokens), file=replace(file, members=()))
-
-    return make_plan
+    return lambda file, limit_tokens: plan_file(file, settings, encode, limit_tokens, mirror(store, file, keep=False))
 
 
 def read_plan(

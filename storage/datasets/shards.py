@@ -70,7 +70,7 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
         filtered=recipe.row_to - recipe.row_from - len(lengths) - len(skipped_rows) - len(in_val_rows),
         skipped_rows=skipped_rows,
         in_val_rows=in_val_rows,
-        lengths=_histogram(lengths),
+        lengths=np.bincount(np.log2(np.array(lengths)).astype(np.int64)).tolist() if lengths else [],
         dumps=dict(dumps),
     )
     put_shard(store, dataset, job.shard_id, body, record.sha256)
@@ -122,11 +122,6 @@ def _encoded(file: SourceFile, recipe: ShardRecipe, row: Row, encode: Encode) ->
         if recipe.on_bad_document != "skip":
             raise bad_document(file, row, str(error)) from error
         return None
-
-
-def _histogram(lengths: list[int]) -> list[int]:
-    """Document counts by length: entry n counts documents of 2**n to 2**(n+1) - 1 tokens."""
-    return np.bincount(np.log2(np.array(lengths, np.int64)).astype(np.int64)).tolist() if lengths else []
 
 
 @cache

@@ -65,11 +65,11 @@ class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_ali
 def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakReport | None:
     """The leak report of a version, or None if it was never written. Raises ObjectCorrupt."""
     key = DatasetKeys(dataset).leaks(manifest_digest)
-    return read_as(store, key, LeakReport, _is_complete, "Delete it, then run gpt2 dataset audit.")
 
+    def is_complete(report: LeakReport) -> bool:
+        return report.documents.keys() >= {"train", "val"} and report.duplicates.keys() >= {"train", "val_in_train"}
 
-def _is_complete(report: LeakReport) -> bool:
-    return report.documents.keys() >= {"train", "val"} and report.duplicates.keys() >= {"train", "val_in_train"}
+    return read_as(store, key, LeakReport, is_complete, "Delete it, then run gpt2 dataset audit.")
 
 
 def find_repeats(

@@ -81,13 +81,12 @@ def trace(
     for index, ((first, stop), numbers) in enumerate(zip(spans, numbers_of, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
-            source_row = rows.get(number)
-            traced = Traced(dataset, row.shard_id, number, record.source, None, None, None, reason, part)
-            if source_row:
-                traced = traced._replace(row=source_row.number, id=source_row.id, url=source_row.url)
-                if isinstance(source_row.packed_row, int):  # else a column of the source has this name
-                    traced = traced._replace(source=source_row.packed_file, row=source_row.packed_row)
-            yield index, traced
+            found = rows.get(number)
+            place = (record.source, found.number if found else None)
+            if found and isinstance(found.packed_row, int):  # else a column of the source has this name
+                place = (found.packed_file, found.packed_row)
+            name: tuple[Any, Any] = (found.id, found.url) if found else (None, None)
+            yield index, Traced(dataset, row.shard_id, number, *place, *name, reason, part)
 
 
 def _rows(

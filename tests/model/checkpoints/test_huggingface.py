@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from model import tokenizer
 from model.__main__ import run_job
 from model.checkpoints.huggingface import export_run, import_folder, tensor_shapes
-from model.checkpoints.records import WEIGHTS, checkpoints, newest_checkpoint
+from model.checkpoints.records import WEIGHTS, checkpoints, chosen
 from model.checkpoints.weights import load_model
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -88,7 +88,7 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 def our_logits(store: Store, run: str) -> Tensor:
-    model: GPT = load_model(store, run, newest_checkpoint(store, run)).eval()
+    model: GPT = load_model(store, run, chosen(store, run)[0]).eval()
     return model.logits(model.transformer(ids()))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import tokenizer
 from model.__main__ import run_job
-from model.checkpoints.records import newest_checkpoint
+from model.checkpoints.records import chosen
 from model.checkpoints.weights import load_model
 from model.config import EvaluationConfig, ModelConfig, RunConfig
 from model.evaluation import generate
@@ -216,7 +216,7 @@ def test_the_command_writes_samples_of_the_newest_checkpoint(trained: Store, tmp
     prompt = "Once upon a time"
     ended = command(trained, "tiny", "--prompt", prompt, "--tokens", "6", "--samples", "2", "--seed", "8", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
-    record = newest_checkpoint(trained, "tiny")
+    record = chosen(trained, "tiny")[0]
     assert record.step == 1
     model = load_model(trained, "tiny", record)
     texts = [prompt + tokenizer.decode(ids) for ids in texts_of(model, prompt, 6, EvaluationConfig(), [8, 9])]
@@ -241,7 +241,7 @@ def test_the_command_ends_in_silence_with_the_reader_of_its_output(trained: Stor
 
 def test_a_run_without_a_checkpoint_has_no_model(store: Store) -> None:
     with pytest.raises(ObjectMissing, match="tiny"):
-        newest_checkpoint(store, "tiny")
+        chosen(store, "tiny")[0]
 
 
 def test_text_is_printed_token_by_token_and_in_whole_characters(

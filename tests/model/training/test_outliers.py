@@ -18,23 +18,23 @@ CPU = DDPConfig(0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
 def test_nan_and_infinity_are_outliers_from_the_first_step_on(loss: float, norm: float) -> None:
-    assert Outliers(1, [], 0).judge(loss, norm)
+    assert Outliers(9, [], 0).skip(loss, norm)
 
 
 def test_a_norm_over_ten_times_the_median_is_an_outlier() -> None:
-    outliers = Outliers(1, [], 0)
-    assert not any(outliers.judge(3.0, 1.0) for _ in range(FEWEST_STEPS - 1))
-    assert not outliers.judge(3.0, 50.0)  # too few steps for a median
-    assert not outliers.judge(3.0, 10.0)
-    assert outliers.judge(3.0, 10.1)
-    assert outliers.judge(3.0, 10.1), "an outlier does not change the median"
+    outliers = Outliers(9, [], 0)
+    assert not any(outliers.skip(3.0, 1.0) for _ in range(FEWEST_STEPS - 1))
+    assert not outliers.skip(3.0, 50.0)  # too few steps for a median
+    assert not outliers.skip(3.0, 10.0)
+    assert outliers.skip(3.0, 10.1)
+    assert outliers.skip(3.0, 10.1), "an outlier does not change the median"
 
 
 def test_slowly_falling_norms_are_not_outliers_and_old_norms_expire() -> None:
-    outliers = Outliers(1, [], 0)
-    assert not any(outliers.judge(3.0, 100 * 0.97**step) for step in range(300))
-    assert outliers.judge(3.0, 1.0)  # 100 was normal 300 steps ago; the median of the last 128 is 0.09
-    assert not Outliers(1, [0.1] * 1_000 + [5.0] * MEMORY_STEPS, 0).judge(3.0, 40.0)
+    outliers = Outliers(9, [], 0)
+    assert not any(outliers.skip(3.0, 100 * 0.97**step) for step in range(300))
+    assert outliers.skip(3.0, 1.0)  # 100 was normal 300 steps ago; the median of the last 128 is 0.09
+    assert not Outliers(9, [0.1] * 1_000 + [5.0] * MEMORY_STEPS, 0).skip(3.0, 40.0)
 
 
 def training_with_nan(

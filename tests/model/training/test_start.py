@@ -9,7 +9,7 @@ from model.__main__ import run_job
 from model.checkpoints.records import (
     WEIGHTS,
     checkpoints,
-    newest_checkpoint,
+    chosen,
     put_checkpoint,
     read_checkpoint_file,
     read_metrics,
@@ -100,7 +100,7 @@ def test_everything_of_a_run_that_cannot_go_on_is_refused_before_the_run_is_pinn
 ) -> None:
     dataset.train("over", *SHORT)
     if parent == "weights-only":
-        newest = newest_checkpoint(dataset.store, "over")
+        newest = chosen(dataset.store, "over")[0]
         weights = {WEIGHTS: read_checkpoint_file(dataset.store, "over", newest, WEIGHTS)}
         put_checkpoint(dataset.store, parent, weights, replace(newest, step=0, attempt="1"))
     with pytest.raises(ValueError, match=reason):

@@ -7,12 +7,12 @@ import pytest
 
 from model.config import RunConfig
 from model.config_file import load_config
-from storage.datasets import building
 from storage.datasets.manifest import Manifest
 from storage.datasets.plan import ShardJob
 from storage.datasets.shards import read_shard
 from storage.datasets.versions import difference
 from storage.stores.opening import open_store
+from tests import making
 from tests.corpora import encoded
 from tests.hub import Hub, Repository
 from tests.making import build_dataset, document, tiny_config
@@ -103,13 +103,13 @@ def publish(hub: Hub, *numbers: int) -> Repository:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The source files of the shard jobs that were run."""
     names = list[str]()
-    build_shard = building.build_shard
+    build_shard = making.build_shard
 
     def count(store: object, dataset: str, job: ShardJob, *rest: object) -> object:
         names.append(job.source.name)
-        return build_shard(store, dataset, job, *rest)  # type: ignore[arg-type]  # what `building` gives
+        return build_shard(store, dataset, job, *rest)  # type: ignore[arg-type]  # what `making` gives
 
-    monkeypatch.setattr(building, "build_shard", count)
+    monkeypatch.setattr(making, "build_shard", count)
     return names
 
 
