@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, logging
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # imported lazily
@@ -145,15 +146,14 @@ def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], 
 
     def upload(row: ShardRow) -> list[CommitOperationAdd]:
         body = read_shard(store, repository.dataset, row.shard_id, row.tokens, row.sha256)
-        shard, record_key = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)
-        return [repository.upload(shard, body), repository.addition(record_key, store.read(record_key).body)]
+        shard, record = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)
+        additions = [repository.upload(shard, body), repository.addition(record, store.read(record).body)]
+        on_progress(1, len(missing))
+        return additions
 
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for start in range(0, len(missing), COMMIT_SHARDS):
-            additions = []
-            for pair in pool.map(upload, missing[start : start + COMMIT_SHARDS]):
-                additions += pair
-                on_progress(1, len(missing))
+            additions = [*chain.from_iterable(pool.map(upload, missing[start : start + COMMIT_SHARDS]))]
             repository.commit(additions, f"Add {len(additions) // 2} shards")
 
 
