@@ -9,7 +9,7 @@ import numpy as np
 from storage.datasets.manifest import Manifest, ShardRow
 from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
-from storage.errors import StorageError
+from storage.errors import SourceInvalid, StorageError
 from storage.sources import documents, hub
 from storage.sources.files import SourceFile, hive_columns
 from storage.sources.mirror import locate
@@ -34,6 +34,15 @@ class Traced(NamedTuple):
     url: Any
     why: str
     ids: np.ndarray
+
+
+def source_of(store: Store, record: Record, files: Mapping[str, SourceFile]) -> SourceFile:
+    """The source file of a shard, or its parquet if the store has one. Raises SourceInvalid if there is neither."""
+    before = SourceFile(record.source, 0, record.recipe.source, place="")  # its small files may be packed anew since
+    file = locate(store, files.get(record.recipe.source, before))
+    if not file.place:
+        raise SourceInvalid(f"{record.source} is not among the files of data.source")
+    return file
 
 
 def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
@@ -92,10 +101,7 @@ def trace(
 def _rows(
     store: Store, record: Record, numbers: set[int], files: Mapping[str, SourceFile]
 ) -> tuple[dict[int, Row], str]:
-    file = files.get(record.recipe.source)
-    if file is None:
-        return {}, f"{record.source} is not among the files of data.source"
     try:
-        return dict(source_rows(locate(store, file), record, numbers)), ""
+        return dict(source_rows(source_of(store, record, files), record, numbers)), ""
     except (StorageError, ValueError) as error:  # ValueError: a Hub dataset that is gone or private now
         return {}, str(error)

@@ -12,10 +12,9 @@ from storage.datasets.plan import Encode
 from storage.datasets.records import DTYPE, read_record
 from storage.datasets.shards import document_bounds, read_shard
 from storage.errors import ObjectCorrupt, ObjectMissing, ShardCorrupt, SourceInvalid
-from storage.inspection.lineage import source_rows
+from storage.inspection.lineage import source_of, source_rows
 from storage.keys import DatasetKeys
 from storage.sources.files import SourceFile
-from storage.sources.mirror import locate
 from storage.stores.store import Store
 
 DAMAGES = (ObjectMissing, ObjectCorrupt, ShardCorrupt)  # an unreachable store is not damage, and must not be repaired
@@ -117,11 +116,7 @@ def _compared(
     if len(starts) != row.documents:
         yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
         return
-    file = files.get(record.recipe.source)
-    if file is None:
-        yield Damage(row.shard_id, f"its source file {record.source} is no longer part of the source", of_source=True)
-        return
-    for number, source_row in source_rows(locate(store, file), record, numbers):
+    for number, source_row in source_rows(source_of(store, record, files), record, numbers):
         stored = ids[starts[number] + 1 : stops[number]]
         is_same = np.array_equal(stored, encode(source_row.text))
         yield None if is_same else Damage(row.shard_id, f"document {number:,} differs from its source")

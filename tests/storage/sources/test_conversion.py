@@ -19,6 +19,7 @@ from storage.datasets.manifest import Manifest
 from storage.digests import digest
 from storage.errors import SourceInvalid
 from storage.inspection import lineage
+from storage.inspection.verify import check_documents
 from storage.sources import conversion, documents, mirror
 from storage.sources.conversion import SMALL_BYTES, pack
 from storage.sources.files import SourceFile
@@ -208,6 +209,16 @@ def test_every_document_is_traced_to_its_own_file_and_row(tmp_path: Path, kind: 
     for number, document_ in enumerate(traced(config, build_dataset(config))):
         assert (document_.source, document_.row) == (list(files)[number // rows], number % rows)
         assert tokenizer.decode(document_.ids[1:].tolist()) == TEXTS[number]
+
+
+def test_documents_of_a_part_that_is_packed_anew_are_traced(tmp_path: Path) -> None:
+    source, config = write_files(tmp_path / "source", encoded(TEXTS, "txt")), configured(tmp_path, KEEP_ALL)
+    before = build_dataset(config)
+    expected = list(map(str, traced(config, before)))
+    write_files(source, {"part-00007b.txt": b"One more."})
+    assert list(map(str, traced(config, before))) == expected
+    store, files = open_store(config.store_url), listed(config)
+    assert set(check_documents(store, "small", before, files, tokenizer.encode, count=20, seed=1)) == {None}
 
 
 def test_a_bad_row_of_a_packed_file_is_named_by_its_file(tmp_path: Path) -> None:
