@@ -31,9 +31,7 @@ class Series(NamedTuple):
 
 def curves(runs: list[RunFacts]) -> dict[str, str]:
     """Title and inline SVG of each plot that has at least one point."""
-    losses = [
-        line for index, run in enumerate(runs) for line in _training_losses(run.metrics, index, _label(runs, run))
-    ]
+    losses = [one for index, run in enumerate(runs) for one in _training_losses(run.metrics, index, _label(runs, run))]
     losses += _evaluated(runs, "val_loss")
     plots = {"Loss": _draw("Loss", "nats per token", losses, _published(runs, "val_loss"))}
     for title, (column, unit) in TRAINING_PLOTS.items():

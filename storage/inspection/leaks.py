@@ -136,8 +136,6 @@ def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
         return rows[int(seen["shard"][index])].shard_id, int(seen["document"][index])
 
     places = {kind: np.flatnonzero(mask) for kind, mask in masks.items()}
-    examples = {
-        kind: [(named(index), named(first[index])) for index in of_kind[:EXAMPLES]] for kind, of_kind in places.items()
-    }
-    duplicates = {kind: len(of_kind) for kind, of_kind in places.items()}
+    examples = {kind: [(named(at), named(first[at])) for at in found[:EXAMPLES]] for kind, found in places.items()}
+    duplicates = {kind: len(found) for kind, found in places.items()}
     return Repeats(duplicates, sorted(map(named, places["val_in_train"])), examples)

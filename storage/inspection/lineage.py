@@ -1,12 +1,12 @@
 """Traces token ids back to text: which row of which source file a document of a shard came from."""
 
 from collections.abc import Collection, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from storage.datasets.manifest import Manifest, ShardRow
+from storage.datasets.manifest import FILE_COLUMNS, Manifest, ShardRow
 from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
 from storage.errors import SourceInvalid, StorageError
@@ -66,15 +66,12 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
 
 def hub_files(manifest: Manifest) -> dict[str, SourceFile]:
     """The source files of a version of a Hub dataset, at the version's commit, by digest; empty for another source."""
-    origin, files = manifest.origin, manifest.source_files
-    if "commit" not in origin:
-        return {}
-    return {
-        digest: SourceFile(
-            name, size_bytes, digest, hub.place_of(origin["dataset"], origin["commit"], name), hive_columns(name)
-        )
-        for name, size_bytes, digest in zip(files["name"], files["size_bytes"], files["digest"], strict=True)
-    }
+    origin, files = manifest.origin, dict[str, SourceFile]()
+    if "commit" in origin:
+        for name, digest, size_bytes in zip(*(manifest.source_files[name] for name in FILE_COLUMNS), strict=True):
+            place = hub.place_of(origin["dataset"], origin["commit"], name)
+            files[digest] = SourceFile(name, size_bytes, digest, place, hive_columns(name))
+    return files
 
 
 def trace(
@@ -83,10 +80,11 @@ def trace(
     """The documents in some spans of a shard, each with its span's index. `files`: readable source files by digest."""
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)
-    numbers_of = [
-        range(np.searchsorted(starts, first, side="right") - 1, np.searchsorted(starts, stop)) for first, stop in spans
-    ]
-    rows, reason = _rows(store, record, {number for numbers in numbers_of for number in numbers}, files)
+    numbers_of = [range(starts.searchsorted(first, "right") - 1, starts.searchsorted(stop)) for first, stop in spans]
+    try:
+        rows, reason = dict(source_rows(source_of(store, record, files), record, {*chain(*numbers_of)})), ""
+    except (StorageError, ValueError) as error:  # ValueError: a Hub dataset that is gone or private now
+        rows, reason = {}, str(error)
     for index, ((first, stop), numbers) in enumerate(zip(spans, numbers_of, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
@@ -96,12 +94,3 @@ def trace(
                 place = (found.packed_file, found.packed_row)
             name: tuple[Any, Any] = (found.id, found.url) if found else (None, None)
             yield index, Traced(dataset, row.shard_id, number, *place, *name, reason, part)
-
-
-def _rows(
-    store: Store, record: Record, numbers: set[int], files: Mapping[str, SourceFile]
-) -> tuple[dict[int, Row], str]:
-    try:
-        return dict(source_rows(source_of(store, record, files), record, numbers)), ""
-    except (StorageError, ValueError) as error:  # ValueError: a Hub dataset that is gone or private now
-        return {}, str(error)
