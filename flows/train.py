@@ -24,7 +24,7 @@ from storage.errors import StorageError
 from storage.keys import RunKeys
 from storage.loading.mix import describe
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 WATCH_SECONDS = 1.0
 CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
@@ -44,7 +44,10 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     job = training_job(run)
     if run.mix:
         say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
-    done_before = _is_done(store, job)
+    done = read_result(store, job)
+    if done and all(record.step != done["step"] for record in checkpoints(store, run.name)):
+        store.delete(RunKeys(run.name).result(job.job_id))  # its last checkpoint is lost: train again
+        done = None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
     context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
@@ -61,18 +64,9 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
-    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=done_before))
+    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=done is not None))
     _show_metrics(run, metrics)
     return result
-
-
-def _is_done(store: Store, job: Job) -> bool:
-    """Whether the job is done. Deletes a result whose last checkpoint is lost, so that training makes it again."""
-    result = read_result(store, job)
-    if result and all(record.step != result["step"] for record in checkpoints(store, job.run)):
-        store.delete(RunKeys(job.run).result(job.job_id))
-        return False
-    return result is not None
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:
@@ -103,8 +97,8 @@ def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
         try:
             if not lines_by_step:  # the steps before a restart
                 lines_by_step = {line.step: line for line in read_metrics(store, run.name)}
-            progress = read_json(store, RunKeys(run.name).progress)
-            lines = Progress.model_validate(progress).since_checkpoint if progress else []
+            progress = read_as(store, RunKeys(run.name).progress, Progress)
+            lines = progress.since_checkpoint if progress else []
         except (StorageError, ValueError):
             continue  # the trainer reports the error, and keeps training
         if lines:

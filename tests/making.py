@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +19,14 @@ from storage.datasets.plan import plan_files, planner
 from storage.datasets.shards import build_shard
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
+from storage.stores.store import Store, read_as
 
 WORDS = ("the", "of", "a", "model", "learns", "to", "write", "text", "one", "token", "after", "another", "because")
+
+
+def read_json(store: Store, key: str) -> dict[str, Any] | None:
+    """The JSON object at a key, or None."""
+    return read_as(store, key, dict[str, Any])
 
 
 def document(number: int, words: int = 60) -> str:

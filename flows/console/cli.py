@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.validators import Number
@@ -23,7 +23,7 @@ from model.runs.run import find_run, training_job
 from storage.errors import StorageError, printable
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import CREDENTIALS, open_store
-from storage.stores.store import read_json
+from storage.stores.store import read_as
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,9 +101,9 @@ def retry(name: str, /, *, settings: Settings = DEFAULTS, verbose: Verbose = Fal
     run = find_run(store, name)
     pinned = {"name": name} | run.config if run else None
     for key, request, run_again in (
-        (RunKeys(name).request, read_json(store, RunKeys(name).request), _pretrain),
+        (RunKeys(name).request, read_as(store, RunKeys(name).request, dict[str, Any]), _pretrain),
         (RunKeys(name).config, pinned, _train),  # started by gpt2 train, which stores no request
-        (DatasetKeys(name).request, read_json(store, DatasetKeys(name).request), build_dataset),
+        (DatasetKeys(name).request, read_as(store, DatasetKeys(name).request, dict[str, Any]), build_dataset),
     ):
         if request is not None:
             try:

@@ -24,7 +24,7 @@ from storage.datasets.export import new_folder
 from storage.digests import sha256
 from storage.keys import RunKeys
 from storage.loading.mix import Share, describe
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store, read_as
 
 Shapes = dict[str, tuple[int, ...]]
 SHAPE = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "n_positions": "context_tokens"}
@@ -74,7 +74,7 @@ def import_folder(store: Store, run: str, folder: Path, *, again: bool = False) 
     """
     model = read_model_config(folder)
     saved = records.checkpoints(store, run)
-    if (saved and not again) or (not saved and read_json(store, RunKeys(run).config) is not None):
+    if (saved and not again) or (not saved and read_as(store, RunKeys(run).config, dict[str, Any]) is not None):
         raise ValueError(f"cannot import {folder}: run {run!r} already exists in {store.url!r}. {OTHER_NAME}")
     body = save(_transposed(read_weights(folder, model)))
     if saved and (saved[0].job != "import" or saved[0].files[WEIGHTS].sha256 != sha256(body)):

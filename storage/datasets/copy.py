@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 from storage.datasets.lease import claim
 from storage.datasets.manifest import Manifest, ShardRow, read_pointer
@@ -11,7 +12,7 @@ from storage.datasets.shards import put_shard, read_shard
 from storage.datasets.versions import history, update_latest
 from storage.errors import DatasetMismatch, ObjectMissing
 from storage.keys import DatasetKeys
-from storage.stores.store import ReadableStore, Store, put_once, read_json
+from storage.stores.store import ReadableStore, Store, put_once, read_as
 
 SHARDS_AT_ONCE = 4  # one shard is hashed while another is in transit
 
@@ -44,9 +45,9 @@ def check_target(source: ReadableStore, target: ReadableStore, dataset: str, ver
     """The digest in the target's `latest`, or None. Raises DatasetMismatch for a version or split not in the source."""
     dataset_keys = DatasetKeys(dataset)
     latest = read_pointer(target, dataset).manifest
-    split = read_json(target, dataset_keys.split)
+    split = read_as(target, dataset_keys.split, dict[str, Any])
     known = [version.digest for version in versions]
-    if latest not in (None, *known) or split not in (None, read_json(source, dataset_keys.split)):
+    if latest not in (None, *known) or split not in (None, read_as(source, dataset_keys.split, dict[str, Any])):
         problem = f"{target.url!r} holds another dataset or a later version (newest manifest: {latest or 'none'})"
         expected = f"not manifest {known[0][:12]} of {source.url!r} or one before it"
         raise DatasetMismatch(f"dataset {dataset!r}: {problem}, {expected}. Choose another store or data.dataset.")

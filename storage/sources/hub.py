@@ -52,9 +52,8 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             if time.monotonic() - began < UNREACHABLE_SECONDS:
                 raise
-            raise SourceUnavailable(
-                f"{dataset}: cannot reach the Hub: {error}. Check the network and HF_ENDPOINT."
-            ) from error
+            problem = f"{dataset}: cannot reach the Hub: {error}"
+            raise SourceUnavailable(f"{problem}. Check the network and HF_ENDPOINT.") from error
 
     info = with_retries(f"{dataset} at {revision}", request)
     licence = info.card_data.get("license") if info.card_data else None
@@ -79,8 +78,8 @@ def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
     from datasets import get_dataset_config_names  # takes 1.5 s to import
 
     what = f"data.config = {config!r} of {dataset} at {commit}"
-    get_names = partial(get_dataset_config_names, dataset, revision=commit)
-    names = with_retries(what, _refused(dataset, "", commit)(get_names))
+    load = _refused(dataset, "", commit)(partial(get_dataset_config_names, dataset, revision=commit))
+    names = with_retries(what, load)
     chosen = sorted(name for name in names if fnmatchcase(name, config))
     if config.startswith(NEWEST):
         count = config.removeprefix(NEWEST)

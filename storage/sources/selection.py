@@ -81,10 +81,8 @@ def select(
             f"Or {leave_out}."
         )
     if unreadable:
-        name, problem = next(iter(unreadable.items()))
-        raise ValueError(
-            f"{what}: {name!r} is {problem} ({len(unreadable):,} such files). Convert them, or {leave_out}."
-        )
+        name, kind = next(iter(unreadable.items()))
+        raise ValueError(f"{what}: {name!r} is {kind} ({len(unreadable):,} such files). Convert them, or {leave_out}.")
     splits: dict[str, list[str]] = {}
     shared = os.path.commonprefix(files).rfind("/") + 1 if len(files) > 1 else 0  # noqa: RUF071  # a key may begin with /
     for name in files:

@@ -149,11 +149,6 @@ def clock(store: Store) -> float:
         store.delete(key)
 
 
-def read_json(store: ReadableStore, key: str, remedy: str = REMEDY) -> dict[str, object] | None:
-    """The JSON object at `key`, or None if the key does not exist. Raises ObjectCorrupt for anything else."""
-    return read_as(store, key, dict[str, object], remedy=remedy)
-
-
 def read_as(
     store: ReadableStore, key: str, kind: type[T], fits: Callable[[T], object] = lambda _: True, remedy: str = REMEDY
 ) -> T | None:

@@ -11,7 +11,8 @@ from storage.datasets import lease, records, shards
 from storage.datasets.manifest import Manifest
 from storage.inspection.verify import check_fully, check_versions
 from storage.keys import DatasetKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
+from tests.making import read_json
 from tests.storage.sealing import built, jobs_of, record_key, seal, shard_key, source_file
 
 HOUR = 3600.0

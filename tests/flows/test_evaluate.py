@@ -31,9 +31,8 @@ from storage.datasets.manifest import Manifest
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import read_json
 from tests.flows.client import call_api
-from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.making import build_dataset, document, read_json, tiny_config, write_parquet
 from tests.polling import poll
 
 ROOT = Path(__file__).parent.parent.parent

@@ -19,9 +19,8 @@ from model.runs.run import find_run, pin_run, training_job
 from storage.errors import ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys, RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import read_json
 from tests.flows.client import call_api
-from tests.making import build_dataset, build_other, document, tiny_config, write_parquet
+from tests.making import build_dataset, build_other, document, read_json, tiny_config, write_parquet
 from tests.polling import poll
 
 

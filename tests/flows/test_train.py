@@ -10,7 +10,7 @@ from flows import train
 from flows.console import cli
 from flows.console.options import Settings
 from model.__main__ import run_job
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.metrics import Progress, StepMetrics
 from model.runs.job import put_job, read_job, read_result
 from model.runs.run import Run, pin_run, training_job
 from storage.errors import StoreUnavailable
@@ -31,7 +31,7 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
             ended.set()
 
     line = {"step": 2, "loss": None, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 7.0}
-    progress = {"step": 3, "max_steps": 9, "since_checkpoint": [line]}
+    progress = Progress(step=3, max_steps=9, since_checkpoint=[StepMetrics(**line)])
     answers: list[Any] = [progress, StoreUnavailable("it answers 503")]
     drawn: list[str] = []
 
@@ -40,7 +40,7 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
             raise answer
         return answer
 
-    monkeypatch.setattr(train, "read_json", read)
+    monkeypatch.setattr(train, "read_as", read)
     monkeypatch.setattr(train, "read_metrics", lambda *_: [StepMetrics(**line | {"step": 1, "loss": 5.0})])
     monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)

@@ -13,8 +13,8 @@ from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.keys import DatasetKeys
 from storage.sources import reading
 from storage.sources.files import Listing
-from storage.stores.store import Store, read_json
-from tests.making import document, write_parquet
+from storage.stores.store import Store
+from tests.making import document, read_json, write_parquet
 
 IDENTITY = tokenizer.identity()
 SPEC = DatasetSpec("small", DatasetSettings(500, IDENTITY["sha256"]), "*.parquet", "", 2, IDENTITY)

@@ -23,8 +23,8 @@ from storage.datasets.manifest import Manifest
 from storage.keys import RunKeys
 from storage.loading.windows import Windows
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
-from tests.making import document, tiny_config, write_parquet
+from storage.stores.store import Store
+from tests.making import document, read_json, tiny_config, write_parquet
 
 
 class Ended(NamedTuple):

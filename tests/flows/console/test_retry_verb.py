@@ -21,12 +21,12 @@ from storage.errors import DatasetMismatch, ShardCorrupt
 from storage.keys import DatasetKeys, RunKeys
 from storage.sources import mirror, reading
 from storage.stores.opening import open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
 from tests import making
 from tests.flows.client import shard_runs
 from tests.flows.in_process import Gpt2
 from tests.flows.jobs import counting_jobs, put_wrong_record
-from tests.making import document, tiny_config, write_parquet
+from tests.making import document, read_json, tiny_config, write_parquet
 from tests.polling import poll
 
 DATASET = "failing"

@@ -13,10 +13,9 @@ from model.checkpoints.records import checkpoints
 from model.config import RunConfig
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import read_json
 from tests.flows.client import call_api
 from tests.flows.deployments import automation, ended, run, set_state, start, states, worker
-from tests.making import build_dataset, document, tiny_config, write_parquet
+from tests.making import build_dataset, document, read_json, tiny_config, write_parquet
 from tests.polling import poll
 from tests.processes import kill, matching, with_arguments
 

@@ -15,11 +15,10 @@ import pytest
 
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
-from storage.stores.store import read_json
 from tests.browser import browser
 from tests.flows.client import call_api, gpt2
 from tests.flows.deployments import ended, run, set_state, start
-from tests.making import document, tiny_config, write_parquet
+from tests.making import document, read_json, tiny_config, write_parquet
 from tests.polling import poll
 from tests.ports import free_port
 from tests.processes import family, listening

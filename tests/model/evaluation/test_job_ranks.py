@@ -15,7 +15,8 @@ from model.runs.job import put_job, read_result
 from model.runs.run import evaluation_jobs
 from storage import keys
 from storage.keys import RunKeys
-from storage.stores.store import overwrite, read_json
+from storage.stores.store import overwrite
+from tests.making import read_json
 from tests.model.training_runs import StoredDataset, training
 
 ITEMS = [

@@ -25,8 +25,8 @@ from model.runs.run import evaluation_jobs, pin_run, training_job
 from storage import keys
 from storage.datasets.manifest import Manifest
 from storage.keys import RunKeys
-from storage.stores.store import Store, read_json
-from tests.making import document, tiny_config, write_parquet
+from storage.stores.store import Store
+from tests.making import document, read_json, tiny_config, write_parquet
 from tests.model.evaluation.small_models import ALONE, SHAPE, T, small_model, unigram_model
 
 

@@ -15,7 +15,8 @@ from model.runs.job import read_job
 from model.training.metrics import DRAWN, MetricsLog
 from model.training.trainer import Trainer
 from storage.keys import RunKeys
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
+from tests.making import read_json
 from tests.model.training_runs import SHORT, STEPS, StoredDataset
 from tests.polling import poll
 

@@ -23,8 +23,8 @@ from storage.inspection.verify import verify_dataset
 from storage.keys import DatasetKeys
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
-from storage.stores.store import Store, overwrite, read_json
-from tests.making import build_dataset, document, tiny_config, write_parquet
+from storage.stores.store import Store, overwrite
+from tests.making import build_dataset, document, read_json, tiny_config, write_parquet
 from tests.storage.source_files import write_jsonl
 
 KEYS = DatasetKeys("small")

@@ -15,7 +15,8 @@ import pytest
 from storage import keys
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.stores.opening import LAYOUT, open_store
-from storage.stores.store import Store, read_json
+from storage.stores.store import Store
+from tests.making import read_json
 
 ROOT = Path(__file__).parents[3]
 NOBODY = 65534

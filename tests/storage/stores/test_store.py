@@ -12,7 +12,8 @@ import pytest
 from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing
 from storage.stores.opening import open_store
 from storage.stores.s3_client import own_client
-from storage.stores.store import Body, Store, overwrite, read_json
+from storage.stores.store import Body, Store, overwrite
+from tests.making import read_json
 from tests.storage.store_kinds import listed
 
 BAD_KEYS = [
