@@ -75,7 +75,8 @@ def _listed(store: Store, source: str, config: str, revision: str, split: str, s
     origin = {"dataset": source, "config": config, "commit": commit, "licence": licence}
     listing = hub.list_files(source, config, commit, split)
     listing = replace(listing, origin=origin | listing.origin)
-    overwrite(store, key, canonical_json(asdict(listing)))
+    for name in {revision, commit}:  # a repair or a run asks for the commit of its version
+        overwrite(store, keys.listing(digest([source, config, name, split])), canonical_json(asdict(listing)))
     return listing, ""
 
 

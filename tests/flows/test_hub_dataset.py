@@ -146,6 +146,15 @@ def test_a_repair_reads_the_commit_of_the_version(config: RunConfig, hub: Hub, f
     assert records.is_finished(store, "small", lost)
 
 
+def test_a_repair_needs_no_hub_if_the_store_has_the_files(config: RunConfig, hub: Hub) -> None:
+    before = sealed(config)
+    store, lost = open_store(config.store_url), before.shard_ids[-1]
+    records.delete_shard(store, "small", lost)
+    hub.inject("*", *["reset"] * 1_000)  # type: ignore[arg-type]
+    verify(settings=Settings(None, tuple(settings_of(config))), repair=True, verbose=True)
+    assert records.is_finished(store, "small", lost)
+
+
 def test_failures_are_deleted_when_a_version_is_sealed(config: RunConfig) -> None:
     """Also those of jobs that are no longer planned, for example after the file was fixed."""
     store = open_store(config.store_url, create=True)
