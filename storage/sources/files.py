@@ -114,8 +114,8 @@ def is_on_hub(source: str) -> bool:
     return bool(HUB_NAME.fullmatch(source)) and not selection.suffix_of(source).format and not os.path.lexists(source)
 
 
-def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tuple[str, ...]]:
-    """The sorted places that a path, a folder (without sub-folders) or a glob names; ignored names with the reasons."""
+def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tuple[str, ...], str]:
+    """The sorted places that a path, a folder or a glob names, why other names are ignored, and the root of all."""
     in_bucket = is_in_bucket(source)
     if "://" in source and not in_bucket:  # not quoted: a URL may contain a secret
         raise ValueError(f"{setting}: only URLs like s3://bucket/… are read. Give a path, or a Hub dataset owner/name.")
@@ -139,7 +139,7 @@ def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tu
             f"{selection.READABLE}, as a path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a "
             f"Hub dataset as owner/name."
         )
-    return places, listed(ignored)
+    return places, listed(ignored), root
 
 
 # A folder with a final "/", the parts of a pattern, names in the folder. [!…] replaces a shell's [^…] for fnmatch.

@@ -43,7 +43,7 @@ def list_source(
     conditions = [parse(text) for text in filters]
     files, ignored = list[SourceFile](), dict[str, str]()
     for listed_file in listing.files:
-        file = replace(listed_file, columns=hive_columns(listed_file.place))
+        file = replace(listed_file, columns=hive_columns(listed_file.place)) if listing.origin else listed_file
         of_folders = [condition for condition in conditions if condition.column in file.columns]
         if keeps_row(of_folders, file.columns, file.place, 0):
             files.append(file)
@@ -55,9 +55,12 @@ def list_source(
 
 def _listed(store: Store, source: str, config: str, revision: str, split: str, setting: str) -> tuple[Listing, str]:
     if not is_on_hub(source):
-        places, ignored = find_files(source, setting)
+        places, ignored, root = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            files = list(pool.map(identify, places))
+            files = [
+                replace(file, columns=hive_columns(place.removeprefix(root)))
+                for file, place in zip(pool.map(identify, places), places, strict=True)
+            ]
         return Listing(distinct_names(files), {}, ignored), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = read_as(store, key, Listing, lambda known: "commit" in known.origin and [file.key for file in known.files])

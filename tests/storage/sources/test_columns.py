@@ -19,6 +19,7 @@ from storage.inspection.verify import check_documents
 from storage.sources.files import SourceFile, hive_columns
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
+from storage.stores.store import Store
 from tests.corpora import encoded, write_files
 from tests.making import build_dataset, document, tiny_config
 from tests.storage.source_files import rows, texts_of, write_lines
@@ -149,6 +150,19 @@ def test_folders_that_a_filter_leaves_out_take_nothing_from_the_others(tmp_path:
     store = open_store(config.store_url)
     found = {document.source for _, document in trace.windows(store, trace.trace_target(store, config), "train", 0, 4)}
     assert found <= files.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "columns"), [("**/*.jsonl", {"lang": "en"}), ("lang=*/*.jsonl", {"lang": "en"}), ("lang=en", {})]
+)
+def test_folders_above_the_source_are_not_columns(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, source: str, columns: dict[str, str]
+) -> None:
+    write_files(tmp_path / "disk=1/lang=en", {"a.jsonl": b'{"text": "a"}'})
+    monkeypatch.chdir(tmp_path / "disk=1")
+    for path in (source, f"{tmp_path}/disk=1/{source}"):
+        (file,) = list_source(store, path, "", "", "")[0].files
+        assert file.columns == columns
 
 
 def test_the_values_of_folders_are_unquoted_and_null_is_none() -> None:

@@ -27,7 +27,7 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def chosen(folder: Path, pattern: str = "") -> list[str]:
-    places, _ = files.find_files(f"{folder}/{pattern}")
+    places, _, _ = files.find_files(f"{folder}/{pattern}")
     return [str(Path(place).relative_to(folder)) for place in places]
 
 
@@ -84,6 +84,7 @@ def test_a_file_of_another_format_is_an_error_unless_a_pattern_excludes_it(
     assert files.find_files(written_source(error)) == (
         [f"{tmp_path}/a.parquet"],
         (f"{name}: not matched by the pattern",),
+        f"{tmp_path}/",
     )
     if "text" not in problem:
         with pytest.raises(ValueError, match=rf"{name}.*\.parquet"):
@@ -114,7 +115,7 @@ def test_a_listing_names_what_is_ignored(tmp_path: Path) -> None:
 
 def test_many_ignored_files_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.parquet", *(f"_{number}" for number in range(1_000)))
-    _, lines = files.find_files(str(tmp_path))
+    _, lines, _ = files.find_files(str(tmp_path))
     assert len(lines) < 50
     assert sum("hidden" in line for line in lines) + int(re.sub(r"\D", "", lines[-1])) == 1_000
 
@@ -197,7 +198,7 @@ def test_several_splits_are_an_error_that_says_what_to_write(tmp_path: Path, nam
     source = f"{glob.escape(str(folder))}/**/*" if "/" in names[0] else str(folder)
     with pytest.raises(ValueError, match="splits") as error:
         files.find_files(source)
-    places, _ = files.find_files(written_source(error))
+    places, _, _ = files.find_files(written_source(error))
     assert [str(Path(place).relative_to(folder)) for place in places] == [name for name in names if "rain" in name]
 
 

@@ -51,7 +51,7 @@ def test_files_of_a_bucket_are_found(bucket: str, pattern: str, names: list[str]
 
 
 def test_what_a_bucket_does_not_contribute_is_listed_or_an_error(bucket: str) -> None:
-    places, ignored = files.find_files(f"{bucket}/*.jsonl")
+    places, ignored, _ = files.find_files(f"{bucket}/*.jsonl")
     assert (len(places), len(ignored)) == (1, 2)
     assert ignored[0].startswith("_SUCCESS: ")
     with pytest.raises(ValueError, match=r"'year=2024/part 1\.parquet' is in a sub-folder.*/\*\*/\*"):
