@@ -89,13 +89,11 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
             raise corrupt(dataset, record.shard_id, f"{wrong} Other package versions can cause this.") from error
 
 
-def finished_shards(
-    store: Store, dataset: str, shard_ids: list[str], known: dict[str, ShardRow]
-) -> dict[str, ShardRow]:
-    """The shards with a record and of the recorded size. Costs a listing, and a read for each shard not `known`."""
+def finished_shards(store: Store, dataset: str, wanted: list[str], known: dict[str, ShardRow]) -> dict[str, ShardRow]:
+    """The wanted shards with a record and of the recorded size. Costs a listing, and a read for each not `known`."""
     dataset_keys = DatasetKeys(dataset)
     sizes = {listed.key: listed.size for listed in store.list(dataset_keys.shards)}
-    recorded = [shard_id for shard_id in shard_ids if dataset_keys.record(shard_id) in sizes]
+    recorded = [shard_id for shard_id in wanted if dataset_keys.record(shard_id) in sizes]
     rows: dict[str, ShardRow | None] = {shard_id: known.get(shard_id) for shard_id in recorded}
     unread = iter([shard_id for shard_id in recorded if rows[shard_id] is None])
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:

@@ -84,9 +84,9 @@ class Listing:
     ignored: tuple[str, ...] = ()
 
 
-def hive_columns(place: str) -> dict[str, str]:
-    """The columns that Hive partition folders give to the files below them: `lang=en/` gives lang the value "en"."""
-    pairs = (part.partition("=") for part in PurePosixPath(place).parent.parts)
+def hive_columns(place: str, root: str = "") -> dict[str, str]:
+    """The columns that a file has from Hive partition folders below `root`: `lang=en/` gives lang the value "en"."""
+    pairs = (part.partition("=") for part in PurePosixPath(place.removeprefix(root)).parent.parts)
     return {unquote(name): unquote(value) for name, _, value in pairs if value not in ("", HIVE_NULL)}
 
 

@@ -57,10 +57,7 @@ def _listed(store: Store, source: str, config: str, revision: str, split: str, s
     if not is_on_hub(source):
         places, ignored, root = find_files(source, setting)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            files = [
-                replace(file, columns=hive_columns(place.removeprefix(root)))
-                for file, place in zip(pool.map(identify, places), places, strict=True)
-            ]
+            files = list(pool.map(lambda place: replace(identify(place), columns=hive_columns(place, root)), places))
         return Listing(distinct_names(files), {}, ignored), ""
     key = keys.listing(digest([source, config, revision, split]))
     known = read_as(store, key, Listing, lambda known: "commit" in known.origin and [file.key for file in known.files])
