@@ -11,6 +11,7 @@ from flows.console import cli
 from flows.console.options import Settings
 from model.__main__ import run_job
 from model.checkpoints.metrics import Progress, StepMetrics
+from model.checkpoints.records import checkpoints
 from model.runs.job import put_job, read_job, read_result
 from model.runs.run import Run, pin_run, training_job
 from storage.errors import StoreUnavailable
@@ -72,16 +73,15 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     assert "-" not in rows[0].values()
 
 
-def test_a_training_whose_last_checkpoint_is_lost_is_not_done(tmp_path: Path, source: str) -> None:
+@pytest.mark.usefixtures("api")
+def test_a_training_whose_last_checkpoint_is_lost_runs_again(tmp_path: Path, source: str) -> None:
     config = tiny_config(str(tmp_path / "store"), source, "train.max_steps=4")
     store, version = open_store(config.store_url, create=True), build_dataset(config)
     job = training_job(pin_run(store, config, version.digest, None))
     assert run_job(store.url, put_job(store, job)) == 0
-    assert train._is_done(store, job)
     store.delete(RunKeys("tiny").checkpoint_record(4))  # as the error of a damaged file says
-    assert not train._is_done(store, job)
-    assert run_job(store.url, put_job(store, job)) == 0
-    assert train._is_done(store, job)
+    assert train.train(config).step == 4
+    assert [record.step for record in checkpoints(store, "tiny")] == [4]
 
 
 def test_a_training_job_can_be_stored_without_running_it(
