@@ -23,7 +23,7 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run what the deployments need, by name, while the block lasts; then cancel the runs. Raises as `serving`."""
+    """Run the server and the workers, yielded by name; after the block, cancel active runs. Raises as `serving`."""
     with server.serving(port) as server_process:
         assert server_process is not None
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported

@@ -68,9 +68,9 @@ def export_run(store: Store, run: str, folder: Path) -> CheckpointRecord:
 
 
 def import_folder(store: Store, run: str, folder: Path, *, again: bool = False) -> CheckpointRecord:
-    """Store the folder's model as step 0 of a run, which may exist if it holds that model and `again`.
+    """Store the folder's model as step 0 of a new run. With `again`, the run may exist if it holds the same model.
 
-    Raises ValueError for any other run that exists, and for a model that is not a GPT-2.
+    Raises ValueError for any other existing run, and for a model that is not GPT-2.
     """
     model = read_model_config(folder)
     saved = records.checkpoints(store, run)

@@ -22,14 +22,14 @@ LONGEST_PERIOD = 100_000  # windows; its schedule takes 0.1 s for 2 datasets, 1.
 
 @dataclass(frozen=True)
 class Share:
-    """A dataset's version in a mix, and how many windows of a period are from it."""
+    """A version of a dataset in a mix, and the number of its windows in each period."""
 
     manifest: Digest
     weight: Annotated[int, Field(gt=0, le=LONGEST_PERIOD)]
 
 
 def parse_mix(lines: Sequence[str]) -> dict[str, int]:
-    """The weights of `train.mix` as the smallest whole numbers in their ratio, sorted by dataset. Raises ValueError."""
+    """The weights of `train.mix`, reduced to the smallest whole numbers and sorted by dataset. Raises ValueError."""
     weights: dict[str, Fraction] = {}
     for line in lines:
         match = LINE.fullmatch(line)

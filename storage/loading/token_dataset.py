@@ -10,8 +10,9 @@ from storage.stores.opening import open_store
 class TokenDataset:
     """`epochs` passes over the windows of a split, in this project's training order.
 
-    Item i is the inputs and the targets of window i, int64 arrays. A copy in a worker process opens the same version
-    of the store anew. Raises ObjectMissing for an unknown store, dataset or version.
+    Item i is window i: `sequence_tokens` inputs, and for each input the token after it, two int64 arrays. `split` is
+    train or val, `version` is latest or the first characters of a manifest digest. A worker process opens the same
+    version again. Raises ObjectMissing for an unknown store, dataset or version, ValueError if no shard has a window.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The windows of a dataset's split or of a mix, read through this host's shard cache. Tokenises nothing."""
+"""The windows of a dataset's split or of a mix, read through this host's shard cache."""
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Windows:
         return tokens
 
     def read_into(self, tokens: np.ndarray, places: np.ndarray, first: int) -> None:
-        """Read the windows of the stream from `first` on into these rows of `tokens`."""
+        """Read the windows of the stream from `first` on into the rows `places` of `tokens`."""
         upcoming = self.order.upcoming_shards(first)
         if upcoming != self._prefetched and self.cache.prefetch([self.rows[shard] for shard in upcoming]):
             self._prefetched = upcoming

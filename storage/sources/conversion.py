@@ -1,4 +1,4 @@
-"""Files that cannot be read by rows, converted to parquet in the store once. Small ones are packed into larger parts.
+"""Converts files that cannot be read by rows to parquet in the store, once. Packs small files into larger parts.
 
 The record is written last. It is named by what decides the rows, and it names the parquet file by its sha256.
 """
@@ -94,7 +94,7 @@ def place_of(store: Store, key: str) -> str:
 
 
 def put_named_by_content(store: Store, key: str, body: Body) -> None:
-    """Put an object whose key names its content, so that one of another size is damaged and replaced."""
+    """Put an object whose key names its content. A stored object of another size is damaged, and is replaced."""
     with suppress(ObjectMissing):
         if store.stat(key).size != len(body):
             store.delete(key)

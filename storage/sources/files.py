@@ -25,7 +25,7 @@ class SourceFile:
 
     A place is a path on this host, `s3://bucket/key`, or `hf://datasets/{id}@{commit}/{path}`. The digest is of the
     content: a sha256, or git's id for a small file of the Hub. `columns` holds the values of Hive partition folders
-    (`lang=en/`). `members` holds the small files that are read as this one.
+    (`lang=en/`). `members` holds the small files that this part packs.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SourceFile:
 
     @property
     def read_as(self) -> str:
-        """The format that decides its rows; empty for a file read by rows, as in recipes before there were others."""
+        """The format that decides its rows; empty for a file read by rows, so that older recipes keep their digest."""
         return "" if self.is_read_by_rows else self.suffix.format
 
     @property

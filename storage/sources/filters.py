@@ -1,7 +1,7 @@
 """Filters: conditions on columns that decide which rows of a source file count: `int_score >= 4`, `dump in ["x"]`.
 
-A column may be inside another (`meta.score`), and a name with other characters is quoted (`"my score" >= 3`). Text is
-compared with a number by the number that it holds, a date or time with text in ISO format: `day >= "2024-03-01"`.
+A column may be inside another (`meta.score`), and a name with other characters is quoted (`"my score" >= 3`). Text that
+is compared with a number is converted to one. Dates and times are compared with ISO text: `day >= "2024-03-01"`.
 `length` is the document's number of characters, which a plan ignores, since planning a parquet file reads no text.
 """
 
@@ -94,7 +94,7 @@ def _compare(value: object, condition: Filter) -> bool:
             return False
         value = int(value) if value.isdecimal() else float(value)  # not all integers are floats
     elif not isinstance(value, str) and any(isinstance(item, str) for item in operands):
-        raise TypeError("a number is no text: == would be false, != true, for every row")
+        raise TypeError("a number never equals text: == would drop every row, != would keep it")
     elif isinstance(value, Decimal):
         value = float(value)  # as the operand is: 1.1 == 1.1
     return COMPARISONS[condition.comparison](value, operand)

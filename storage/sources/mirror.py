@@ -1,6 +1,6 @@
 """Source files as a build reads them: listed, and copied or converted into the store where that is needed.
 
-A Hub file is downloaded once and stored under its published digest, which it must match, or as parquet (`conversion`).
+A Hub file is downloaded once, must match its published digest, and is stored as it is or as parquet (`conversion`).
 A download goes to a folder on this host first. After a kill it stays there, and the next download resumes it.
 """
 
@@ -35,7 +35,7 @@ def list_source(
     """The current files of a source, each with its digest, and why the listing may be outdated (usually empty).
 
     Leaves out files whose Hive partition folders do not pass the filters, and packs small files into larger parts.
-    The store keeps the listing of a Hub dataset, to ask the Hub only for the commit, and for when it does not respond.
+    The store keeps the listing of a Hub dataset: for an unchanged commit, and for when the Hub does not respond.
     Raises ValueError, which names the setting, if the source does not exist. Raises SourceInvalid for an unreadable
     file, SourceUnavailable if the Hub does not respond and no listing is stored.
     """

@@ -12,7 +12,7 @@ from storage.sources.filters import columns_like
 COUNT_COLUMN = "token_count"  # the column with the gpt2 tokens of each document, where a dataset has one
 DOCUMENT_BYTES = 1 << 28  # 256 MiB: a file without line feeds must not fill the memory
 LINE = "json"  # the only column of a file of JSON that was converted to parquet
-PACKED_FILE, PACKED_ROW = "packed_file", "packed_row"  # the name of a small file and the row in it, of many in one
+PACKED_FILE, PACKED_ROW = "packed_file", "packed_row"  # in a packed part: the small file, and the row in it
 DUMP, ID, URL = "dump", "id", "url"  # columns with a document's crawl, its name, and where it was published
 TEXT_COLUMNS = ("text", "content", "raw_content", "body", "article", "document")  # names that corpora use
 BYTES_PER_TOKEN = 4  # English web text has about 4.4; with 4, estimated shards stay just below their limit
@@ -35,8 +35,8 @@ class RowTokens(NamedTuple):
 class Row(NamedTuple):
     """A row that passed the filters: its number in the file, its text, and the columns that name the document.
 
-    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised. A row of
-    many small files in one has the name of its file, and its number there.
+    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised. A row
+    of a packed part also has the name of its small file, and its number there.
     """
 
     number: int

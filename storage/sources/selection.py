@@ -38,7 +38,7 @@ class Suffix(NamedTuple):
 
 
 def suffix_of(name: str) -> Suffix:
-    """How a file is written, by its name."""
+    """The format and the compression of a file, by its name."""
     lower = name.lower()
     compression = next((ending for ending in COMPRESSIONS if ending and lower.endswith(ending)), "")
     format = next((ending for ending in FORMATS if lower.endswith(ending + compression)), "")
@@ -97,7 +97,7 @@ def select(
 
 
 def _unreadable(names: list[str]) -> dict[str, str]:
-    """What the names are that cannot be read together with the others. Text is read only on its own."""
+    """The names that cannot be read, each with the reason. Text cannot be read beside files of rows."""
     kinds = {name: suffix_of(name).format for name in names}
     problems = {name: f"not {READABLE}" for name, kind in kinds.items() if not kind}
     if any(kind and kind not in TEXT for kind in kinds.values()):
