@@ -99,10 +99,10 @@ def _check_planned(data: DataConfig, plans: list[FilePlan]) -> None:
     shards = sum(len(plan.row_ends) for plan in plans)
     if shards <= data.val_shards:
         rows = sum(plan.row_ends[-1] for plan in plans if plan.row_ends)
-        given = f"{data.source!r} with data.filters = {list(data.filters)}, data.max_tokens = {data.max_tokens:,}"
-        problem = f"{given} gives {shards} shards ({rows:,} rows) of up to {data.shard_tokens:,} tokens: none for train"
-        remedy = "Reduce data.val_shards or data.shard_tokens, raise data.max_tokens, relax data.filters, or add files."
-        raise ValueError(f"data.val_shards = {data.val_shards}: {problem}. {remedy}")
+        tokens = max(sum(plan.tokens for plan in plans), 10)
+        given = f"{data.source!r} gives {shards} shards ({rows:,} rows) of up to {data.shard_tokens:,} tokens"
+        remedy = f"Try data.val_shards=1 and data.shard_tokens={tokens // 10}, fewer filters, or more text."
+        raise ValueError(f"data.val_shards = {data.val_shards}: {given}: none for train. {remedy}")
 
 
 def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[FilePlan], list[str]]:

@@ -55,9 +55,9 @@ class DataConfig(Section):
         description="Hugging Face dataset (owner/name), or path or s3:// URL of a file, folder or quoted glob: "
         "parquet, arrow, jsonl, json, csv, tsv, txt or md; also .gz, .zst, .bz2, .xz.",
     )
-    config: Text = Field("sample-10BT", description="Hub configuration, a glob, or newest:N for its last N crawls.")
+    config: Text = Field("sample-10BT", description="Hub configuration (empty = default), glob, or newest:N crawls.")
     revision: Text = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
-    text_column: Text = Field("text", description="Column that holds the text of a document (doc.text: in a column).")
+    text_column: Text = Field("text", description="Column with the text (doc.text: field text of column doc).")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
     val_shards: Positive = Field(10, description="Shards in the validation split.")
     filters: Lines = Field(
@@ -129,14 +129,14 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: Seed = Field(1337, description="Random seed of initial weights, data order, dropout and evaluation.")
-    mix: Lines = Field((), exclude_if=not_, description="Mix by weight: 'web:0.8', 'code:0.2' (empty = data.dataset).")
+    mix: Lines = Field((), exclude_if=not_, description="Datasets by weight: web:0.8, code:0.2 (empty = data.dataset).")
     start_from: Name = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
     start_with: Literal["weights", "everything"] = Field("weights", description="everything = also step and optimizer.")
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
     keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
     validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
-    validation_tokens: Positive = Field(10_485_760, description="Maximum tokens of a dataset per validation.")
+    validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation, of each dataset.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:

@@ -14,7 +14,7 @@ from storage.stores.opening import CREDENTIALS
 
 EXPLANATIONS = {  # by pydantic's type of the error, or by the pattern that does not match
     "string_type": 'expected text. In TOML, put it into quotes: "…".',
-    "tuple_type": 'expected a list. Write it in TOML: --set \'evaluation.prompts=["One", "Two"]\'.',
+    "tuple_type": 'expected a list. Write it in TOML, such as --set \'train.mix=["web:0.8", "code:0.2"]\'.',
     "model_type": "this is a section. Set its fields: [train] in a file, --set train.max_steps=….",
     NAME: "a name starts with a letter or a digit. Use only letters, digits, '.', '_' and '-'.",
     TEXT: "a URL must not contain a user or password. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",

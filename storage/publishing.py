@@ -1,4 +1,4 @@
-"""A dataset as a repository of the Hub: published in commits, the manifest last, and pulled as one store is copied.
+"""Publishes a dataset as a repository of the Hub, in commits, the manifest last; pulls it as a copy of a store.
 
 The files of the repository are the dataset's objects, at their keys without the dataset's prefix.
 """
@@ -56,7 +56,7 @@ class Repository(ReadableStore):
         return None
 
     def addition(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
-        """A file to commit. Xet, which would not send it through HF_ENDPOINT, does not take buffers."""
+        """A file to commit, as a buffer: Xet accepts no buffers, and would send it past HF_ENDPOINT."""
         return CommitOperationAdd(key.removeprefix(self.keys.prefix), io.BytesIO(body))
 
     def upload(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
@@ -137,7 +137,7 @@ def _missing_shards(repository: Repository, rows: Iterable[ShardRow], *, is_new:
         if not {shard, record} <= files.keys() or files[shard].digest != row.sha256:
             missing.append(row)
     if is_new and (others := sorted(files[key].name for key in files.keys() - own)):
-        raise DatasetMismatch(f"{repository.url} holds other files, as {others[0]!r}. Choose another repository.")
+        raise DatasetMismatch(f"{repository.url} holds other files, such as {others[0]!r}. Choose another repository.")
     return missing
 
 

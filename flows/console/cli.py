@@ -75,7 +75,6 @@ def pretrain(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None
     """Run the whole pipeline: download, tokenise, train, evaluate, report.
 
     Run the same command again after a failure or Ctrl-C: it continues where it stopped.
-    The project's own configurations are in deploy/configs/; model/config.py lists every setting.
 
     Example: gpt2 pretrain --config mine.toml --set train.max_steps=200
     Next: gpt2 report, gpt2 generate --prompt "..."

@@ -44,7 +44,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-dataset_app = App("dataset", help="Build, inspect, check and copy a dataset.")
+dataset_app = App("dataset", help="Build, inspect, copy and publish a dataset.")
 app.command(dataset_app)
 MODELS = Group.create_ordered("Models")
 INSPECT = Group.create_ordered("Inspect and clean up")
@@ -60,12 +60,12 @@ class _Terminal(Console):
 
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
-FILE = "A TOML file with the settings that differ from the defaults."
+FILE = "A TOML file with settings, such as deploy/configs/demo.toml. model/config.py lists all settings."
 SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
-Version = Annotated[str, Parameter(help="A version: the first characters of its manifest's digest.")]
+Version = Annotated[str, Parameter(help="First characters of a manifest digest (see gpt2 dataset log), or latest.")]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
 
 

@@ -55,7 +55,7 @@ def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_
     Example: gpt2 dataset diff 1a2b3c4d latest
 
     Args:
-        old: A version: the first characters of its digest, which gpt2 dataset log lists.
+        old: First characters of a manifest digest (see gpt2 dataset log).
         new: Another version, or latest.
     """
     config, store = settings.load_with_store()

@@ -41,7 +41,7 @@ def source_of(store: Store, record: Record, files: Mapping[str, SourceFile]) -> 
     before = SourceFile(record.source, 0, record.recipe.source, place="")  # its small files may be packed anew since
     file = locate(store, files.get(record.recipe.source, before))
     if not file.place:
-        raise SourceInvalid(f"{record.source} is not among the files of data.source")
+        raise SourceInvalid(f"{record.source} is not among the files of data.source; set the source of the build")
     return file
 
 

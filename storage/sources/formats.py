@@ -1,7 +1,7 @@
 """Rewrites source files of any format as one parquet file: streamed, in bounded memory, by the readers of pyarrow.
 
-JSON stays as it is written, one line or one element of an array a row, so that no value changes its type and a bad line
-keeps its row. A text file is one row. CSV, TSV and Arrow keep their columns; the values of CSV stay text.
+JSON stays as written, one row for each line or array element, so that no value changes its type and a bad line keeps
+its row. A text file is one row. CSV, TSV and Arrow keep their columns; the values of CSV stay text.
 """
 
 import bz2
@@ -48,7 +48,7 @@ Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
 def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO) -> None:
     """Write the rows of the files in order. `opened` opens a file to read its bytes.
 
-    Several files are all JSON or all text; two more columns then hold the name of the file and the row in it.
+    Several files must be all JSON or all text; two more columns then hold the name of the file and the row in it.
     Raises SourceInvalid for a damaged or cut file, and for a document of more than DOCUMENT_BYTES.
     """
     if files[0].suffix.format == ".parquet":
@@ -62,10 +62,9 @@ def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO)
     options = {"compression": "zstd", "compression_level": 1, "use_dictionary": repeated}
     with pq.ParquetWriter(output, first.schema, **options) as writer:
         for group in chain([first], groups):
-            rows += len(group)
-            if rows > most_rows:  # a bomb of empty rows
-                remedy = "Remove the file from data.source."
-                raise SourceInvalid(f"{files[0].place}: more than {most_rows:,} rows. {remedy}")
+            if (rows := rows + len(group)) > most_rows:
+                problem = f"more than {most_rows:,} rows, too many for its size: it may be a decompression bomb"
+                raise SourceInvalid(f"{files[0].place}: {problem}. Remove the file from data.source.")
             writer.write_table(group, max(len(group) * GROUP_BYTES // max(group.nbytes, 1), 1))
 
 

@@ -63,7 +63,7 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
 def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
     """The files of a split at a commit, in `load_dataset` order; others beside them are ignored. Raises ValueError.
 
-    `config` may stand for several configurations: a glob, or `newest:N` for the last N that are named by a date.
+    `config` may choose several configurations: a glob, or `newest:N` for the N with the latest date in their name.
     """
     is_pattern = WILDCARD.search(config) or config.startswith(NEWEST)
     names = _choose_configs(dataset, config, commit) if is_pattern else [config]
@@ -84,7 +84,7 @@ def _choose_configs(dataset: str, config: str, commit: str) -> list[str]:
     if config.startswith(NEWEST):
         count = config.removeprefix(NEWEST)
         if not count.isdecimal() or int(count) == 0:
-            raise ValueError(f"{what}: write the number of configurations: newest:3")
+            raise ValueError(f"{what}: write a number above 0 after newest:, such as newest:3.")
         dated = sorted((date[0], name) for name in names if (date := DATE.search(name)))
         chosen = [name for _, name in dated[-int(count) :]]
     if not chosen:
@@ -256,7 +256,7 @@ def _refused(dataset: str, config: str, commit: str) -> Iterator[None]:
         name = f"data.config = {config!r} of {dataset}" if config else dataset
         raise ValueError(
             f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), "
-            f"or choose another data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
+            f"or choose another data.config (empty = default), or the Hub's copy: data.revision=refs/convert/parquet"
         ) from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from storage.errors import SourceInvalid
 from storage.sources import parquet, rows
 from storage.sources.files import SourceFile
-from storage.sources.filters import Filter, check_columns, keeps_row, nested_names, value_at
+from storage.sources.filters import Filter, check_columns, columns_like, keeps_row, nested_names, value_at
 from storage.sources.reading import open_bytes
 
 BUFFER_BYTES = 1 << 20  # over a network each refill is a request
@@ -39,9 +39,10 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         kept.append(is_unreadable or keeps_row(filters, item, file.shown_place, number))
         names.update(item.keys() - {text_column} if is_unreadable else item)
     if names:
+        all_names = [*sorted(names), *nested_names(item)]
         if text_column not in names:
-            raise SourceInvalid(rows.no_column(file, text_column, [*sorted(names), *nested_names(item)]))
-        check_columns(filters, sorted(names), file.shown_place)
+            raise SourceInvalid(rows.no_column(file, text_column, all_names))
+        check_columns(filters, all_names, file.shown_place)
     counted = len(counts) == len(starts)
     tokens = np.array(counts, np.int64) + rows.EOT_TOKENS if counted else rows.estimated_tokens(np.array(text_bytes))
     tokens = tokens * np.array(kept, bool)
@@ -100,8 +101,7 @@ def _lines(file: SourceFile, start_byte: int) -> Iterator[tuple[int, bytes, dict
                     yield start_byte, line, {}
                 start_byte += len(line)
     except OSError as error:
-        remedy = "Check the path and its permissions."
-        raise SourceInvalid(f"{file.place}: cannot be read: {error.strerror}. {remedy}") from error
+        raise SourceInvalid(f"{file.place}: cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def _parsed(line: str | bytes, text_column: str) -> dict[str, object]:
@@ -116,6 +116,6 @@ def _parsed(line: str | bytes, text_column: str) -> dict[str, object]:
         if isinstance(item, dict):
             with suppress(KeyError):
                 return item | {text_column: value_at(item, text_column)}
-            columns, shown = item, ", ".join(item) or "no columns"
-    reason = f"should be a JSON object with column {text_column!r} (data.text_column), found {shown}"
+            columns, shown = item, columns_like(text_column, list(item), rows.TEXT_COLUMNS)
+    reason = f"should be a JSON object with column {text_column!r} (or set data.text_column), found {shown}"
     return columns | {text_column: ValueError(reason)}

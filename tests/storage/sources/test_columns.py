@@ -103,10 +103,13 @@ def test_a_missing_column_names_what_is_there_and_what_may_be_meant(
     assert meant in str(error.value)
 
 
-def test_another_name_for_the_text_is_suggested(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", '{"id": 1, "content": "one"}')
+@pytest.mark.parametrize("strict", [False, True])
+def test_another_name_for_the_text_or_a_field_is_suggested(tmp_path: Path, strict: bool) -> None:
+    path = write_lines(tmp_path / "a.jsonl", '{"id": 1, "content": "one", "meta": {"score": 1}}')
     with pytest.raises(SourceInvalid, match="perhaps 'content'"):
-        rows(path, strict=False)
+        rows(path, strict=strict)
+    with pytest.raises(SourceInvalid, match=r"perhaps 'meta\.score'"):
+        rows(path, "content", "meta.scor >= 1", strict=strict)
 
 
 # Hive partitions
