@@ -26,7 +26,7 @@ POOLS = {"data": None, "train": 1}  # concurrent runs: one training run uses all
 def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
     """Register everything on the server at PREFECT_API_URL. Yields one line per object.
 
-    `config` fills the deployments' forms. Without a source of its own, the refresh follows the newest crawls of
+    `config` fills the deployments' forms. If its `data` is the default, the refresh follows the newest crawls of
     FineWeb-Edu. Failed runs are reported through `block`, such as "slack-webhook/team".
     Unless `scheduled`, new schedules start paused. Raises ValueError for an unknown block or if `prefect deploy` fails.
     """
