@@ -126,7 +126,7 @@ def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:
 
 
 def _unrecorded(store: Store, before: float) -> Iterator[Stat]:
-    """The converted source files that no record names, left by a conversion that was killed or repeated."""
+    """The converted source files that no record names, left by a conversion that was repeated."""
     converted = _old(store, CONVERTED, before)
     records = (listed.key for listed in store.list(CONVERTED) if listed.key.endswith(".json"))
     live = {conversion.key for key in records if (conversion := read_as(store, key, Conversion))}

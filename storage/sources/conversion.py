@@ -1,6 +1,7 @@
 """Converts files that cannot be read by rows to parquet in the store, once. Packs small files into larger parts.
 
-The record is written last. It is named by what decides the rows, and it names the parquet file by its sha256.
+A record, named by what decides the rows, names the parquet file by its sha256. It is written before the file, so that
+gpt2 gc never deletes a file that a conversion reuses. A record without its file does not count.
 """
 
 import tempfile
@@ -75,7 +76,7 @@ def locate_converted(store: Store, file: SourceFile) -> SourceFile:
 
 
 def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> None:
-    """Write the file's rows as parquet, then the record. The output grows in `folder`, on this host.
+    """Write the record and the file's rows as parquet. The output grows in `folder`, on this host.
 
     `opened` opens the file, or each of its members. Raises as `write_parquet`, and OSError for a full disk.
     """
@@ -83,8 +84,8 @@ def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> Non
         write_parquet(file.members or (file,), opened, output)
         body = FileBody(output)
         conversion = Conversion(body.sha256, len(body))
+        overwrite(store, _record_key(file), canonical_json(asdict(conversion)))
         put_named_by_content(store, conversion.key, body)
-    overwrite(store, _record_key(file), canonical_json(asdict(conversion)))
 
 
 def place_of(store: Store, key: str) -> str:

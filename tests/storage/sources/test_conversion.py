@@ -1,6 +1,7 @@
 """Converted files: made once, named by content, packed so that one more file changes little, and traced to the row."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,17 +117,34 @@ def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path: Path, monkeypa
     write_files(tmp_path / "source", encoded(TEXTS, "json array", ".xz", files=1))
     config = configured(tmp_path)
     with monkeypatch.context() as killed:
-        killed.setattr(conversion, "overwrite", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(conversion, "put_named_by_content", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_dataset(config)
     store = open_store(config.store_url)
-    (orphan,) = converted_keys(store)
+    (record,) = converted_keys(store)
     assert list(mirror.FOLDER.iterdir()) == []
-    assert [item.name for item in collect(store, -60, remove=False)] == [orphan]
-    assert list(collect(store, 3600)) == []
     build_dataset(config)
-    assert orphan in converted_keys(store)
+    assert len(converted_keys(store)) == 2
     assert [item.name for item in collect(store, -60, remove=False) if item.kind == "source"] == []
+    store.delete(record)
+    assert [item.kind for item in collect(store, -60, remove=False)].count("source") == 1
+    assert list(collect(store, 3600)) == []
+
+
+def test_garbage_collection_keeps_what_a_conversion_reuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "source", encoded(TEXTS, "csv", files=1))
+    config, put = configured(tmp_path), conversion.put_named_by_content
+    manifest, store = build_dataset(config), open_store(config.store_url)
+    record, parquet = sorted(converted_keys(store), key=lambda key: key.endswith(".parquet"))
+    store.delete(record)
+    os.utime(tmp_path / "store" / parquet, (0, 0))
+
+    def put_and_collect(*arguments: Any) -> None:
+        put(*arguments)
+        assert list(collect(store, 3600)) == []
+
+    monkeypatch.setattr(conversion, "put_named_by_content", put_and_collect)
+    assert build_dataset(configured(tmp_path, "data.dataset=other")).columns == manifest.columns
 
 
 def test_a_file_that_changes_while_it_is_converted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
