@@ -134,4 +134,5 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have the descriptor, too: closing is not enough
         os.close(descriptor)

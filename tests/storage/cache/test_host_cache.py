@@ -3,10 +3,13 @@
 import errno
 import fcntl
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -150,6 +153,28 @@ def test_a_killed_fetch_blocks_no_process_and_leaves_no_wrong_file(
     assert [next_line(other) for other in others] == [sha256(body)] * 3
     assert fetches(tmp_path) == 2
     assert [path.name for path in files(folder)] == [sha256(body)]
+
+
+def test_a_process_that_was_forked_during_a_fetch_waits_for_its_end(folder: Path) -> None:
+    """As a worker of torch's DataLoader is, while a thread prefetches shards."""
+    cache, fetching, forked = HostCache(folder, MUCH), threading.Event(), threading.Event()
+
+    def fetch() -> bytes:
+        fetching.set()
+        forked.wait()
+        return b"a"
+
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(cache.open, sha256(b"a"), fetch)
+        fetching.wait()
+        child = multiprocessing.get_context("fork").Process(target=cache.open, args=(sha256(b"a"), list))
+        child.start()
+        forked.set()
+        fetched.result().close()
+    child.join(10)
+    child.kill()
+    child.join()
+    assert child.exitcode == 0
 
 
 def test_the_partial_file_of_a_dead_process_is_overwritten(folder: Path) -> None:
