@@ -41,7 +41,7 @@ def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
     A file's own digest decides whether a part ends after it, so one more file changes at most two parts.
     """
 
-    def kind(file: SourceFile) -> tuple[tuple[str, ...], dict[str, str]]:
+    def kind(file: SourceFile) -> tuple[tuple[str, ...], dict[str, str | None]]:
         is_packed = file.size_bytes < SMALL_BYTES and not file.is_read_by_rows
         formats = next((formats for formats in (JSON, TEXT) if file.suffix.format in formats), ())
         return formats if is_packed else (), file.columns

@@ -32,7 +32,7 @@ class SourceFile:
     size_bytes: int
     digest: str
     place: str
-    columns: dict[str, str] = field(default_factory=dict, compare=False)
+    columns: dict[str, str | None] = field(default_factory=dict, compare=False)
     members: tuple["SourceFile", ...] = field(default=(), compare=False)
 
     @property
@@ -84,10 +84,10 @@ class Listing:
     ignored: tuple[str, ...] = ()
 
 
-def hive_columns(place: str, root: str = "") -> dict[str, str]:
+def hive_columns(place: str, root: str = "") -> dict[str, str | None]:
     """The columns that a file has from Hive partition folders below `root`: `lang=en/` gives lang the value "en"."""
     pairs = (part.partition("=") for part in PurePosixPath(place.removeprefix(root)).parent.parts)
-    return {unquote(name): unquote(value) for name, _, value in pairs if value not in ("", HIVE_NULL)}
+    return {unquote(name): None if value == HIVE_NULL else unquote(value) for name, _, value in pairs if value}
 
 
 def distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:

@@ -143,6 +143,15 @@ def test_a_condition_on_a_folder_and_one_on_a_column_both_count(tmp_path: Path) 
     assert documents(manifest) == 40
 
 
+def test_a_folder_of_null_passes_no_filter(tmp_path: Path) -> None:
+    for lang in ("en", "__HIVE_DEFAULT_PARTITION__"):
+        texts = [lang * 9 + str(row) for row in range(50)]
+        write_files(tmp_path / "source" / f"lang={lang}", encoded(texts, "jsonl", files=1))
+    for filters, kept in (((), 100), (("lang != 'de'",), 50)):
+        name = f"data.dataset=kept-{kept}"
+        assert documents(build(tmp_path, f"{tmp_path}/source/**/*.jsonl", name, filters=filters)[1]) == kept
+
+
 def test_folders_that_a_filter_leaves_out_take_nothing_from_the_others(tmp_path: Path) -> None:
     texts = [{f"{half}/lang={lang}/{at:02d}.txt": f"{half} {at} {lang * same} text".encode() * 9 for at in range(20)}
              for half in "xy" for lang in ("de", "en") for same in [half == "x"]]  # fmt: skip
@@ -171,6 +180,7 @@ def test_folders_above_the_source_are_not_columns(
 def test_the_values_of_folders_are_unquoted_and_null_is_none() -> None:
     assert hive_columns("/data/city=New%20York/day=__HIVE_DEFAULT_PARTITION__/x=/a=b=c/part=1.parquet") == {
         "city": "New York",
+        "day": None,
         "a": "b=c",
     }
     file = SourceFile("a.parquet", 1, "0", "/lang=en/a.parquet", {"lang": "en"})
