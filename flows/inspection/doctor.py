@@ -5,9 +5,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from flows.platform.server import running_port
 from model import tokenizer
@@ -21,8 +21,7 @@ SKEW_SECONDS = 60  # S3 refuses requests that are 15 minutes off
 FREE_BYTES = 5 * 10**9  # three checkpoints of GPT-2 124M are 4.5 GB
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What was checked, whether it passed, and the facts or the remedy."""
 
     check: str

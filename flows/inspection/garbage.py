@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flows.inspection.status import dataset_names, run_names
 from model.checkpoints.records import checkpoints, retained
@@ -27,8 +27,7 @@ from storage.stores.store import Stat, Store, clock, read_as
 SUFFIX = re.compile(r"(\.failure)?\.(json|bin)$")  # of a shard's token ids, record and failure note
 
 
-@dataclass(frozen=True)
-class Garbage:
+class Garbage(NamedTuple):
     """An unreferenced object or file; or a damaged run or dataset, of which gpt2 gc therefore deletes nothing."""
 
     kind: str

@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.checkpoints.records import checkpoints
 from model.runs.job import read_job, read_result
@@ -20,8 +19,7 @@ Evaluation = tuple[str, int]  # kind, step
 EVALUATION = re.compile(r"([0-9]{6,18})/([^/]+)\.json")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One part of a run or dataset, its state, and the error of its last attempt if it failed."""
 
     what: str

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ from storage.sources.mirror import list_source
 from storage.stores.store import Store, read_as
 
 
-@dataclass(frozen=True)
-class TraceTarget:
+class TraceTarget(NamedTuple):
     """The dataset version whose windows are traced, its source, the training settings, and the datasets of a mix."""
 
     manifest: Manifest
@@ -64,12 +63,13 @@ def windows(store: Store, target: TraceTarget, split: str, first: int, count: in
 
 
 def _source_files(store: Store, target: TraceTarget, dataset: str, manifest: Manifest) -> dict[str, SourceFile]:
-    data = target.data
+    """The files of a version by digest, from the source that its builds had, unless data.source is given."""
+    data, filters = target.data, manifest.recipe.filters
     if not (files := lineage.hub_files(manifest)):
         with suppress(ValueError, StorageError):  # the source has moved or is gone: show what the store has
-            pinned = read_as(store, DatasetKeys(dataset).split, Split) if dataset != data.dataset else None
-            source = pinned.bound.get("source", data.source) if pinned else data.source
-            filters = manifest.recipe.filters
+            split = read_as(store, DatasetKeys(dataset).split, Split)
+            is_given = dataset == data.dataset and "source" in data.model_fields_set
+            source = data.source if is_given or not split else split.bound.get("source", data.source)
             listing, _ = list_source(store, source, data.config, data.revision, "train", filters=filters)
             files = {file.digest: file for file in listing.files}
     return files

@@ -1,8 +1,8 @@
 """The report of one run, or of several side by side, as HTML and as Markdown. Computes no metric."""
 
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from flows.inspection.facts import RunFacts, newest, run_facts
 from flows.pages.curves import curves
@@ -13,8 +13,7 @@ from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
 
-@dataclass(frozen=True)
-class MetricRow:
+class MetricRow(NamedTuple):
     """One metric in the table of evaluations."""
 
     metric: str
@@ -79,7 +78,7 @@ def _provenance(evaluation: Evaluation) -> str:
     repeated = f", {evaluation.repeated_items} of them repeated" if evaluation.repeated_items else ""
     scored = f"{evaluation.tokens:,} tokens" if evaluation.items is None else f"{evaluation.items:,} items{repeated}"
     mixed = [f"{dataset} {share.manifest[:12]}" for dataset, share in (evaluation.mix or {}).items()]
-    data = ", ".join(mixed) or (evaluation.data or "none")[:12]
+    data = " together with ".join(mixed) or (evaluation.data or "none")[:12]
     return f"{scored}, data {data}, step {evaluation.step:,}, {evaluation.precision}"
 
 

@@ -50,7 +50,7 @@ def check_target(source: ReadableStore, target: ReadableStore, dataset: str, ver
     if latest not in (None, *known) or split not in (None, read_as(source, dataset_keys.split, dict[str, Any])):
         problem = f"{target.url!r} holds another dataset or a later version (newest manifest: {latest or 'none'})"
         expected = f"not manifest {known[0][:12]} of {source.url!r} or one before it"
-        raise DatasetMismatch(f"dataset {dataset!r}: {problem}, {expected}. Choose another store or data.dataset.")
+        raise DatasetMismatch(f"dataset {dataset!r}: {problem}, {expected}. Choose another target or data.dataset.")
     return latest
 
 

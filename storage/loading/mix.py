@@ -90,12 +90,11 @@ def _schedule(weights: Sequence[int]) -> np.ndarray:
     period = sum(weights)
     counts, scheduled = [0] * len(weights), []
     for place in range(period):
-        waiting = [
+        _, earliest = min(
             (-(-(counts[dataset] + 1) * period // weight), dataset)
             for dataset, weight in enumerate(weights)
             if counts[dataset] * period // weight <= place
-        ]
-        _, earliest = min(waiting)
+        )
         counts[earliest] += 1
         scheduled.append(earliest)
     return np.array(scheduled, np.int64)

@@ -12,13 +12,16 @@ class TokenDataset:
 
     Item i is window i: `sequence_tokens` inputs, and for each input the token after it, two int64 arrays. `split` is
     train or val, `version` is latest or the first characters of a manifest digest. A worker process opens the same
-    version again. Raises ObjectMissing for an unknown store, dataset or version, ValueError if no shard has a window.
+    version again. Raises ObjectMissing for an unknown store, dataset or version, ValueError for other wrong arguments.
     """
 
     def __init__(
         self, store_url: str, dataset: str, split: str = "train", sequence_tokens: int = 1_024, seed: int = 1337,
         version: str = "latest", epochs: int = 1,
     ) -> None:  # fmt: skip
+        if split not in ("train", "val") or min(sequence_tokens, epochs) < 1:
+            given = f"split {split!r}, sequence_tokens {sequence_tokens:,}, epochs {epochs:,}"
+            raise ValueError(f"TokenDataset: split should be train or val, the numbers at least 1, found {given}.")
         store = open_store(store_url)
         manifest = find_version(store, dataset, version)
         self.windows = Windows(store, dataset, manifest, split, sequence_tokens=sequence_tokens, seed=seed)

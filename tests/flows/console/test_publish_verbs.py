@@ -34,6 +34,8 @@ def test_a_version_is_published_and_pulled_under_another_name(
         assert (outcome.code, f"{pulled} of {shards} shards downloaded" in outcome.out) == (0, True), outcome
     assert latest_manifest(open_store(str(tmp_path / "pulled")), "theirs") == manifest
     assert gpt2("dataset", "verify", *elsewhere).code == 0
+    outcome = gpt2("dataset", "pull", "me/tokens", *elsewhere[:2])  # not under the name of the default dataset
+    assert (outcome.code, "data.dataset" in outcome.error) == (2, True), outcome
     outcome = gpt2("dataset", "pull", "me/nothing", *elsewhere)
     assert (outcome.code, "me/nothing" in outcome.error, "no such dataset" in outcome.error) == (2, True, True), outcome
     assert TOKEN not in outcome.text

@@ -54,7 +54,7 @@ def test_the_report_has_the_shares_the_versions_and_each_val_loss(trained: tuple
     for kind in ("html", "md"):
         report = store.read(RunKeys("mixed").report(kind)).body.decode()
         val_losses = ("val_loss_code_t32", "val_loss_small_t32", "val_loss_mix_t32")
-        scored_on = ", ".join(f"{dataset} {share.manifest[:12]}" for dataset, share in run.mix.items())
+        scored_on = " together with ".join(f"{dataset} {share.manifest[:12]}" for dataset, share in run.mix.items())
         for fact in (SHARES, f"data {scored_on}", *val_losses, *(share.manifest for share in run.mix.values())):
             assert fact in report, fact
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,12 @@ def test_the_readmes_example_works(built: tuple[RunConfig, Manifest], expected: 
     exec(example, {"model": lambda *batch: read.append(batch)})  # noqa: S102  # the README's own example
     assert len(read) > 20
     assert are_equal(read[:20], expected(20))
+
+
+@pytest.mark.parametrize("wrong", [{"split": "test"}, {"sequence_tokens": 0}, {"sequence_tokens": -3}, {"epochs": 0}])
+def test_wrong_arguments_are_refused(built: tuple[RunConfig, Manifest], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        TokenDataset(built[0].store_url, "tokens", **{"sequence_tokens": T} | wrong)
 
 
 def test_a_damaged_shard_and_an_unknown_dataset_are_refused(built: tuple[RunConfig, Manifest], tmp_path: Path) -> None:
