@@ -37,8 +37,8 @@ class Traced(NamedTuple):
 
 
 def source_of(store: Store, record: Record, files: Mapping[str, SourceFile]) -> SourceFile:
-    """The source file of a shard, or its parquet if the store has one. Raises SourceInvalid if there is neither."""
-    before = SourceFile(record.source, 0, record.recipe.source, place="")  # its small files may be packed anew since
+    """The source file of a shard, or its parquet if its small files are packed anew since. Raises SourceInvalid."""
+    before = SourceFile(record.source, 0, record.recipe.source, "", hive_columns(record.source))
     file = locate(store, files.get(record.recipe.source, before))
     if not file.place:
         raise SourceInvalid(f"{record.source} is not among the files of data.source; set the source of the build")

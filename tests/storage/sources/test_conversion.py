@@ -230,13 +230,15 @@ def test_every_document_is_traced_to_its_own_file_and_row(tmp_path: Path, kind: 
 
 
 def test_documents_of_a_part_that_is_packed_anew_are_traced(tmp_path: Path) -> None:
-    source, config = write_files(tmp_path / "source", encoded(TEXTS, "txt")), configured(tmp_path, KEEP_ALL)
+    files = {f"lang={lang}/{name}": body for name, body in encoded(TEXTS, "txt").items() for lang in ("de", "en")}
+    source = write_files(tmp_path / "source", files)
+    config = configured(tmp_path, KEEP_ALL, f"data.source={source}/**/*.txt", "data.filters=[\"lang == 'en'\"]")
     before = build_dataset(config)
     expected = list(map(str, traced(config, before)))
-    write_files(source, {"part-00007b.txt": b"One more."})
+    write_files(source, {"lang=en/part-00007b.txt": b"One more."})
     assert list(map(str, traced(config, before))) == expected
-    store, files = open_store(config.store_url), listed(config)
-    assert set(check_documents(store, "small", before, files, tokenizer.encode, count=20, seed=1)) == {None}
+    store = open_store(config.store_url)
+    assert set(check_documents(store, "small", before, listed(config), tokenizer.encode, count=20, seed=1)) == {None}
 
 
 def test_a_bad_row_of_a_packed_file_is_named_by_its_file(tmp_path: Path) -> None:
