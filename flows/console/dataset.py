@@ -182,7 +182,7 @@ def pull(name: str, /, *, settings: Settings = DEFAULTS, revision: str = "main")
     """
     config = settings.load()
     if "dataset" not in config.data.model_fields_set:
-        raise ValueError("pull: the dataset needs a name in this store. Give it with --set data.dataset=NAME")
+        raise ValueError("pull OWNER/NAME: the dataset needs a name in this store: --set data.dataset=NAME")
     store = open_store(config.store_url, create=True)
     with options.progress_bar("pull", None) as advance:
         manifest, shards, pulled = publishing.pull(name, revision, store, config.data.dataset, advance)
