@@ -40,8 +40,7 @@ class Repository(ReadableStore):
     def _list(self, revision: str) -> None:
         info = HfApi().dataset_info(self.name, revision=revision, timeout=hub.READ_SECONDS)
         self.commit_id, self.is_private = str(info.sha), info.private
-        files = hub.files_of(self.name, self.commit_id)
-        self.files = {self.keys.prefix + name: file for name, file in files.items()}
+        self.files = {self.keys.prefix + name: file for name, file in hub.files_of(self.name, self.commit_id).items()}
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         if key not in self.files:
@@ -110,7 +109,7 @@ def publish(
                 pointer = {"manifest": version.digest, "parent": version.parent, "sequence": len(versions)}
                 objects += [(repository.keys.latest, canonical_json(pointer)), (repository.keys.card, card)]
             if objects:
-                repository.commit([repository.addition(*item) for item in objects], f"Publish {version.digest[:12]}")
+                repository.commit([repository.upload(*item) for item in objects], f"Publish {version.digest[:12]}")
             return repository.commit_id, len(rows), len(sent)
     raise Conflict(f"{name}: others committed {CONFLICTS} times meanwhile. Run the command again.")
 

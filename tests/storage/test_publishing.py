@@ -194,6 +194,17 @@ def test_a_download_that_is_cut_or_wrong_is_repeated(hub: Hub, store: Store, man
     assert objects(other) == objects(store)
 
 
+def test_an_upload_that_the_hub_refuses_is_named(
+    hub: Hub, store: Store, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.hub.is_large", lambda name: name.startswith(("shards/", "manifests/")))  # above 10 MB
+    for digest in ("*", manifest.digest):
+        hub.inject(f"/sent/*/{digest}", "400")
+        with pytest.raises(SourceInvalid, match=r"me/tokens: (shards|manifests)/.*HF_TOKEN"):
+            publish(store, manifest)
+    publish(store, manifest)
+
+
 @pytest.mark.parametrize("damage", ["other bytes", "none"])
 def test_a_damaged_shard_of_the_repository_is_named_and_repaired_by_publishing(
     hub: Hub, store: Store, manifest: Manifest, other: Store, damage: str
