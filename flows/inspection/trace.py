@@ -38,8 +38,9 @@ def trace_target(store: Store, config: RunConfig) -> TraceTarget:
     if run is None:
         newest = newest_version(store, config.data.dataset)
         return TraceTarget(newest, config.data, config.train, find_mix(store, config, newest.digest))
-    pinned = RunConfig.model_validate(run.config, extra="ignore")  # it may hold settings that were removed
-    return TraceTarget(read_manifest(store, run.dataset, run.manifest), pinned.data, pinned.train, run.mix)
+    train = RunConfig.model_validate(run.config, extra="ignore").train  # it may hold settings that were removed
+    data = config.data.model_copy(update={"dataset": run.dataset})  # a run's source may be the default
+    return TraceTarget(read_manifest(store, run.dataset, run.manifest), data, train, run.mix)
 
 
 def windows(store: Store, target: TraceTarget, split: str, first: int, count: int) -> Iterator[tuple[int, Traced]]:

@@ -9,6 +9,7 @@ import pytest
 
 from flows.inspection.trace import TraceTarget, trace_target, windows
 from model.config import RunConfig
+from model.runs.run import pin_run
 from storage.datasets.records import read_record
 from storage.errors import ObjectMissing
 from storage.inspection.lineage import Traced, hub_files, source_rows
@@ -128,12 +129,15 @@ def test_any_range_of_windows_is_traced_like_the_whole_split(tmp_path: Path) -> 
 def test_a_trace_reads_the_source_of_the_build_unless_one_is_given(tmp_path: Path) -> None:
     crawl = Crawl(tmp_path)
     crawl.build()
-    data = crawl.config.data.model_dump()
     settings = {"store_url": crawl.config.store_url, "train": crawl.config.train}
-    for source, is_found in (({}, True), ({"source": str(tmp_path / "moved")}, False)):
-        config = RunConfig.model_validate(settings | {"data": {"dataset": data["dataset"], **source}})
-        [documents] = traced(crawl, trace_target(crawl.store, config), "train", 0, 1)
-        assert [document.row is not None for document in documents] == [is_found] * len(documents)
+    manifest = trace_target(crawl.store, crawl.config).manifest
+    started = RunConfig.model_validate(settings | {"name": "run", "data": {"dataset": "small"}})
+    pin_run(crawl.store, started, manifest.digest, None)  # it holds the default data.source
+    for name, data in (("never-started", {"dataset": "small"}), ("run", dict[str, str]())):
+        for source, is_found in (({}, True), ({"source": str(tmp_path / "moved")}, False)):
+            config = RunConfig.model_validate(settings | {"name": name, "data": data | source})
+            [documents] = traced(crawl, trace_target(crawl.store, config), "train", 0, 1)
+            assert [document.row is not None for document in documents] == [is_found] * len(documents)
 
 
 def test_windows_past_the_end_of_val_are_refused(tmp_path: Path) -> None:
