@@ -37,8 +37,9 @@ class Traced(NamedTuple):
 
 
 def source_of(store: Store, record: Record, files: Mapping[str, SourceFile]) -> SourceFile:
-    """The source file of a shard, or its parquet if its small files are packed anew since. Raises SourceInvalid."""
-    before = SourceFile(record.source, 0, record.recipe.source, "", hive_columns(record.source))
+    """The source file of a shard, or its parquet if the store has one. Raises SourceInvalid if there is neither."""
+    folders = next((file.columns for file in files.values()), {})  # of any file: those of all files pass the filters
+    before = SourceFile(record.source, 0, record.recipe.source, "", folders)  # its small files may be packed anew since
     file = locate(store, files.get(record.recipe.source, before))
     if not file.place:
         raise SourceInvalid(f"{record.source} is not among the files of data.source; set the source of the build")
@@ -81,10 +82,11 @@ def trace(
     record = read_record(store, dataset, row.shard_id)
     starts, stops = document_bounds(ids)
     numbers_of = [range(starts.searchsorted(first, "right") - 1, starts.searchsorted(stop)) for first, stop in spans]
+    rows, reason = dict[int, Row](), f"the folders of {record.source} are unknown; set the source of the build"
     try:
-        rows, reason = dict(source_rows(source_of(store, record, files), record, {*chain(*numbers_of)})), ""
+        rows = dict(source_rows(source_of(store, record, files), record, {*chain(*numbers_of)}))
     except (StorageError, ValueError) as error:  # ValueError: a Hub dataset that is gone or private now
-        rows, reason = {}, str(error)
+        reason = str(error)
     for index, ((first, stop), numbers) in enumerate(zip(spans, numbers_of, strict=True)):
         for number in numbers:
             part = ids[max(first, int(starts[number])) : min(stop, int(stops[number]))]
@@ -93,4 +95,4 @@ def trace(
             if found and isinstance(found.packed_row, int):  # else a column of the source has this name
                 place = (found.packed_file, found.packed_row)
             name: tuple[Any, Any] = (found.id, found.url) if found else (None, None)
-            yield index, Traced(dataset, row.shard_id, number, *place, *name, reason, part)
+            yield index, Traced(dataset, row.shard_id, number, *place, *name, "" if found else reason, part)

@@ -125,8 +125,7 @@ def _blocks_of_lines(file: SourceFile, body: BinaryIO) -> Iterator[bytes]:
     """Blocks of whole lines."""
     pieces = [body.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)]
     for block in iter(partial(body.read, BLOCK_BYTES), b""):
-        end = block.rfind(b"\n") + 1
-        if end:
+        if end := block.rfind(b"\n") + 1:
             yield b"".join([*pieces, block[:end]])
             pieces = []
         pieces.append(block[end:])
@@ -250,7 +249,6 @@ DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
 @contextmanager
 def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReader]:
     """The file's content. Raises SourceInvalid for errors of reading it."""
-    suffix = "".join(file.suffix)
     try:
         with opened(file) as raw:
             yield io.BufferedReader(DECOMPRESSED[file.suffix.compression](raw), BLOCK_BYTES)
@@ -261,8 +259,8 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
         if "straddling" in reason:  # its advice, a larger block, is not for a user
             reason = f"a row has over {CSV_BLOCK_BYTES:,} bytes; use JSON lines"
         raise SourceInvalid(
-            f"{file.place}: cannot be read as {suffix}: {reason}. If the file is cut or damaged, download it again; "
-            f"else correct its suffix, or remove it from data.source."
+            f"{file.place}: cannot be read as {''.join(file.suffix)}: {reason}. If the file is cut or damaged, "
+            f"download it again; else correct its suffix, or remove it from data.source."
         ) from error
 
 
