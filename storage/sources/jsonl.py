@@ -39,7 +39,7 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         kept.append(is_unreadable or keeps_row(filters, item, file.shown_place, number))
         names.update(item.keys() - {text_column} if is_unreadable else item)
     if names:
-        all_names = [*sorted(names), *nested_names(item)]
+        all_names = list(dict.fromkeys([*sorted(names), *nested_names(item)]))
         if text_column not in names:
             raise SourceInvalid(rows.no_column(file, text_column, all_names))
         check_columns(filters, all_names, file.shown_place)
