@@ -15,7 +15,7 @@ from flows.pages.dataset_card import hub_card
 from storage import publishing
 from storage.datasets.copy import copy_dataset
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.errors import DatasetMismatch, ObjectMissing, SourceInvalid
+from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
 from storage.stores import retries
@@ -186,6 +186,15 @@ def test_a_commit_of_others_is_kept(hub: Hub, store: Store, manifest: Manifest, 
     assert pull(other)[0] == second
 
 
+def test_a_file_over_the_limit_is_not_downloaded(hub: Hub, store: Store, manifest: Manifest) -> None:
+    publish(store, manifest)
+    hub.requests.clear()
+    repository = publishing.Repository(NAME, "small")
+    with pytest.raises(ObjectCorrupt, match="more than the limit of 9"):
+        repository.read(repository.keys.latest, limit_bytes=9)
+    assert hub.received("*/resolve/*") == []
+
+
 def test_a_download_that_is_cut_or_wrong_is_repeated(hub: Hub, store: Store, manifest: Manifest, other: Store) -> None:
     publish(store, manifest)
     hub.inject("/stored/*", "cut", "wrong", "short")
@@ -205,15 +214,15 @@ def test_an_upload_that_the_hub_refuses_is_named(
     publish(store, manifest)
 
 
-@pytest.mark.parametrize("damage", ["other bytes", "none"])
+@pytest.mark.parametrize("damage", ["other bytes", "none", "no record"])
 def test_a_damaged_shard_of_the_repository_is_named_and_repaired_by_publishing(
     hub: Hub, store: Store, manifest: Manifest, other: Store, damage: str
 ) -> None:
     publish(store, manifest)
     files = dict(newest(hub))
-    shard = f"shards/{manifest.shard_ids[1]}.bin"
+    shard = f"shards/{manifest.shard_ids[1]}.{'json' if damage == 'no record' else 'bin'}"
     body = files.pop(shard)
-    hub.repositories[NAME].add(files | ({} if damage == "none" else {shard: bytes(len(body))}))
+    hub.repositories[NAME].add(files | ({shard: bytes(len(body))} if damage == "other bytes" else {}))
     with pytest.raises(SourceInvalid, match=f"{manifest.shard_ids[1]}.*gpt2 dataset publish") as caught:
         pull(other)
     assert "--repair" not in str(caught.value)

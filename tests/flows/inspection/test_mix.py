@@ -19,7 +19,7 @@ from model.runs.job import put_job
 from model.runs.run import Run, evaluation_jobs, pin_run, training_job
 from storage.errors import ObjectMissing
 from storage.keys import RunKeys
-from storage.loading.windows import MixedWindows
+from storage.loading.windows import MixedWindows, Windows
 from storage.sources import reading
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -79,6 +79,12 @@ def test_each_document_of_a_step_is_traced_to_its_dataset(trained: tuple[Store, 
     mixed = MixedWindows(store, run.mix, "train", sequence_tokens=32, seed=config.train.seed)
     tokens = [np.concatenate([document.ids for document in documents]) for documents in of_window]
     assert np.array_equal(tokens, mixed.read(BATCH, BATCH))
+    target = trace_target(store, config)
+    val = Windows(store, "small", target.manifest, "val", sequence_tokens=32, seed=config.train.seed)
+    in_val = [document for _, document in windows(store, target, "val", 0, 4)]  # of `data.dataset`, in file order
+    assert {document.dataset for document in in_val} == {"small"}
+    tokens = np.concatenate([document.ids for document in in_val])
+    assert np.array_equal(tokens, val.read_in_file_order(np.arange(4)).ravel())
 
 
 def test_a_command_checks_the_mix_before_it_starts_a_server(trained: tuple[Store, RunConfig, Run]) -> None:

@@ -104,6 +104,7 @@ def test_the_longest_period_is_scheduled_exactly() -> None:
         (["web:8", "code:.2"], {"code": 1, "web": 40}),  # normalised
         (["a:1.", "b:1", "c:1"], {"a": 1, "b": 1, "c": 1}),
         (["a.b-c_d:2.50"], {"a.b-c_d": 1}),
+        (["a:0.999999", "b:1.999998"], {"a": 1, "b": 2}),  # many digits, but a short period
     ],
 )
 def test_weights_become_the_smallest_whole_numbers(lines: list[str], weights: dict[str, int]) -> None:

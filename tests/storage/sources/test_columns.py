@@ -21,6 +21,7 @@ from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 from tests.corpora import encoded, write_files
+from tests.hub import Hub
 from tests.making import build_dataset, document, tiny_config
 from tests.storage.source_files import rows, texts_of, write_lines
 
@@ -162,6 +163,20 @@ def test_folders_that_a_filter_leaves_out_take_nothing_from_the_others(tmp_path:
     store = open_store(config.store_url)
     found = {document.source for _, document in trace.windows(store, trace.trace_target(store, config), "train", 0, 4)}
     assert found <= files.keys()
+
+
+def test_folders_of_a_hub_dataset_are_columns_and_are_traced(tmp_path: Path, hub: Hub) -> None:
+    files = {
+        f"data/lang={lang}/{name}": body
+        for lang in ("de", "en")
+        for name, body in encoded([f"{lang * 9} {row}" for row in range(50)], "parquet", files=1).items()
+    }
+    hub.dataset("org/web", files, configs={"default": {"train": "data/**"}})
+    config, manifest = build(tmp_path, "org/web", "data.config=default", filters=("lang == 'en'",))
+    assert documents(manifest) == 50
+    store = open_store(config.store_url)
+    found = [document for _, document in trace.windows(store, trace.trace_target(store, config), "train", 0, 4)]
+    assert all(document.row is not None for document in found)
 
 
 @pytest.mark.parametrize(

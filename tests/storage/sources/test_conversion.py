@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,11 @@ def test_one_more_file_changes_at_most_two_parts(sizes: list[tuple[int, str]], a
         more = SourceFile(f"new{suffix}", size, digest(["new", size]), f"/new{suffix}")
         with_more = list(pack([*files[:at], more, *files[at:]]))
         assert len({part.digest for part in with_more} - {part.digest for part in parts}) <= 2
+
+
+def test_files_of_different_folders_share_no_part() -> None:
+    files = [replace(file, columns={"dump": "ab"[at // 2]}) for at, file in enumerate(files_of([(9, ".txt")] * 4))]
+    assert [part.columns for part in pack(files)] == [{"dump": "a"}, {"dump": "b"}]
 
 
 def test_many_small_files_are_a_few_parts_of_about_64_mb() -> None:

@@ -11,6 +11,7 @@ from storage.datasets.manifest import Manifest
 from storage.datasets.plan import ShardJob
 from storage.datasets.shards import read_shard
 from storage.datasets.versions import difference
+from storage.sources.hub import list_files
 from storage.stores.opening import open_store
 from tests import making
 from tests.corpora import encoded
@@ -151,6 +152,14 @@ def test_a_refresh_builds_only_the_crawls_that_are_new(
     publish(hub, 1, 2, 3)  # withdrawn
     assert refresh().columns == first.columns
     assert built == []
+
+
+def test_the_newest_are_chosen_by_date_whatever_their_names(hub: Hub) -> None:
+    names = ["CC-MAIN-2025-05", "WEB-2024-10", "sample"]
+    files = {f"data/{name}/a.parquet": PARQUET[0] for name in names}
+    repository = hub.dataset("org/edu", files, configs={name: {"train": f"data/{name}/*"} for name in names})
+    for config, chosen in (("newest:1", "CC-MAIN-2025-05"), ("newest:9", "WEB-2024-10, CC-MAIN-2025-05")):
+        assert list_files("org/edu", config, *repository.commits, "train").origin == {"configs": chosen}
 
 
 def test_a_glob_follows_the_crawls_of_a_year(hub: Hub, refresh: Callable[[str], Manifest]) -> None:

@@ -1,8 +1,10 @@
 """Filters: each has one canonical spelling; dropped rows are counted and in no shard."""
 
 import json
+import re
+import time
 from dataclasses import replace
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,15 @@ def test_a_filter_keeps_matching_values(text: str, value: object, kept: bool) ->
     assert keeps_row([condition], {condition.column: value}, "a.jsonl", 0) is kept
 
 
+def test_a_time_without_a_zone_is_utc_on_every_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as tokyo:
+        tokyo.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        kept = keeps_row([parse("day == '2024-03-01'")], {"day": datetime(2024, 3, 1, tzinfo=UTC)}, "a.jsonl", 0)
+    time.tzset()
+    assert kept
+
+
 def test_a_time_before_the_first_year_is_refused() -> None:
     with pytest.raises(SourceInvalid, match=r"a\.jsonl: row 0: data\.filters: day >= '0001-01-01T00:00\+09:00'"):
         keeps_row([parse("day >= '0001-01-01T00:00+09:00'")], {"day": date(2024, 3, 1)}, "a.jsonl", 0)
@@ -151,9 +162,10 @@ def test_a_missing_column_is_refused_and_the_others_listed(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_value_of_another_type_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(SourceInvalid, match=r"int_score >= 'four'.*int"):
-        rows(write_source(tmp_path, kind), "text", "int_score >= 'four'")
+@pytest.mark.parametrize("condition", [">= 'four'", "== '4'", "!= '4'", "in ['4']"])
+def test_a_value_of_another_type_is_refused(tmp_path: Path, kind: str, condition: str) -> None:
+    with pytest.raises(SourceInvalid, match=re.escape(f"int_score {condition}") + ".*int"):
+        rows(write_source(tmp_path, kind), "text", f"int_score {condition}")
 
 
 def test_filters_change_the_shard_id_and_their_spelling_does_not(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every format: the same documents whatever a file is written as, and an error for a file that is not whole."""
 
 import codecs
+import errno
 import io
 import json
 from contextlib import nullcontext
@@ -87,6 +88,8 @@ def test_a_damaged_stream_of_several_is_refused_and_an_empty_one_is_not(compress
     compress, lines = COMPRESS[compression], [b'{"text": %d}\n' % number for number in range(4)]
     streams = [compress(lines[0]), compress(b""), *map(compress, lines[1:])]
     assert lines_of(f"a.jsonl{compression}", b"".join(streams) + bytes(512)) == [line.strip() for line in lines]
+    many = compress(lines[0] * 200_000)  # more than a block
+    assert parquet_of(f"a.jsonl{compression}", many).num_rows == 200_000
     for place in (0, 1, len(streams[3]) // 2, len(streams[3]) - 9):
         damaged = streams[3][:place] + bytes([streams[3][place] ^ 8]) + streams[3][place + 1 :]
         with pytest.raises(SourceInvalid, match=rf"a\.jsonl{compression}: cannot be read as .*"):
@@ -115,6 +118,31 @@ def test_a_plain_file_that_is_cut_is_refused(kind: str) -> None:
     for length in (len(whole) // 2, len(whole) - 8, len(whole) - 2):
         with pytest.raises(SourceInvalid, match=rf"a\{suffix}: cannot be read as \{suffix}: "):
             parquet_of(f"a{suffix}", whole[:length])
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", b","), ("a.tsv", b"\t")])
+def test_values_stay_text_after_a_byte_order_mark(name: str, delimiter: bytes) -> None:
+    lines = [codecs.BOM_UTF8 + b"id" + delimiter + b"text", b"007" + delimiter + b'"two\nlines"', b""]
+    assert parquet_of(name, b"\n".join(lines)).to_pylist() == [{"id": b"007", "text": b"two\nlines"}]
+
+
+def test_a_second_array_is_refused_however_far_it_is() -> None:
+    for space in (1, formats.BLOCK_BYTES):
+        with pytest.raises(SourceInvalid, match=r"a\.json: .*not one array of JSON: b'\[2\]' follows"):
+            lines_of("a.json", b"[1]" + b" " * space + b"[2]")
+
+
+def test_a_row_of_csv_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "CSV_BLOCK_BYTES", 1_000)
+    with pytest.raises(SourceInvalid, match=r"a\.csv: .*a row has over 1,000 bytes; use JSON lines"):
+        parquet_of("a.csv", b"text\n" + b"x" * 5_000 + b"\nend\n")
+
+
+def test_a_block_of_csv_may_end_inside_a_value_of_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "CSV_BLOCK_BYTES", 1_000)
+    texts = [f"{number}\n{number},\n" * 9 for number in range(200)]
+    body = FORMATS["csv"][1]([{"text": text} for text in texts])
+    assert parquet_of("a.csv", body).column("text").to_pylist() == [text.encode() for text in texts]
 
 
 def test_a_header_without_an_end_is_refused() -> None:
@@ -156,6 +184,7 @@ def test_what_surrounds_lines_is_no_row() -> None:
     assert lines_of("a.jsonl.gz", COMPRESS[".gz"](body)) == [b'{"text": 1}', b'{"text": 2}', b"broken", b'{"text": 3}']
     assert lines_of("a.jsonl.gz", COMPRESS[".gz"](b"\n \n" * (1 << 22))) == []  # in no time: a bomb is like this
     assert lines_of("a.json", b"[1, %s]" % (b"9" * 5_000)) == [b"1", b"9" * 5_000]  # Python's limit is 4,300
+    assert parquet_of("a.txt", codecs.BOM_UTF8 + b"one\n").column("text").to_pylist() == [b"one\n"]
     assert lines_of("a.json", b"") == lines_of("a.json", b" \n") == lines_of("a.json", b" [ ] ") == []
 
 
@@ -231,6 +260,17 @@ def test_more_rows_than_bytes_are_refused(monkeypatch: pytest.MonkeyPatch, name:
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1_000)
     with pytest.raises(SourceInvalid, match=rf"{name}: more than 1,000 rows"):
         parquet_of(name, COMPRESS[".gz"](body))
+    large = SourceFile(name, 5_000, "0", name)
+    formats.write_parquet([large], lambda _: nullcontext(io.BytesIO(COMPRESS[".gz"](b"{}\n" * 5_000))), io.BytesIO())
+
+
+def test_an_error_of_the_disk_is_not_one_of_the_file() -> None:
+    class Broken(io.BytesIO):
+        def readinto(self, _: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        formats.write_parquet([SourceFile("a.txt", 0, "0", "a.txt")], lambda _: nullcontext(Broken()), io.BytesIO())
 
 
 def test_the_limit_of_an_element_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from storage.digests import sha256
 from storage.errors import SourceInvalid, SourceUnavailable
 from storage.sources import hub as client
-from storage.sources.files import SourceFile
+from storage.sources.files import SourceFile, is_on_hub
 from storage.stores import retries
 from tests.hub import TOKEN, Fault, Hub
 
@@ -52,6 +54,13 @@ def test_a_wrong_endpoint_is_refused_at_once_and_not_echoed(
 # Names
 
 
+def test_a_folder_with_the_form_of_a_hub_name_is_on_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_on_hub("my/texts")
+    (tmp_path / "my/texts").mkdir(parents=True)
+    assert not is_on_hub("my/texts")
+
+
 def test_a_revision_resolves_to_a_commit_in_one_request(hub: Hub) -> None:
     repository = hub.dataset("org/edu", FILES)
     first = next(iter(repository.commits))
@@ -65,7 +74,7 @@ def test_a_revision_resolves_to_a_commit_in_one_request(hub: Hub) -> None:
 def test_files_are_listed_in_order_with_their_published_digests(hub: Hub) -> None:
     repository = hub.dataset(
         "org/edu",
-        FILES | dict.fromkeys(("data/small.jsonl", "data/.a.parquet", "data/README.md", "other/x.parquet"), b"x"),
+        FILES | dict.fromkeys(("data/small.jsonl", "data/.a.parquet", "data/README.md", "data/in/x.parquet"), b"x"),
         configs={"ten": {"train": "data/*.parquet"}},
     )
     (commit,) = repository.commits
@@ -75,6 +84,7 @@ def test_files_are_listed_in_order_with_their_published_digests(hub: Hub) -> Non
     assert [file.place for file in files] == [f"hf://datasets/org/edu@{commit}/{name}" for name in FILES]
     for file in files:
         assert fetched(file) == FILES[file.name]
+        assert file.digest == sha256(FILES[file.name])  # git's id is of a pointer to the content
     assert len(listing.ignored) == 1  # in the folder of the split, but not in the split, and not hidden
     assert listing.ignored[0].startswith("data/small.jsonl: ")
 
