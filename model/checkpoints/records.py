@@ -81,7 +81,7 @@ def _belongs_to(names: RunKeys, key: str, record: CheckpointRecord) -> bool:
 def chosen(store: Store, run: str, checkpoint: str = "last", setting: str = "name") -> list[CheckpointRecord]:
     """The checkpoints that `evaluation.checkpoint` selects, oldest first: by default only the newest.
 
-    Raises ObjectMissing, which names the `setting` that names the run, when it selects none.
+    Raises ObjectMissing when it selects none; the error quotes `setting`, from which the run's name came.
     """
     records = checkpoints(store, run)
     if not records:
