@@ -40,7 +40,7 @@ def run(api: str, flow_run: str) -> dict[str, Any]:
     return dict(call_api(api, f"/flow_runs/{flow_run}"))
 
 
-def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 180) -> dict[str, Any]:
+def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 420) -> dict[str, Any]:
     """Wait until that attempt of the run has ended. Returns the run."""
 
     def ended_run() -> Any:

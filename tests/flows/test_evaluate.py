@@ -115,6 +115,7 @@ def test_every_kept_checkpoint_is_evaluated_and_plotted(api: str, run: RunConfig
     assert lines["hellaswag"] == lines["val_loss"] == "done, earlier checkpoints done: 2"
 
 
+@pytest.mark.full
 def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api: str, run: RunConfig) -> None:
     reported = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
     assert [evaluation.step for evaluation in reported.evaluations if "val_loss_t32_of_320" in evaluation.metrics] == [
@@ -224,6 +225,7 @@ def published(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_an_imported_model_is_evaluated_without_a_dataset(api: str, gpt2: Gpt2, tmp_path: Path) -> None:
     folder = published(tmp_path / "my model", 1)
     settings = [f"store_url={tmp_path / 'store'}", f"evaluation.hellaswag={items(tmp_path / 'items.jsonl')}",

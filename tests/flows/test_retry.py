@@ -109,7 +109,7 @@ def test_a_retry_reruns_only_failed_jobs(
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
     else:
         prefect("flow-run", "retry", flow_run)
-    assert ended(api, flow_run, 2, 300)["state_type"] == "COMPLETED"
+    assert ended(api, flow_run, 2)["state_type"] == "COMPLETED"
     poll(
         lambda: (
             sorted(name for task_run, name in completed(api, since).items() if task_run not in before) == failing_tasks

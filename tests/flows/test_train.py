@@ -73,6 +73,7 @@ def test_the_table_has_the_first_the_last_and_round_steps(
     assert "-" not in rows[0].values()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("api")
 def test_a_training_whose_last_checkpoint_is_lost_runs_again(tmp_path: Path, source: str) -> None:
     config = tiny_config(str(tmp_path / "store"), source, "train.max_steps=4")

@@ -35,6 +35,7 @@ def test_the_loss_starts_at_a_uniform_guess_and_falls(
     assert all(later < earlier for earlier, later in pairwise(run_losses))
 
 
+@pytest.mark.full
 def test_the_result_of_a_training_holds_its_last_step(
     dataset: StoredDataset, undisturbed: Callable[[int], str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_flipped_byte_in_a_shard_is_named_with_its_remedy(dataset: StoredDatas
     assert not checkpoints(copy.store, "damaged")
 
 
+@pytest.mark.full
 def test_a_flipped_byte_that_only_the_second_rank_reads_is_named_too(dataset: StoredDataset, tmp_path: Path) -> None:
     copy = dataset.copy_without_runs(tmp_path / "store")
     rows = list(copy.manifest.rows("train"))
