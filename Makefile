@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 test-full: $(VENV)/.dev minio chromium
 	$(PYTEST) -m "full and not nightly"
 
-# Random faults and kills, and every command of the README as written.
+# Random faults and kills, more combinations, and every command of the README as written.
 nightly: $(VENV)/.dev minio
 	$(PYTEST) -m nightly
 

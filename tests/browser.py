@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 from websockets.sync.client import ClientConnection, connect
 
-from tests.polling import poll
+from tests.polling import PATIENCE_SECONDS, poll
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -29,7 +29,7 @@ class Page:
         """Send a command of the DevTools protocol. Returns its result."""
         number = next(self._numbers)
         self._connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while (message := json.loads(self._connection.recv(60))).get("id") != number:
+        while (message := json.loads(self._connection.recv(PATIENCE_SECONDS))).get("id") != number:
             pass
         assert "error" not in message, message
         return dict(message["result"])
@@ -75,10 +75,11 @@ def browser(folder: Path, *options: str) -> Iterator[Page]:
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         active = folder / "DevToolsActivePort"
-        port = poll(lambda: active.exists() and active.read_text().splitlines()[0])
+        port, _ = poll(lambda: active.exists() and active.read_text().splitlines())  # empty at first
         with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:  # http on this host
             [tab] = [entry for entry in json.load(answer) if entry["type"] == "page"]
-        with connect(tab["webSocketDebuggerUrl"], max_size=None) as connection:
+        url = tab["webSocketDebuggerUrl"]  # a busy browser may answer no ping for 20 s
+        with connect(url, max_size=None, open_timeout=PATIENCE_SECONDS, ping_interval=None) as connection:
             yield Page(connection)
     finally:
         process.kill()

@@ -18,7 +18,7 @@ from tempfile import mkdtemp
 from model.processes.parent import end_with_parent
 from tests.polling import poll
 from tests.ports import free_port
-from tests.servers import ROOT, START_SECONDS
+from tests.servers import ROOT
 
 USER = "prefect"  # in the database, not on this host
 UNSAFE = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}  # the data are deleted after the test
@@ -69,7 +69,7 @@ def start(folder: Path) -> Postgres:
     server = Postgres(f"postgresql+asyncpg://{USER}:{password}@127.0.0.1:{port}/postgres", process, home)
     ready = [_program("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
     try:
-        poll(lambda: process.poll() is not None or not subprocess.run(ready, check=False).returncode, START_SECONDS)
+        poll(lambda: process.poll() is not None or not subprocess.run(ready, check=False).returncode)
         assert process.poll() is None, (home / "server.log").read_text()[-2000:]
     except AssertionError:
         server.stop()

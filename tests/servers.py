@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 BUCKET = "contract"
 ACCESS_KEY, SECRET = "tests-access-key", secrets.token_urlsafe(24)
 READER_KEY, READER_SECRET = "tests-reader-key", secrets.token_urlsafe(24)  # SeaweedFS only: may read and list
-START_SECONDS = 60
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _started(argv: list[str], settings: dict[str, str], folder: Path, port: int,
         return False
 
     try:
-        poll(serves, START_SECONDS, 0.1)
+        poll(serves, every_seconds=0.1)
     except AssertionError:
         server.stop()
         raise AssertionError((folder / "server.log").read_text()[-2000:]) from None

@@ -151,7 +151,7 @@ def check_source(source: str, setting: str) -> None:
 
 def starting(what: str) -> Status:
     """Show what starts: on a terminal while the block lasts, elsewhere as one line of output."""
-    text = f"{what}; the first start creates the database; waiting up to 120 s"
+    text = f"{what}; the first start creates the database; waiting up to 300 s"
     if not console.is_terminal:
         say("starting", text)
     return console.status(f"starting {text}")

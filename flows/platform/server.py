@@ -28,7 +28,7 @@ from storage.stores.opening import CREDENTIALS
 
 HOME = Path(".gpt2")
 FREE_BYTES = 10_000_000  # a new database and its journal
-START_SECONDS = 120.0  # the first start creates the database: 15 s on two busy cores
+START_SECONDS = 300.0  # the first start creates the database: 15 s on two busy cores, minutes on a starved host
 LOGIN = re.compile(r"[!-9;-~]+:[!-~]+")  # printable ASCII: Prefect's server fails at any other password
 SETTINGS = Path(__file__).with_name("prefect.env")
 
@@ -177,11 +177,12 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
 
 def _wait_until_healthy() -> None:
     deadline = time.monotonic() + START_SECONDS
-    while (port := running_port()) and time.monotonic() < deadline:
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=2, trust_env=False).is_success:
-                return
-        time.sleep(0.2)
+    with httpx.Client(timeout=2, trust_env=False) as client:
+        while (port := running_port()) and time.monotonic() < deadline:
+            with suppress(httpx.HTTPError):
+                if client.get(f"http://127.0.0.1:{port}/api/health").is_success:
+                    return
+            time.sleep(0.2)
     reason = f"no answer in {START_SECONDS:.0f} s. End it: fuser -k {log_path('server')}" if port else "it has ended"
     if shutil.disk_usage(HOME).free < FREE_BYTES:  # then its log is empty, too
         reason = f"the disk of {HOME.absolute()} is full. Free some space"

@@ -1,7 +1,8 @@
 """A real Prefect server for the tests of the flows."""
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,3 +28,24 @@ def api() -> Iterator[str]:
     with server.running_server(PORT):
         yield os.environ["PREFECT_API_URL"]
         settle.wait_for_task_runs(since, 15)
+
+
+@pytest.fixture
+def evaluating_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations run in this process, one at a time: for each process of their own, torch is imported for seconds."""
+    from flows.runtime.processes import Processes
+    from model.__main__ import run_job
+    from model.runs.job import read_job
+    from storage.stores.opening import open_store
+
+    turn, run_process = threading.Lock(), Processes.run
+
+    def run(processes: Processes, job_key: str, log: Callable[[str], None]) -> None:
+        url = processes._store_url
+        if read_job(open_store(url), job_key).kind == "train":
+            run_process(processes, job_key, log)
+        else:
+            with turn:
+                assert run_job(url, job_key) == 0
+
+    monkeypatch.setattr(Processes, "run", run)

@@ -40,14 +40,14 @@ def run(api: str, flow_run: str) -> dict[str, Any]:
     return dict(call_api(api, f"/flow_runs/{flow_run}"))
 
 
-def ended(api: str, flow_run: str, attempt: int = 1, seconds: float = 420) -> dict[str, Any]:
+def ended(api: str, flow_run: str, attempt: int = 1) -> dict[str, Any]:
     """Wait until that attempt of the run has ended. Returns the run."""
 
     def ended_run() -> Any:
         current = run(api, flow_run)
         return current["state_type"] in FINAL and current["run_count"] >= attempt and current
 
-    return dict(poll(ended_run, seconds))
+    return dict(poll(ended_run))
 
 
 def states(api: str, flow_run: str) -> list[str]:

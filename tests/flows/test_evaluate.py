@@ -94,6 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return trained(tmp_path_factory.mktemp("run"))[0]
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_every_kept_checkpoint_is_evaluated_and_plotted(api: str, run: RunConfig, tmp_path: Path) -> None:
     """The run is not pinned to HellaSwag items, because it was only trained: the evaluation mirrors them."""
@@ -115,6 +116,7 @@ def test_every_kept_checkpoint_is_evaluated_and_plotted(api: str, run: RunConfig
     assert lines["hellaswag"] == lines["val_loss"] == "done, earlier checkpoints done: 2"
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api: str, run: RunConfig) -> None:
     reported = evaluate_and_report(changed(run, checkpoint="8", validation_tokens=320))
@@ -125,6 +127,7 @@ def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api:
         evaluate_and_report(changed(run, checkpoint="5"))
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_an_evaluation_reruns_when_settings_change_and_when_they_change_back(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
@@ -160,12 +163,12 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     assert read_json(store, RunKeys("tiny").evaluation(4, "samples")) is not None
     assert "SIGKILL" in {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
-    assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=10)
+    assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=60)
     body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
     [newest, *_] = call_api(api, "/flow_runs/filter", body | {"sort": "START_TIME_DESC"})
     assert newest["state_type"] == "FAILED"
     arguments = ["flow-run", "retry", newest["id"], "--entrypoint", "flows/pretrain.py:evaluate_and_report"]
-    retried = subprocess.run([PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    retried = subprocess.run([PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert retried.returncode == 0, retried.stdout + retried.stderr
     assert call_api(api, f"/flow_runs/{newest['id']}")["state_type"] == "COMPLETED"
     assert {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"] == ""
@@ -184,6 +187,7 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     ],
     ids=["cut", "fields missing", "no file"],
 )
+@pytest.mark.usefixtures("evaluating_here")
 def test_items_that_cannot_be_read_fail_hellaswag_alone(
     api: str, run: RunConfig, tmp_path: Path, body: bytes | None, message: str
 ) -> None:
@@ -225,6 +229,7 @@ def published(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_an_imported_model_is_evaluated_without_a_dataset(api: str, gpt2: Gpt2, tmp_path: Path) -> None:
     folder = published(tmp_path / "my model", 1)

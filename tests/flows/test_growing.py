@@ -20,7 +20,7 @@ from tests.making import document, settings_of, tiny_config, write_parquet
 from tests.polling import poll
 from tests.ports import free_port
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.nightly
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def test_a_dask_cluster_builds_the_same_dataset_despite_a_killed_worker(tmp_path
             + [word for setting in [*settings_of(config), *settings] for word in ("--set", setting)],
             env=os.environ | {"PREFECT_API_URL": api},
         )
-        poll(lambda: len(list(folder.glob("*.json"))) > 5, 180)
+        poll(lambda: len(list(folder.glob("*.json"))) > 5)
         hosts[0].kill()
         assert flow.wait(300) == 0
     digest = build_dataset(tiny_config(str(tmp_path / "serial"), str(source), "data.shard_tokens=5000"))

@@ -98,7 +98,7 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_end(tmp_path: Path, undistu
     shutil.copytree(calm / "source", tmp_path / "source")
     for stage, (reached, unfinished) in MOMENTS.items():
         process = gpt2(*PRETRAIN, cwd=tmp_path)
-        poll(lambda reached=reached, process=process: reached(tmp_path) or process.poll() is not None, 180)
+        poll(lambda reached=reached, process=process: reached(tmp_path) or process.poll() is not None)
         kill(family(process.pid))
         process.communicate()
         assert process.returncode == -signal.SIGKILL, stage
@@ -108,64 +108,52 @@ def test_killed_in_each_stage_it_goes_on_to_the_same_end(tmp_path: Path, undistu
     assert outcome(tmp_path) == expected
 
 
-def test_prefects_database_deleted_loses_no_work(undisturbed: tuple[Path, Outcome], tmp_path: Path) -> None:
+def test_a_shard_and_prefects_database_deleted_cost_one_job(undisturbed: tuple[Path, Outcome], tmp_path: Path) -> None:
     calm, expected = undisturbed
     folder = shutil.copytree(calm, tmp_path / "copy")
-    written = {
-        path: path.stat().st_mtime_ns
-        for path in (folder / "data").rglob("*")
-        if path.suffix in {".bin", ".safetensors"}
-    }
     shutil.rmtree(folder / ".gpt2")
+    shards = sorted((folder / "data/datasets/small/shards").glob("*.bin"))
+    shards[7].unlink()
+    shards[7].with_suffix(".json").unlink()
+    kept = [path for path in (folder / "data").rglob("*") if path.suffix in {".bin", ".safetensors"}]
+    written = [path.stat().st_mtime_ns for path in kept]
     code, said = run_gpt2(*PRETRAIN, cwd=folder)
     assert code == 0, said
+    assert f"{len(shards)} of {len(shards)} shards done, 1 of them built now" in said
     assert "already done" in said
-    assert "built now" not in said
-    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert [path.stat().st_mtime_ns for path in kept] == written
     assert outcome(folder) == expected
 
 
-def test_one_deleted_shard_is_one_job_and_the_same_manifest(undisturbed: tuple[Path, Outcome], tmp_path: Path) -> None:
-    calm, expected = undisturbed
-    folder = shutil.copytree(calm, tmp_path / "copy")
-    bins = sorted((folder / "data/datasets/small/shards").glob("*.bin"))
-    bins[7].unlink()
-    bins[7].with_suffix(".json").unlink()
-    written = {path: path.stat().st_mtime_ns for path in bins if path.exists()}
-    code, said = run_gpt2(*PRETRAIN, cwd=folder)
-    assert code == 0, said
-    assert f"{len(bins)} of {len(bins)} shards done, 1 of them built now" in said
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert outcome(folder) == expected
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "console killed"])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGKILL, id="console killed"),
+    ],
+)
 def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path, Outcome], signum: int) -> None:
     shutil.copytree(undisturbed[0] / "source", tmp_path / "source")
     process = gpt2(*PRETRAIN, cwd=tmp_path)
-    poll(lambda: MOMENTS["training"][0](tmp_path), 180)
+    poll(lambda: MOMENTS["training"][0](tmp_path))
     members = set(family(process.pid)) - {process.pid}
     assert len(members) >= 4  # the server, torchrun and two ranks
     process.send_signal(signum)
-    process.communicate(timeout=60)
-    poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members), 60)
+    process.communicate()
+    poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members))
 
 
-def test_the_console_ends_soon_after_its_server_and_the_next_command_continues(
+def test_the_console_ends_soon_after_its_server_with_a_checkpoint(
     tmp_path: Path, undisturbed: tuple[Path, Outcome]
 ) -> None:
-    calm, expected = undisturbed
-    shutil.copytree(calm / "source", tmp_path / "source")
+    shutil.copytree(undisturbed[0] / "source", tmp_path / "source")
     process = gpt2(*PRETRAIN, "--set", "train.checkpoint_every_steps=1000", cwd=tmp_path)
-    poll((tmp_path / "data/runs/tiny/progress.json").exists, 180)
+    poll((tmp_path / "data/runs/tiny/progress.json").exists)
     members = set(family(process.pid)) - {process.pid}
     trainers = [pid for pid in members if "\0model\0" in Path(f"/proc/{pid}/cmdline").read_text()]
     [server] = set(children(process.pid)) - set(trainers)
     kill([server])
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate()
     assert (process.returncode, "error: " in output, "Traceback" in output) == (1, True, False), output
     assert not any(Path(f"/proc/{pid}/cmdline").read_text() for pid in members if Path(f"/proc/{pid}").exists())
     assert checkpoints(open_store(str(tmp_path / "data")), "tiny")
-    code, output = run_gpt2(*PRETRAIN, cwd=tmp_path)
-    assert code == 0, output
-    assert outcome(tmp_path) == expected

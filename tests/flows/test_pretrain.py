@@ -129,6 +129,7 @@ def test_a_failed_evaluation_leaves_the_others_and_the_report(tmp_path: Path, ap
     assert again.items() >= {"val_loss-12": "Skipped", "completion-12": "Failed", "samples-12": "Skipped"}.items()
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_a_mix_needs_its_other_datasets_sealed_before_anything_is_built(
     tmp_path: Path, api: str, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +149,7 @@ def test_a_mix_needs_its_other_datasets_sealed_before_anything_is_built(
     assert val_losses == {"val_loss_code_t32", "val_loss_small_t32", "val_loss_mix_t32"}
 
 
+@pytest.mark.usefixtures("evaluating_here")
 @pytest.mark.full
 def test_hellaswag_items_are_mirrored_and_scored_under_their_own_name(tmp_path: Path, api: str, source: str) -> None:
     parts = {"ctx": "The cat sat", "activity_label": "Cats", "ctx_a": "The cat sat", "ctx_b": "", "label": 1}

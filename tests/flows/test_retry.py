@@ -22,7 +22,7 @@ from tests.flows.jobs import put_wrong_record
 from tests.making import build_dataset, document, tiny_config, write_parquet
 from tests.polling import poll
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -81,7 +81,7 @@ def shown_as_failed(api: str, flow_run: str) -> set[str]:
     ("how", "name", "runner"),
     [
         ("ui", "pretrain", "threads"),
-        ("command", "dataset-refresh", "processes"),
+        pytest.param("command", "dataset-refresh", "processes", marks=pytest.mark.nightly),
         pytest.param("ui", "dataset-refresh", "dask", marks=pytest.mark.nightly),
     ],
 )

@@ -17,9 +17,8 @@ from model.runs.job import read_job
 from model.training import trainer
 from model.training.trainer import Trainer
 from storage.stores.opening import open_store
+from tests.polling import PATIENCE_SECONDS
 from tests.ports import free_port
-
-STUCK_SECONDS = 120
 
 
 class TrainingRequest(NamedTuple):
@@ -91,7 +90,7 @@ def train(trainings: list[TrainingRequest], ranks: int) -> list[ObservedTraining
 
 def _gather(connections: list[Connection]) -> ObservedTraining:
     """Collect one training from all ranks."""
-    answers = [connection.recv() if connection.poll(STUCK_SECONDS) else "no answer" for connection in connections]
+    answers = [connection.recv() if connection.poll(PATIENCE_SECONDS) else "no answer" for connection in connections]
     assert all(isinstance(answer, ObservedTraining) for answer in answers), answers
     steps = {step: [window for answer in answers for window in answer.steps[step]] for step in answers[0].steps}
     assert all(set(answer.steps) == set(steps) for answer in answers)

@@ -79,7 +79,7 @@ class Training:
         return [int(step) for step in re.findall(r"^step +(\d+)/", self._file("out").read_text(), re.MULTILINE)]
 
     def wait(self) -> int:
-        return self._process.wait(timeout=120)
+        return self._process.wait()
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Wait for the condition. Fails when the training ends first."""

@@ -192,7 +192,7 @@ def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str
 
     for _ in range(2):
         call_api(api, path, {"active": True}, "PATCH")
-        runs = poll(scheduled, 120)
+        runs = poll(scheduled)
         parameters = RunConfig.model_validate(runs[0]["parameters"]["config"])
         assert parameters.model_dump(mode="json") == refresh["parameters"]["config"]
         call_api(api, path, {"active": False}, "PATCH")
@@ -244,7 +244,7 @@ def test_a_run_whose_worker_and_host_died_crashes_in_any_state(api: str, soon: N
         set_state(api, flow_run, "RUNNING" if name == "Running" else "PENDING", name)
     consoles, foreign = console_run(api, automations.TAG), console_run(api)
     for flow_run, name in held.items():
-        poll(lambda flow_run=flow_run: run(api, flow_run)["state_name"] == "AwaitingRetry", 120)
+        poll(lambda flow_run=flow_run: run(api, flow_run)["state_name"] == "AwaitingRetry")
         history = states(api, flow_run)
         assert history[history.index(name) :][:3] == [name, "Crashed", "AwaitingRetry"]
         set_state(api, flow_run, "CANCELLED")

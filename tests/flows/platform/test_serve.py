@@ -23,7 +23,7 @@ from tests.polling import poll
 from tests.ports import free_port
 from tests.processes import family, listening
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def login(folder: Path) -> str:
 def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     config = tiny_config(
-        str(tmp_path / "data"), str(source), "train.max_steps=400", "train.validate_every_steps=0",
+        str(tmp_path / "data"), str(source), "train.max_steps=200", "train.validate_every_steps=0",
         "train.checkpoint_every_steps=1000", "resources.processes=2",
     )  # fmt: skip
     port = free_port()
@@ -62,23 +62,23 @@ def test_a_click_runs_ctrl_c_stops_all_and_a_retry_after_the_next_start_resumes(
         assert listening(tree) == {("127.0.0.1", port)}
         api = f"http://{login(tmp_path)}@127.0.0.1:{port}/api"
         flow_run = start(api, "pretrain", config)
-        reached = poll(steps, 120)
+        reached = poll(steps)
         tree = family(process.pid)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate()
         assert process.returncode == 0, output
         assert "cancelling active runs" in output
         assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
-    assert reached <= steps() < 400
+    assert reached <= steps() < 200
     with serving(tmp_path, port) as process:
         assert run(api, flow_run)["state_name"] == "Cancelled"
         set_state(api, flow_run, "SCHEDULED", "AwaitingRetry")
         assert ended(api, flow_run, 2)["state_name"] == "Completed"
-        assert steps() == 400
+        assert steps() == 200
         tree = family(process.pid)
         process.kill()  # the other processes notice by themselves
         process.wait()
-        poll(lambda: [pid for pid in tree if Path(f"/proc/{pid}").exists()] == [], 30)
+        poll(lambda: [pid for pid in tree if Path(f"/proc/{pid}").exists()] == [])
     password = login(tmp_path).partition(":")[2].encode()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path.name for path in files if password in path.read_bytes()] == ["login"]
@@ -93,7 +93,7 @@ def test_a_process_that_ends_unexpectedly_stops_all_with_a_remedy(tmp_path: Path
         tree = family(process.pid)
         argv = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in tree}
         os.kill(next(pid for pid in tree if argument in argv[pid]), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate()
         assert [pid for pid in tree if Path(f"/proc/{pid}").exists()] == []
     assert process.returncode == 2
     assert f"{name} ended unexpectedly" in output
@@ -116,7 +116,7 @@ os._exit(0)
 def test_a_closed_terminal_stops_all_like_ctrl_c(action: str, code: int) -> None:
     """Else the runs' processes go on, and repeat their requests to a server that has ended."""
     argv = [sys.executable, "-c", HANGUP, action]
-    assert subprocess.run(argv, timeout=60, check=False).returncode == code
+    assert subprocess.run(argv, check=False).returncode == code
 
 
 HOSTILE_PAGE = """<script>

@@ -227,7 +227,7 @@ def test_commands_that_start_together_share_a_server_which_ends_with_the_last(tm
         assert len(others) == 2
         assert httpx.get(f"{url}/health", timeout=60).is_success
         others[1].communicate("\n")
-        poll(lambda: not Path(f"/proc/{pid}").exists(), 30)
+        poll(lambda: not Path(f"/proc/{pid}").exists())
     finally:
         for command in commands:
             command.kill()

@@ -69,6 +69,6 @@ def test_leaving_the_block_ends_a_running_process_and_starts_no_other(
             task = task_threads.submit(running.run, KEY, lines.append)
             poll(lambda: lines == ["started"])
         with pytest.raises(JobFailed, match=f"{KEY}.*{ended_by}"):
-            task.result(timeout=10)
+            task.result()
     with pytest.raises(JobFailed, match="not started"):
         running.run(KEY, lines.append)

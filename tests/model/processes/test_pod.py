@@ -103,10 +103,10 @@ def test_a_pod_succeeds_at_the_last_step_only(tmp_path: Path, argv: list[str]) -
     pod = start(log := tmp_path / "log", argv)
     poll(lambda: "step      2/" in log.read_text(), failure="no step was run")
     pod.send_signal(signal.SIGTERM)
-    assert pod.wait(timeout=60) == 1, log.read_text()
+    assert pod.wait() == 1, log.read_text()
     assert 2 <= checkpoints(open_store(argv[-2]), "tiny")[-1].step < 100
-    assert start(log, argv).wait(timeout=120) == 0, log.read_text()
-    assert start(log, [*argv[:-1], "runs/tiny/jobs/none.json"]).wait(timeout=60) == 2, log.read_text()
+    assert start(log, argv).wait() == 0, log.read_text()
+    assert start(log, [*argv[:-1], "runs/tiny/jobs/none.json"]).wait() == 2, log.read_text()
 
 
 @pytest.mark.nightly
@@ -116,7 +116,7 @@ def test_two_pods_resume_after_the_first_dies(tmp_path: Path, argv: list[str], h
     pods = [start(logs[n], ["ip", "netns", "exec", hosts[n], *argv], n) for n in (0, 1)]
     poll(lambda: "step      6/" in "".join(log.read_text() for log in logs), failure="no step was run")
     test_nodes.kill_host(hosts[0])
-    assert pods[0].wait(timeout=60) != 0
-    assert pods[1].wait(timeout=60) == 1, logs[1].read_text()  # Kubernetes restarts both
+    assert pods[0].wait() != 0
+    assert pods[1].wait() == 1, logs[1].read_text()  # Kubernetes restarts both
     pods = [start(logs[n], ["ip", "netns", "exec", hosts[n], *argv], n) for n in (1, 0)]
-    assert [pod.wait(timeout=120) for pod in pods] == [0, 0], [log.read_text() for log in logs]
+    assert [pod.wait() for pod in pods] == [0, 0], [log.read_text() for log in logs]

@@ -338,4 +338,4 @@ def test_an_error_of_the_fetch_is_raised_and_leaves_no_lock(folder: Path) -> Non
         cache.open(sha256(body), fail)
     with closing(cache.open(sha256(body), lambda: body)) as file:
         assert file.read() == body
-    poll(lambda: files(folder) == [folder / sha256(body)[:2] / sha256(body)], 1)
+    poll(lambda: files(folder) == [folder / sha256(body)[:2] / sha256(body)])
