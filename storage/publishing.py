@@ -54,22 +54,19 @@ class Repository(ReadableStore):
     def local_path(self, key: str) -> None:  # noqa: ARG002  # no file is on this host
         return None
 
-    def addition(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
-        """A file to commit, as a buffer: Xet accepts no buffers, and would send it past HF_ENDPOINT."""
-        return CommitOperationAdd(key.removeprefix(self.keys.prefix), io.BytesIO(body))
-
-    def upload(self, key: str, body: bytes | bytearray) -> CommitOperationAdd:
-        """Send a large file ahead of its commit, unless the Hub has these bytes, and free its memory."""
-        addition = self.addition(key, body)
+    def upload(self, *files: tuple[str, bytes | bytearray]) -> list[CommitOperationAdd]:
+        """Send the large ones of these files ahead of their commit, unless the Hub has them, and free their memory."""
+        # As buffers: Xet accepts none, and would send the files past HF_ENDPOINT.
+        additions = [CommitOperationAdd(key.removeprefix(self.keys.prefix), io.BytesIO(body)) for key, body in files]
 
         def send() -> None:
             try:
-                HfApi().preupload_lfs_files(self.name, [addition], repo_type="dataset")
+                HfApi().preupload_lfs_files(self.name, additions, repo_type="dataset")
             except RuntimeError as error:  # the client wraps the error of one file
                 raise error.__cause__ or error from None
 
-        hub.with_retries(f"{self.name}: {addition.path_in_repo}", send)
-        return addition
+        hub.with_retries(f"{self.name}: {', '.join(addition.path_in_repo for addition in additions)}", send)
+        return additions
 
     def commit(self, additions: list[CommitOperationAdd], summary: str) -> None:
         """Add or replace these files. Raises Conflict if others have committed since `commit_id`."""
@@ -109,7 +106,7 @@ def publish(
                 pointer = {"manifest": version.digest, "parent": version.parent, "sequence": len(versions)}
                 objects += [(repository.keys.latest, canonical_json(pointer)), (repository.keys.card, card)]
             if objects:
-                repository.commit([repository.upload(*item) for item in objects], f"Publish {version.digest[:12]}")
+                repository.commit(repository.upload(*objects), f"Publish {version.digest[:12]}")
             return repository.commit_id, len(rows), len(sent)
     raise Conflict(f"{name}: others committed {CONFLICTS} times meanwhile. Run the command again.")
 
@@ -146,7 +143,7 @@ def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], 
     def upload(row: ShardRow) -> list[CommitOperationAdd]:
         body = read_shard(store, repository.dataset, row.shard_id, row.tokens, row.sha256)
         shard, record = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)
-        additions = [repository.upload(shard, body), repository.addition(record, store.read(record).body)]
+        additions = repository.upload((shard, body), (record, store.read(record).body))
         on_progress(1, len(missing))
         return additions
 
