@@ -143,10 +143,11 @@ def test_no_process_outlives_the_console(tmp_path: Path, undisturbed: tuple[Path
     poll(lambda: not any(Path(f"/proc/{pid}").exists() for pid in members))
 
 
-def test_the_console_ends_soon_after_its_server_with_a_checkpoint(
+def test_the_console_ends_soon_after_its_server_and_the_next_command_continues(
     tmp_path: Path, undisturbed: tuple[Path, Outcome]
 ) -> None:
-    shutil.copytree(undisturbed[0] / "source", tmp_path / "source")
+    calm, expected = undisturbed
+    shutil.copytree(calm / "source", tmp_path / "source")
     process = gpt2(*PRETRAIN, "--set", "train.checkpoint_every_steps=1000", cwd=tmp_path)
     poll((tmp_path / "data/runs/tiny/progress.json").exists)
     members = set(family(process.pid)) - {process.pid}
@@ -157,3 +158,6 @@ def test_the_console_ends_soon_after_its_server_with_a_checkpoint(
     assert (process.returncode, "error: " in output, "Traceback" in output) == (1, True, False), output
     assert not any(Path(f"/proc/{pid}/cmdline").read_text() for pid in members if Path(f"/proc/{pid}").exists())
     assert checkpoints(open_store(str(tmp_path / "data")), "tiny")
+    code, output = run_gpt2(*PRETRAIN, cwd=tmp_path)
+    assert code == 0, output
+    assert outcome(tmp_path) == expected

@@ -56,7 +56,7 @@ def test_a_number_beyond_64_bits_is_refused(name: str) -> None:
         refused(f"{name}={value}", facts=[name])
 
 
-@pytest.mark.timeout(100)  # a quadratic search takes hours
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("part", ["://", "://a:", "://a"])
 def test_the_search_for_credentials_is_linear(part: str) -> None:
     assert CREDENTIALS.search(part * 50_000) is None
