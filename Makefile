@@ -43,7 +43,7 @@ check: $(VENV)/.dev
 	$(BIN)/pytest -q tests/test_house.py
 
 lock:
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml -o requirements.lock
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade --extra trackio pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
 
 minio: .tools/minio
@@ -62,12 +62,13 @@ chromium:
 # Writes random secrets, one file each, and the settings for docker-compose.yml. Existing files stay. Files have mode 444,
 # since containers read them as other users; their folder has mode 700, here and in the image.
 env:
-	@umask 077; mkdir -p .secrets; for name in postgres s3_root s3_pipeline s3_trainer prefect; do \
+	@umask 077; mkdir -p .secrets; for name in postgres s3_root s3_pipeline s3_trainer trackio prefect; do \
 		[ -s .secrets/$$name ] || { value=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n'); \
 		[ $$name = prefect ] && value=gpt2:$$value; printf %s "$$value" > .secrets/$$name; chmod 444 .secrets/$$name; }; done
 	@[ -e .env ] || printf '%s\n' '# Settings of docker-compose.yml; its secrets are files in this folder:' SECRETS=./.secrets \
-		'# UI_PORT=4200' '# S3_PORT=9000' '# S3_CONSOLE_PORT=9001' '# configuration file, in the image, that fills the forms:' \
-		'# GPT2_CONFIG=/app/deploy/configs/fineweb-edu-10b.toml' '# notification block for failed runs:' \
+		'# UI_PORT=4200' '# S3_PORT=9000' '# S3_CONSOLE_PORT=9001' '# TRACKIO_PORT=7860' \
+		'# preset, or configuration file in the image, that fills the forms:' '# GPT2_CONFIG=gpt2-124m' \
+		'# notification block for failed runs and alerts:' \
 		'# GPT2_NOTIFY=slack-webhook/team' '# DATA_MEMORY=8g' '# TRAIN_MEMORY=16g' > .env
 	@echo "next: docker compose up --wait, then http://127.0.0.1:4200 with the login that cat .secrets/prefect shows"
 

@@ -28,7 +28,7 @@ LEAST_WORDS = 8  # per paragraph
 LEAST_COMMON = 0.2  # share of common words in a paragraph; lower in tables and lists of options
 CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in it
 LEAST_TOKENS = 24  # per document
-MINUTES = 3  # duration of deploy/configs/demo.toml on 2 cores
+MINUTES = 3  # duration of the preset demo on 2 cores
 FIXED_MINUTES = 1  # the part of MINUTES that does not grow with the steps: Prefect, corpus, shards, evaluation, report
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -1,7 +1,6 @@
 """The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in its own process."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow, task
@@ -13,13 +12,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.inspection.facts import read_evaluation
 from flows.items import mirror_items
 from flows.runtime.artifacts import show
+from flows.runtime.page import page
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.records import CheckpointRecord, chosen
 from model.config import RunConfig, differences
 from model.evaluation.results import Evaluation
 from model.runs.job import EvaluationSummary, Job, JobFailed, JobRefused, TrainingResult
-from model.runs.run import evaluation_jobs, pinned_run
+from model.runs.run import evaluation_jobs, pinned_items, pinned_run
 from storage.datasets.manifest import latest_manifest
 from storage.errors import ObjectCorrupt, StorageError
 from storage.keys import RunKeys
@@ -87,6 +87,8 @@ def _results(run: str, jobs: list[Job], futures: Futures, failures: list[Failure
             metrics = [f"{name} {value:.4f}" for name, value in result.metrics.items()]
             rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
     show(create_table_artifact, table=rows, key="evaluations", description=f"Evaluations of {run}")
+    if shown := page.get():
+        shown.show("Failed evaluations", [row for row in rows if row["state"] == "Failed"])
     for name, reason in failures:
         say("evaluate", f"{name} failed: {str(reason).partition(chr(10))[0]}")
     computed = sum(future.state.name == "Completed" for future in futures)  # else Skipped or Failed
@@ -100,10 +102,7 @@ def _results(run: str, jobs: list[Job], futures: Futures, failures: list[Failure
 def _inputs(store: Store, config: RunConfig, record: CheckpointRecord) -> tuple[str | None, str | None]:
     """The manifest (None: no dataset) and the key of HellaSwag's items (None: not mirrored), pinned or newest."""
     if run := pinned_run(store, config):
-        hellaswag = config.evaluation.hellaswag
-        # A local file is read again, since it may have been edited. If it is gone, the copy in the store is used.
-        use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
-        return run.manifest, run.items if use_pinned else None
+        return run.manifest, pinned_items(run, config)
     if differing := differences(config.model.model_dump(mode="json"), record.model, "model"):
         raise ValueError(f"imported run {config.name!r}: {'; '.join(differing)}. Use the imported model's settings.")
     if (newest := latest_manifest(store, config.data.dataset)) is None:

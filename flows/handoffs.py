@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from flows.inspection.facts import DatasetFacts, TrainingFacts
+from flows.inspection.facts import DatasetFacts, RunFacts, TrainingFacts
 from model.runs.job import EvaluationSummary
 from storage.datasets.plan import FilePlan
+from storage.keys import RunKeys
 
 
 class Downloaded:
@@ -37,3 +38,10 @@ class Reported:
     sample: str | None  # prompt and text
     page: str  # key of report.html
     evaluations: list[EvaluationSummary]
+
+    @classmethod
+    def of(cls, facts: RunFacts, evaluations: list[EvaluationSummary]) -> "Reported":
+        """What these facts and evaluations tell about a run."""
+        samples = facts.samples[0].samples if facts.samples else None
+        sample = samples[0]["prompt"] + samples[0]["text"] if samples else None
+        return cls(facts.dataset, facts.training, sample, RunKeys(facts.name).report("html"), evaluations)

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.inspection.facts import leak_line
 from flows.items import mirror_items
 from flows.runtime.artifacts import show
+from flows.runtime.page import on_page
 from flows.runtime.progress import Bar, say
 from flows.runtime.tasks import worker_count
 from model import tokenizer
@@ -38,6 +39,7 @@ def find_leaks(dataset: str, manifest: str, items: str | None, workers: int, sto
 
 
 @flow(name="audit", flow_run_name="audit-{config.data.dataset}", validate_parameters=False)
+@on_page("audit")
 def find_leaks_of_newest(config: RunConfig) -> LeakReport:
     """Look for leaks in the dataset's newest version."""
     data, store = config.data, open_store(config.store_url)

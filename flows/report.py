@@ -6,26 +6,25 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.handoffs import Reported
 from flows.pages import run_report
-from flows.runtime.artifacts import Picture, show
+from flows.runtime.artifacts import show
+from flows.runtime.page import page
 from flows.runtime.progress import say
 from model.config import RunConfig
 from model.runs.job import EvaluationSummary
-from storage.keys import RunKeys
 from storage.stores.opening import open_store
 
 
 @task(task_run_name="report-{run_name}", cache_policy=NO_CACHE)
 def write_report(run_name: str, store_url: str, evaluations: list[EvaluationSummary]) -> Reported:
     """Write report.html and report.md of a run, and show their content in Prefect's UI."""
-    facts, plots = run_report.write_report(open_store(store_url), run_name)
+    facts = run_report.write_report(open_store(store_url), run_name)
+    if shown := page.get():
+        rows = ((row.metric, row.values[0], row.published, row.chance) for row in run_report.metric_rows([facts]))
+        columns = ("metric", "value", "published", "chance")
+        shown.show("Evaluations", [dict(zip(columns, row, strict=True)) for row in rows])
     text = run_report.markdown([facts])
     show(create_markdown_artifact, markdown=text, key="report", description=f"Report of {run_name}")
-    for title, svg in plots.items():
-        key = title.lower().replace(" ", "-").replace("_", "-")
-        Picture(f"plot-{key}", f"{title}, {run_name}").show(svg)
-    samples = facts.samples[0].samples if facts.samples else None
-    sample = samples[0]["prompt"] + samples[0]["text"] if samples else None
-    return Reported(facts.dataset, facts.training, sample, RunKeys(run_name).report("html"), evaluations)
+    return Reported.of(facts, evaluations)
 
 
 @flow(name="report", flow_run_name="report-{config.name}", validate_parameters=False)

@@ -20,6 +20,7 @@ from flows.handoffs import DatasetVersion, Downloaded
 from flows.leaks import find_leaks
 from flows.runtime.artifacts import show
 from flows.runtime.ending import ending
+from flows.runtime.page import page
 from flows.runtime.progress import Bar, say
 from flows.runtime.tasks import in_window, is_transient, retries, worker_count
 from model import tokenizer
@@ -178,10 +179,13 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
     """Run the missing jobs as tasks, and show them in a table. Raises a part's first error after all of its tasks."""
     dataset = config.data.dataset
     say("tokenise", f"{total - missing:,} of {total:,} shards done")
+    shown = page.get()
+    before = {"shards": f"{total - missing:,} others", "state": "Already done", "why": "", "to run it again": ""}
+    if shown:
+        shown.show("Shards", [before | {"shards": f"{total - missing:,} of {total:,}"}])
     if not missing:
         return
     bar = Bar("tokenise", missing, "shards")
-    before = {"shards": f"{total - missing:,} others", "state": "Already done", "why": "", "to run it again": ""}
     lines = [before] if missing < total else []
     retry_command = ""
     errors: list[BaseException] = []
@@ -196,8 +200,11 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
                 errors.append(error)
                 retry_command = retry_command or _retry_command(config)
             if error or len(lines) < MOST_LINES:
-                line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")[:300]}
+                line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")}
                 lines.append(line | {"to run it again": retry_command if error else ""})
+                lines.sort(key=lambda line: not line["why"])  # failures first
+                if shown:
+                    shown.show("Shards", lines)
         if errors:
             break
     show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")

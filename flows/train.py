@@ -3,15 +3,22 @@
 import contextvars
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 
 from flows.handoffs import DatasetVersion
-from flows.pages.curves import loss_curve
-from flows.runtime.artifacts import Picture, show
+from flows.inspection.alerts import Alerts
+from flows.inspection.plan import plan
+from flows.platform.automations import ALERT
+from flows.runtime.artifacts import show
+from flows.runtime.page import on_page, page
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.metrics import Progress, StepMetrics
@@ -21,13 +28,12 @@ from model.runs.job import Job, TrainingResult, read_result
 from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
-from storage.keys import RunKeys
+from storage.keys import FORMAT, RunKeys
 from storage.loading.mix import describe
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_as
 
 WATCH_SECONDS = 1.0
-CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
 
 
 @task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
@@ -37,11 +43,14 @@ def train_model(job: Job, store_url: str, processes: Processes) -> Any:
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
+@on_page("train")
 def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingResult:
     """Train the run to its last step. Without `version`, a new run takes the dataset's newest version."""
     store = open_store(config.store_url)
     run = started_run(store, config, version)
     job = training_job(run)
+    if shown := page.get():
+        shown.plan = plan(store, config)  # with the dataset's tokens
     if run.mix:
         say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
     done = read_result(store, job)
@@ -51,14 +60,17 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
     context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
-    watcher = threading.Thread(target=context.run, args=(_watch, store, run, bar, ended), daemon=True)
+    watcher = threading.Thread(target=context.run, args=(_watch, store, run, bar, Alerts(config), ended), daemon=True)
     watcher.start()
     try:
         with Processes(config.store_url) as processes:
+            if config.resources.tracker and done is None:
+                processes.start_tracker(run.name, config.resources.tracker, get_run_logger().info)
             if config.resources.nodes > 1:
                 say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
                              f"then run python -m model {config.store_url} {job.key}")  # fmt: skip
             result = TrainingResult(**train_model.submit(job, config.store_url, processes).result())
+        bar.to(result.step)
     finally:
         ended.set()
         watcher.join()
@@ -85,29 +97,43 @@ def _summary(step: int, max_steps: int, metrics: list[StepMetrics], *, done_befo
     skipped = sum(line.skipped for line in metrics)
     done = "already done" if done_before else "done"
     outliers = f", {skipped} outlier steps skipped" if skipped else ""
-    return f"{step:,} of {max_steps:,} steps {done}: loss {losses[0]:.4f} → {losses[-1]:.4f}{outliers}"
+    val_losses = [(line.val_loss, line.step + 1) for line in metrics if line.val_loss is not None]
+    lowest, best = min(val_losses, default=(0.0, 0))
+    early = f", ended early: no val loss below {lowest:.4f} since step {best:,}" if step < max_steps else ""
+    return f"{step:,} of {max_steps:,} steps {done}: loss {losses[0]:.4f} → {losses[-1]:.4f}{outliers}{early}"
 
 
-def _watch(store: Store, run: Run, bar: Bar, ended: threading.Event) -> None:
-    """Follow the trainer's progress object until training ends: move the bar and draw the loss curve."""
-    curve = Picture("train-loss", f"Loss of {run.name} so far")
-    drawn_at = 0.0
+def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Event) -> None:
+    """Follow the trainer's progress object until training ends: move the bar, draw the loss curve, send alerts."""
+    shown = page.get()
+    disk = (store.local_path(FORMAT) or Path.cwd() / FORMAT).parent
+    saved_at, saved_step = time.monotonic(), -1
     lines_by_step: dict[int, StepMetrics] = {}
     while not ended.wait(WATCH_SECONDS):
-        try:
-            if not lines_by_step:  # the steps before a restart
-                lines_by_step = {line.step: line for line in read_metrics(store, run.name)}
+        lines = []
+        with suppress(StorageError, ValueError):  # the trainer reports the error, and keeps training
             progress = read_as(store, RunKeys(run.name).progress, Progress)
             lines = progress.since_checkpoint if progress else []
-        except (StorageError, ValueError):
-            continue  # the trainer reports the error, and keeps training
+            if not lines_by_step:  # the steps before a restart, whose alerts were sent
+                lines_by_step = {line.step: line for line in read_metrics(store, run.name)}
+                alerts.after([*lines_by_step.values(), *lines])
         if lines:
             loss = "NaN" if lines[-1].loss is None else f"{lines[-1].loss:.3f}"
             bar.to(lines[-1].step + 1, f"loss {loss}  {lines[-1].tokens_per_second:,.0f} tokens/s")
             lines_by_step |= {line.step: line for line in lines}
-            if time.monotonic() - drawn_at > CURVE_SECONDS:
-                drawn_at = time.monotonic()
-                curve.show(loss_curve([lines_by_step[step] for step in sorted(lines_by_step)]))
+            if shown:
+                shown.draw([lines_by_step[step] for step in sorted(lines_by_step)])
+            if lines[0].step != saved_step:
+                saved_step, saved_at = lines[0].step, time.monotonic()
+        for alert in alerts.after(lines) + alerts.at(time.monotonic() - saved_at, disk_usage(disk).free):
+            say("train", f"alert: {alert}")
+            if shown:
+                shown.alerts.append(alert)
+            emit_event(ALERT, {"prefect.resource.id": f"run.{run.name}"}, payload={"run": run.name, "alert": alert})
+    if shown:  # also after a failure, or if nothing was left to train
+        with suppress(StorageError):
+            lines_by_step |= {line.step: line for line in read_metrics(store, run.name)}
+        shown.draw([lines_by_step[step] for step in sorted(lines_by_step)], final=True)
 
 
 def _show_metrics(run: Run, metrics: list[StepMetrics]) -> None:

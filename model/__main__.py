@@ -23,7 +23,7 @@ from model.training.trainer import Trainer
 from storage.errors import StorageError
 from storage.stores.opening import open_store
 
-SMALLER_BATCH = "Halve the micro-batch: --set train.micro_batch_sequences=N. The batch stays the same; the run resumes."
+SMALLER_BATCH = "Try a smaller micro-batch: --set train.micro_batch_sequences=N. No batch changes; the run resumes."
 FEWER_AT_ONCE = "Use the CPU (resources.device=cpu) or one evaluation at a time (resources.concurrent_evaluations=1)"
 
 

@@ -24,12 +24,16 @@ Positive = Annotated[int, Field(strict=True, ge=1, le=2**53 - 1)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # PyTorch's generator ignores higher bits on a CPU
 Amount = Annotated[float, Field(strict=True, ge=0, le=1e15)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+CHECKPOINT = "^(last|best|every|[0-9]{1,16})$"
 NAME = rf"^({keys.NAME.pattern})?(?!\n)$"
 TEXT = rf"^(?![\s\S]*{CREDENTIALS.pattern})[^\0\ud800-\udfff]*$"
+TRACKER = rf"^(?![\s\S]*{CREDENTIALS.pattern})((trackio|wandb|mlflow|tensorboard)(:[^\0\ud800-\udfff]+)?)?(?!\n)$"
 Name = Annotated[str, Field(max_length=200, pattern=NAME)]
 Text = Annotated[str, Field(max_length=4_096, pattern=TEXT)]
+Tracker = Annotated[str, Field(max_length=4_096, pattern=TRACKER)]
 Url = Annotated[str, Field(max_length=4_096, json_schema_extra={"pattern": TEXT})]  # `open_store` refuses credentials
-Line = Annotated[str, Field(max_length=4_096, pattern=r"^[^\0\ud800-\udfff]*$")]
+LINE = r"^[^\0\ud800-\udfff]*$"
+Line = Annotated[str, Field(max_length=4_096, pattern=LINE)]
 Lines = Annotated[tuple[Line, ...], Field(max_length=100)]
 
 
@@ -110,10 +114,11 @@ class TrainingConfig(Section):
 
     # How training runs, not what it computes: never in a recipe, free to change when a run is resumed. (With dropout,
     # another micro-batch size drops other activations, from the same distribution.)
-    HOW: ClassVar = {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps"}
+    HOW: ClassVar = {"micro_batch_sequences", "compile", "checkpoint_every_steps", "keep_last", "keep_every_steps",
+                     "keep_best"}  # fmt: skip
 
     sequence_tokens: Positive = Field(512, description="Sequence length in tokens.")
-    micro_batch_sequences: Positive = Field(8, description="Sequences per forward pass of a process.")
+    micro_batch_sequences: Count = Field(0, description="Sequences per forward pass of a process (0 = automatic).")
     batch_tokens: Positive = Field(524_288, description="Tokens per optimizer step, over all processes.")
     max_steps: Positive = Field(19_073, description="Optimizer steps in the whole run.")
     warmup_steps: Count = Field(715, description="Steps of linear warm-up to the maximum learning rate.")
@@ -135,8 +140,10 @@ class TrainingConfig(Section):
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
     keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
     keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
+    keep_best: bool = Field(True, description="Keep the checkpoint with the lowest val loss, too.")
     validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
     validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation, of each dataset.")
+    patience_validations: Count = Field(0, exclude_if=not_, description="End after N validations without a new best.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -144,6 +151,8 @@ class TrainingConfig(Section):
         if self.warmup_steps > self.max_steps:
             problem = f"train.warmup_steps = {self.warmup_steps:,} is more than train.max_steps = {self.max_steps:,}"
             raise ValueError(f"{problem}. Try train.warmup_steps = {self.max_steps // 10}.")
+        if self.patience_validations and not self.validate_every_steps:
+            raise ValueError("train.patience_validations needs validations: set train.validate_every_steps above 0")
         if self.min_learning_rate > self.learning_rate:
             rates = f"{self.min_learning_rate} is more than train.learning_rate = {self.learning_rate}"
             remedy = f"Try train.min_learning_rate = {self.learning_rate / 10:g}."
@@ -151,13 +160,13 @@ class TrainingConfig(Section):
         return self
 
     def micro_batches(self, ranks: int) -> int:
-        """Micro-batches per step on each of `ranks` ranks. Raises ValueError when they do not divide the batch."""
-        micro_batch_tokens = self.sequence_tokens * self.micro_batch_sequences
+        """Micro-batches (if automatic: sequences) per step on each rank. Raises ValueError if they are not whole."""
+        micro_batch_tokens = self.sequence_tokens * (self.micro_batch_sequences or 1)
         count, rest = divmod(self.batch_tokens, micro_batch_tokens * ranks)
         if rest:
             on_each_rank = f" on each of {ranks} ranks (resources.processes x resources.nodes)" if ranks > 1 else ""
             nearest = max(round(self.batch_tokens / (micro_batch_tokens * ranks)), 1) * micro_batch_tokens * ranks
-            size = f"{self.micro_batch_sequences} x train.sequence_tokens {self.sequence_tokens:,}"
+            size = f"{self.micro_batch_sequences or 'at least 1'} x train.sequence_tokens {self.sequence_tokens:,}"
             parts = f"{micro_batch_tokens:,} tokens (train.micro_batch_sequences {size}){on_each_rank}"
             problem = f"train.batch_tokens = {self.batch_tokens:,} is not a whole number of micro-batches of {parts}"
             remedy = f"Try train.batch_tokens = {nearest}, or for an existing run fewer micro-batch sequences or ranks."
@@ -173,9 +182,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How to evaluate checkpoints. May change at any time: each evaluation records its own settings."""
 
-    checkpoint: str = Field(
-        "last", pattern="^(last|every|[0-9]{1,16})$", description="Checkpoint: last, every (all kept) or a step number."
-    )
+    checkpoint: str = Field("last", pattern=CHECKPOINT, description="last, best (val loss), every (kept) or a step.")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
@@ -206,16 +213,26 @@ class ResourcesConfig(Section):
     )
     prefetch_batches: Count = Field(4, description="Micro-batches to prefetch (0 = none).")
     unsaved_minutes: Amount = Field(30.0, gt=0, description="Minutes to train on while no checkpoint can be saved.")
-    tensorboard: Text = Field("", description="Folder for TensorBoard event files (empty = none).")
+    tracker: Tracker = Field("", description="trackio, wandb, mlflow or tensorboard, or KIND:TARGET (empty = none).")
     concurrent_evaluations: Positive = Field(1, description="Maximum number of evaluations that run at once.")
     evaluation_processes: Count = Field(1, description="Processes per evaluation (0 = one per GPU, else 1).")
+    price_per_gpu_hour: Amount = Field(0.0, description="Price of a GPU for an hour, for gpt2 plan (0 = unknown).")
     cache_bytes: Positive = Field(50_000_000_000, description="Maximum bytes of this host's cache for shards in S3.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tensorboard_is_a_tracker(cls, values: Any) -> Any:
+        """Stored jobs and requests of earlier versions have the field `tensorboard`, a folder."""
+        if isinstance(values, dict) and (folder := values.get("tensorboard")) is not None:
+            values = {name: value for name, value in values.items() if name != "tensorboard"}
+            return {"tracker": folder and f"tensorboard:{folder}"} | values
+        return values
 
 
 class How(Section):
     """How a job runs: the settings of `train` in TrainingConfig.HOW, and the resources. Never part of a recipe."""
 
-    train: dict[str, int | str] = {}
+    train: dict[str, bool | int | str] = {}
     resources: ResourcesConfig = ResourcesConfig()
 
 

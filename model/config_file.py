@@ -1,4 +1,4 @@
-"""Reads a configuration: a TOML file, then `section.field=value` overrides. Explains what is wrong."""
+"""Reads a configuration: a TOML file or a preset, then `section.field=value` overrides. Explains what is wrong."""
 
 import difflib
 import tomllib
@@ -9,27 +9,42 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from model.config import NAME, TEXT, RunConfig
+from model.config import NAME, TEXT, TRACKER, RunConfig
 from storage.stores.opening import CREDENTIALS
 
+PRESETS = Path(__file__).parent / "presets"
 EXPLANATIONS = {  # by pydantic's type of the error, or by the pattern that does not match
     "string_type": 'expected text. In TOML, put it into quotes: "…".',
     "tuple_type": 'expected a list. Write it in TOML, such as --set \'train.mix=["web:0.8", "code:0.2"]\'.',
     "model_type": "this is a section. Set its fields: [train] in a file, --set train.max_steps=….",
     NAME: "a name starts with a letter or a digit. Use only letters, digits, '.', '_' and '-'.",
+    TRACKER: "write trackio, wandb, mlflow or tensorboard, or one of these with :TARGET, which has no password.",
     TEXT: "a URL must not contain a user or password. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
 }
 
 
+def presets() -> dict[str, str]:
+    """What each preset is, by name: the first line of its file."""
+    return {path.stem: path.read_text().partition("\n")[0].strip("# ") for path in sorted(PRESETS.glob("*.toml"))}
+
+
 def load_config(file: Path | None, overrides: list[str]) -> RunConfig:
-    """The configuration of a TOML file with `section.field=value` overrides. Raises ValueError with a remedy."""
+    """The configuration of `read_config` with `section.field=value` overrides. Raises ValueError with a remedy."""
+    return config_of(read_config(file), overrides)
+
+
+def read_config(file: Path | None) -> dict[str, Any]:
+    """The values of a TOML file, or of the preset of that name. Raises ValueError with a remedy."""
+    if file is None:
+        return {}
+    preset = PRESETS / f"{file}.toml"
     try:
-        values = tomllib.loads(file.read_text()) if file else {}
+        return tomllib.loads((preset if preset.is_file() and not file.is_file() else file).read_text())
     except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror}. Examples are in deploy/configs/.") from error
+        remedy = f"Give a TOML file or a preset: {', '.join(presets())}."
+        raise ValueError(f"--config {file}: {error.strerror}. {remedy}") from error
     except (ValueError, RecursionError) as error:  # of TOML, UTF-8, or an integer of over 4,300 digits
         raise ValueError(f"--config {file}: invalid TOML: {error}. Correct the file.") from error
-    return config_of(values, overrides)
 
 
 def config_of(values: dict[str, Any], overrides: list[str]) -> RunConfig:
@@ -51,7 +66,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         [value] = tomllib.loads(f"x = {{x = {text}}}")["x"].values()  # braces refuse a comment and a second value
     except (ValueError, RecursionError):
         value = text
-    setting = _settings().get(name.strip())
+    setting = all_settings().get(name.strip())
     if setting is not None and setting.annotation is str:
         value = value if isinstance(value, str) else text  # TOML's strings are in quotes
     *sections, field = name.strip().split(".")
@@ -70,7 +85,7 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         if isinstance(value, dict) and value:
             name = f"{name}.{next(iter(value))}"
-        close = difflib.get_close_matches(name, _settings(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, all_settings(), n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else "model/config.py lists every setting."
         return f"unknown setting {name}. {remedy}"
     message = f"{error['msg'][0].lower()}{error['msg'][1:]}. Give another value."
@@ -79,7 +94,7 @@ def _explain(error: ErrorDetails) -> str:
     return f"{name} = {shown:.200}: {message}"
 
 
-def _settings() -> dict[str, FieldInfo]:
+def all_settings() -> dict[str, FieldInfo]:
     """Every setting as it is written after --set."""
     settings: dict[str, FieldInfo] = {}
     for name, field in RunConfig.model_fields.items():

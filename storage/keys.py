@@ -57,6 +57,11 @@ def listing(digest: str) -> str:
     return check_key(f"sources/listings/{digest}.json")
 
 
+def speed(digest: str) -> str:
+    """The speed of micro-batches in the setup of that digest."""
+    return check_key(f"speeds/{digest}.json")
+
+
 def failure(key: str) -> str:
     """Why the job whose record or result is at `key` last failed; deleted when it succeeds."""
     return f"{key.removesuffix('.json')}.failure.json"
@@ -99,6 +104,10 @@ class DatasetKeys:
 
     def manifest(self, digest: str) -> str:
         return f"{self.manifests}{check_name('manifest', digest)}.json"
+
+    def page(self, digest: str) -> str:
+        """The dataset card of a version, as HTML."""
+        return check_key(f"{self.prefix}cards/{digest}.html")
 
     def leaks(self, digest: str) -> str:
         return check_key(f"{self.prefix}audits/{digest}.json")

@@ -76,9 +76,8 @@ class Stack:
         """Start the deployment `demo` under a run's name. Returns the flow run's id."""
         query = {"deployments": {"name": {"any_": ["demo"]}}}
         [deployment] = self.call_api("POST", "/deployments/filter", query)
-        config = deployment["parameters"]["config"]
-        config["name"], config["train"]["max_steps"] = name, steps
-        body = {"parameters": {"config": config}}
+        settings = [*deployment["parameters"]["settings"], f"name={name}", f"train.max_steps={steps}"]
+        body = {"parameters": {"settings": settings}}
         return str(self.call_api("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
 
     def kill(self, service: str) -> None:

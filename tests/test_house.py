@@ -15,7 +15,9 @@ TOP = {
 }  # fmt: skip
 ENTRY_POINTS = {
     "flows/runtime/artifacts.py",
+    "flows/console/cli.py",
     "flows/console/options.py",
+    "flows/forms.py",
     "flows/runtime/processes.py",
     "flows/platform/server.py",
     "model/__main__.py",

@@ -34,10 +34,9 @@ ELSEWHERE = {  # tests/rehearse_stack.py runs what needs Docker's registry or a 
 SMALL = {
     "layers = 12": "layers = 1", "heads = 12": "heads = 2", "width = 768": "width = 16", "layers = 4": "layers = 1",
     "heads = 4": "heads = 2", "width = 64": "width = 16",
-    "micro_batch_sequences = 32": "micro_batch_sequences = 1", "batch_tokens = 524_288": "batch_tokens = 1_024",
+    "batch_tokens = 524_288": "batch_tokens = 1_024",
     "max_steps = 19_073": "max_steps = 4\ncheckpoint_every_steps = 2", "warmup_steps = 715": "warmup_steps = 1",
     "max_steps = 650": "max_steps = 4", "warmup_steps = 100\n": "warmup_steps = 1\n",
-    "train.micro_batch_sequences=32": "train.micro_batch_sequences=1",
 }  # fmt: skip
 
 
@@ -61,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "requirements.lock", "requirements-dev.lock", "pyproject.toml"):
         shutil.copy2(ROOT / name, folder)
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    for path in (folder / "deploy" / "configs").glob("*.toml"):
+    for path in (folder / "model" / "presets").glob("*.toml"):
         path.write_text(smaller(path.read_text()))
     write_parquet(folder / "texts" / "mine.parquet", [document(number, 2_000) for number in range(40)])
     shape = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=1024)

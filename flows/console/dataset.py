@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from cyclopts.types import NonNegativeInt
 
 from flows.console import options
-from flows.console.options import DEFAULTS, AsJson, Settings, Verbose, Version, dataset_app, run_flow, say
+from flows.console.finished import finished_dataset
+from flows.console.options import AsJson, Verbose, Version, run_flow, say
+from flows.console.settings import DEFAULTS, DatasetName, Settings
 from model import tokenizer
 from model.config import DataConfig, RunConfig
-from storage import publishing
+from model.runs.run import keep_request
 from storage.datasets.building import val_split
 from storage.datasets.copy import copy_dataset
 from storage.datasets.plan import plan_files, planner
@@ -22,24 +24,29 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store
 
 
-@dataset_app.command
-def build(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
+def build(name: DatasetName = None, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Build the missing shards and seal a new version of the dataset. If nothing changed, no version is added.
 
-    Example: gpt2 dataset build --set data.dataset=mine --set data.source=texts
+    Example: gpt2 dataset build mine --set data.source=texts
     Next: gpt2 dataset show, gpt2 dataset verify, gpt2 train; after a failure or Ctrl-C, the same command.
     """
-    build_dataset(settings.load(), verbose)
+    build_dataset(settings.dataset(name), verbose)
 
 
 def build_dataset(config: RunConfig, verbose: bool) -> None:
-    """Check the inputs, then run the flow of the same name."""
+    """Check the inputs, then run the flow of the same name unless the newest version is up to date."""
     options.check_inputs(config, "tokenise", *(["audit"] if config.resources.audit else []))
+    store = open_store(config.store_url)
+    if manifest := finished_dataset(store, config):
+        keep_request(store, DatasetKeys(config.data.dataset).request, config)
+        say("tokenise", f"manifest {manifest.digest[:12]} is unchanged: {manifest.tokens:,} tokens")
+        return
     run_flow("flows.pretrain:build_dataset", config, verbose)
 
 
-@dataset_app.command
 def verify(
+    name: DatasetName = None,
+    /,
     *,
     settings: Settings = DEFAULTS,
     quick: bool = False,
@@ -62,7 +69,8 @@ def verify(
     """
     if as_json and repair:
         raise ValueError("--json and --repair cannot be combined: a repair prints its progress. Give only one.")
-    config, store = settings.load_with_store()
+    config = settings.dataset(name)
+    store = open_store(config.store_url)
     data, manifest = config.data, newest_version(store, config.data.dataset)
     if data.source == manifest.origin.get("dataset"):
         data = data.model_copy(update={"revision": manifest.origin["commit"]})
@@ -78,7 +86,7 @@ def verify(
     uncompared = [damage for damage in chosen if damage is not None and damage.of_source]
     damaged_shards = {damage.name for damage in damages if damage.repairable}
     whole, compared = total - len(damaged_shards), len(chosen) - len(uncompared)
-    repair_command = settings.command("dataset verify --repair") if damaged_shards else None
+    repair_command = settings.command(f"dataset verify {data.dataset} --repair") if damaged_shards else None
     if as_json:
         facts = {"dataset": data.dataset, "manifest": manifest.digest, "whole": whole, "documents": compared}
         damaged = [{"name": damage.name, "wrong": damage.wrong} for damage in damages]
@@ -112,8 +120,7 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
         store.delete(DatasetKeys(data.dataset).record(shard_id))
 
 
-@dataset_app.command
-def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
+def audit(name: DatasetName = None, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     """Look for leaks: val documents in train, duplicates in train, HellaSwag items in train.
 
     The leak report is stored beside the manifest. HellaSwag is downloaded once, unless evaluation.hellaswag is a file.
@@ -121,23 +128,24 @@ def audit(*, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
     Example: gpt2 dataset audit --set evaluation.hellaswag=items.jsonl
     Next: gpt2 dataset show prints the leak report
     """
-    config, store = settings.load_with_store()
+    config = settings.dataset(name)
+    store = open_store(config.store_url)
     newest_version(store, config.data.dataset)
     options.check_source(config.evaluation.hellaswag, "evaluation.hellaswag")
     run_flow("flows.leaks:find_leaks_of_newest", config, verbose)
 
 
-@dataset_app.command
-def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
+def copy(name: DatasetName = None, /, *, to: str, settings: Settings = DEFAULTS) -> None:
     """Copy all versions of the dataset to another store, except what it already has. Verifies each copied shard.
 
-    Example: gpt2 dataset copy s3://bucket/prefix
-    Next: gpt2 dataset verify --set store_url=s3://bucket/prefix
+    Example: gpt2 dataset copy mine --to s3://bucket/prefix
+    Next: gpt2 dataset verify mine --set store_url=s3://bucket/prefix
 
     Args:
         to: The target store: a folder or s3://bucket/prefix.
     """
-    config, store = settings.load_with_store()
+    config = settings.dataset(name)
+    store = open_store(config.store_url)
     target = open_store(to, create=True)
     with options.progress_bar("copy", None) as advance:
         manifest, shards, copied = copy_dataset(store, target, config.data.dataset, advance)
@@ -145,46 +153,55 @@ def copy(to: str, /, *, settings: Settings = DEFAULTS) -> None:
     say("copy", f"manifest {manifest.digest} is the newest in {to}")
 
 
-@dataset_app.command
-def publish(name: str, /, *, settings: Settings = DEFAULTS, version: Version = "latest", private: bool = False) -> None:
+def publish(
+    name: DatasetName = None,
+    /,
+    *,
+    to: str,
+    settings: Settings = DEFAULTS,
+    version: Version = "latest",
+    private: bool = False,
+) -> None:
     """Publish a version, and those before it, as a dataset repository of the Hugging Face Hub. Needs HF_TOKEN.
 
     Uploads only what the repository lacks; the manifest and the dataset card (README.md) come last.
 
-    Example: gpt2 dataset publish owner/name --set data.dataset=mine
+    Example: gpt2 dataset publish mine --to owner/name
     Next: gpt2 dataset pull owner/name, on any host; after a failure or Ctrl-C, the same command.
 
     Args:
-        name: The repository, created if it does not exist: OWNER/NAME.
+        to: The repository, created if it does not exist: OWNER/NAME.
         private: Create the repository as private.
     """
     from flows.pages.dataset_card import hub_card
+    from storage import publishing
 
-    config, store = settings.load_with_store()
+    config = settings.dataset(name)
+    store = open_store(config.store_url)
     manifest = find_version(store, config.data.dataset, version)
-    card = hub_card(name, manifest)
+    card = hub_card(to, manifest)
     with options.progress_bar("publish", None) as advance:
-        commit, shards, sent = publishing.publish(store, config.data.dataset, manifest, name, card, private, advance)
+        commit, shards, sent = publishing.publish(store, config.data.dataset, manifest, to, card, private, advance)
     say("publish", f"{sent:,} of {shards:,} shards uploaded now")
-    say("publish", f"manifest {manifest.digest} is the newest in {name}, commit {commit}")
+    say("publish", f"manifest {manifest.digest} is the newest in {to}, commit {commit}")
 
 
-@dataset_app.command
-def pull(name: str, /, *, settings: Settings = DEFAULTS, revision: str = "main") -> None:
-    """Copy a dataset that gpt2 dataset publish put on the Hub into the store, as data.dataset. Verifies each shard.
+def pull(repository: str, name: str, /, *, settings: Settings = DEFAULTS, revision: str = "main") -> None:
+    """Copy a dataset that gpt2 dataset publish put on the Hub into the store, under a name. Verifies each shard.
 
-    Example: gpt2 dataset pull owner/name --set data.dataset=mine
+    Example: gpt2 dataset pull owner/name mine
     Next: gpt2 dataset verify, gpt2 dataset show, gpt2 train; after a failure or Ctrl-C, the same command.
 
     Args:
-        name: The repository: OWNER/NAME.
+        repository: The repository: OWNER/NAME.
+        name: The name of the dataset in the store.
         revision: A branch, a tag or a commit, whose newest version and those before it are copied.
     """
-    config = settings.load()
-    if "dataset" not in config.data.model_fields_set:
-        raise ValueError("pull OWNER/NAME: the dataset needs a name in this store: --set data.dataset=NAME")
+    from storage import publishing
+
+    config = settings.dataset(name)
     store = open_store(config.store_url, create=True)
     with options.progress_bar("pull", None) as advance:
-        manifest, shards, pulled = publishing.pull(name, revision, store, config.data.dataset, advance)
+        manifest, shards, pulled = publishing.pull(repository, revision, store, config.data.dataset, advance)
     say("pull", f"{pulled:,} of {shards:,} shards downloaded now")
     say("pull", f"manifest {manifest.digest} is the newest of dataset {config.data.dataset}")

@@ -8,30 +8,35 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 
-from flows.console.options import DEFAULTS, MODELS, Settings, app, console, say
+from flows.console.options import console, say
+from flows.console.settings import DEFAULTS, RunName, Settings
 from model.checkpoints.huggingface import export_run, import_folder, read_model_config
 from model.config import RunConfig, differences
 from storage import keys
 from storage.stores.opening import open_store
 
 Prompt = Annotated[str, Parameter(allow_leading_hyphen=True)]
-CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 
 
-@app.command(group=MODELS)
 def generate(
-    *, prompt: Prompt, settings: Settings = DEFAULTS, samples: PositiveInt = 1, seed: NonNegativeInt = 0
+    name: RunName = None,
+    /,
+    *,
+    prompt: Prompt,
+    settings: Settings = DEFAULTS,
+    samples: PositiveInt = 1,
+    seed: NonNegativeInt = 0,
 ) -> int:
     """Continue a prompt with the run's newest checkpoint.
 
-    Example: gpt2 generate --prompt "The language" --samples 3
+    Example: gpt2 generate demo --prompt "The language" --samples 3
 
     Args:
         prompt: The text to continue.
         samples: Number of texts.
         seed: Random seed (default 0): the same seed gives the same text.
     """
-    config = settings.load()
+    config = settings.run(name)
     sampling = config.evaluation
     argv = [sys.executable, "-m", "model.evaluation.generate", config.store_url, config.name, "--prompt", prompt]
     argv += ["--samples", str(samples), "--seed", str(seed), "--tokens", str(sampling.sample_tokens)]
@@ -40,32 +45,31 @@ def generate(
     return subprocess.run(argv, check=False).returncode
 
 
-@app.command(group=MODELS)
-def export(to: Path, /, *, settings: Settings = DEFAULTS) -> None:
+def export(name: RunName = None, /, *, to: Path, settings: Settings = DEFAULTS) -> None:
     """Export the run's newest checkpoint and tokenizer for Hugging Face transformers.
 
-    Example: gpt2 export my-gpt2 --set name=mine
+    Example: gpt2 export mine --to my-gpt2
 
     Args:
         to: The folder to write to, new or empty.
     """
-    config, store = settings.load_with_store()
+    config = settings.run(name)
     with console.status("writing the model"):
-        record = export_run(store, config.name, to)
+        record = export_run(open_store(config.store_url), config.name, to)
     say("export", f"step {record.step:,} of run {config.name}, written to {to}")
     say("next", f"transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), AutoTokenizer likewise")
 
 
-@app.command(name="import", group=MODELS)
-def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
+def import_model(folder: Path, name: str, /, *, settings: Settings = DEFAULTS) -> None:
     """Import a GPT-2 in Hugging Face format as step 0 of a new run, to evaluate it or start other runs from it.
 
-    Example: gpt2 import path/to/gpt2 --set name=imported
+    Example: gpt2 import path/to/gpt2 imported
 
     Args:
         folder: The folder with config.json and model.safetensors.
+        name: The name of the new run.
     """
-    config = settings.load()
+    config = settings.new(name)
     shaped = _shaped(config, folder)
     chosen = config.model.model_fields_set
     requested, read = (model.model_dump(include=chosen) for model in (config.model, shaped.model))
@@ -73,12 +77,12 @@ def import_model(folder: Path, /, *, settings: Settings = DEFAULTS) -> None:
         raise ValueError(f"cannot import {folder}: {'; '.join(differing)}. Leave these settings out.")
     with console.status("reading the model"):
         record = import_folder(open_store(config.store_url, create=True), config.name, folder)
-    shape = [f"model.{name}={value}" for name, value in shaped.model]
+    say("import", f"{folder} is step {record.step} of run {name} in {config.store_url}")
+    say("evaluate", settings.command(f"evaluate {name}"))
+    say("generate", f"{settings.command(f'generate {name}')} --prompt 'Hello'")
+    shape = [f"model.{field}={value}" for field, value in shaped.model]
     shape.append(f"train.sequence_tokens={shaped.train.sequence_tokens}")
-    say("import", f"{folder} is step {record.step} of run {config.name} in {config.store_url}")
-    say("evaluate", settings.command("evaluate", *shape))
-    say("generate", f"{settings.command('generate')} --prompt 'Hello'")
-    say("train", settings.command("train", *shape, "name=NEW", f"train.start_from={config.name}"))
+    say("train", settings.command("train NEW", *shape, f"train.start_from={name}"))
 
 
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:

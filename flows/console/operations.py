@@ -1,5 +1,6 @@
 """The verbs that inspect or clean a store (status, doctor, gc) and run the pipeline as a service (serve, bootstrap)."""
 
+import json
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -7,16 +8,20 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.text import Text
 
-from flows.console.options import DEFAULTS, INSPECT, SERVICE, Settings, app, console, prefect, say, starting
+from flows.console.options import AsJson, console, prefect, print_json, say, starting
+from flows.console.settings import DEFAULTS, Settings
 from flows.inspection import garbage
 from flows.inspection.status import run_status, store_status
+from model.config import RunConfig
+from model.config_file import all_settings, presets
+from model.form import value_of
+from storage.stores.opening import open_store
 
 Days = Annotated[float, Parameter(validator=Number(gte=0.05))]
 Port = Annotated[int, Parameter(validator=Number(gte=1, lte=65535))]
 
 
-@app.command(group=INSPECT, usage="Usage: gpt2 status [OPTIONS] [RUN]")
-def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> int:
+def status(run: str | None = None, /, *, settings: Settings = DEFAULTS, as_json: AsJson = False) -> int:
     """Show what is done, what is missing and what failed. Reads only the store, so it works without Prefect.
 
     Exit code 1 when a run or dataset is damaged; its line says why.
@@ -27,33 +32,60 @@ def status(run: str | None = None, /, *, settings: Settings = DEFAULTS) -> int:
     Args:
         run: A run; by default all runs and datasets.
     """
-    _, store = settings.load_with_store()
+    store = open_store(settings.new().store_url)
     lines = run_status(store, run) if run else store_status(store)
-    for line in lines:
-        console.print(f"{line.what:<20} {line.state}")
-        if line.error:
-            console.print(f"{'':<20} failed: {line.error}", style="red")
-    if not lines:
+    if as_json:
+        print_json([line._asdict() for line in lines])
+    elif not lines:
         console.print(f"{store.url} has no runs or datasets. Start with: {settings.command('pretrain')}")
+    else:
+        for line in lines:
+            console.print(f"{line.what:<20} {line.state}")
+            if line.error:
+                console.print(f"{'':<20} failed: {line.error}", style="red")
     return 1 if any(line.damaged for line in lines) else 0
 
 
-@app.command(group=INSPECT)
-def doctor(*, settings: Settings = DEFAULTS) -> int:
+def doctor(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> int:
     """Check store, clock, disk, cache and server. Exit code 1 when a check fails; its line says why.
 
     Example: gpt2 doctor --set store_url=s3://bucket/prefix
     """
     from flows.inspection.doctor import examine
 
-    verdicts = list(examine(settings.load().store_url))
+    verdicts = list(examine(settings.new().store_url))
+    if as_json:
+        print_json([verdict._asdict() for verdict in verdicts])
+        return int(not all(verdict.ok for verdict in verdicts))
     for verdict in verdicts:
         mark = Text("ok ", style="green") if verdict.ok else Text("bad", style="bold red")
         console.print(mark, f"{verdict.check:<10} {verdict.detail}")
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 
-@app.command(group=INSPECT)
+def settings(*, markdown: bool = False) -> None:
+    """List the presets, and every setting with its default and its meaning.
+
+    Example: gpt2 settings
+    Next: --config PRESET starts from a preset, --set section.field=value changes a setting.
+
+    Args:
+        markdown: Print the page model/SETTINGS.md.
+    """
+    defaults = RunConfig()
+    rows = {name: (json.dumps(value_of(defaults, name)), field.description) for name, field in all_settings().items()}
+    if markdown:
+        print("# Settings\n\n`gpt2 settings --markdown` writes this page.\n\n| preset | |\n| --- | --- |")
+        print("\n".join(f"| `{name}` | {text} |" for name, text in presets().items()))
+        print("\n| setting | default | |\n| --- | --- | --- |")
+        print("\n".join(f"| `{name}` | `{default}` | {text} |" for name, (default, text) in rows.items()))
+        return
+    for name, text in presets().items():
+        say(name, text)
+    for name, (default, meaning) in rows.items():
+        console.print(f"\n{name} = {default}\n    {meaning}")
+
+
 def gc(*, settings: Settings = DEFAULTS, delete: bool = False, grace_days: Days = 7.0) -> int:
     """List or delete what nothing refers to, such as orphan shards, old checkpoints and unfinished uploads.
 
@@ -65,7 +97,7 @@ def gc(*, settings: Settings = DEFAULTS, delete: bool = False, grace_days: Days 
         delete: Delete what is listed. Without this option nothing changes.
         grace_days: Keep everything that was written in the last N days.
     """
-    _, store = settings.load_with_store()
+    store = open_store(settings.new().store_url)
     items = []
     for item in garbage.collect(store, grace_days * 86_400, remove=delete):
         say(item.kind, f"{item.name}: {item.damage}" if item.damage else f"{item.name}  {item.size_bytes:,} bytes")
@@ -78,7 +110,6 @@ def gc(*, settings: Settings = DEFAULTS, delete: bool = False, grace_days: Days 
     return int(len(sizes_bytes) < len(items))
 
 
-@app.command(group=SERVICE)
 def serve(*, port: Port = 4200, settings: Settings = DEFAULTS) -> None:
     """Run Prefect's server and UI, the deployments and their workers for this folder, until Ctrl-C.
 
@@ -94,10 +125,10 @@ def serve(*, port: Port = 4200, settings: Settings = DEFAULTS) -> None:
     from flows.platform.serve import platform, wait_for_end
     from flows.platform.server import login, running_port
 
-    config = settings.load()
+    config = settings.new()
     with ExitStack() as stack:
         with starting("Prefect's server, deployments and workers"):
-            processes = stack.enter_context(platform(port, config))
+            processes = stack.enter_context(platform(port, settings.preset, config))
         say("UI", f"http://127.0.0.1:{port}")
         say("login", login() if console.is_terminal else "in .gpt2/login, which only you can read")
         say("one click", f"http://127.0.0.1:{port}/deployments: pretrain, demo, train, evaluate, dataset-refresh")
@@ -107,7 +138,6 @@ def serve(*, port: Port = 4200, settings: Settings = DEFAULTS) -> None:
     say("stopped", f"except the server: another command uses it, on port {port}" if running_port() else "")
 
 
-@app.command(group=SERVICE)
 def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
     """Register pools, deployments and automations with the Prefect server at PREFECT_API_URL. Idempotent.
 
@@ -120,11 +150,11 @@ def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
     """
     from flows.platform.server import named_server
 
-    config = settings.load()
+    config = settings.new()
     if not named_server():
         raise ValueError("bootstrap needs a server: set PREFECT_API_URL=http://HOST:4200/api, or run gpt2 serve here.")
     with prefect(verbose=False):
         from flows.platform.bootstrap import bootstrap as register
 
-        for line in register(config, block=notify):
+        for line in register(settings.preset, config, block=notify):
             say("bootstrap", line)

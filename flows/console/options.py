@@ -1,19 +1,14 @@
-"""What the verbs share: apps, options, output, checks, flows. Only functions import Prefect, which takes 3 s."""
+"""What the verbs share: output, checks, running a flow. Only functions import Prefect, which takes 3 s."""
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import TemporaryFile
 from typing import Annotated, Any
 
-from cyclopts import App, Group, Parameter
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import Progress
 from rich.segment import Segment
@@ -22,7 +17,6 @@ from rich.status import Status
 from model import tokenizer
 from model.checkpoints.records import chosen
 from model.config import RunConfig, check_extra
-from model.config_file import load_config
 from model.runs.job import JobFailed
 from model.runs.run import find_mix, find_start, pinned_run
 from storage.datasets.sealing import check_binding
@@ -30,25 +24,6 @@ from storage.datasets.versions import newest_version
 from storage.errors import ObjectMissing, printable
 from storage.sources import files as sources
 from storage.stores.opening import open_store
-from storage.stores.store import Store
-
-app = App(
-    "gpt2",
-    help="Pretrain GPT-2 from scratch: text to token shards, training, evaluation and report as one pipeline.\n\n"
-    "Start with: gpt2 demo",
-    help_format="plaintext",
-    version=version("gpt2-pipeline"),
-    default_parameter=Parameter(negative=(), show_default=lambda value: value or None),
-    exit_on_error=False,
-    print_error=False,
-    result_action="return_value",
-    suppress_keyboard_interrupt=False,
-)
-dataset_app = App("dataset", help="Build, inspect, copy and publish a dataset.")
-app.command(dataset_app)
-MODELS = Group.create_ordered("Models")
-INSPECT = Group.create_ordered("Inspect and clean up")
-SERVICE = Group.create_ordered("Run as a service")
 
 
 class _Terminal(Console):
@@ -60,39 +35,11 @@ class _Terminal(Console):
 
 
 console = _Terminal(highlight=False, markup=False, soft_wrap=True)
-FILE = "A TOML file with settings, such as deploy/configs/demo.toml. model/config.py lists all settings."
-SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
 RECORDS_SECONDS = 15.0  # Prefect's server records task runs some seconds late
 
 Verbose = Annotated[bool, Parameter(["--verbose", "-v"], help="Also show Prefect's own log.")]
 Version = Annotated[str, Parameter(help="First characters of a manifest digest (see gpt2 dataset log), or latest.")]
 AsJson = Annotated[bool, Parameter("--json", help="Print JSON.")]
-
-
-@Parameter("*")
-@dataclass(frozen=True)
-class Settings:
-    """The options that make up the configuration."""
-
-    file: Annotated[Path | None, Parameter("--config", help=FILE)] = None
-    overrides: Annotated[tuple[str, ...], Parameter("--set", help=SET)] = ()
-
-    def load(self) -> RunConfig:
-        return load_config(self.file, list(self.overrides))
-
-    def load_with_store(self) -> tuple[RunConfig, Store]:
-        """The configuration and its store. Raises ValueError, or StorageError when the store cannot be opened."""
-        config = self.load()
-        return config, open_store(config.store_url)
-
-    def command(self, verb: str, *overrides: str) -> str:
-        """The shell command that runs a verb with the same configuration and these overrides."""
-        file = ["--config", str(self.file)] if self.file else []
-        settings = [word for override in (*self.overrides, *overrides) for word in ("--set", override)]
-        return shlex.join(["gpt2", *verb.split(), *file, *settings])
-
-
-DEFAULTS = Settings()
 
 
 def say(label: str, text: str) -> None:
@@ -124,13 +71,8 @@ def check_inputs(config: RunConfig, *stages: str) -> None:
         check_source(items, "evaluation.hellaswag")
     if "tokenise" in stages and resources.runner == "dask":
         check_extra("dask", "prefect_dask")
-    if "train" in stages and resources.tensorboard:
-        check_extra("tensorboard", "tensorboard")
-        try:
-            Path(resources.tensorboard).mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=resources.tensorboard).close()
-        except OSError as error:
-            raise ValueError(f"resources.tensorboard: {error}. Give a writable folder.") from error
+    if "train" in stages and (kind := resources.tracker.partition(":")[0]):
+        check_extra(kind, kind)  # each extra has the name of its package
     store = open_store(config.store_url, create="tokenise" in stages)
     if "tokenise" in stages and run is None:
         check_binding(store, config.data.spec(tokenizer.identity()))

@@ -8,28 +8,30 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
 from flows.console import options
-from flows.console.options import DEFAULTS, AsJson, Settings, Version, console, dataset_app, print_json, say
+from flows.console.options import AsJson, Version, console, print_json, say
+from flows.console.settings import DEFAULTS, DatasetName, RunName, Settings
 from flows.inspection.trace import trace_target, windows
 from model import tokenizer
+from model.config import RunConfig
 from storage.datasets import versions
 from storage.datasets.export import export as write
 from storage.inspection.lineage import Traced
 from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
+from storage.stores.opening import open_store
+from storage.stores.store import Store
 
 Format = Annotated[Literal["nanogpt", "llmc"], Parameter("--format", help="The program that will read the files.")]
 STEP_TEXT_CHARACTERS = 160  # of each document; --window shows the full text
 
 
-@dataset_app.command
-def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
+def log(name: DatasetName = None, /, *, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
     """List the dataset's versions, newest first: when each was sealed, its size and what it changed.
 
-    Example: gpt2 dataset log --set data.dataset=mine
-    Next: gpt2 dataset diff A B compares two versions
+    Example: gpt2 dataset log mine
+    Next: gpt2 dataset diff mine shows what the newest version changed
     """
-    config, store = settings.load_with_store()
-    dataset = config.data.dataset
+    store, dataset = _opened(settings.dataset(name))
     history = list(versions.history(store, dataset))
     for version, parent in zip(history, [*history[1:], None], strict=True):
         sealed_at = store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
@@ -48,18 +50,28 @@ def log(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
             say("  changed", _change_counts(changes))
 
 
-@dataset_app.command(usage="Usage: gpt2 dataset diff [OPTIONS] OLD [NEW]")
-def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_json: AsJson = False) -> None:
+def diff(
+    name: DatasetName = None,
+    old: str | None = None,
+    new: str = "latest",
+    /,
+    *,
+    settings: Settings = DEFAULTS,
+    as_json: AsJson = False,
+) -> None:
     """Compare two versions: the files, shards, documents and tokens that NEW adds to OLD and removes from it.
 
-    Example: gpt2 dataset diff 1a2b3c4d latest
+    Example: gpt2 dataset diff mine 1a2b3c4d latest
 
     Args:
-        old: First characters of a manifest digest (see gpt2 dataset log).
+        old: First characters of a manifest digest (see gpt2 dataset log); by default the version before NEW.
         new: Another version, or latest.
     """
-    config, store = settings.load_with_store()
-    old_version, new_version = (versions.find_version(store, config.data.dataset, digest) for digest in (old, new))
+    store, dataset = _opened(settings.dataset(name))
+    new_version = versions.find_version(store, dataset, new)
+    if not (old := old or new_version.parent):
+        raise ValueError(f"dataset {dataset!r} has only one version, {new_version.digest[:12]}: nothing to compare.")
+    old_version = versions.find_version(store, dataset, old)
     changes = versions.difference(old_version, new_version)
     if as_json:
         print_json(changes.model_dump())
@@ -67,19 +79,24 @@ def diff(old: str, new: str = "latest", /, *, settings: Settings = DEFAULTS, as_
     say("changes", _change_counts(changes))
     for prefix, kinds in (("", changes.files), ("config ", changes.configs)):
         for kind, names in kinds:
-            for name in names:
-                say(prefix + kind, name)
-    for name in changes.settings:
-        say("setting", f"{name} differs")
+            for changed in names:
+                say(prefix + kind, changed)
+    for setting in changes.settings:
+        say("setting", f"{setting} differs")
 
 
-@dataset_app.command
 def show(
-    *, settings: Settings = DEFAULTS, version: Version = "latest", as_json: AsJson = False, html: Path | None = None
+    name: DatasetName = None,
+    /,
+    *,
+    settings: Settings = DEFAULTS,
+    version: Version = "latest",
+    as_json: AsJson = False,
+    html: Path | None = None,
 ) -> None:
     """Show the dataset card: totals, source files, crawl dumps, document lengths, filtered documents, leaks.
 
-    Example: gpt2 dataset show --html card.html
+    Example: gpt2 dataset show mine --html card.html
 
     Args:
         html: Write a page with plots to this file.
@@ -87,10 +104,10 @@ def show(
     from flows.pages.dataset_card import page, print_card
     from flows.pages.drawing import write_file
 
-    config, store = settings.load_with_store()
-    manifest = versions.find_version(store, config.data.dataset, version)
+    store, dataset = _opened(settings.dataset(name))
+    manifest = versions.find_version(store, dataset, version)
     with console.status("reading the shards' records"):
-        card = summarise(store, config.data.dataset, manifest)
+        card = summarise(store, dataset, manifest)
     if html is not None:
         write_file(html, page(card), "--html")
     if as_json:
@@ -101,8 +118,9 @@ def show(
         print_card(console, card)
 
 
-@dataset_app.command
 def trace(
+    run: RunName = None,
+    /,
     *,
     settings: Settings = DEFAULTS,
     split: Literal["train", "val"] = "train",
@@ -113,17 +131,17 @@ def trace(
     """Show the source documents of a window or of a training step: file, row, id, URL and text.
 
     Train windows are counted in training order, val windows in validation order.
-    The run is the one that the configuration names (--set name=NAME).
-    If it was never started, the configuration is applied to the dataset's newest version.
+    If the run was never started, the configuration is applied to the dataset's newest version.
 
-    Example: gpt2 dataset trace --step 100
+    Example: gpt2 dataset trace mine --step 100
 
     Args:
         split: The split that --window counts in.
         window: One window, counted from 0.
         step: All windows of one training step, counted from 0 (the training log counts from 1).
     """
-    config, store = settings.load_with_store()
+    config = settings.run(run)
+    store = open_store(config.store_url)
     target = trace_target(store, config)
     if (window is None) == (step is None):
         raise ValueError("gpt2 dataset trace needs either --window K or --step N, not both or neither. Try --window 0")
@@ -141,6 +159,11 @@ def trace(
         console.print(text if step is None else " ".join(text.split())[:STEP_TEXT_CHARACTERS], style="dim")
 
 
+def _opened(config: RunConfig) -> tuple[Store, str]:
+    """The store and the name of the dataset."""
+    return open_store(config.store_url), config.data.dataset
+
+
 def _origin(document: Traced) -> str:
     place = f" row {document.row:,}" if document.row is not None else f" ({document.why})"
     names = [f"{name} {value}" for name, value in (("id", document.id), ("url", document.url)) if value is not None]
@@ -148,19 +171,20 @@ def _origin(document: Traced) -> str:
     return f"{source}; document {document.document:,} of shard {document.shard_id} of {document.dataset}"
 
 
-@dataset_app.command
-def export(to: Path, /, *, layout: Format, settings: Settings = DEFAULTS, version: Version = "latest") -> None:
+def export(
+    name: DatasetName = None, /, *, to: Path, layout: Format, settings: Settings = DEFAULTS, version: Version = "latest"
+) -> None:
     """Write the dataset as token files for nanoGPT (train.bin, val.bin) or llm.c (shards with a header).
 
-    Example: gpt2 dataset export tokens --format nanogpt
+    Example: gpt2 dataset export mine --to tokens --format nanogpt
 
     Args:
         to: The folder to write to, new or empty.
     """
-    config, store = settings.load_with_store()
-    manifest = versions.find_version(store, config.data.dataset, version)
+    store, dataset = _opened(settings.dataset(name))
+    manifest = versions.find_version(store, dataset, version)
     with options.progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
-        files = write(store, config.data.dataset, manifest, to, layout, advance)
+        files = write(store, dataset, manifest, to, layout, advance)
     for file in files[:2]:
         say("export", str(file))
     say("export", f"wrote {len(manifest.shard_ids):,} shards to {len(files):,} files, manifest {manifest.digest[:12]}")

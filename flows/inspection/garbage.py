@@ -117,7 +117,7 @@ def _dead_run_objects(store: Store, name: str, before: float) -> Iterator[Stat]:
     train = train_of(read_as(store, training_job(run).key, Job, train_of))
     old = [*_old(store, RunKeys(name).checkpoints, before), *_old(store, RunKeys(name).metrics, before)]
     live = set()
-    for record in retained(checkpoints(store, name), train.keep_last, train.keep_every_steps):
+    for record in retained(checkpoints(store, name), train):
         live.add(RunKeys(name).checkpoint_record(record.step))
         live.update(RunKeys(name).checkpoint_file(record.step, record.attempt, file) for file in record.files)
         live.update(record.metrics)

@@ -42,12 +42,13 @@ def store_status(store: Store) -> list[Line]:
     return lines
 
 
-def run_names(store: Store) -> list[str]:
-    """The runs that were started in this store, and the models that were imported into it."""
+def run_names(store: Store, *, requested: bool = False) -> list[str]:
+    """The runs that were started in this store, or only `requested`, and the models that were imported into it."""
     names = set()
     for listed in store.list(keys.RUNS):
         name = listed.key.removeprefix(keys.RUNS).split("/")[0]
-        if listed.key == RunKeys(name).config or listed.key.startswith(RunKeys(name).checkpoints):
+        run = RunKeys(name)
+        if listed.key in (run.config, requested and run.request) or listed.key.startswith(run.checkpoints):
             names.add(name)
     return sorted(names)
 

@@ -1,17 +1,19 @@
-"""The plots of a report: a metric over the steps of one or several runs, beside published values. Reads no store."""
+"""The charts of a report: a metric over the steps of one or several runs, beside published values. Reads no store."""
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, groupby, islice, repeat
+from math import isfinite
 from typing import Any, NamedTuple
 
 from flows.inspection.facts import RunFacts
-from flows.pages.drawing import LINE, MARK, draw
+from flows.pages.drawing import Chart, specification, svg
 from model.checkpoints.metrics import StepMetrics
 
-COLOURS = (LINE, MARK, "#3f9e6e", "#b0599e", "#8a7a2d", "#c4524a")  # legible on white and on black
-MAXIMUM_POINTS = 1_000  # per line: 19,073 points take 400 kB
-TRAINING_PLOTS = {  # title: name in the metrics log, unit
+LINE = "stroke"  # as Vega names a line's symbol in a legend
+COLOURS = ("#3b82c4", "#d9822b", "#3f9e6e", "#b0599e", "#8a7a2d", "#c4524a")  # legible on white and on black
+LINE_POINTS, RUNS_POINTS = 1_000, 3_000  # of a line, and of the lines of all runs: in four charts these take 350 kB
+TRAINING_CHARTS = {  # title: name in the metrics log, unit
     "Learning rate": ("learning_rate", ""),
     "Gradient norm": ("gradient_norm", ""),
     "Speed": ("tokens_per_second", "tokens per second"),
@@ -21,104 +23,126 @@ Point = tuple[int, float, float]  # step, value, standard error
 
 
 class Series(NamedTuple):
-    """Labelled points, drawn as a line or as markers."""
+    """Labelled points of a run: a line, or markers with this shape."""
 
+    run: str
     label: str
-    run: int  # its index: with several runs, each has a colour
     points: list[Point]
-    marker: str = ""
+    shape: str = LINE
 
 
-def curves(runs: list[RunFacts]) -> dict[str, str]:
-    """Title and inline SVG of each plot that has at least one point."""
-    losses = [one for index, run in enumerate(runs) for one in _training_losses(run.metrics, index, _label(runs, run))]
-    losses += _evaluated(runs, "val_loss")
-    plots = {"Loss": _draw("Loss", "nats per token", losses, _published(runs, "val_loss"))}
-    for title, (column, unit) in TRAINING_PLOTS.items():
-        points = [thinned(_column(run.metrics, column)) for run in runs]
-        lines = [Series(_label(runs, run), index, points[index]) for index, run in enumerate(runs)]
-        plots[title] = _draw(title, unit, lines, {})
+def curves(runs: list[RunFacts]) -> dict[str, Chart]:
+    """Title and chart of each metric that has a series with several points."""
+    batch_tokens = {run.name: run.config.get("train", {}).get("batch_tokens", 0) for run in runs}
+    stride = max(_stride(run.metrics, len(runs)) for run in runs)
+    losses = [one for run in runs for one in _training_losses(run.name, run.metrics, stride)]
+    plotted = {"Loss": ("nats per token", [*losses, *_evaluated(runs, "val_loss")])}
+    for title, (column, unit) in TRAINING_CHARTS.items():
+        lines = [Series(run.name, "", thinned(_column(run.metrics, column), stride)) for run in runs]
+        plotted[title] = unit, lines
     families = (_family(metric) for run in runs for evaluation in run.evaluations for metric in evaluation.metrics)
     for family in dict.fromkeys(families):
         if family not in ("val_loss", "perplexity"):
-            plots[family] = _draw(family, "", list(_evaluated(runs, family)), _published(runs, family))
-    return {title: svg for title, svg in plots.items() if svg}
+            plotted[family] = "", list(_evaluated(runs, family))
+    return {
+        title: _chart(unit, _rows(series, batch_tokens), _published(runs, "val_loss" if title == "Loss" else title))
+        for title, (unit, series) in plotted.items()
+        if any(len(one.points) > 1 for one in series)
+    }
 
 
 def loss_curve(metrics: list[StepMetrics]) -> str:
     """The loss of one run so far, as inline SVG; "" before its first step."""
-    return _draw("Loss", "nats per token", _training_losses(metrics, 0, ""), {})
+    rows = _rows(_training_losses("", metrics, _stride(metrics)), {"": 0})
+    return svg(_chart("nats per token", rows, {})) if rows else ""
 
 
-def thinned(points: list[Point]) -> list[Point]:
-    """At most MAXIMUM_POINTS points: means of neighbours, each at its last step."""
-    width = -(-len(points) // MAXIMUM_POINTS)
-    groups = [points[start : start + width] for start in range(0, len(points), max(width, 1))]
+def thinned(points: list[Point], stride: int) -> list[Point]:
+    """Means over `stride` steps, each at its last step. Lines with the same stride share their steps."""
+    groups = [list(group) for _, group in groupby(points, lambda point: (point[0] - 1) // stride)]
     return [(group[-1][0], sum(value for _, value, _ in group) / len(group), 0.0) for group in groups]
 
 
-def _training_losses(metrics: list[StepMetrics], run: int, name: str) -> list[Series]:
-    losses = Series(f"{name} training".strip(), run, thinned(_column(metrics, "loss")))
-    return [losses, Series(f"{name} val, while training".strip(), run, _column(metrics, "val_loss"), "o")]
+def _stride(metrics: list[StepMetrics], runs: int = 1) -> int:
+    """How many steps a mean covers, so that a page stays below 1 MB."""
+    return -(-(metrics[-1].step + 1) // min(LINE_POINTS, RUNS_POINTS // runs)) if metrics else 1
+
+
+def _training_losses(run: str, metrics: list[StepMetrics], stride: int) -> list[Series]:
+    training, val = (_column(metrics, name) for name in ("loss", "val_loss"))
+    return [Series(run, "training", thinned(training, stride)), Series(run, "val, while training", val, "circle")]
 
 
 def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
     values = ((line.step, getattr(line, name)) for line in metrics)
-    return [(step + 1, value, 0.0) for step, value in values if value is not None]
+    return [
+        (step + 1, value, 0.0) for step, value in values if value is not None and isfinite(value)
+    ]  # JSON has no NaN
 
 
 def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:
-    for index, run in enumerate(runs):
+    for run in runs:
         points_by_metric: dict[str, list[Point]] = defaultdict(list)
         for evaluation in run.evaluations:
             errors = evaluation.standard_errors or {}
             for metric, value in evaluation.metrics.items():
-                if _family(metric) == family:
+                if _family(metric) == family and isfinite(value):
                     points_by_metric[metric].append((evaluation.step, value, errors.get(metric, 0.0)))
-        for (metric, points), marker in zip(points_by_metric.items(), cycle("Ds^v"), strict=False):
-            yield Series(_label(runs, run, metric), index, points, marker)
+        shapes = cycle(("diamond", "square", "triangle-up", "triangle-down"))
+        for (metric, points), shape in zip(points_by_metric.items(), shapes, strict=False):
+            yield Series(run.name, _label(metric), points, shape)
 
 
 def _family(metric: str) -> str:
-    """The name of a metric's plot: accuracies of one convention share a plot, as do losses of all window lengths."""
+    """The name of a metric's chart: accuracies of one convention share a chart, as do losses of all window lengths."""
     losses = (family for family in ("val_loss", "perplexity", "bits_per_byte") if metric.startswith(family))
     return next(losses, metric.partition("_acc")[0])
 
 
-def _label(runs: list[RunFacts], run: RunFacts, label: str = "") -> str:
-    return label if len(runs) == 1 else f"{run.name} {label}".strip()
+def _label(metric: str) -> str:
+    """The name of a metric in its chart, whose title has the rest of an accuracy's name."""
+    return f"acc{metric.partition('_acc')[2]}" if "_acc" in metric else metric
 
 
 def _published(runs: list[RunFacts], family: str) -> dict[str, float]:
-    known = (item for run in runs for item in run.references.items() if _family(item[0]) == family)
-    return {f"{reference.label}, {metric}: {reference.value:.4f}": reference.value for metric, reference in known}
+    known = {metric: reference for run in runs for metric, reference in run.references.items()}
+    return {
+        f"{reference.label.partition(',')[0]}, {_label(metric)}: {reference.value:.4f}": reference.value
+        for metric, reference in known.items()
+        if _family(metric) == family
+    }
 
 
-def _draw(title: str, unit: str, series: list[Series], published: dict[str, float]) -> str:
-    """The plot as inline SVG, or "" when no series has points."""
-    series = [one for one in series if one.points]
-    if not series:
-        return ""
-    labels = len(series) + len(published)
-    several_runs = len({one.run for one in series}) > 1
+def _rows(series: list[Series], batch_tokens: dict[str, int]) -> list[dict[str, Any]]:
+    """The series that have points, as Vega reads them. `batch_tokens` has every run of the page."""
+    runs = list(batch_tokens)
+    return [
+        {
+            "run": one.run,
+            "label": f"{one.run} {one.label}".strip() if len(runs) > 1 else one.label,
+            "colour": COLOURS[(runs.index(one.run) if len(runs) > 1 else number) % len(COLOURS)],
+            "shape": one.shape,
+            "batch_tokens": batch_tokens[one.run],
+            "step": [step for step, _, _ in one.points],
+            "value": [float(f"{value:.6g}") for _, value, _ in one.points],
+            "error": [error for _, _, error in one.points] if one.shape != LINE else [],
+        }
+        for number, one in enumerate(one for one in series if one.points)
+    ]
 
-    def plot(axes: Any) -> None:
-        for number, one in enumerate(series):
-            colour = COLOURS[(one.run if several_runs else number) % len(COLOURS)]
-            steps, values, errors = zip(*one.points, strict=True)
-            if one.marker:
-                bars = errors if any(errors) else None
-                style = {"fmt": f"{one.marker}-", "markersize": 4, "linewidth": 0.9, "capsize": 2}
-                axes.errorbar(steps, values, bars, color=colour, label=one.label, **style)
-            else:
-                axes.plot(steps, values, color=colour, linewidth=1.4, label=one.label)
-        for (label, value), colour in zip(published.items(), cycle(COLOURS[::-1]), strict=False):
-            axes.axhline(value, color=colour, linewidth=1, linestyle="--", label=label)
-        if labels > 1 or series[0].marker:
-            axes.figure.legend(frameon=False, fontsize=8, loc="outside lower left")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
 
-    legend_height = 0.17 * labels if labels > 1 else 0.0  # below the plot
-    return draw(title, plot, 3.0 + legend_height)
+def _chart(unit: str, rows: list[dict[str, Any]], published: dict[str, float]) -> Chart:
+    """Lines, markers with error bars, and a dashed line for each published value."""
+    chart = specification("lines", rows)
+    chart["encoding"]["y"]["title"] = unit
+    *_, markers, dashed = chart["layer"]
+    dashed["data"] = {"values": [{"label": label, "value": value} for label, value in published.items()]}
+    labels = [*(row["label"] for row in rows), *published]
+    for encoding, ours, theirs in (
+        (chart["encoding"]["color"], (row["colour"] for row in rows), cycle(COLOURS[::-1])),
+        (markers["encoding"]["shape"], (row["shape"] for row in rows), repeat(LINE)),
+        (dashed["encoding"]["strokeDash"], ([1, 0] for _ in rows), repeat([5, 4])),
+    ):
+        encoding["scale"] = {"domain": labels, "range": [*ours, *islice(theirs, len(published))]}
+        encoding["legend"] = {} if len(labels) > 1 else None
+    return chart

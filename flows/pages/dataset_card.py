@@ -1,4 +1,4 @@
-"""The dataset card: lines for a terminal and an HTML page with plots, both of a summary; the README for the Hub."""
+"""The dataset card: lines for a terminal and an HTML page with charts, both of a summary; the README for the Hub."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,9 @@ from flows.inspection.facts import leak_line
 from flows.pages.drawing import bars, render
 from storage.datasets.manifest import Manifest
 from storage.errors import printable
-from storage.inspection.summary import DatasetSummary
+from storage.inspection.summary import DatasetSummary, summarise
+from storage.keys import DatasetKeys
+from storage.stores.store import Store, overwrite
 
 MAXIMUM_LINES = 20  # of a table on a terminal; the page and --json have all lines
 MAXIMUM_BARS = 60
@@ -47,14 +49,21 @@ def print_card(console: Console, card: DatasetSummary) -> None:
 
 def page(card: DatasetSummary) -> bytes:
     """The card as an HTML page."""
-    charts = {
+    counts = {
         "Documents by length, in tokens": (_lengths(card), "documents"),
         "Documents by dump": (card.dumps, "documents"),
         "Tokens by source file": ({file.name: file.tokens for file in card.files}, "tokens"),
     }
-    plots = {title: bars(title, *chart) for title, chart in charts.items() if 0 < len(chart[0]) <= MAXIMUM_BARS}
-    texts = {"left_out": _left_out(card), "leaks": leak_line(card.audit)}
-    return render("card.html", **dict(card), **texts, plots=plots).encode()
+    charts = {title: bars(*chart) for title, chart in counts.items() if 0 < len(chart[0]) <= MAXIMUM_BARS}
+    texts = {"left_out": _left_out(card), "leaks": leak_line(card.audit), "file": card.dataset}
+    return render("card.html", **dict(card), **texts, charts=charts).encode()
+
+
+def write_card(store: Store, dataset: str, manifest: Manifest) -> str:
+    """Put the card's page into the store. Returns its key."""
+    key = DatasetKeys(dataset).page(manifest.digest)
+    overwrite(store, key, page(summarise(store, dataset, manifest)))
+    return key
 
 
 def hub_card(name: str, manifest: Manifest) -> bytes:

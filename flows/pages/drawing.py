@@ -1,58 +1,61 @@
-"""Renders templates and draws plots as inline SVG. A page needs no network and is legible in light and dark."""
+"""Renders templates and charts. A page needs no network, and is legible in light and dark.
 
-import io
-import re
-import warnings
-from collections.abc import Callable
+A chart is a Vega-Lite specification: static as SVG, interactive where the page may run its script.
+"""
+
+import json
+from base64 import b64encode
+from functools import cache
+from gzip import compress
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-TEXT_COLOUR = "#010203"  # placeholder for the page's text colour in the finished SVG
-LINE, MARK = "#3b82c4", "#d9822b"
+Chart = dict[str, Any]
+FOLDER = files("flows.pages")
 
 
 def render(template: str, **values: Any) -> str:
     """Render a template of this folder; an .html template escapes its values."""
     templates = jinja2.Environment(autoescape=jinja2.select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True)
     templates.loader, templates.undefined = jinja2.PackageLoader("flows", "pages"), jinja2.StrictUndefined
+    templates.filters["svg"], templates.globals["scripts"] = svg, scripts
+    templates.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return templates.get_template(template).render(values)
 
 
-def draw(name: str, plot: Callable[[Any], None], height: float = 3.0) -> str:
-    """Draw with `plot` on matplotlib axes. Returns inline SVG, the same bytes for the same plot."""
-    import matplotlib as mpl  # 1 s to import, so only when a page is drawn
-    from matplotlib.figure import Figure
+def svg(chart: Chart) -> str:
+    """Draw a chart as inline SVG, the same bytes for the same chart."""
+    import vl_convert  # loads 80 MB, so only when a page is drawn
 
-    coloured = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: dict[Any, Any] = dict.fromkeys(coloured, TEXT_COLOUR) | {"svg.fonttype": "none", "svg.hashsalt": name}
-    style |= {"font.size": 10, "text.parse_math": False}  # a file name may contain $
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.add_subplot()
-        plot(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, color=TEXT_COLOUR)
-        axes.set_axisbelow(True)
-        buffer = io.StringIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has it
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace(TEXT_COLOUR, "currentColor")
+    return vl_convert.vegalite_to_svg(chart)
 
 
-def bars(name: str, counts: dict[str, int], unit: str) -> str:
+@cache
+def scripts() -> dict[str, str]:
+    """What the page may run: its own script, Vega as base64 of gzip (407 kB instead of 898), and the hashes of both."""
+    import vl_convert
+
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed").encode()
+    own = FOLDER.joinpath("charts.js").read_bytes()
+    hashes = " ".join(f"'sha256-{b64encode(sha256(script).digest()).decode()}'" for script in (own, vega))
+    return {"own": own.decode(), "vega": b64encode(compress(vega, mtime=0)).decode(), "hashes": hashes}
+
+
+def bars(counts: dict[str, int], unit: str) -> Chart:
     """A chart of horizontal bars for counts."""
+    chart = specification("bars", [{"name": name, unit: count} for name, count in counts.items()])
+    chart["encoding"]["x"]["field"] = unit
+    return chart
 
-    def plot(axes: Any) -> None:
-        axes.barh(list(counts), list(counts.values()), color=LINE)
-        axes.invert_yaxis()
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel(unit)
 
-    return draw(name, plot, 1.2 + 0.24 * len(counts))
+def specification(kind: str, values: list[dict[str, Any]]) -> Chart:
+    """A chart of this kind in charts.json, with these values."""
+    specifications = json.loads(FOLDER.joinpath("charts.json").read_bytes())
+    return {**specifications["look"], **specifications[kind], "data": {"values": values}}
 
 
 def write_file(path: Path, page: bytes, option: str) -> None:

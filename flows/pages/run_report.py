@@ -8,6 +8,7 @@ from flows.inspection.facts import RunFacts, newest, run_facts
 from flows.pages.curves import curves
 from flows.pages.drawing import render, write_file
 from model.config import differences
+from model.evaluation.items import ENDINGS
 from model.evaluation.results import Evaluation
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
@@ -19,25 +20,28 @@ class MetricRow(NamedTuple):
     metric: str
     values: list[str]  # of each run, with the standard error
     published: str
+    chance: str  # of an accuracy: what guessing scores
     convention: str
 
 
-def write_report(store: Store, run: str) -> tuple[RunFacts, dict[str, str]]:
-    """Put report.html and report.md of a run into the store. Returns the facts and the plots that they show."""
+def write_report(store: Store, run: str) -> RunFacts:
+    """Put report.html and report.md of a run into the store. Returns the facts that they show."""
     facts = run_facts(store, run)
-    plots = curves([facts])
-    overwrite(store, RunKeys(run).report("html"), page([facts], plots))
+    overwrite(store, RunKeys(run).report("html"), page([facts]))
     overwrite(store, RunKeys(run).report("md"), markdown([facts]).encode())
-    return facts, plots
+    return facts
 
 
-def page(runs: list[RunFacts], plots: dict[str, str]) -> bytes:
-    """One HTML page about these runs, with their plots."""
-    return render("report.html", runs=runs, curves=plots, rows=metric_rows(runs), differing=differing(runs)).encode()
+def page(runs: list[RunFacts]) -> bytes:
+    """One HTML page about these runs, with charts."""
+    tables = {"rows": metric_rows(runs), "differing": differing(runs)}
+    return render(
+        "report.html", runs=runs, charts=curves(runs), file="-".join(run.name for run in runs), **tables
+    ).encode()
 
 
 def markdown(runs: list[RunFacts]) -> str:
-    """The report as Markdown, without plots."""
+    """The report as Markdown, without charts."""
     return render("report.md.j2", runs=runs, rows=metric_rows(runs), differing=differing(runs))
 
 
@@ -59,7 +63,8 @@ def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
             convention = evaluation.conventions[metric]
             if reference := run.references.get(metric):
                 published = f"{reference.value:.4f} ({reference.label})"
-        rows.append(MetricRow(metric, values, published, "; ".join([convention, *provenance])))
+        chance = f"{1 / ENDINGS:.4f}" if "_acc" in metric else ""
+        rows.append(MetricRow(metric, values, published, chance, "; ".join([convention, *provenance])))
     return rows
 
 
@@ -87,5 +92,5 @@ def write_page(store: Store, names: list[str], path: Path) -> None:
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"--to {path}: give a file name that ends in .html or .md.")
     runs = [run_facts(store, name) for name in dict.fromkeys(names)]
-    body = markdown(runs).encode() if path.suffix == ".md" else page(runs, curves(runs))
+    body = markdown(runs).encode() if path.suffix == ".md" else page(runs)
     write_file(path, body, "--to")

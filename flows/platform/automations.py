@@ -1,4 +1,4 @@
-"""Automations of Prefect's server, for runs with our TAG: mark dead runs as crashed, restart, notify about failures."""
+"""Automations of Prefect's server, for runs with our TAG: mark dead runs as crashed, restart, notify people."""
 
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,9 @@ MARK_ORPHANED = "gpt2: mark runs that never started as crashed"
 RESTART = "gpt2: restart crashed runs"
 PAUSE = "gpt2: pause automatic restarts after repeated crashes"
 NOTIFY = "gpt2: notify about failed runs"
+NOTIFY_ALERTS = "gpt2: notify about alerts"
+REACTIVE = Posture.Reactive  # the default, but the server refuses an update of an automation that leaves it out
+ALERT = "gpt2.alert"  # the event of an alert during training; the payload has its run and text
 
 
 def mark_crashed() -> AutomationCore:
@@ -56,7 +59,7 @@ def pause_restarts(restart_id: UUID) -> AutomationCore:
     reason = f"{MAX_CRASHES} crashes in {CRASH_MINUTES} minutes pause the automatic restart."
     remedy = f"Fix the cause of the crashes (see the runs' logs), then enable '{RESTART}' again."
     within = timedelta(minutes=CRASH_MINUTES)
-    trigger = _trigger(expect={"prefect.flow-run.Crashed"}, threshold=MAX_CRASHES, within=within)
+    trigger = _trigger(expect={"prefect.flow-run.Crashed"}, threshold=MAX_CRASHES, within=within, posture=REACTIVE)
     action = PauseAutomation(source="selected", automation_id=restart_id)
     return AutomationCore(name=PAUSE, description=f"{reason} {remedy}", trigger=trigger, actions=[action])
 
@@ -69,9 +72,17 @@ def notify(block_id: UUID) -> AutomationCore:
     body += "Retry it there, or: prefect flow-run retry {{ flow_run.id }}"
     action = SendNotification(block_document_id=block_id, subject=subject, body=body)
     ends = {f"prefect.flow-run.{state}" for state in ("Failed", "TimedOut", "Crashed")}
-    trigger = _trigger(expect=ends, for_each=EACH_RUN)
+    trigger = _trigger(expect=ends, for_each=EACH_RUN, posture=REACTIVE)
     description = "Sends a message for each failed or crashed run."
     return AutomationCore(name=NOTIFY, description=description, trigger=trigger, actions=[action])
+
+
+def notify_alerts(block_id: UUID) -> AutomationCore:
+    """Send a message for each alert of a training through a notification block."""
+    subject, body = "{{ event.payload.run }}: alert", "{{ event.payload.alert }}\n{{ flow_run|ui_url }}"
+    action = SendNotification(block_document_id=block_id, subject=subject, body=body)
+    trigger = EventTrigger(expect={ALERT}, posture=REACTIVE)
+    return AutomationCore(name=NOTIFY_ALERTS, description="Sends each alert.", trigger=trigger, actions=[action])
 
 
 def _silence_after(names: set[str], seconds: int, related: Any = DEPLOYED) -> EventTrigger:

@@ -17,17 +17,17 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows.platform import automations
 from model.config import DataConfig, RunConfig
-from model.config_file import load_config
+from model.form import preset_values, settings_beyond
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")
 POOLS = {"data": None, "train": 1}  # concurrent runs: one training run uses all GPUs and cores of its host
 
 
-def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
+def bootstrap(preset: str, config: RunConfig, *, block: str = "", scheduled: bool = True) -> Iterator[str]:
     """Register everything on the server at PREFECT_API_URL. Yields one line per object.
 
-    `config` fills the deployments' forms. If its `data` is the default, the refresh follows the newest crawls of
-    FineWeb-Edu. Failed runs are reported through `block`, such as "slack-webhook/team".
+    `config` fills the deployments' forms: the preset, and the settings beyond it. If its `data` is the default, the
+    refresh follows the newest crawls of FineWeb-Edu. `block`, such as "slack-webhook/team", reports what fails.
     Unless `scheduled`, new schedules start paused. Raises ValueError for an unknown block or if `prefect deploy` fails.
     """
     with get_client(sync_client=True) as client:
@@ -38,41 +38,57 @@ def bootstrap(config: RunConfig, *, block: str = "", scheduled: bool = True) -> 
                 yield f"pool {name}: created"
             except ObjectAlreadyExists:
                 yield f"pool {name}: unchanged"
-        yield from _deployments(client, config, scheduled=scheduled)
+        yield from _deployments(client, preset, config, scheduled=scheduled)
         for automation in (automations.mark_crashed(), automations.mark_orphaned(), automations.restart()):
             yield _automation(client, automation)
         [restart] = client.read_automations_by_name(automations.RESTART)
         yield _automation(client, automations.pause_restarts(restart.id))
         if block_id is not None:
             yield _automation(client, automations.notify(block_id))
+            yield _automation(client, automations.notify_alerts(block_id))
 
 
-def _deployments(client: SyncPrefectClient, config: RunConfig, *, scheduled: bool) -> Iterator[str]:
-    """Register deploy/prefect.yaml with `prefect deploy`, for the current folder and with the forms filled."""
+def _deployments(client: SyncPrefectClient, preset: str, config: RunConfig, *, scheduled: bool) -> Iterator[str]:
+    """Register prefect.yaml with `prefect deploy`, for the current folder and with the forms filled."""
     ours = DeploymentFilter(tags={"all_": [automations.TAG]})
-    paused = {deployment.name: deployment.paused for deployment in client.read_deployments(deployment_filter=ours)}
-    text = (DEPLOY / "prefect.yaml").read_text().replace('"{{ $APP_DIR }}"', json.dumps(str(Path.cwd())))
+    registered = client.read_deployments(deployment_filter=ours)
+    packages, text = DEPLOYMENTS.parents[2], DEPLOYMENTS.read_text()
+    for variable, folder in (("APP_DIR", packages), ("PWD", Path.cwd())):
+        text = text.replace(f'"{{{{ ${variable} }}}}"', json.dumps(str(folder)))
     project = yaml.safe_load(text)
+    entrypoints = {deployment["entrypoint"] for deployment in project["deployments"]}
+    paused = {deployment.name: deployment.paused for deployment in registered if deployment.entrypoint in entrypoints}
+    settings, store = settings_beyond(preset, config), f"store_url={json.dumps(config.store_url)}"
+    name = config.name if config.name != preset_values(preset)["name"] else ""
+    of_every_run = [setting for setting in settings if setting.startswith(("evaluation.", "resources."))]
+    of_dataset = {"preset": preset, "settings": settings}
+    if config.data == DataConfig():
+        of_dataset = {"preset": "fineweb-edu-newest", "settings": [store]}
+    forms = {
+        "pretrain": {"preset": preset, "name": name, "settings": settings},
+        "demo": {"settings": [store]},
+        "dataset-refresh": of_dataset,
+        "train": {"preset": preset, "name": name, "settings": settings},
+        "evaluate": {"name": config.name, "settings": [store, *of_every_run]},
+    }
     for deployment in project["deployments"]:
-        name = deployment["name"]
-        form = config
-        if name == "demo" or (name == "dataset-refresh" and config.data == DataConfig()):
-            preset = "demo.toml" if name == "demo" else "fineweb-edu-newest.toml"
-            form = load_config(DEPLOY / "configs" / preset, [f"store_url={config.store_url}"])
-        deployment["parameters"] = {"config": form.model_dump(mode="json")}
-        deployment["paused"] = paused.get(name, False)
+        deployment["parameters"] = forms[deployment["name"]]
+        deployment["paused"] = paused.get(deployment["name"], False)
         for schedule in deployment.get("schedules", []):
-            if not scheduled and name not in paused:
+            if not scheduled and deployment["name"] not in paused:
                 schedule["active"] = False
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(project, file, sort_keys=False)
         file.flush()
         argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
-        result = subprocess.run(argv, capture_output=True, text=True, check=False)
+        result = subprocess.run(argv, cwd=packages, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stdout + result.stderr).strip()
-        raise ValueError(f"Prefect refused deploy/prefect.yaml:\n{reason}\nFix the cause, then run this command again.")
+        raise ValueError(f"Prefect refused prefect.yaml:\n{reason}\nFix the cause, then run this command again.")
     yield from (f"deployment {deployment['name']}: registered" for deployment in project["deployments"])
+    for deployment in registered:
+        if deployment.entrypoint not in entrypoints:  # of an earlier version
+            client.delete_deployment(deployment.id)
 
 
 def _automation(client: SyncPrefectClient, desired: AutomationCore) -> str:

@@ -22,13 +22,13 @@ POLL_SECONDS = 0.5
 
 
 @contextmanager
-def platform(port: int, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def platform(port: int, preset: str, config: RunConfig) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Run the server and the workers, yielded by name; after the block, cancel active runs. Raises as `serving`."""
     with server.serving(port) as server_process:
         assert server_process is not None
         from flows.platform.bootstrap import POOLS, bootstrap  # Prefect reads the server's address when imported
 
-        list(bootstrap(config, scheduled=False))
+        list(bootstrap(preset, config, scheduled=False))
         workers = {}
         for pool in POOLS:
             name = f"worker-{pool}"

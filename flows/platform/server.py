@@ -6,6 +6,7 @@ has its port, and every command that uses the server shares that of `users`.
 """
 
 import fcntl
+import hmac
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
@@ -30,6 +32,7 @@ HOME = Path(".gpt2")
 FREE_BYTES = 10_000_000  # a new database and its journal
 START_SECONDS = 300.0  # the first start creates the database: 15 s on two busy cores, minutes on a starved host
 LOGIN = re.compile(r"[!-9;-~]+:[!-~]+")  # printable ASCII: Prefect's server fails at any other password
+FILE = "/file"  # where the server shows a signed file, such as a report
 SETTINGS = Path(__file__).with_name("prefect.env")
 
 
@@ -75,6 +78,20 @@ def _check_own(path: Path) -> None:
     with suppress(FileNotFoundError):  # a temporary file of another command
         if {path.lstat().st_uid, path.stat().st_uid} != {os.geteuid()}:
             raise ValueError(f"{path.absolute()} belongs to another user, who could know the password. Delete it.")
+
+
+def file_url(path: Path) -> str:
+    """A link to a file for a browser without the login, if this folder's server runs; else the file's own URL."""
+    port = running_port()
+    if port is None:
+        return path.as_uri()
+    query = urlencode({"path": str(path), "signature": signature(login(), str(path))})
+    return f"{_origins(port)[0]}{FILE}?{query}"
+
+
+def signature(secret: str, path: str) -> str:
+    """What proves that a link to a file comes from a process that knows the login."""
+    return hmac.new(secret.encode(), path.encode(), "sha256").hexdigest()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ INHERITED = (
     "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_",
     "CUDA_", "CUBLAS_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "GOMP_", "KMP_", "MKL_",
 )  # fmt: skip
+TRACKERS = ("TRACKIO_", "WANDB_", "MLFLOW_", "HF_")  # addresses and secrets of trackers, which a trainer never gets
 
 
 class Processes(AbstractContextManager["Processes"]):
@@ -59,13 +60,27 @@ class Processes(AbstractContextManager["Processes"]):
             except subprocess.TimeoutExpired:
                 _signal_group(process, signal.SIGKILL)
 
+    def start_tracker(self, run: str, tracker: str, log: Callable[[str], None]) -> None:
+        """Send the run's metrics to a tracker while the block lasts. A failure of the tracker is a line in the log."""
+        argv = [sys.executable, "-m", "model.tracking", self._store_url, run, *tracker.split(":", 1)]
+        process = _start([*argv, "--parent", str(os.getpid())], _environment(TRACKERS))  # trainers must not read these
+        self._started.append(process)
+
+        def follow() -> None:
+            with process:  # closes its output, and waits
+                _log_output(process.stdout or (), log)
+            if process.returncode < 0 and not self._closed:
+                log(f"the tracker's process was killed, signal {-process.returncode}. The training goes on without it.")
+
+        threading.Thread(target=follow, daemon=True).start()
+
     def run(self, job_key: str, log: Callable[[str], None]) -> None:
         """Run the job to its end in a task's thread. Raises JobRefused (exit code 2) or JobFailed (other failures)."""
         argv = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
         with self._lock:
             if self._closed:
                 raise JobFailed(f"job {job_key!r} was not started: the flow is ending. Run the same command again.")
-            process = _start(argv)
+            process = _start([*_as_trainer(), *argv], _environment())
             self._started.append(process)
         assert process.stdout is not None
         with process.stdout as output:
@@ -74,9 +89,9 @@ class Processes(AbstractContextManager["Processes"]):
         if code == USER_ERROR:
             raise JobRefused("\n".join(errors or tail))
         if code:
-            ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            if code == -signal.SIGKILL and not self._closed:
-                ending += ", probably because memory ran out"
+            hint = ", often out of memory" if code == -signal.SIGKILL and not self._closed else ""
+            ending = f"was killed, signal {-code}{hint}" if code < 0 else f"ended with exit code {code}"
+            errors.sort(key=lambda error: " was killed, " not in error)  # other ranks fail because of the killed rank
             causes, last_lines = "".join(f"{error}: " for error in errors), "\n".join(tail)
             shown = "" if errors else f" The last lines of its output:\n{last_lines}"
             raise JobFailed(f"{causes}job {job_key!r} {ending}. Run the same command again to resume it.{shown}")
@@ -96,10 +111,10 @@ def run_job(store: Store, job: Job, processes: Processes) -> Any:
     return result
 
 
-def _start(argv: list[str]) -> subprocess.Popen[str]:
+def _start(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*_as_trainer(), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        text=True, errors="replace", start_new_session=True, env=_environment(),
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        text=True, errors="replace", start_new_session=True, env=environment,
     )  # fmt: skip
 
 
@@ -112,11 +127,11 @@ def _as_trainer() -> list[str]:
     return [*change, "--inh-caps=-all", "--ambient-caps=-all", "env", f"HOME={user.pw_dir}"]
 
 
-def _environment() -> dict[str, str]:
+def _environment(more: tuple[str, ...] = ()) -> dict[str, str]:
     """The environment of a process. TRAINER_* credentials, if set, replace the flow's, which may write shards."""
     if not any(name.startswith("TRAINER_") for name in os.environ):
         return dict(os.environ)
-    kept = {name: value for name, value in os.environ.items() if name.upper().startswith(INHERITED)}
+    kept = {name: value for name, value in os.environ.items() if name.upper().startswith(INHERITED + more)}
     return kept | {f"AWS_{name}": os.environ[f"TRAINER_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
 
 

@@ -1,23 +1,20 @@
-"""A stage's progress: an artifact in Prefect's UI, and bars on a terminal or plain lines on another console."""
+"""A stage's progress: on the page of its run, and as bars on a terminal or plain lines on another console."""
 
 import logging
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from prefect.artifacts import create_progress_artifact
 from prefect.logging import get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.runtime import artifacts
+from flows.runtime.page import page
 from storage.errors import printable
 
-UPDATE_SECONDS = 1.0  # each update of an artifact is one call of Prefect's API
 LINE_SECONDS = 15.0  # between plain lines
 
 _make_record = logging.getLogRecordFactory()
@@ -53,6 +50,8 @@ def say(stage: str, text: str) -> None:
     """Print one line on the console, if there is one, and write it to the flow run's log."""
     text = printable(text)
     get_run_logger().info("%s: %s", stage, text)
+    if shown := page.get():
+        shown.enter(stage, text)
     if bars := _bars.get():
         bars.console.print(f"{stage:<10} {text}")
 
@@ -62,34 +61,29 @@ class Bar:
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self._stage, self._total, self._unit = stage, total, unit
-        self._done = 0
-        self._updated_at = self._printed_at = time.monotonic()
-        self._artifact = artifacts.show(
-            create_progress_artifact, progress=0.0, key=f"{stage}-progress", description=f"{stage}: {total:,} {unit}"
-        )
-        self._sender = ThreadPoolExecutor(1)  # a busy server takes seconds to answer; the stage does not wait
-        self._sending = self._sender.submit(lambda: None)
+        self._done, self._printed = 0, -1
+        self._page = page.get()  # a callback in another thread has no context
+        if self._page:
+            self._page.count(stage, 0, total, unit)
+        self._printed_at = time.monotonic()
         self._bars = _bars.get() or Progress(console=Console(quiet=True))
         self._task = self._bars.add_task(stage, total=total, note=unit)
 
     def to(self, done: int, note: str = "") -> None:
         """Set the progress to `done`. On a terminal, the note replaces the unit after the bar."""
         self._done = done
-        now = time.monotonic()
-        is_due = now - self._updated_at > UPDATE_SECONDS and self._sending.done()
-        if is_due or done == self._total:
-            self._updated_at = now
-            percent = 100 * done / max(self._total, 1)
-            self._sending = self._sender.submit(artifacts.replace, self._artifact, percent)
+        if self._page:
+            self._page.count(self._stage, done, self._total, self._unit)
         self._bars.update(self._task, completed=done, note=note or self._unit)
-        if now - self._printed_at > LINE_SECONDS and not self._bars.console.is_terminal:
-            self._printed_at = now
+        now = time.monotonic()
+        is_new = done != self._printed and now - self._printed_at > LINE_SECONDS
+        if is_new and not self._bars.console.is_terminal:
+            self._printed, self._printed_at = done, now
             self._bars.console.print(f"{self._stage:<10} {done:,} of {self._total:,} {self._unit}  {note}")
 
     def advance(self, count: int = 1) -> None:
         self.to(self._done + count)
 
     def close(self) -> None:
-        """Wait until the last update is sent, then remove the bar from the terminal."""
-        self._sender.shutdown()
+        """Remove the bar from the terminal."""
         self._bars.remove_task(self._task)

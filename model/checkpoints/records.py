@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from model.checkpoints.metrics import StepMetrics
-from model.config import ModelConfig
+from model.config import ModelConfig, TrainingConfig
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
 from storage.keys import RunKeys, check_key
@@ -58,6 +58,7 @@ class CheckpointRecord:
     metrics: list[Annotated[str, AfterValidator(check_key)]] = field(default_factory=list)  # all segments, in order
     attempt: Annotated[str, Field(pattern="^[0-9a-f]{1,15}$")] = ""
     files: dict[Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")], CheckpointFile] = field(default_factory=dict)
+    val_loss: float | None = None  # of a validation at this very step
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
@@ -88,9 +89,10 @@ def chosen(store: Store, run: str, checkpoint: str = "last", setting: str = "nam
         problem = f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train"
         raise ObjectMissing(f"{problem}, import a model with gpt2 import, or choose another run from gpt2 status.")
     numbered = [record for record in records if str(record.step) == checkpoint]
-    if selected := {"last": records[-1:], "every": records}.get(checkpoint, numbered):
+    if selected := {"last": records[-1:], "best": best(records), "every": records}.get(checkpoint, numbered):
         return selected
     kept = f"only checkpoints of steps {', '.join(str(record.step) for record in records)}"
+    kept += ", none of them saved at a validation" if checkpoint == "best" else ""
     raise ObjectMissing(f"evaluation.checkpoint = {checkpoint!r}: run {run!r} has {kept}. Choose one of these.")
 
 
@@ -119,7 +121,7 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     record = replace(record, attempt=attempt, files=files)
     values = asdict(record)
     cursor = {name: value for name, value in (values["cursor"] or {}).items() if value != {}}
-    body = canonical_json(values | {"cursor": cursor})
+    body = canonical_json({name: value for name, value in values.items() if value is not None} | {"cursor": cursor})
     with suppress(AlreadyExists):
         store.put_new(names.checkpoint_record(record.step), body)
         return record
@@ -133,24 +135,31 @@ def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: Chec
     return stored or record  # stored: by an earlier try whose reply was lost
 
 
-def retained(records: list[CheckpointRecord], keep_last: int, keep_every_steps: int) -> list[CheckpointRecord]:
-    """The checkpoints to keep: the newest `keep_last`, and the first at or after each multiple of `keep_every_steps`.
+def best(records: list[CheckpointRecord]) -> list[CheckpointRecord]:
+    """The checkpoint with the lowest val loss, the first of equals; none if no record has a val loss."""
+    validated = [(record.val_loss, record.step, record) for record in records if record.val_loss is not None]
+    return [min(validated)[-1]] if validated else []
 
-    A checkpoint can come after the multiple, because a save waits for the previous save. 0 keeps only the newest.
+
+def retained(records: list[CheckpointRecord], train: TrainingConfig) -> list[CheckpointRecord]:
+    """The checkpoints to keep: the newest, the best, and the first at or after each multiple of `keep_every_steps`.
+
+    A checkpoint can come after the multiple, because a save waits for the previous save. 0 keeps none of these.
     """
     kept, passed = [], 0
     for index, record in enumerate(records):
-        multiples = record.step // keep_every_steps if keep_every_steps else 0
-        if multiples > passed or index >= len(records) - keep_last:
+        multiples = record.step // train.keep_every_steps if train.keep_every_steps else 0
+        is_best = train.keep_best and record in best(records)
+        if multiples > passed or is_best or index >= len(records) - train.keep_last:
             kept.append(record)
         passed = multiples
     return kept
 
 
-def retain(store: Store, run: str, keep_last: int, keep_every_steps: int) -> None:
+def retain(store: Store, run: str, train: TrainingConfig) -> None:
     """Delete the checkpoints that `retained` does not keep."""
     records = checkpoints(store, run)
-    kept = retained(records, keep_last, keep_every_steps)
+    kept = retained(records, train)
     for record in records:
         if record not in kept:
             store.delete(RunKeys(run).checkpoint_record(record.step))  # first, so that the checkpoint stops counting

@@ -43,8 +43,8 @@ def launch(store_url: str, job_key: str, resources: ResourcesConfig, ranks: int)
     except ChildFailedError as error:  # the rank has printed its own error, unless a signal killed it
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0:
-                reason = ", probably because memory ran out" if failure.exitcode == -signal.SIGKILL else ""
-                print(f"error: rank {rank} was killed by {failure.signal_name()}{reason}", file=sys.stderr, flush=True)
+                hint = ", often out of memory" if failure.exitcode == -signal.SIGKILL else ""
+                print(f"error: rank {rank} was killed, signal {-failure.exitcode}{hint}", file=sys.stderr, flush=True)
         return USER_ERROR if any(failure.exitcode == USER_ERROR for failure in error.failures.values()) else 1
     except SignalException:  # torchrun has forwarded the signal, and the ranks have saved a checkpoint
         return 0

@@ -2,16 +2,17 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from model import tokenizer
-from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, chosen
+from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, checkpoints, chosen
 from model.config import How, ModelConfig, RunConfig, TrainingConfig, differences
 from model.runs.job import Job
 from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
 from storage.errors import AlreadyExists, DatasetMismatch
-from storage.keys import RunKeys
+from storage.keys import DatasetKeys, RunKeys
 from storage.loading.mix import Share, parse_mix
 from storage.stores.store import Store, overwrite, read_as
 
@@ -60,6 +61,13 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
         start = f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
         raise DatasetMismatch(f"{problem}. {remedy}. To continue its training with these settings: {start}")
     return replace(run, how=config.how())
+
+
+def pinned_items(run: Run, config: RunConfig) -> str | None:
+    """The key of the run's HellaSwag items. None: a local file, which is read again as it may have changed, or none."""
+    hellaswag = config.evaluation.hellaswag
+    use_pinned = run.config["evaluation"]["hellaswag"] == hellaswag and not Path(hellaswag).is_file()
+    return run.items if use_pinned else None
 
 
 def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, commit: str | None = None) -> Run:
@@ -111,6 +119,35 @@ def find_mix(store: Store, config: RunConfig, manifest: str = "") -> dict[str, S
 def keep_request(store: Store, key: str, config: RunConfig) -> None:
     """Store the requested configuration, for `gpt2 retry`."""
     overwrite(store, key, canonical_json(config.model_dump(mode="json", exclude={"store_url"})))
+
+
+def stored_settings(store: Store, name: str) -> dict[str, Any] | None:
+    """The settings of the last request for a run, those it was started with, or an imported model's; None: no run."""
+    if request := _request(store, RunKeys(name).request):
+        return request
+    if run := find_run(store, name):
+        return _current({"name": name} | run.config)
+    if records := checkpoints(store, name):
+        model = records[-1].model
+        sequence_tokens = min(TrainingConfig().sequence_tokens, model["context_tokens"])
+        return {"name": name, "model": model, "train": {"sequence_tokens": sequence_tokens}}
+    return None
+
+
+def stored_dataset_settings(store: Store, name: str) -> dict[str, Any] | None:
+    """The settings of the last request for a dataset; None: there was none."""
+    return _request(store, DatasetKeys(name).request)
+
+
+def _request(store: Store, key: str) -> dict[str, Any] | None:
+    remedy = "Delete that object, and give its settings to gpt2 pretrain or gpt2 dataset build."
+    request = read_as(store, key, dict[str, Any], lambda values: bool(_current(values)), remedy)
+    return request and _current(request)
+
+
+def _current(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, without settings that were removed since."""
+    return RunConfig.model_validate(values, extra="ignore").model_dump(mode="json")
 
 
 def find_run(store: Store, name: str) -> Run | None:

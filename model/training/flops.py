@@ -1,6 +1,7 @@
 """Model FLOPs utilisation (MFU): the share of a GPU's peak that training uses, as in PaLM, appendix B."""
 
 from model.config import ModelConfig
+from model.tokenizer import VOCABULARY
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's and AMD's data sheets; the longest matching name counts.
 PEAK_FLOPS = {
@@ -9,6 +10,12 @@ PEAK_FLOPS = {
     "RTX 6000 Ada": 364.2e12, "H100": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989.4e12,
     "GH200": 989.4e12, "B200": 2_250e12, "MI250X": 383e12, "MI300X": 1_307.4e12,
 }  # fmt: skip
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model: 124,439,808 for GPT-2 124M. The head shares the token embedding."""
+    of_block = 12 * config.width**2 + 13 * config.width
+    return (VOCABULARY + config.context_tokens + 2) * config.width + config.layers * of_block
 
 
 def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The metrics of each step: printed, kept until a checkpoint stores them, and shown live in the store and TensorBoard.
+"""The metrics of each step: printed, kept until a checkpoint stores them, and shown live in the store.
 
 Only the main rank uses its log. The log computes nothing, and training never waits for the store.
 """
@@ -8,8 +8,6 @@ import math
 import secrets
 import threading
 import time
-from contextlib import suppress
-from typing import Any
 
 from model.checkpoints.metrics import Progress, StepMetrics
 from storage.digests import canonical_json
@@ -18,35 +16,22 @@ from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
 
 PROGRESS_SECONDS = 10.0  # between writes of the live curve: each is a request to the store
-DRAWN = ("loss", "val_loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "data_seconds",
-         "checkpoint_seconds", "memory_bytes")  # fmt: skip
 
 
 class MetricsLog:
     """The metrics since the last checkpoint, and the keys of the stored segments."""
 
-    def __init__(
-        self, store: Store, run: str, max_steps: int, segments: list[str], *, tensorboard: str = "", step: int = 0
-    ) -> None:
+    def __init__(self, store: Store, run: str, max_steps: int, segments: list[str]) -> None:
         self._store, self._run, self._max_steps = store, run, max_steps
         self._unsaved: list[StepMetrics] = []
         self._segments = segments
         self._progress_at = 0.0
         self._progress_thread = threading.Thread()
-        self._events = _event_file(tensorboard, run, step) if tensorboard else None
 
     def add(self, metrics: StepMetrics) -> None:
         """Keep and print the metrics of a step. At most every PROGRESS_SECONDS, also show them in the store."""
         self._unsaved.append(metrics)
         print(f"step {metrics.step + 1:>6,}/{self._max_steps:,}  {_line(metrics)}", flush=True)
-        if self._events is not None:
-            try:
-                for name in DRAWN:
-                    if (value := getattr(metrics, name)) is not None:
-                        self._events.add_scalar(name, value, metrics.step + 1)
-            except OSError as error:
-                print(f"TensorBoard's files end at step {metrics.step:,}: {error}", flush=True)
-                self._events = None
         if time.monotonic() - self._progress_at >= PROGRESS_SECONDS and not self._progress_thread.is_alive():
             self._progress_at = time.monotonic()
             self._progress_thread = threading.Thread(target=self._show_progress, args=(self.unsaved(),), daemon=True)
@@ -67,13 +52,9 @@ class MetricsLog:
     def saved(self, count: int, segments: list[str]) -> None:
         """Drop the first `count` unsaved metrics, which a checkpoint has stored in these segments."""
         self._show_progress(self._unsaved[:count])
+        self._progress_at = time.monotonic()  # followers read these steps before the next progress replaces them
         del self._unsaved[:count]  # in place: the training thread appends meanwhile
         self._segments = segments
-
-    def close(self) -> None:
-        if self._events is not None:
-            with suppress(OSError):
-                self._events.close()
 
     def _show_progress(self, metrics: list[StepMetrics]) -> None:
         if not metrics:
@@ -94,14 +75,3 @@ def _line(metrics: StepMetrics) -> str:
     skipped = "  skipped" if metrics.skipped else ""
     speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
     return f"loss {loss:.4f}{val_loss}  lr {metrics.learning_rate:.2e}  norm {norm:.2f}  {speed}{mfu}{skipped}"
-
-
-def _event_file(folder: str, run: str, step: int) -> Any:
-    """TensorBoard's writer. It hides an earlier process's points beyond `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(f"{folder}/{run}", purge_step=step + 1)
-    except (ImportError, OSError) as error:
-        remedy = "Give a writable folder, run pip install -e '.[tensorboard]', or leave the setting empty."
-        raise ValueError(f"resources.tensorboard = {folder!r}: {error}. {remedy}") from error

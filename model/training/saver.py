@@ -92,7 +92,7 @@ class Saver:
                 if self._give_way.wait(RETRY_SECONDS):
                     return
             try:
-                retain(self._store, self._run, self._config.keep_last, self._config.keep_every_steps)
+                retain(self._store, self._run, self._config)
             except StorageError as error:  # the next save tries again
                 print(f"old checkpoints of run {self._run!r} could not be deleted: {error}", flush=True)
         except Exception as error:  # a bug of ours, too: training must not go on without checkpoints

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import CheckpointRecord
+from model.checkpoints.records import CheckpointRecord, read_segments
 from model.config import ModelConfig, TrainingConfig
 from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
@@ -23,27 +23,29 @@ from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.processes.parent import stop_signals
 from model.runs.job import Job, TrainingResult
+from model.runs.speed import Speed, put_speed
 from model.training.flops import flops_per_token, peak_flops
 from model.training.metrics import MetricsLog
+from model.training.micro_batch import choose_sequences
 from model.training.optimizer import learning_rate, make_optimizer
 from model.training.outliers import past_outliers
 from model.training.resume import cursor_of, resume
 from model.training.saver import Saver
 from storage.loading.mix import weighted_mean
 from storage.loading.windows import MixedWindows
-from storage.stores.store import Store
+from storage.stores.store import Store, overwrite
 
 SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save waits as long as a step takes
 
 
 class Trainer:
-    """One rank of a run's training, from the run's newest checkpoint if it has one. `fit` trains to the last step.
+    """One rank of a run's training, from the run's newest checkpoint if it has one. `fit` trains to its end.
 
     Raises ValueError for settings that do not fit the dataset or the installation, and whatever `resume` raises.
     """
 
     def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
-        self.job, self.ddp = job, ddp
+        self.store, self.job, self.ddp = store, job, ddp
         self.config = config = TrainingConfig.model_validate(job.recipe["train"] | job.how.train)
         self.resources = resources = job.how.resources
         self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
@@ -57,47 +59,68 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.step, segments = resume(store, job, ddp, self.model, self.optimizer)
         self.outliers = past_outliers(store, segments, config.skip_outlier_steps)
+        past = read_segments(store, segments) if config.patience_validations else []
+        self.val_losses = [line.val_loss for line in past if line.val_loss is not None]
         self.evaluator = Evaluator(self.model, ddp, config.precision)
         compiled = config.compile == "on" or (config.compile == "auto" and ddp.device.type == "cuda")
+        self.setup = ddp.environment | config.model_dump(include={"sequence_tokens", "batch_tokens", "dropout"})
+        self.setup |= {"threads": torch.get_num_threads(), "model": job.recipe["model"]}
+        self.setup |= {"precision": self.evaluator.precision, "compiled": compiled}
+        self.sequences = config.micro_batch_sequences  # of one micro-batch
+        if not self.sequences:
+            self.sequences = choose_sequences(store, self.evaluator, config, self.setup)
+            self.micro_batches //= self.sequences
         self.parallel: Any = torch.compile(self.model) if compiled else self.model
         if ddp.ranks > 1:
             self.parallel = DistributedDataParallel(self.parallel, forward_sync_buffers=False)
-        tensorboard = resources.tensorboard if ddp.is_main else ""
-        self.log = MetricsLog(store, job.run, config.max_steps, segments, tensorboard=tensorboard, step=self.step)
+        self.log = MetricsLog(store, job.run, config.max_steps, segments)
         self.saver = Saver(store, job.run, self.log, config, resources.unsaved_minutes)
         self._stop_requested = self._save_due = False
         self._data_seconds = self._metrics_seconds = self._checkpoint_seconds = 0.0
         if ddp.is_main:
-            mode = "compiled" if compiled else "eager"
+            mode = f"{'compiled' if compiled else 'eager'}, micro-batches of {self.sequences}"
             print(f"{job.job_id}: {self.evaluator.precision}, {mode}, from step {self.step:,}", flush=True)
 
     def fit(self) -> TrainingResult | None:
-        """Train to the last step, or save and return None after a signal. Raises ValueError if the loss diverges."""
+        """Train until `is_finished`, or save and return None after a signal. Raises ValueError if the loss diverges."""
         handlers = {signum: signal.signal(signum, self._on_stop_signal) for signum in stop_signals()}
-        self.batches = DataLoader(
-            self.windows, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
-            size=self.config.micro_batch_sequences, rank=self.ddp.rank, ranks=self.ddp.ranks,
-            ahead=self.resources.prefetch_batches,
-        )  # fmt: skip
+        self.batches = self._loader()
         try:
-            while self.step < self.config.max_steps:
+            while not self.is_finished:
                 metrics, stopping = self._train_step()
                 if self.val_windows and self._is_due(self.config.validate_every_steps):
-                    limit, splits = self.config.validation_tokens, self.val_windows.splits.items()
-                    losses = {dataset: self.evaluator.val_loss(split, limit).loss for dataset, split in splits}
-                    metrics.val_loss = weighted_mean(losses, self.job.mix)
-                    metrics.val_losses = losses if self.config.mix else {}
+                    self._validate(self.val_windows, metrics)
                 if self.ddp.is_main:
                     self._log_and_save(metrics, stopping=stopping)
-                if stopping and self.step < self.config.max_steps:
+                if stopping and not self.is_finished:
                     return None
             return TrainingResult(self.step, self.step * self.config.batch_tokens, self.ddp.environment)
         finally:
             self.batches.close()
             self.saver.close()
-            self.log.close()
             for signum, handler in handlers.items() if self.ddp.ranks == 1 else ():
                 signal.signal(signum, handler)  # with several ranks it would kill this rank while rank 0 still saves
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has made its last step, or its val losses use up its patience. The same on all ranks."""
+        losses, patience = self.val_losses, self.config.patience_validations
+        is_early = 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+        return is_early or self.step == self.config.max_steps
+
+    def _loader(self) -> DataLoader:
+        return DataLoader(
+            self.windows, self.ddp.device, step=self.step, batch_windows=self.config.batch_windows,
+            size=self.sequences, rank=self.ddp.rank, ranks=self.ddp.ranks, ahead=self.resources.prefetch_batches,
+        )  # fmt: skip
+
+    def _validate(self, val_windows: MixedWindows, metrics: StepMetrics) -> None:
+        limit, splits = self.config.validation_tokens, val_windows.splits.items()
+        losses = {dataset: self.evaluator.val_loss(split, limit).loss for dataset, split in splits}
+        val_loss = weighted_mean(losses, self.job.mix)
+        if isfinite(val_loss):  # otherwise the next step raises an error
+            metrics.val_loss, metrics.val_losses = val_loss, losses if self.config.mix else {}
+            self.val_losses.append(val_loss)
 
     def _train_step(self) -> tuple[StepMetrics, bool]:
         """One optimizer step. Returns its metrics, and whether any rank was told to stop."""
@@ -108,7 +131,15 @@ class Trainer:
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, norm, stopping = self._gradients()
+        try:
+            loss, norm, stopping = self._gradients()
+        except torch.OutOfMemoryError:
+            if self.config.micro_batch_sequences or self.sequences == 1:
+                raise
+            loss = None
+        if loss is None:  # not in `except`, where the error holds the tensors of the failed pass
+            self._halve_micro_batch()
+            return self._train_step()
         skipped = self.outliers.skip(loss, norm)
         if not skipped:
             if not (isfinite(loss) and isfinite(norm)):
@@ -133,6 +164,17 @@ class Trainer:
         )
         self.step += 1
         return metrics, stopping
+
+    def _halve_micro_batch(self) -> None:
+        """Halve it for this start and later ones. Raises ValueError if other ranks wait for this one's gradients."""
+        problem = f"step {self.step + 1:,}: memory ran out with {self.sequences} sequences per micro-batch"
+        self.sequences, self.micro_batches = self.sequences // 2, self.micro_batches * 2
+        put_speed(self.store, Speed(self.setup, self.sequences), overwrite)
+        if self.ddp.ranks > 1:
+            raise ValueError(f"{problem}. Run the same command again: it resumes with {self.sequences}.")
+        print(f"{problem}; going on with {self.sequences}", flush=True)
+        self.batches.close()
+        self.batches = self._loader()
 
     def _gradients(self) -> tuple[float, float, bool]:
         """Run forward and backward over the batch. Returns the summed loss, the gradient norm and whether to stop."""
@@ -191,12 +233,14 @@ class Trainer:
         logged = time.perf_counter()
         self._metrics_seconds = logged - started
         self.saver.check()  # if saves fail permanently, end now and not at the next save
-        ending = stopping or self.step == self.config.max_steps
+        ending = stopping or self.is_finished
         self._save_due |= ending or self._is_due(self.config.checkpoint_every_steps)
         if self._save_due:
             wait_seconds = inf if ending else max(metrics.step_seconds, SAVE_WAIT_SECONDS)
             recipe, cursor = self.job.recipe, cursor_of(self.job, self.step * self.config.batch_windows)
-            record = CheckpointRecord(self.step, self.job.job_id, recipe["model"], recipe["train"], cursor)
+            record = CheckpointRecord(
+                self.step, self.job.job_id, recipe["model"], recipe["train"], cursor, val_loss=metrics.val_loss
+            )
             self._save_due = not self.saver.save(self.model, self.optimizer, record, wait_seconds=wait_seconds)
         if ending:
             self.saver.finish()

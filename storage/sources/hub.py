@@ -14,18 +14,19 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from http import HTTPStatus
 from pathlib import PurePosixPath
-from typing import BinaryIO, TypeVar
-
-import httpx2
-from huggingface_hub import DatasetInfo, HfApi, RepoFile, constants, errors, get_session, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # imported lazily
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from storage.errors import Conflict, SourceInvalid, SourceUnavailable
 from storage.sources.files import WILDCARD, Listing, SourceFile
 from storage.sources.selection import READABLE, listed, reason_to_ignore, suffix_of
 from storage.stores.opening import CREDENTIALS
 from storage.stores.retries import RETRYABLE_STATUSES, Backoff, Transient, parse_retry_after
+
+if TYPE_CHECKING:  # the Hub's client takes 0.2 s to import, so the functions that use it import it
+    import httpx2
+    from huggingface_hub import DatasetInfo
 
 SCHEME = "hf://datasets/"
 PLACE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
@@ -44,9 +45,12 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
 
     Raises ValueError if there is no such dataset or revision, or no access; SourceUnavailable if the Hub is down.
     """
+    import httpx2
+    from huggingface_hub import HfApi
+
     began, timeout = time.monotonic(), httpx2.Timeout(READ_SECONDS, connect=UNREACHABLE_SECONDS)
 
-    def request() -> DatasetInfo:
+    def request() -> "DatasetInfo":
         try:
             return HfApi().dataset_info(dataset, revision=revision, timeout=timeout)  # type: ignore[arg-type]
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
@@ -119,6 +123,8 @@ def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
 
 def files_of(dataset: str, commit: str, folder: str = "") -> dict[str, SourceFile]:
     """The files of a repository at a commit, below a folder, by name."""
+    from huggingface_hub import HfApi, RepoFile
+
     tree = HfApi().list_repo_tree(dataset, folder or None, recursive=True, revision=commit, repo_type="dataset")
     entries = [entry for entry in tree if isinstance(entry, RepoFile)]
     digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
@@ -138,7 +144,7 @@ def read_range(place: str, start: int, length: int) -> bytes:
 
     def request() -> bytes:
         with _open_response(place, {"Range": f"bytes={start}-{start + length - 1}"}) as response:
-            body = response.read() if response.status_code == httpx2.codes.PARTIAL_CONTENT else b""
+            body = response.read() if response.status_code == HTTPStatus.PARTIAL_CONTENT else b""
         if len(body) != length:
             raise Transient(f"status {response.status_code}, {len(body):,} of {length:,} bytes at offset {start:,}")
         return body
@@ -175,7 +181,7 @@ def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int]
     start = body.seek(0, os.SEEK_END)
     if start < file.size_bytes:
         with _open_response(file.place, {"Range": f"bytes={start}-"} if start else {}) as response:
-            if start and response.status_code != httpx2.codes.PARTIAL_CONTENT:
+            if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
                 body.truncate(body.seek(0))  # the server ignored the range and sends the whole file
             for piece in response.iter_bytes():  # unbuffered, so that a dropped connection loses nothing
                 body.write(piece)
@@ -188,8 +194,11 @@ def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int]
 
 
 @contextmanager
-def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Response]:
+def _open_response(place: str, headers: dict[str, str]) -> Iterator["httpx2.Response"]:
     """The Hub's response for a file. The Hub redirects to another host, which does not receive the token."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
     dataset, commit, name = _parse_place(place)
     url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
@@ -200,6 +209,9 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator[httpx2.Respo
 
 def with_retries(what: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0) -> Result:
     """Send a request until it succeeds. Raises ValueError, SourceInvalid, SourceUnavailable, which name `what`."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
     endpoint = constants.ENDPOINT  # every error of the Hub's client quotes it
     if CREDENTIALS.search(endpoint) or not endpoint.startswith(("https://", "http://")):
         raise ValueError("HF_ENDPOINT should be https://HOST, without a password: the Hub's credential is HF_TOKEN.")
@@ -219,6 +231,8 @@ def with_retries(what: str, request: Callable[[], Result], received_bytes: Calla
 
 def _check_transient(what: str, error: Exception) -> None:
     """Raise an error that a retry cannot fix as ValueError, Conflict, SourceInvalid or SourceUnavailable."""
+    from huggingface_hub import errors
+
     if isinstance(error, errors.GatedRepoError):
         raise ValueError(
             f"{what}: access is restricted to accounts that have accepted the dataset's terms. Accept them on its Hub "
@@ -233,7 +247,7 @@ def _check_transient(what: str, error: Exception) -> None:
         ) from error
     if isinstance(error, errors.OfflineModeIsEnabled):
         raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
-    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == httpx2.codes.PRECONDITION_FAILED:
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == HTTPStatus.PRECONDITION_FAILED:
         raise Conflict(f"{what}: others have committed meanwhile. Run the command again.") from error
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in RETRYABLE_STATUSES:
         answer = f"{error.response.status_code}: {_first_line(error)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import RunConfig
+from model.form import DEFAULT, settings_beyond
 from tests.flows.client import call_api
 from tests.polling import poll
 
@@ -25,9 +26,18 @@ def automation(api: str, name: str) -> dict[str, Any]:
     return dict(match)
 
 
+def form(name: str, config: RunConfig) -> dict[str, Any]:
+    """The deployment's form, filled so that its run has this configuration."""
+    if name == "demo":
+        return {"settings": settings_beyond("demo", config)}
+    settings = settings_beyond(DEFAULT, config)
+    of_run = {} if name == "dataset-refresh" else {"name": config.name}
+    return of_run | ({} if name == "evaluate" else {"preset": DEFAULT}) | {"settings": settings}
+
+
 def start(api: str, name: str, config: RunConfig) -> str:
     """Start a run of the deployment. Returns its id."""
-    body = {"parameters": {"config": config.model_dump(mode="json")}}
+    body = {"parameters": form(name, config)}
     return str(call_api(api, f"/deployments/{deployment(api, name)['id']}/create_flow_run", body)["id"])
 
 

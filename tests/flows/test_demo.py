@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flows.console.models import CONFIGS
 from flows.demo import lasting, prose, write_corpus
 from model import tokenizer
 from model.config import RunConfig
@@ -73,7 +72,7 @@ def test_prose_is_whole_sentences_without_code_tables_and_line_breaks() -> None:
 
 
 def test_a_longer_demo_is_a_separate_run_with_proportionally_more_steps() -> None:
-    demo = load_config(CONFIGS / "demo.toml", [])
+    demo = load_config(Path("demo"), [])
     assert lasting(demo, 3) == demo
     longer = lasting(demo, 15)
     assert longer.name == "demo-15"

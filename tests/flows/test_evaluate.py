@@ -17,7 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from flows.console import cli
 from flows.inspection.facts import REFERENCES, references, run_facts
 from flows.inspection.status import run_status
-from flows.pages.curves import curves
 from flows.pages.run_report import markdown, page
 from flows.pretrain import evaluate_and_report
 from flows.runtime import processes
@@ -301,6 +300,6 @@ def test_a_published_value_is_shown_beside_the_same_metric_only(run: RunConfig) 
         published = references([evaluation], replace(facts.dataset, source=source))
         assert (metric in published) == shown
         changed_facts = replace(facts, evaluations=[evaluation], references=published)
-        html = page([changed_facts], curves([changed_facts])).decode()
+        html = page([changed_facts]).decode()
         assert any(f"{reference.value:.4f}" in html for reference in REFERENCES) == shown
         assert markdown([changed_facts]).count("GPT-2 124M") == shown

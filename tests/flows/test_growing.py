@@ -97,10 +97,8 @@ def test_deployments_run_on_postgresql(on_postgresql: str, tmp_path: Path) -> No
         code, output = run_gpt2("bootstrap", cwd=tmp_path, api=on_postgresql)
         assert code == 0, output
     assert "made" not in output
-    fields = deployment(on_postgresql, "pretrain")["parameter_openapi_schema"]["definitions"]["DataConfig"][
-        "properties"
-    ]
-    assert sorted(fields, key=lambda name: fields[name]["position"])[:3] == ["dataset", "source", "config"]
+    fields = deployment(on_postgresql, "pretrain")["parameter_openapi_schema"]["properties"]
+    assert sorted(fields, key=lambda name: fields[name]["position"])[:3] == ["preset", "name", "source"]
     with worker("train", tmp_path / "worker.log"):
         flow_run = start(on_postgresql, "pretrain", config)
         assert ended(on_postgresql, flow_run)["state_name"] == "Completed"

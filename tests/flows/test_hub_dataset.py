@@ -9,7 +9,7 @@ import pytest
 
 from flows import download
 from flows.console.dataset import verify
-from flows.console.options import Settings
+from flows.console.settings import Settings
 from flows.inspection.status import dataset_status
 from flows.pretrain import build_dataset
 from flows.tokenise import tokenise_shards

@@ -12,6 +12,7 @@ import pytest
 
 from flows.platform.bootstrap import bootstrap
 from model.config import ResourcesConfig, RunConfig
+from model.form import DEFAULT
 from storage.datasets.manifest import latest_manifest
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
@@ -38,7 +39,7 @@ def prefect(*arguments: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def workers(api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    list(bootstrap(RunConfig(), scheduled=False))
+    list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
     folder = tmp_path_factory.mktemp("worker")
     with worker("data", folder / "data.log"), worker("train", folder / "train.log"):
         yield

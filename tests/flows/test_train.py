@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 
 from flows import train
-from flows.console import cli
-from flows.console.options import Settings
+from flows.console.pipeline import train as train_verb
+from flows.console.settings import Settings
+from flows.inspection.alerts import Alerts
+from flows.runtime.page import RunPage, page
 from model.__main__ import run_job
 from model.checkpoints.metrics import Progress, StepMetrics
 from model.checkpoints.records import checkpoints
+from model.config import RunConfig
 from model.runs.job import put_job, read_job, read_result
 from model.runs.run import Run, pin_run, training_job
 from storage.errors import StoreUnavailable
@@ -24,17 +27,17 @@ from tests.making import build_dataset, tiny_config
 def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended, shown = threading.Event(), []
+    ended, moves = threading.Event(), []
 
     class Bar:
         def to(self, done: int, text: str) -> None:
-            shown.append((done, text))
+            moves.append((done, text))
             ended.set()
 
     line = {"step": 2, "loss": None, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 7.0}
     progress = Progress(step=3, max_steps=9, since_checkpoint=[StepMetrics(**line)])
     answers: list[Any] = [progress, StoreUnavailable("it answers 503")]
-    drawn: list[str] = []
+    drawn: list[list[StepMetrics]] = []
 
     def read(*_: object) -> Any:
         if isinstance(answer := answers.pop(), Exception):
@@ -43,12 +46,14 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
 
     monkeypatch.setattr(train, "read_as", read)
     monkeypatch.setattr(train, "read_metrics", lambda *_: [StepMetrics(**line | {"step": 1, "loss": 5.0})])
-    monkeypatch.setattr(train.Picture, "show", lambda _, svg: drawn.append(svg))
+    shown = RunPage("Run tiny", RunConfig(), {})
+    monkeypatch.setattr(shown, "draw", lambda metrics, **_: drawn.append(metrics))
+    token = page.set(shown)
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
-    train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), ended)  # type: ignore[arg-type]
-    assert shown == [(3, "loss NaN  7 tokens/s")]
-    assert len(drawn) == 1  # with the steps from before the restart
-    assert "nats per token" in drawn[0]
+    train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), Alerts(RunConfig()), ended)  # type: ignore[arg-type]
+    page.reset(token)
+    assert moves == [(3, "loss NaN  7 tokens/s")]
+    assert [[metrics.step for metrics in lines] for lines in drawn] == [[1, 2]] * 2  # 1 is from before the restart
 
 
 @pytest.mark.parametrize(
@@ -90,9 +95,9 @@ def test_a_training_job_can_be_stored_without_running_it(
 ) -> None:
     config = tiny_config(str(tmp_path / "store"), source)
     store, version = open_store(config.store_url, create=True), build_dataset(config)
-    monkeypatch.setattr(Settings, "load_with_store", lambda _: (config, store))
+    monkeypatch.setattr(Settings, "run", lambda *_: config)
     for _ in range(2):  # the second time the run is already pinned
-        cli.train(ask=True)
+        train_verb(ask=True)
         argv = capsys.readouterr().out.split()
         assert argv[-4:-1] == ["-m", "model", config.store_url]
         job = read_job(store, argv[-1])

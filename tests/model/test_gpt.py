@@ -79,7 +79,7 @@ def default_on_meta() -> GPT:
 @pytest.mark.parametrize(
     ("file", "parameters"),
     [
-        ("fineweb-edu-10b", 124_439_808),
+        ("gpt2-124m", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
@@ -87,7 +87,7 @@ def default_on_meta() -> GPT:
 )
 def test_presets_have_the_sizes_of_the_published_models(file: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = GPT(load_config(Path(f"deploy/configs/{file}.toml"), []).model)
+        model = GPT(load_config(Path(file), []).model)
     assert model.parameter_count == parameters
 
 

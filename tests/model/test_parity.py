@@ -17,7 +17,7 @@ from model.tokenizer import VOCABULARY
 from model.training.optimizer import make_optimizer
 
 PRESETS = [  # the shape, and the attention implementation of transformers to compare with
-    ("fineweb-edu-10b", 12, 768, "eager"),
+    ("gpt2-124m", 12, 768, "eager"),
     ("gpt2-medium", 16, 1_024, "sdpa"),
     ("gpt2-large", 20, 1_280, "eager"),
     pytest.param("gpt2-xl", 25, 1_600, "sdpa", marks=pytest.mark.full),
@@ -77,7 +77,7 @@ def mean_loss(model: GPT, ids_BT: Tensor) -> Tensor:
 def test_logits_loss_and_gradients_equal_those_of_transformers(
     preset: str, heads: int, width: int, attention: str
 ) -> None:
-    shape = load_config(Path(f"deploy/configs/{preset}.toml"), []).model
+    shape = load_config(Path(preset), []).model
     assert (shape.heads, shape.width) == (heads, width)
     ours = random_model(shape.model_copy(update={"layers": 2, "context_tokens": 20}), 0.04).train()
     theirs = theirs_of(ours).train()

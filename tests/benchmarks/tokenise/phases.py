@@ -138,7 +138,7 @@ def build(out: str, settings: list[str]) -> None:
     phases = Phases()
     from flows import download, tokenise
     from flows.console import dataset
-    from flows.console.options import Settings
+    from flows.console.settings import Settings
     from flows.runtime import settle
     from storage.datasets import shards
 

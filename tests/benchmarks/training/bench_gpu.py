@@ -32,7 +32,7 @@ from storage.datasets.manifest import Manifest, latest_manifest
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, write_parquet
 
-PRESET = Path(__file__).parents[3] / "deploy" / "configs" / "fineweb-edu-10b.toml"
+PRESET = Path(__file__).parents[3] / "model" / "presets" / "gpt2-124m.toml"
 UNTIMED_STEPS = 5  # compilation and the first looks at the GPU's memory
 MADE_UP, DOCUMENTS, WORDS = "made-up", 60_000, 400  # 24M tokens
 

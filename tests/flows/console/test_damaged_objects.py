@@ -180,7 +180,7 @@ def verbs(place: Place, kind: str) -> list[list[str]]:
         ["dataset", "show"],
         ["dataset", "log"],
         ["dataset", "verify", "--quick"],
-        ["dataset", "diff", "latest"],
+        ["dataset", "diff", "small", "latest"],
     ]
     of_dataset += [["dataset", "trace", "--window", "0"], ["dataset", "verify"]]
     of_run = [["status", "tiny"], ["status", "imported"], ["report", "--to", f"{place.folder}.md"]]
@@ -326,7 +326,7 @@ def test_a_lost_object_and_a_damaged_request_are_reported_with_a_remedy(pristine
     request = json.loads(store.read(RUN.request).body)
     overwrite(store, RUN.request, canonical_json(request | {"train": request["train"] | {"start_from": -1}}))
     code, message = run_verb(place, ["retry", "tiny"])
-    assert (code, RUN.request in message, "delete it" in message) == (2, True, True), message
+    assert (code, RUN.request in message, "Delete that object" in message) == (2, True, True), message
 
 
 def test_a_damaged_evaluation_is_made_again(pristine: Place, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

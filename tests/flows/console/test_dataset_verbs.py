@@ -58,7 +58,7 @@ class Built:
         return self._gpt2("dataset", "verify", *options, *self.settings(url), cwd=self.folder)
 
     def copy(self, url: str, to: str) -> Outcome:
-        return self._gpt2("dataset", "copy", to, *self.settings(url), cwd=self.folder)
+        return self._gpt2("dataset", "copy", "--to", to, *self.settings(url), cwd=self.folder)
 
     def flip(self, place: int) -> str:
         """Damage a shard. Returns its id."""
@@ -100,7 +100,7 @@ def test_damage_is_exit_code_1_and_the_printed_command_repairs_only_that(api: st
     assert built.verify("--quick").code == 0  # a folder keeps no checksums
     code, text = client.run_gpt2("dataset", "verify", *built.settings(), cwd=built.folder)
     assert (code, shard_id in text, built.rows[2].shard_id in text) == (1, True, False), text
-    printed = text[text.rindex("gpt2 dataset verify --repair") :].strip()
+    printed = text[text.rindex("gpt2 dataset verify small --repair") :].strip()
     outcome = built.verify("--json")
     facts = json.loads(outcome.out)
     assert outcome.code == 1
@@ -160,7 +160,7 @@ def test_json_and_repair_together_are_exit_code_2(built: Built) -> None:
 def test_a_store_or_source_that_cannot_be_checked_is_exit_code_2(gpt2: Gpt2, built: Built) -> None:
     outcome = built.verify(url="nowhere")
     assert (outcome.code, "'nowhere'" in outcome.error) == (2, True)
-    outcome = gpt2("dataset", "verify", "--set", "store_url=data", cwd=built.folder)
+    outcome = gpt2("dataset", "verify", "other", "--set", "store_url=data", cwd=built.folder)
     assert (outcome.code, "no sealed version" in outcome.error) == (2, True)
     for path in (built.folder / "source").iterdir():
         path.unlink()
@@ -243,7 +243,7 @@ def test_a_killed_copy_is_resumed(built: Built, s3_url: S3Url) -> None:
         listed_keys = (listed.key for listed in target.list(DatasetKeys("small").shards))
         return [key for key in listed_keys if key.endswith(".json")]
 
-    process = client.gpt2("dataset", "copy", to, *built.settings(), cwd=built.folder)
+    process = client.gpt2("dataset", "copy", "--to", to, *built.settings(), cwd=built.folder)
     poll(copied_records)
     process.kill()
     process.communicate()

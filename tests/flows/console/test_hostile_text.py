@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.console import options
+from flows.console.settings import Settings
 from flows.runtime import processes, progress
 from model import tokenizer
 from model.evaluation import generate
@@ -84,7 +85,7 @@ def test_a_defect_prints_no_control_character(gpt2: Gpt2, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise RuntimeError(HOSTILE)
 
-    monkeypatch.setattr(options.Settings, "load", fail)
+    monkeypatch.setattr(Settings, "new", fail)
     failed = gpt2("status")
     assert failed.code == 1
     check(failed.text, forged=True)

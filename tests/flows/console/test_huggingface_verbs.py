@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from flows.console import cli
+from flows.console import cli, pipeline
 from model.checkpoints.records import WEIGHTS, checkpoints
 from model.config import RunConfig
-from model.config_file import load_config
 from model.runs.run import find_run
 from storage.datasets.manifest import Manifest
 from storage.keys import RunKeys
@@ -86,7 +85,7 @@ def test_an_imported_model_is_evaluated_and_exported_unchanged(
         write_parquet(tmp_path / "source" / f"file_{index}.parquet", texts)
     config = tiny_config(str(tmp_path / "store"), str(tmp_path / "source" / "*.parquet"))
     manifest = build(config)
-    argv = options(config, "name=imported")
+    argv = ["imported", *options(config, "name=imported")]
     imported = gpt2("import", str(published), *argv)
     assert imported.code == 0, imported
     for text in (str(published), "imported", "gpt2 evaluate", "gpt2 generate", "train.start_from=imported"):
@@ -105,9 +104,9 @@ def test_an_imported_model_is_evaluated_and_exported_unchanged(
     expected = val_loss_of_transformers(store, manifest, published)
     assert result["metrics"]["val_loss_t32"] == pytest.approx(expected, rel=1e-5, abs=0)  # type: ignore[index,call-overload]
     assert store.stat(RunKeys("imported").report("html")).size > 0
-    assert gpt2("gc", *argv).code == 0
+    assert gpt2("gc", *argv[1:]).code == 0
     assert gpt2("status", *argv).code in (0, None)
-    exported = gpt2("export", str(tmp_path / "out"), *argv)
+    exported = gpt2("export", *argv, "--to", str(tmp_path / "out"))
     assert exported.code == 0, exported
     assert "step 0 of run imported" in exported.out
     assert (tmp_path / "out" / WEIGHTS).stat().st_size > 0
@@ -116,37 +115,44 @@ def test_an_imported_model_is_evaluated_and_exported_unchanged(
 
 
 def test_an_export_to_a_folder_that_is_not_empty_is_refused(gpt2: Gpt2, config: RunConfig, published: Path) -> None:
-    assert gpt2("import", str(published), *options(config)).code == 0
-    refused = gpt2("export", str(published), *options(config))
+    assert gpt2("import", str(published), "tiny", *options(config)).code == 0
+    refused = gpt2("export", "--to", str(published), *options(config))
     assert refused.code == 2
     assert str(published) in refused.err
-    refused = gpt2("export", "s3://bucket/out", *options(config))
+    refused = gpt2("export", "--to", "s3://bucket/out", *options(config))
     assert (refused.code, "only a folder on this host" in refused.err, Path("s3:").exists()) == (2, True, False)
 
 
 def test_a_model_of_another_shape_than_the_settings_is_refused(gpt2: Gpt2, config: RunConfig, published: Path) -> None:
-    refused = gpt2("import", str(published), *options(config, "model.layers=3", "model.heads=4"))
+    refused = gpt2("import", str(published), "tiny", *options(config, "model.layers=3", "model.heads=4"))
     assert refused.code == 2
     assert re.search(r"model\.layers\D*1\D*3", refused.err)
 
 
-def test_the_shape_comes_from_the_folder_and_the_printed_commands_work(
-    gpt2: Gpt2, config: RunConfig, published: Path
+def test_an_imported_model_needs_no_settings_of_its_shape_and_the_printed_commands_work(
+    gpt2: Gpt2, config: RunConfig, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gpt2("import", str(published), "--set", f"store_url={config.store_url}").code == 0
-    assert checkpoints(open_store(config.store_url), "gpt2-124m")[0].model["layers"] == 1
-    imported = gpt2("import", str(published), "--set", f"store_url={config.store_url}", "--set", "name=again")
-    for verb in ("evaluate", "train"):
-        [command] = re.findall(rf"gpt2 {verb} (.*)", imported.out)
-        loaded = load_config(None, [word for word in shlex.split(command) if word != "--set"])
-        assert loaded.model.model_dump() == checkpoints(open_store(config.store_url), "again")[0].model
-        assert loaded.train.sequence_tokens == 32
+    in_store = ["--set", f"store_url={config.store_url}"]
+    imported = gpt2("import", str(published), "theirs", *in_store)
+    assert imported.code == 0, imported
+    evaluated: list[RunConfig] = []
+    monkeypatch.setattr(pipeline, "run_flow", lambda _, config, __: evaluated.append(config))
+    monkeypatch.setattr(pipeline, "_print_summary", lambda *_: None)
+    [command] = re.findall(r"gpt2 (evaluate .*)", imported.out)
+    for argv in (shlex.split(command), ["evaluate", *in_store]):  # it is the only run of the store
+        assert gpt2(*argv).code == 0
+        assert evaluated[-1].name == "theirs"
+        assert evaluated[-1].model.model_dump() == checkpoints(open_store(config.store_url), "theirs")[0].model
+        assert evaluated[-1].train.sequence_tokens == 32
+    [command] = re.findall(r"gpt2 (train .*)", imported.out)
+    trained = gpt2(*shlex.split(command))
+    assert (trained.code, "gpt2 dataset build" in trained.err) == (2, True)  # all that is missing
 
 
 def test_a_start_from_another_shape_is_refused_before_a_server_starts(
     gpt2: Gpt2, config: RunConfig, published: Path
 ) -> None:
-    assert gpt2("import", str(published), *options(config, "name=parent")).code == 0
+    assert gpt2("import", str(published), "parent", "--set", f"store_url={config.store_url}").code == 0
     refused = gpt2("pretrain", *options(config, "train.start_from=parent", "model.layers=2"))
     assert (refused.code, refused.out) == (2, "")
     assert re.search(r"'parent'.*model\.layers is 1, not 2", refused.err)
@@ -154,7 +160,7 @@ def test_a_start_from_another_shape_is_refused_before_a_server_starts(
 
 
 def test_a_failed_import_creates_no_store(gpt2: Gpt2, config: RunConfig, tmp_path: Path) -> None:
-    refused = gpt2("import", str(tmp_path / "none-such"), *options(config))
+    refused = gpt2("import", str(tmp_path / "none-such"), "tiny", *options(config))
     assert refused.code == 2
     assert "none-such" in refused.err
     assert not Path(config.store_url).exists()
@@ -164,7 +170,7 @@ def test_a_run_is_not_evaluated_with_another_shape(
     api: str, gpt2: Gpt2, config: RunConfig, build: Callable[[RunConfig], Manifest], published: Path
 ) -> None:
     build(config)
-    assert gpt2("import", str(published), *options(config)).code == 0
+    assert gpt2("import", str(published), "tiny", *options(config)).code == 0
     refused = gpt2("evaluate", *options(config, "model.layers=2"))
     assert refused.code == 2
     assert re.search(r"layers\D*1\D*2", refused.err)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.console.options import Settings
+from flows.console.settings import Settings
 from flows.items import mirror_items
 from flows.platform import server
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, put_checkpoint
@@ -112,7 +112,7 @@ def test_a_bad_source_is_refused_with_its_facts(api: str, gpt2: Gpt2, tmp_path: 
         (["--set", "train.max_steps=0"], ["train.max_steps", "greater than or equal to 1"]),
         (["--set", 'data.filters=["int_score >"]'], ["int_score >", "Write a column"]),
         (["--set", "evaluation.hellaswag=none.jsonl"], ["none.jsonl", "no such file"]),
-        (["--config", "none.toml"], ["none.toml", "deploy/configs"]),
+        (["--config", "none.toml"], ["none.toml", "gpt2-124m"]),
     ],
 )
 def test_a_bad_setting_is_refused_before_anything_starts(
@@ -146,9 +146,7 @@ def prepare(folder: Path, what: str) -> None:
         ("train", "nothing", [], ["no sealed version", "gpt2 dataset build"]),
         ("train", "a dataset", ["train.start_from=nobody"], ["train.start_from", "nobody"]),
         ("train", "a parent", ["train.start_from=parent", "model.width=32"], ["train.start_from", "model.width is 16"]),
-        ("train", "a dataset", ["resources.tensorboard=taken"], ["resources.tensorboard", "taken"]),
-        ("train", "a dataset", ["resources.tensorboard=/proc"], ["resources.tensorboard", "/proc"]),
-        ("pretrain", "nothing", ["resources.tensorboard=taken/logs"], ["resources.tensorboard", "taken"]),
+        ("train", "a dataset", ["resources.tracker=comet"], ["resources.tracker = 'comet'", "trackio, wandb, mlflow"]),
         ("pretrain", "nothing", ["train.start_from=nobody"], ["train.start_from", "nobody", "gpt2 import"]),
         ("pretrain", "a dataset", ["data.text_column=body"], ["text_column is", "data.dataset"]),
         ("pretrain", "nothing", ["data.source=none/*.jsonl"], ["data.source", "none/*.jsonl"]),
@@ -192,7 +190,7 @@ def test_a_missing_file_of_items_does_not_blame_the_source(store: Store) -> None
 
 @pytest.mark.parametrize(
     ("changes", "package", "extra"),
-    [("resources.runner=dask", "prefect_dask", "dask"), ("resources.tensorboard=logs", "tensorboard", "tensorboard")],
+    [("resources.runner=dask", "prefect_dask", "dask"), ("resources.tracker=wandb:mine", "wandb", "wandb")],
 )
 def test_a_missing_package_is_refused_before_a_server_starts(
     gpt2: Gpt2, folder: Path, monkeypatch: pytest.MonkeyPatch, changes: str, package: str, extra: str
@@ -207,12 +205,12 @@ def test_a_missing_package_is_refused_before_a_server_starts(
     ("arguments", "fact"),
     [
         (["bootstrap"], "PREFECT_API_URL contains a password"),
-        (["train", "s3://key:sekret@bucket"], "unexpected"),
+        (["train", "mine", "s3://key:sekret@bucket"], "unexpected"),
         (["train", "--set", "s3://key:se/kret@bucket"], "value is missing"),
-        (["dataset", "copy", "s3://key:se/kret@bucket"], "credentials"),
-        (["dataset", "pull", "s3://key:se/kret@bucket"], "OWNER/NAME"),
+        (["dataset", "copy", "--to", "s3://key:se/kret@bucket"], "credentials"),
+        (["dataset", "pull", "s3://key:se/kret@bucket", "mine"], "OWNER/NAME"),
         (["status", "--set", "data.source=s3://key:sekret@bucket"], "data.source"),
-        (["import", "s3://key:se/kret@bucket/model"], "s3://…@bucket/model"),  # a Path has only one "/"
+        (["import", "s3://key:se/kret@bucket/model", "mine"], "s3://…@bucket/model"),  # a Path has only one "/"
         (["status", "--config", "s3://key:sekret@bucket"], "--config"),
     ],
 )
@@ -317,7 +315,7 @@ def test_a_lack_of_memory_ends_in_words(gpt2: Gpt2, monkeypatch: pytest.MonkeyPa
     def load(_: Settings) -> None:
         raise error
 
-    monkeypatch.setattr(Settings, "load", load)
+    monkeypatch.setattr(Settings, "new", load)
     outcome = gpt2("status")
     assert (outcome.code, "resources.workers=1" in outcome.error, "Traceback" in outcome.err) == (1, True, False)
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from flows import pretrain as flow_module
-from flows.console import cli
-from flows.console.options import Settings
+from flows.console import pipeline
+from flows.console.settings import Settings
 from flows.handoffs import DatasetVersion
 from flows.pretrain import build_dataset, pretrain
 from model.config import ResourcesConfig, RunConfig
@@ -44,7 +44,7 @@ class Failed(NamedTuple):
         return open_store(self.config.store_url)
 
     def retry(self, name: str, *overrides: str) -> None:
-        cli.retry(name, settings=Settings(None, (f"store_url={self.config.store_url}", *overrides)), verbose=True)
+        pipeline.retry(name, settings=Settings(None, (f"store_url={self.config.store_url}", *overrides)), verbose=True)
 
     def sealed(self) -> Manifest | None:
         return latest_manifest(self.store, DATASET)
@@ -173,9 +173,9 @@ def test_a_refused_build_does_not_replace_the_request(failed_once: Failed) -> No
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, RunConfig]]:
     """The configurations that the verb passes to the flows, which are not run."""
     started: list[tuple[str, RunConfig]] = []
-    monkeypatch.setattr(cli, "_pretrain", lambda config, _: started.append(("run", config)))
-    monkeypatch.setattr(cli, "_train", lambda config, _: started.append(("train", config)))
-    monkeypatch.setattr(cli, "build_dataset", lambda config, _: started.append(("dataset", config)))
+    monkeypatch.setattr(pipeline, "_pretrain", lambda config, _: started.append(("run", config)))
+    monkeypatch.setattr(pipeline, "_train", lambda config, _: started.append(("train", config)))
+    monkeypatch.setattr(pipeline, "build_dataset", lambda config, _: started.append(("dataset", config)))
     return started
 
 
@@ -195,7 +195,7 @@ def test_the_last_request_is_repeated_with_every_setting(store: Store, started: 
     key = (RunKeys if kind == "run" else DatasetKeys)("mine").request
     keep_request(store, key, requested(store))
     keep_request(store, key, requested(store, *UNUSUAL))
-    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}",)))
+    pipeline.retry("mine", settings=Settings(None, (f"store_url={store.url}",)))
     assert started == [(kind, requested(store, *UNUSUAL))]
     assert store.url not in bytes(store.read(key).body).decode()
 
@@ -204,14 +204,14 @@ def test_a_run_that_was_only_trained_is_trained_again(store: Store, started: lis
     """gpt2 train stores no request; the run is pinned to everything that decides its result."""
     config = requested(store, *UNUSUAL)
     pin_run(store, config, "a" * 64, None)
-    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.workers=1")))
+    pipeline.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.workers=1")))
     assert started == [("train", config.model_copy(update={"resources": ResourcesConfig(workers=1)}))]
 
 
 def test_a_setting_is_checked_against_the_request(store: Store, started: list[Any]) -> None:
     """3 ranks can share the batch of the request, and could not share the default batch."""
     keep_request(store, RunKeys("mine").request, requested(store, *UNUSUAL))
-    cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=3")))
+    pipeline.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=3")))
     assert started == [("run", requested(store, *UNUSUAL, "resources.processes=3"))]
     with pytest.raises(ValueError, match="5 ranks"):
-        cli.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=5")))
+        pipeline.retry("mine", settings=Settings(None, (f"store_url={store.url}", "resources.processes=5")))

@@ -93,10 +93,10 @@ def test_diff_names_the_files_that_differ(versions: Versions, run_verb: RunVerb)
         difference(versions.first, versions.second).model_dump(),
         difference(versions.second, versions.first).model_dump(),
     )
-    for arguments in ([old, new], [old]):
-        assert run_verb(versions, "diff", *arguments, "--json").json_lines == [forward]
-    assert run_verb(versions, "diff", new, old, "--json").json_lines == [backward]
-    outcome = run_verb(versions, "diff", old)
+    for arguments in ([], [old], [old, new]):
+        assert run_verb(versions, "diff", "small", *arguments, "--json").json_lines == [forward]
+    assert run_verb(versions, "diff", "small", new, old, "--json").json_lines == [backward]
+    outcome = run_verb(versions, "diff", "small", old)
     assert outcome.code == 0
     for name in ("file_1.parquet", "file_2.parquet", f"{forward['tokens']['added']:,}"):
         assert name in outcome.out
@@ -119,8 +119,9 @@ def test_show_prints_the_card_or_writes_its_page(versions: Versions, run_verb: R
 
 
 @pytest.mark.parametrize(
-    "arguments", [["diff", "none-such"], ["diff", "latest", "none-such"], ["show", "--version", "none-such"],
-              ["export", "to", "--format", "llmc", "--version", "none-such"]],
+    "arguments", [["diff", "small", "none-such"], ["diff", "small", "latest", "none-such"],
+              ["show", "--version", "none-such"],
+              ["export", "--to", "to", "--format", "llmc", "--version", "none-such"]],
 )  # fmt: skip
 def test_an_unknown_version_is_exit_code_2(versions: Versions, run_verb: RunVerb, arguments: list[str]) -> None:
     outcome = run_verb(versions, *arguments)
@@ -131,7 +132,13 @@ def test_an_unknown_version_is_exit_code_2(versions: Versions, run_verb: RunVerb
 
 @pytest.mark.parametrize(
     "arguments",
-    [["log"], ["diff", "latest"], ["show"], ["trace", "--window", "0"], ["export", "to", "--format", "llmc"]],
+    [
+        ["log"],
+        ["diff", "other", "latest"],
+        ["show"],
+        ["trace", "--window", "0"],
+        ["export", "--to", "to", "--format", "llmc"],
+    ],
 )
 def test_a_dataset_that_was_never_sealed_is_exit_code_2(
     versions: Versions, run_verb: RunVerb, arguments: list[str]
@@ -223,11 +230,11 @@ def test_export_writes_a_version_for_each_program(versions: Versions, run_verb: 
     for layout, pattern, skip in (("nanogpt", "train.bin", 0), ("llmc", "small_train_*.bin", 1024)):
         for version, manifest in (("latest", versions.second), (versions.first.digest[:12], versions.first)):
             folder = to / layout / version
-            outcome = run_verb(versions, "export", str(folder), "--format", layout, "--version", version)
+            outcome = run_verb(versions, "export", "--to", str(folder), "--format", layout, "--version", version)
             assert (outcome.code, str(folder) in outcome.out, manifest.digest[:12] in outcome.out) == (0, True, True)
             (file,) = folder.glob(pattern)
             assert np.array_equal(np.fromfile(file, "<u2", offset=skip), crawl.ids(manifest, "train"))
-    outcome = run_verb(versions, "export", str(to / "llmc" / "latest"), "--format", "nanogpt")
+    outcome = run_verb(versions, "export", "--to", str(to / "llmc" / "latest"), "--format", "nanogpt")
     assert (outcome.code, str(to / "llmc" / "latest") in outcome.err) == (2, True)
-    assert run_verb(versions, "export", str(to / "other"), "--format", "gguf").code == 2
+    assert run_verb(versions, "export", "--to", str(to / "other"), "--format", "gguf").code == 2
     assert not (to / "other").exists()

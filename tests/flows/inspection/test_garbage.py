@@ -9,7 +9,7 @@ import pytest
 from flows.inspection.garbage import Garbage, collect
 from model.__main__ import run_job
 from model.checkpoints.records import CheckpointRecord, checkpoints, retained
-from model.config import RunConfig
+from model.config import RunConfig, TrainingConfig
 from model.runs.job import put_job, read_result
 from model.runs.run import evaluation_jobs, find_run, pin_run, training_job
 from model.training import saver, trainer
@@ -172,7 +172,7 @@ def test_a_run_resumes_and_is_evaluated_after_its_garbage_was_deleted(
     before = {listed.key for listed in store.list("")}
     grace = HOUR if store.local_path("FORMAT") else -HOUR
     records = checkpoints(store, "killed")
-    kept = retained(records, 2, 4)
+    kept = retained(records, TrainingConfig(keep_last=2, keep_every_steps=4))
     assert steps(kept) == [4, 6, 8]
     expected = {attempt, segment, RunKeys("killed").checkpoint_record(2)}
     expected |= {RunKeys("killed").checkpoint_file(2, records[0].attempt, name) for name in records[0].files}

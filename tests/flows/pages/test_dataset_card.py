@@ -2,68 +2,30 @@
 
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from xml.parsers import expat
 
 import pytest
 from rich.console import Console
 
 from flows.inspection.facts import leak_line
-from flows.pages import dataset_card as module
 from flows.pages.dataset_card import page, print_card
 from storage.inspection.leaks import ItemOverlap, LeakReport
 from storage.inspection.summary import DatasetSummary, summarise
 from storage.sources import reading
+from tests.browser import browser
 from tests.crawl import GOOD, SKIPPING, Crawl
+from tests.flows.pages.html_page import HtmlPage, values_at_pointer
 from tests.hub import Hub
 from tests.making import build_dataset, tiny_config
+from tests.polling import poll
 
-VOID = {"meta", "br", "hr", "img", "input", "link", "base", "embed", "source", "wbr"}
-LOADING = {"script", "link", "img", "iframe", "object", "embed", "audio", "video", "source", "base", "form", "image"}
-ADDRESSES = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction"}
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'--><b>"
 
 
-class Page(HTMLParser):
-    """The text of a page, and what a browser would load or run. Asserts that tags are closed in order."""
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.scripted: list[str] = []
-        self.text: list[str] = []
-        self.cells: list[str] = []
-        self.feed(body.decode())
-        self.close()
-        assert self.open == []
-        for svg in re.findall(r"<svg.*?</svg>", body.decode(), re.DOTALL):
-            expat.ParserCreate().Parse(svg, True)
-        self.styles = re.findall(r"url\(([^)]*)\)|@import", body.decode())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ADDRESSES]
-        self.scripted += [name for name, _ in attrs if name.startswith("on")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if "td" in self.open[-2:]:
-            self.cells.append(data.strip())
-
-    def count(self, name: str) -> int:
-        """How many texts of the page contain the name."""
-        return sum(name in part for part in self.text)
+def bars(parsed: HtmlPage) -> list[dict[str, int]]:
+    """The names and counts of each chart of the page."""
+    charts = [[list(row.values()) for row in chart["data"]["values"]] for chart in parsed.charts.values()]
+    return [dict(chart) for chart in charts]
 
 
 def printed(card: DatasetSummary) -> str:
@@ -92,11 +54,9 @@ def named(card: DatasetSummary, name: str) -> DatasetSummary:
 def test_the_page_shows_the_card_and_loads_nothing(card_with_counts: DatasetSummary) -> None:
     body = page(card_with_counts)
     assert body == page(card_with_counts)
-    parsed = Page(body)
-    assert parsed.tags & LOADING == set()
-    assert [address for address in parsed.addresses + parsed.styles if not address.startswith("#")] == []
-    assert parsed.addresses  # marks of axes: the line above is not vacuous
-    assert body.count(b"<svg") == 3
+    parsed = HtmlPage(body)
+    parsed.assert_loads_nothing()
+    assert body.count(b"<svg") == len(parsed.charts) == 3
     assert parsed.count(card_with_counts.manifest)
     counts = ("shards", "documents", "tokens", "skipped", "filtered")
     for file in card_with_counts.files:
@@ -120,15 +80,15 @@ def test_a_hostile_name_is_escaped_on_the_page(tmp_path: Path) -> None:
     crawl.write(f"{HOSTILE}.parquet", [row | {"dump": HOSTILE} for row in rows])
     card = summarise(crawl.store, "small", crawl.build())
     assert card.dumps == {HOSTILE: len(rows)}
-    parsed = Page(page(card))
-    assert parsed.tags & LOADING == set()
-    assert parsed.scripted == []
-    assert parsed.count(HOSTILE) == 3  # in the table of files and in the plots of dumps and files
+    parsed = HtmlPage(page(card))
+    parsed.assert_loads_nothing()
+    assert parsed.count(HOSTILE[-12:]) == 3  # in the table of files and in the charts of dumps and files
+    assert bars(parsed)[1] == {HOSTILE: len(rows)}
 
 
 @pytest.mark.parametrize("name", ["$100$", "C$$D"])
 def test_a_name_is_not_a_formula(card_with_counts: DatasetSummary, name: str) -> None:
-    assert Page(page(named(card_with_counts, name))).count(name) == 3
+    assert HtmlPage(page(named(card_with_counts, name))).count(name) == 3
 
 
 @pytest.mark.parametrize("name", ["[bold]loud", "data [/x]"])
@@ -137,7 +97,7 @@ def test_a_name_is_not_terminal_markup(card_with_counts: DatasetSummary, name: s
 
 
 def test_a_name_in_another_script_gives_no_warning(card_with_counts: DatasetSummary) -> None:
-    assert Page(page(named(card_with_counts, "網頁"))).count("網頁") == 3  # a warning is an error here
+    assert HtmlPage(page(named(card_with_counts, "網頁"))).count("網頁") == 3  # a warning is an error here
 
 
 def test_long_names_that_differ_at_the_end_stay_distinguishable(card_with_counts: DatasetSummary) -> None:
@@ -145,24 +105,8 @@ def test_long_names_that_differ_at_the_end_stay_distinguishable(card_with_counts
     assert len({printed(named(card_with_counts, name)) for name in names}) == 3
 
 
-def plotted(monkeypatch: pytest.MonkeyPatch, card: DatasetSummary) -> list[int]:
-    """The sums of the bars of each plot of the page."""
-    sums: list[int] = []
-    real_bars = module.bars
-
-    def bars(name: str, counts: dict[str, int], unit: str) -> str:
-        sums.append(sum(counts.values()))
-        return real_bars(name, counts, unit)
-
-    monkeypatch.setattr(module, "bars", bars)
-    page(card)
-    return sums
-
-
 @pytest.mark.parametrize("names", [("a", "b"), ("CC-MAIN-2024-10/000_00000", "CC-MAIN-2024-18/000_00000")])
-def test_plots_add_up_with_the_totals(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
-) -> None:
+def test_charts_add_up_with_the_totals(tmp_path: Path, hub: Hub, names: tuple[str, ...]) -> None:
     """Files of a Hub dataset often have the same names in each folder."""
     crawl = Crawl(tmp_path, names=names)
     files = {f"data/{name}": (crawl.source / name).read_bytes() for name in crawl.rows}
@@ -171,8 +115,8 @@ def test_plots_add_up_with_the_totals(
     card = summarise(crawl.store, "small", build_dataset(config))
     tokens, documents = (sum(split[name] for split in card.totals.values()) for name in ("tokens", "documents"))
     with_dump = sum(row["dump"] is not None for rows in crawl.rows.values() for row in rows)
-    assert plotted(monkeypatch, card) == [documents, with_dump, tokens]
-    parsed = Page(page(card))
+    parsed = HtmlPage(page(card))
+    assert [sum(chart.values()) for chart in bars(parsed)] == [documents, with_dump, tokens]
     for value in (*card.origin.values(), *(file.name for file in card.files)):
         assert parsed.count(value)
     assert len(card.origin) == 4
@@ -182,7 +126,7 @@ def test_plots_add_up_with_the_totals(
 def test_a_page_lists_all_files_and_the_terminal_counts_those_it_leaves_out(card_with_counts: DatasetSummary) -> None:
     files = [card_with_counts.files[0].model_copy(update={"name": f"file-{number:03d}"}) for number in range(90)]
     card = card_with_counts.model_copy(update={"files": files})
-    parsed = Page(page(card))
+    parsed = HtmlPage(page(card))
     assert [cell for cell in parsed.cells if cell.startswith("file-")] == [file.name for file in card.files]
     text = printed(card)
     assert (text.count("file-0"), "70 more" in text) == (20, True)
@@ -196,6 +140,18 @@ def test_leaks_are_on_the_card(card_with_counts: DatasetSummary) -> None:
     )  # fmt: skip
     card = card_with_counts.model_copy(update={"audit": report})
     numbers = ["1,061", "19", "1,033", "7", "10,042", "31", "29", "23", "13"]
-    for text in (printed(card), leak_line(report), " ".join(Page(page(card)).text)):
+    for text in (printed(card), leak_line(report), " ".join(HtmlPage(page(card)).text)):
         assert set(numbers) <= set(re.findall(r"[\d,]*\d", text))
     assert "10,042" not in leak_line(report.model_copy(update={"items": None}))
+
+
+@pytest.mark.full
+def test_a_browser_shows_the_count_at_the_pointer(card_with_counts: DatasetSummary, tmp_path: Path) -> None:
+    name = f"data/{HOSTILE.replace('/', '')}.parquet"
+    card = named(card_with_counts, name)
+    (tmp_path / "card.html").write_bytes(page(card))
+    with browser(tmp_path / "profile") as tab:
+        tab.visit((tmp_path / "card.html").as_uri())
+        poll(lambda: tab.run("document.querySelectorAll('.vega-embed svg').length") == 3)
+        shown = values_at_pointer(tab, "figure:last-of-type .mark-rect path")
+        assert shown.splitlines() == [name, f"{card.files[0].tokens:,} tokens"]

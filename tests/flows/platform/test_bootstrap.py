@@ -4,15 +4,26 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from prefect.client.orchestration import get_client
 
+from flows import train
+from flows.inspection.alerts import Alerts
 from flows.platform import automations
 from flows.platform.bootstrap import _automation, bootstrap
+from flows.runtime.progress import Bar
 from model.config import RunConfig
+from model.config_file import load_config, presets
+from model.form import DEFAULT, settings_beyond
+from model.runs.run import Run
+from storage.keys import RunKeys
+from storage.stores.opening import open_store
+from storage.stores.store import overwrite
 from tests.flows.client import call_api, login
 from tests.flows.deployments import automation, deployment, run, set_state, start, states
 from tests.polling import poll
@@ -25,7 +36,7 @@ CONFIG = RunConfig(name="given", store_url="./given")
 def registered(api: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(automations, "RESTART_SECONDS", 10)  # Prefect's least; 20 s are for workers, and none runs here
-        list(bootstrap(CONFIG, scheduled=False))
+        list(bootstrap(DEFAULT, CONFIG, scheduled=False))
         yield
 
 
@@ -69,9 +80,11 @@ def test_everything_exists_and_a_second_call_changes_nothing(api: str) -> None:
     assert (
         before["automations"][automations.mark_orphaned().name][2]["within"] <= 300
     )  # the next run starts within 6 minutes
-    assert deployment(api, "dataset-refresh")["parameters"]["config"]["data"]["config"] == "newest:3"
-    assert deployment(api, "pretrain")["parameters"]["config"]["data"]["config"] == "sample-10BT"
-    assert not any("created" in line or "updated" in line for line in bootstrap(CONFIG, scheduled=False))
+    settings = ['store_url="./given"']
+    assert deployment(api, "dataset-refresh")["parameters"] == {"preset": "fineweb-edu-newest", "settings": settings}
+    parameters = {"preset": DEFAULT, "name": "given", "settings": settings_beyond(DEFAULT, CONFIG)}
+    assert deployment(api, "pretrain")["parameters"] == parameters
+    assert not any("created" in line or "updated" in line for line in bootstrap(DEFAULT, CONFIG, scheduled=False))
     assert everything(api) == before
 
 
@@ -101,79 +114,91 @@ def test_what_people_paused_or_changed_is_kept(api: str) -> None:
     for active in (True, False, True):
         change(active)
         changed = everything(api)
-        list(bootstrap(CONFIG))
+        list(bootstrap(DEFAULT, CONFIG))
         assert everything(api) == changed
     call_api(api, "/work_pools/data", {"concurrency_limit": None}, "PATCH")
 
 
-def test_the_form_has_titles_order_choices_defaults_and_help(api: str) -> None:
+def test_each_form_is_short_and_every_field_says_what_it_is(api: str) -> None:
+    for name in DEPLOYMENTS:
+        properties = deployment(api, name)["parameter_openapi_schema"]["properties"]
+        assert 1 < len(properties) <= 10
+        assert all(field["title"] and field["description"].endswith(".") for field in properties.values()), name
     pretrain = deployment(api, "pretrain")
-    assert pretrain["parameters"]["config"]["name"] == "given"
+    assert pretrain["parameters"]["name"] == "given"
     assert "**The whole pipeline**" in pretrain["description"]
-    schema = pretrain["parameter_openapi_schema"]
-    for section in ("RunConfig", "DataConfig", "ModelConfig", "TrainingConfig", "EvaluationConfig", "ResourcesConfig"):
-        fields = schema["definitions"][section]["properties"]
-        in_order = sorted(fields, key=lambda name: fields[name]["position"])
-        model = RunConfig if section == "RunConfig" else type(getattr(RunConfig(), _section(section)))
-        assert in_order == list(model.model_fields)
-        for name, field in fields.items():
-            assert field["title"] == name.replace("_", " ").capitalize()
-            assert "default" in field
-            assert "description" in field or "$ref" in json.dumps(field)
-    assert schema["definitions"]["ResourcesConfig"]["properties"]["runner"]["enum"] == ["threads", "processes", "dask"]
+    fields = pretrain["parameter_openapi_schema"]["properties"]
+    in_order = sorted(fields, key=lambda name: fields[name]["position"])
+    assert in_order == ["preset", "name", "source", "steps", "gpus", "settings"]
+    assert fields["preset"]["enum"] == [*presets()]
+    assert all(f"- `{name}`: " in fields["preset"]["description"] for name in presets())
+    assert all("default" in field for field in fields.values())
 
 
-def _section(model: str) -> str:
-    return {"TrainingConfig": "train"}.get(model, model.removesuffix("Config").lower())
+def submitted(api: str, fields: dict[str, Any] | str) -> httpx.Response:
+    """The server's response to a click on `pretrain` with these fields, or with this text as a body."""
+    pretrain = deployment(api, "pretrain")
+    body = fields if isinstance(fields, str) else json.dumps({"parameters": pretrain["parameters"] | fields})
+    return httpx.post(
+        f"{api}/deployments/{pretrain['id']}/create_flow_run",
+        content=body, headers={"Content-Type": "application/json"}, auth=login(), timeout=60,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("fields", "message"),
     [
-        ("max_steps", -5, "-5 is less than the minimum of 1"),
-        ("precision", "fp8", "'fp8' is not one of ['auto', 'fp32', 'bf16']"),
-        ("speed", 1, "Additional properties are not allowed ('speed' was unexpected)"),
+        ({"steps": -5}, "-5 is less than the minimum of 0"),
+        ({"preset": "gpt3"}, "'gpt3' is not one of"),
+        ({"preset": "/etc/passwd"}, "is not one of"),
+        ({"source": "s3://key:sekret@bucket"}, "data.source = 's3://…@bucket': a URL must not contain a user"),
+        ({"speed": 1}, "Additional properties are not allowed ('speed' was unexpected)"),
     ],
 )
 def test_the_form_refuses_a_bad_value_with_a_message_for_that_field(
-    api: str, field: str, value: Any, message: str
+    api: str, fields: dict[str, Any], message: str
 ) -> None:
-    pretrain = deployment(api, "pretrain")
-    config = pretrain["parameters"]["config"]
-    config["train"][field] = value
-    body = {"parameters": {"config": config}}
-    response = httpx.post(f"{api}/deployments/{pretrain['id']}/create_flow_run", json=body, auth=login(), timeout=60)
+    response = submitted(api, fields)
     assert (response.status_code, message in response.text) == (409, True), response.text
 
 
-POISON = [  # as JSON
-    ("train", "seed", "9" * 30), ("train", "clip", "9" * 30), ("train", "betas", f"[0.5, {'9' * 30}]"),
-    ("train", "max_steps", "-" + "9" * 30), ("train", "learning_rate", "1e400"), ("train", "unknown", "9" * 30),
-    ("resources", "unsaved_minutes", "9" * 30), ("data", "source", r'"\ud800"'), ("data", "dataset", r'"\ud800"'),
-    ("evaluation", "prompts", r'["\ud800"]'), ("evaluation", "checkpoint", f'"{"9" * 30}"'),
-    ("data", "source", '"s3://key:sekret@bucket/x"'), (None, "store_url", '"s3://key:sekret@bucket/x"'),
-    ("data", "dataset", '"a/b"'), ("data", "dataset", '""'), ("train", "start_from", '".hidden"'),
-    (None, "name", '"a b"'), (None, "name", r'"a\n"'), (None, "name", f'"{"x" * 201}"'),
-    ("data", "text_column", f'"{"x" * 10_000}"'), ("data", "dataset", "1.10"),
+@pytest.mark.parametrize(
+    "setting",
+    ["train.max_step=5", "train.precision=fp8", "model.heads=5", "train.max_steps", 'data.filters=["int_score >"]'],
+)
+def test_the_form_refuses_a_bad_setting_with_the_message_of_the_console(api: str, setting: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load_config(None, [setting])
+    response = submitted(api, {"settings": [setting]})
+    assert (response.status_code, str(refused.value) in response.json()["detail"]) == (409, True), response.text
+
+
+POISON = [  # settings
+    f"train.seed={'9' * 30}", f"train.clip={'9' * 30}", f"train.betas=[0.5, {'9' * 30}]",
+    f"train.max_steps=-{'9' * 30}", "train.learning_rate=1e400", f"train.unknown={'9' * 30}",
+    f"resources.unsaved_minutes={'9' * 30}", "data.source=\ud800", "data.dataset=\ud800",
+    'evaluation.prompts=["\ud800"]', f"evaluation.checkpoint={'9' * 30}", "data.source=s3://key:sekret@bucket/x",
+    "store_url=s3://key:sekret@bucket/x", "data.dataset=a/b", "data.dataset=", "train.start_from=.hidden",
+    f"data.text_column={'x' * 10_000}",
+]  # fmt: skip
+POISONED_FIELDS = [
+    {"name": "a b"}, {"name": "a\n"}, {"name": "x" * 201}, {"name": "\ud800"}, {"source": "\ud800"},
+    {"source": "s3://key:sekret@bucket/x"}, {"steps": int("9" * 30)}, {"gpus": int("9" * 30)},
+    {"settings": ["data.config=1"] * 101}, {"preset": "\ud800"},
 ]  # fmt: skip
 
 
 def test_the_form_refuses_what_no_flow_or_no_list_of_runs_could_use(api: str) -> None:
     """After one stored integer of over 64 bits, or one lone surrogate, the server could list no run again."""
-    pretrain = deployment(api, "pretrain")
-    for section, field, text in POISON:
-        config = json.loads(json.dumps(pretrain["parameters"]["config"]))
-        (config[section] if section else config)[field] = "@"
-        body = json.dumps({"parameters": {"config": config}}).replace('"@"', text)
-        response = httpx.post(
-            f"{api}/deployments/{pretrain['id']}/create_flow_run",
-            content=body, headers={"Content-Type": "application/json"}, auth=login(), timeout=60,
-        )  # fmt: skip
-        assert response.status_code in (409, 422), (section, field, text, response.text)
+    for fields in [*POISONED_FIELDS, *({"settings": [setting]} for setting in POISON)]:
+        response = submitted(api, fields)
+        assert response.status_code in (409, 422), (fields, response.text)
     assert call_api(api, "/flow_runs/filter", {}) is not None
-    config = pretrain["parameters"]["config"]
-    config["evaluation"]["prompts"], config["data"]["source"] = ["Zwei\nZeilen 🙂"], "s3://bucket/żółć@1/*.parquet"
-    assert start(api, "pretrain", RunConfig.model_validate(config))
+    fields: dict[str, Any] = {
+        "source": "s3://bucket/żółć@1/*.parquet",
+        "settings": ['evaluation.prompts=["Zwei\\nZeilen 🙂"]'],
+    }
+    assert submitted(api, fields).status_code == 201
 
 
 def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str) -> None:
@@ -193,8 +218,7 @@ def test_a_schedule_creates_runs_with_its_parameters_also_after_a_pause(api: str
     for _ in range(2):
         call_api(api, path, {"active": True}, "PATCH")
         runs = poll(scheduled)
-        parameters = RunConfig.model_validate(runs[0]["parameters"]["config"])
-        assert parameters.model_dump(mode="json") == refresh["parameters"]["config"]
+        assert runs[0]["parameters"] == refresh["parameters"]
         call_api(api, path, {"active": False}, "PATCH")
         poll(lambda: not scheduled())
 
@@ -297,7 +321,7 @@ def test_a_failure_is_sent_through_any_notification_block(api: str, inbox: str) 
 
     payload = {"title": "{{subject}}", "text": "{{body}}"}
     CustomWebhookNotificationBlock(name="team", url=inbox, json_data=payload).save("team")
-    assert any(automations.NOTIFY in line for line in bootstrap(CONFIG, block="custom-webhook/team"))
+    assert any(automations.NOTIFY in line for line in bootstrap(DEFAULT, CONFIG, block="custom-webhook/team"))
     flow_run = start(api, "train", CONFIG)
     call_api(
         api,
@@ -310,6 +334,30 @@ def test_a_failure_is_sent_through_any_notification_block(api: str, inbox: str) 
         assert part in message["text"]
 
 
+def test_an_alert_of_a_training_is_sent_too(
+    api: str, inbox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+    payload = {"title": "{{subject}}", "text": "{{body}}"}
+    CustomWebhookNotificationBlock(name="alerted", url=inbox, json_data=payload).save("alerted")
+    assert any(automations.NOTIFY_ALERTS in line for line in bootstrap(DEFAULT, CONFIG, block="custom-webhook/alerted"))
+    store, ended = open_store(str(tmp_path / "store"), create=True), threading.Event()
+    overwrite(store, RunKeys("alerted").progress, b'{"step": 0, "max_steps": 9, "since_checkpoint": []}')
+    monkeypatch.setattr(train, "disk_usage", lambda _: ended.set() or SimpleNamespace(free=7 * 10**8))
+
+    @flow
+    def watch() -> None:
+        train._watch(store, Run("alerted", {}, None, "", None, ""), Bar("train", 9, "steps"), Alerts(CONFIG), ended)
+
+    watch()
+    [message] = [json.loads(text) for text in poll(lambda: [text for text in Inbox.messages if "alerted" in text])]
+    assert message["title"] == "alerted: alert"
+    assert message["text"].startswith("the disk is nearly full: 0.7 GB are free.")
+    assert "/flow-run/" in message["text"]
+
+
 def test_a_missing_notification_block_is_refused(api: str) -> None:
     with pytest.raises(ValueError, match=r"--notify slack-webhook/nobody.*prefect block ls"):
-        list(bootstrap(CONFIG, block="slack-webhook/nobody"))
+        list(bootstrap(DEFAULT, CONFIG, block="slack-webhook/nobody"))

@@ -17,7 +17,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
 ONCE = {"s3-setup", "bootstrap"}
-SECRETS = {"postgres", "prefect", "s3_root", "s3_pipeline", "s3_trainer"}
+SECRETS = {"postgres", "prefect", "s3_root", "s3_pipeline", "s3_trainer", "trackio"}
 
 
 def test_every_image_is_a_variable_with_a_digest_or_built_locally() -> None:
@@ -32,7 +32,7 @@ def test_every_image_is_a_variable_with_a_digest_or_built_locally() -> None:
 
 def test_every_port_is_on_this_host_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 3
+    assert len(ports) == 4
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert not any("network_mode" in service or "privileged" in service for service in SERVICES.values())
 
@@ -67,8 +67,9 @@ def test_secrets_are_files_and_each_service_has_only_its_own() -> None:
         "s3-setup": {"s3_root", "s3_pipeline", "s3_trainer"},
         "server": {"postgres", "prefect"},
         "bootstrap": {"prefect"},
+        "trackio": {"trackio"},
         "data": {"prefect", "s3_pipeline"},
-        "train": {"prefect", "s3_pipeline", "s3_trainer"},
+        "train": {"prefect", "s3_pipeline", "s3_trainer", "trackio"},
     }
     for service in SERVICES.values():
         for variable, value in (service.get("environment") or {}).items():

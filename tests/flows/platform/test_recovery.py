@@ -11,6 +11,7 @@ from flows.platform import automations
 from flows.platform.bootstrap import bootstrap
 from model.checkpoints.records import checkpoints
 from model.config import RunConfig
+from model.form import DEFAULT
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 from tests.flows.client import call_api
@@ -23,13 +24,13 @@ pytestmark = pytest.mark.full
 
 STEPS = 300
 END_SECONDS = 25.0  # Prefect kills a cancelled run after 30 s
-DIED = "rank 1 was killed by SIGKILL"
+DIED = "rank 1 was killed, signal 9, often out of memory"
 HEARTBEAT_LIMIT_SECONDS = 45  # half of the usual: Prefect's heartbeats come every 30 s
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered(api: str) -> None:
-    list(bootstrap(RunConfig(), scheduled=False))
+    list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
 ) -> None:
     build_dataset(config)
     monkeypatch.setattr(automations, "HEARTBEAT_LIMIT_SECONDS", HEARTBEAT_LIMIT_SECONDS)
-    list(bootstrap(RunConfig(), scheduled=False))
+    list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
     restart = automation(api, automations.RESTART)["id"]
     call_api(api, f"/automations/{restart}", {"enabled": False}, "PATCH")
     try:
@@ -143,7 +144,7 @@ def test_a_run_that_died_with_its_worker_becomes_crashed_and_frees_its_slot(
     finally:
         call_api(api, f"/automations/{restart}", {"enabled": True}, "PATCH")
         monkeypatch.undo()
-        list(bootstrap(RunConfig(), scheduled=False))
+        list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
 
 
 @pytest.mark.nightly  # waits for PENDING_LIMIT_SECONDS
@@ -152,7 +153,7 @@ def test_a_run_that_died_with_its_worker_before_it_started_is_restarted(
 ) -> None:
     build_dataset(config)
     monkeypatch.setattr(automations, "PENDING_LIMIT_SECONDS", 60)
-    list(bootstrap(RunConfig(), scheduled=False))
+    list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
     try:
         with worker("train", tmp_path / "worker.log") as process:
             short = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})
@@ -166,7 +167,7 @@ def test_a_run_that_died_with_its_worker_before_it_started_is_restarted(
             assert "Crashed" in states(api, flow_run)
     finally:
         monkeypatch.undo()
-        list(bootstrap(RunConfig(), scheduled=False))
+        list(bootstrap(DEFAULT, RunConfig(), scheduled=False))
 
 
 def test_a_killed_rank_fails_the_run_with_a_message_that_names_it(api: str, one_worker: int, config: RunConfig) -> None:

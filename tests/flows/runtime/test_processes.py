@@ -40,35 +40,36 @@ def test_a_process_has_the_identity_of_the_trainer_if_one_is_set(monkeypatch: py
     ("code", "message"),
     [
         (
-            "print('error: rank 1 was killed'); sys.exit(1)",
-            "rank 1 was killed: job.*code 1. Run .* again to resume it.",
+            "print('error: a store failed'); print('rank 0 stops'); print('error: rank 1 was killed, signal 9'); "
+            "sys.exit(1)",
+            "rank 1 was killed, signal 9: a store failed: job.*code 1. Run .* again to resume it.",
         ),
-        ("os.kill(os.getpid(), 9)", "job.*SIGKILL, .*memory ran out. Run .* again to resume it.*step 10"),
+        ("os.kill(os.getpid(), 9)", "job.*signal 9, often out of memory. Run .* again to resume it.*step 10"),
         ("sys.exit(3)", "job.*code 3.*step 10"),
     ],
 )
 def test_a_failure_begins_with_its_cause(monkeypatch: pytest.MonkeyPatch, code: str, message: str) -> None:
     start = processes._start
     script = f"import os, sys; [print('step', number, flush=True) for number in range(50)]; {code}"
-    monkeypatch.setattr(processes, "_start", lambda argv: start([argv[0], "-c", script]))
+    monkeypatch.setattr(processes, "_start", lambda argv, env: start([argv[0], "-c", script], env))
     with Processes("./store") as running, pytest.raises(JobFailed) as caught:
         running.run(KEY, lambda _: None)
     assert re.fullmatch(message, str(caught.value).partition("\nstep 11")[0], re.DOTALL)
 
 
-@pytest.mark.parametrize(("on_sigterm", "ended_by"), [("SIG_DFL", "SIGTERM"), ("SIG_IGN", "SIGKILL")])
+@pytest.mark.parametrize(("on_sigterm", "ended_by"), [("SIG_DFL", "signal 15"), ("SIG_IGN", "signal 9")])
 def test_leaving_the_block_ends_a_running_process_and_starts_no_other(
     monkeypatch: pytest.MonkeyPatch, on_sigterm: str, ended_by: str
 ) -> None:
     start = processes._start
-    monkeypatch.setattr(processes, "_start", lambda argv: start([argv[0], "-c", ENDLESS.format(on_sigterm)]))
+    monkeypatch.setattr(processes, "_start", lambda argv, env: start([argv[0], "-c", ENDLESS.format(on_sigterm)], env))
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
     lines: list[str] = []
     with ThreadPoolExecutor(1) as task_threads:
         with Processes("./store") as running:
             task = task_threads.submit(running.run, KEY, lines.append)
             poll(lambda: lines == ["started"])
-        with pytest.raises(JobFailed, match=f"{KEY}.*{ended_by}"):
+        with pytest.raises(JobFailed, match=rf"{KEY}.* {ended_by}\. "):
             task.result()
     with pytest.raises(JobFailed, match="not started"):
         running.run(KEY, lines.append)

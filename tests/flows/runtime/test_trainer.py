@@ -41,25 +41,28 @@ mount --bind {Path(pydantic.__file__).parents[1]} /mnt/packages
 exec /mnt/project/deploy/entrypoint {PYTHON} -c "$0"
 """
 # What a training process could try. Everything it can read comes back as its output.
-SPY = "id -u; cat /proc/$PPID/environ /run/secrets/*; ls /mnt/work; cat /proc/self/environ; grep Cap /proc/self/status"
+SPY = """id -u; cat /proc/$PPID/environ /proc/$1/environ /run/secrets/*; ls /mnt/work; cat /proc/self/environ
+grep Cap /proc/self/status"""
 ENDLESS = """
 import os, signal, sys
 from model.processes.parent import end_with_parent
 end_with_parent(os.getppid()); print(os.getpid(), flush=True); signal.pause()
 """
 WORKER = f"""
-import json, os, signal, sys
-from flows.runtime.processes import Processes, _start
+import json, os, pathlib, signal, sys
+from flows.runtime.processes import TRACKERS, Processes, _as_trainer, _environment, _start
 
 def spied():
-    with _start(["sh", "-c", {SPY!r}]) as process:
+    with _start([*_as_trainer(), "sh", "-c", {SPY!r}, "sh", str(tracker.pid)], _environment()) as process:
         return process.stdout.read().replace(chr(0), chr(10))
 
 def endless():
-    process = _start([sys.executable, "-c", {ENDLESS!r}])
+    process = _start([*_as_trainer(), sys.executable, "-c", {ENDLESS!r}], _environment())
     return process, int(process.stdout.readline())
 
-report = {{"trainer": spied()}}
+tracker = _start(["sh", "-c", "echo; exec sleep 600"], _environment(TRACKERS))
+tracker.stdout.readline()
+report = {{"trainer": spied(), "tracker": pathlib.Path(f"/proc/{{tracker.pid}}/environ").read_text()}}
 with Processes("store") as processes:
     process, _ = endless()
     processes._started.append(process)
@@ -67,6 +70,7 @@ report["stopped_by"] = -process.returncode
 _, report["orphan"] = endless()
 del os.environ["TRAINER_USER"]
 report["same_user"] = spied()
+tracker.kill()
 print(json.dumps(report), flush=True)
 signal.pause()
 """
@@ -86,6 +90,7 @@ def started(mode: int) -> Iterator[subprocess.Popen[str]]:
         "PATH": os.environ["PATH"], "HOME": "/mnt/work", "PYTHONPATH": "/mnt/project:/mnt/packages",
         "PYTHONSAFEPATH": "1", "LD_LIBRARY_PATH": "/mnt/python/lib",  # of a shared libpython
         "AWS_ENDPOINT_URL_S3": "http://s3:9000", "AWS_ACCESS_KEY_ID": "pipeline", "HF_TOKEN": "of-hub",
+        "WANDB_API_KEY": "of-wandb",
         "TRAINER_USER": "nobody", "TRAINER_ACCESS_KEY_ID": "trainer",
     }  # fmt: skip
     argv = ["unshare", "--mount", "sh", "-euc", CONTAINER, WORKER, f"{mode:o}"]
@@ -112,12 +117,19 @@ def report(worker: subprocess.Popen[str]) -> dict[str, Any]:
 def test_the_trainer_can_read_no_secret_but_its_own(report: dict[str, Any]) -> None:
     lines = report["trainer"].splitlines()
     assert int(lines[0]) not in (0, 10001)
-    for value in ("of-prefect", "of-pipeline", "of-hub", "of-worker"):
+    for value in ("of-prefect", "of-pipeline", "of-hub", "of-wandb", "of-worker"):
         assert value not in report["trainer"]
         assert value in report["same_user"]  # without the boundary, the same commands find it
     assert "AWS_SECRET_ACCESS_KEY=of-trainer" in lines
     sets = ("CapInh", "CapPrm", "CapEff", "CapAmb")
     assert [int(line.split()[1], 16) for line in lines if line.startswith(sets)] == [0, 0, 0, 0]
+
+
+def test_a_tracker_has_its_own_secrets_and_the_trainers_access_to_the_store(report: dict[str, Any]) -> None:
+    for value in ("of-wandb", "of-hub", "AWS_SECRET_ACCESS_KEY=of-trainer", "AWS_ACCESS_KEY_ID=trainer"):
+        assert value in report["tracker"]
+    for value in ("of-prefect", "of-pipeline"):
+        assert value not in report["tracker"]
 
 
 def test_the_worker_does_not_start_when_the_trainer_could_read_the_secret_files() -> None:

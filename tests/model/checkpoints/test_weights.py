@@ -7,6 +7,7 @@ import torch
 
 from model.__main__ import run_job
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, checkpoints, retained
+from model.config import TrainingConfig
 from model.processes.distributed import DDPConfig
 from model.runs.job import put_job, read_job
 from model.runs.run import pin_run, training_job
@@ -152,6 +153,18 @@ def test_retention_always_leaves_a_checkpoint(dataset: StoredDataset, monkeypatc
 )
 def test_the_first_checkpoint_at_or_after_each_multiple_is_kept_forever(steps: list[int], kept: list[int]) -> None:
     records = [CheckpointRecord(step, "", {}, {}) for step in steps]
-    assert [record.step for record in retained(records, 2, 5_000)] == kept
-    assert retained(retained(records, 2, 5_000), 2, 5_000) == retained(records, 2, 5_000)
-    assert [record.step for record in retained(records, 2, 0)] == steps[-2:]
+    train = TrainingConfig(keep_last=2)
+    assert [record.step for record in retained(records, train)] == kept
+    assert retained(retained(records, train), train) == retained(records, train)
+    assert [record.step for record in retained(records, TrainingConfig(keep_last=2, keep_every_steps=0))] == steps[-2:]
+
+
+@pytest.mark.parametrize(("losses", "best"), [([3, 1, 2, 4], 2), ([3, 2, 2, 4], 2), ([None, None, 5, None], 3)])
+def test_the_checkpoint_with_the_lowest_val_loss_is_kept(losses: list[float | None], best: int) -> None:
+    """The first of equals. It survives each retention on the way, as it must: deleted checkpoints do not come back."""
+    kept: list[CheckpointRecord] = []
+    for step, loss in enumerate(losses, 1):
+        new = CheckpointRecord(step, "", {}, {}, val_loss=loss)
+        kept = retained([*kept, new], TrainingConfig(keep_last=1))
+    assert [record.step for record in kept] == [best, 4]
+    assert [record.step for record in retained(kept, TrainingConfig(keep_last=1, keep_best=False))] == [4]

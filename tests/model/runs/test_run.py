@@ -10,10 +10,11 @@ from model.config import RunConfig
 from model.runs.job import Job, note_failure, put_job, put_result, read_job, read_result
 from model.runs.run import evaluation_jobs, find_run, pin_run, pinned_run, training_job
 from storage import keys
+from storage.digests import canonical_json
 from storage.errors import DatasetMismatch, ObjectMissing
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite
-from tests.making import tiny_config
+from tests.making import read_json, tiny_config
 
 MANIFEST = "a" * 64
 
@@ -187,6 +188,17 @@ def test_a_stored_job_is_read_back_unchanged(store: Store) -> None:
     for job in pin(store):
         assert read_job(store, put_job(store, job)) == job
         assert read_job(store, put_job(store, job)).job_id == job.job_id
+
+
+@pytest.mark.parametrize(("folder", "tracker"), [("logs/a", "tensorboard:logs/a"), ("", "")])
+def test_a_job_of_an_earlier_version_keeps_its_tensorboard(store: Store, folder: str, tracker: str) -> None:
+    job = pin(store)[0]
+    key = put_job(store, job)
+    older = read_json(store, key) or {}
+    del older["how"]["resources"]["tracker"]
+    older["how"]["resources"]["tensorboard"] = folder
+    overwrite(store, key, canonical_json(older))
+    assert read_job(store, key).how.resources.tracker == tracker
 
 
 def test_the_first_result_of_a_job_counts(store: Store) -> None:

@@ -18,7 +18,7 @@ from tests.corpora import encoded
 from tests.hub import Hub, Repository
 from tests.making import build_dataset, document, tiny_config
 
-CONFIGS = Path(__file__).parents[3] / "deploy" / "configs"
+CONFIGS = Path(__file__).parents[3] / "model" / "presets"
 TEXTS = [document(number, 20) for number in range(90)]
 PARQUET, GZ, ZST = (
     list(encoded(TEXTS, *kind).values()) for kind in (("parquet",), ("jsonl", ".gz"), ("jsonl", ".zst"))
@@ -33,7 +33,7 @@ C4 = {"en": {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*
 DCLM = "global-shard_0{}_of_10/local-shard_0_of_10/shard_00000000_processed.jsonl.zst"
 LAYOUTS: dict[str, tuple[str, dict[str, dict[str, str]], list[bytes], list[str]]] = {
     # the source, the configurations of its card, and three files with their names
-    "fineweb-edu-10b": ("HuggingFaceFW/fineweb-edu", *SAMPLE),
+    "gpt2-124m": ("HuggingFaceFW/fineweb-edu", *SAMPLE),
     "fineweb": ("HuggingFaceFW/fineweb", *SAMPLE),
     "fineweb-edu-newest": (
         "HuggingFaceFW/fineweb-edu",

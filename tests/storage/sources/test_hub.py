@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from storage.digests import sha256
@@ -44,7 +45,7 @@ def fetched(file: SourceFile, partial: bytes = b"") -> bytes:
 def test_a_wrong_endpoint_is_refused_at_once_and_not_echoed(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    monkeypatch.setattr(client.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(retries.time, "sleep", lambda _: pytest.fail("retried"))
     with pytest.raises(ValueError, match="HF_ENDPOINT") as caught:
         client.resolve("org/edu", "main")

@@ -1,0 +1,88 @@
+"""The verb `gpt2 plan`, and its measurement: a few steps of real training, on the demo's text in a temporary store."""
+
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from flows.console.options import AsJson, console, print_json, say
+from flows.console.settings import DEFAULTS, RunName, Settings
+from flows.demo import write_corpus
+from flows.inspection import plan as planned
+from flows.runtime.processes import Processes
+from model import tokenizer
+from model.checkpoints.records import read_metrics
+from model.config import RunConfig
+from model.config_file import config_of
+from model.runs.job import put_job
+from model.runs.run import pin_run, training_job
+from storage.datasets import building
+from storage.datasets.plan import plan_files, planner
+from storage.datasets.shards import build_shard
+from storage.errors import ObjectMissing
+from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
+from storage.stores.store import Store
+
+Measure = Annotated[bool, Parameter(help="Train 30 steps first, to know this host's speed: a minute or two.")]
+STEPS, WARMUP_STEPS = 30, 10
+MOST_BATCH_TOKENS = 65_536  # of the measured steps: enough to hide the optimizer's step, less than the text has
+
+
+def plan(
+    name: RunName = None, /, *, settings: Settings = DEFAULTS, measure: Measure = False, as_json: AsJson = False
+) -> None:
+    """Show what a run takes before it starts: tokens, epochs, disk, GPU memory, hours, price.
+
+    The speed is measured now (--measure), that of a run in this store, or expected of the GPU by its data sheet.
+
+    Example: gpt2 plan --config gpt2-124m --set resources.price_per_gpu_hour=2.5
+    Next: gpt2 pretrain with the same options
+    """
+    config = settings.run(name)
+    store: Store | None = None
+    with suppress(ObjectMissing):  # not created yet
+        store = open_store(config.store_url)
+    with console.status("training a few steps"):
+        result = planned.plan(store, config, tokens_per_second(config) if measure else None)
+    if as_json:
+        print_json(vars(result))
+        return
+    for label, text in result.lines().items():
+        say(label, text)
+
+
+def tokens_per_second(config: RunConfig) -> float:
+    """The speed of the configured training on this host. Raises JobRefused or JobFailed."""
+    with TemporaryDirectory() as folder:
+        values = config.model_dump(mode="json")
+        batch_tokens = min(config.train.batch_tokens, MOST_BATCH_TOKENS)
+        train = {"max_steps": STEPS, "warmup_steps": 0, "validate_every_steps": 0, "checkpoint_every_steps": STEPS}
+        values["train"] |= train | {"batch_tokens": batch_tokens, "start_from": "", "mix": []}
+        write_corpus(text := Path(folder) / "text")
+        values["data"] = {"dataset": "text", "source": str(text), "val_shards": 1, "shard_tokens": 20_000}
+        config = config_of(values | {"name": "measured", "store_url": f"{folder}/store"}, [])
+        store = open_store(config.store_url, create=True)
+        run = pin_run(store, config, _build(store, config), None)
+        with Processes(config.store_url) as processes:
+            processes.run(put_job(store, training_job(run)), lambda _: None)
+        lines = read_metrics(store, run.name)[WARMUP_STEPS:]
+    seconds: float = sum(line.step_seconds + line.metrics_seconds for line in lines)
+    return float(len(lines) * batch_tokens / seconds)
+
+
+def _build(store: Store, config: RunConfig) -> str:
+    """Build the dataset without Prefect. Returns its manifest's digest."""
+    data, spec = config.data, config.data.spec(tokenizer.identity())
+    listing, _ = list_source(store, data.source, data.config, data.revision, "train")
+    make_plan = planner(store, spec.settings, tokenizer.encode)
+    build = building.start_build(
+        store, spec, list(plan_files(store, spec.name, listing.files, spec.settings, make_plan))
+    )
+    for split in ("val", "train"):
+        for job in building.missing_jobs(build.plans, build.split, build.missing, split):
+            build_shard(store, spec.name, job, tokenizer.encode, tokenizer.EOT)
+        building.put_val_documents(store, spec.name, build.split, tokenizer.decode_bytes)
+    return building.finish_build(store, build, listing.origin).digest

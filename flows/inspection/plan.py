@@ -1,0 +1,162 @@
+"""What a run will take, before it starts: tokens, bytes, memory, hours, money. Asks the store, the source, the GPUs."""
+
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.inspection.status import run_names
+from model.checkpoints.records import read_metrics
+from model.config import RunConfig
+from model.runs.run import find_run
+from model.tokenizer import VOCABULARY
+from model.training.flops import flops_per_token, parameter_count, peak_flops
+from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
+from storage.errors import StorageError
+from storage.sources.files import find_files, is_on_hub
+from storage.sources.mirror import list_source
+from storage.stores.store import Store
+
+USUAL_MFU = 0.4  # one H100 trained GPT-2 124M with 41 %, as others measured with this shape
+MOVED_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, in fp32
+# Per token of a micro-batch, fitted to an H100 (124M, bf16, compiled): 3.8 GiB for 8 x 512, 15.6 GiB for 32 x 1,024.
+BLOCK_BYTES, LOGIT_BYTES = 14, 6  # for each layer and channel; for each entry of the vocabulary
+MICRO_BATCH_TOKENS = 32_768  # of an automatic micro-batch
+CHECKPOINT_BYTES = 12  # per parameter: weight and AdamW's two moments
+PARQUET_TOKENS, TEXT_TOKENS = 0.35, 0.23  # per byte of FineWeb-Edu's parquet files, and of English text
+FORWARD = 1 / 3  # the cost of a validated token, in trained tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. None: not known yet."""
+
+    steps: int
+    tokens: int
+    gpus: int  # or processes on a CPU
+    epochs: float | None
+    source_bytes: int | None
+    shard_bytes: int | None
+    checkpoint_bytes: int
+    gpu_memory_bytes: int | None
+    tokens_per_second: float | None
+    basis: str  # of tokens_per_second
+    hours: float | None
+    price: float | None
+
+    def lines(self) -> dict[str, str]:
+        """The plan for people, by what it is about."""
+        epochs = f", {self.epochs:.2f} epochs" if self.epochs else ""
+        sizes = {"source": self.source_bytes, "shards": self.shard_bytes, "checkpoints": self.checkpoint_bytes}
+        known = [f"{_size(size)} of {name}" for name, size in sizes.items() if size is not None]
+        speed = f"{self.tokens_per_second:,.0f} tokens/s, {self.basis}" if self.tokens_per_second else self.basis
+        shown = {
+            "training": f"{self.steps:,} steps, {self.tokens:,} tokens{epochs}",
+            "storage": ", ".join(known),
+            "speed": speed,
+        }
+        if self.gpu_memory_bytes is not None:
+            shown["GPU memory"] = f"{self.gpu_memory_bytes / 2**30:,.1f} GiB on each, estimated"
+        hours = self.hours and (f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{60 * self.hours:,.1f} minutes")
+        return shown | {
+            "time": hours or "unknown",
+            "price": f"{self.price:,.2f}" if self.price else "set resources.price_per_gpu_hour",
+        }
+
+
+def plan(store: Store | None, config: RunConfig, measured: float | None = None) -> Plan:
+    """The plan of a run on this host, with the measured tokens per second if given."""
+    model, train, resources = config.model, config.train, config.resources
+    tokens, parameters = train.max_steps * train.batch_tokens, parameter_count(model)
+    manifest = None if store is None else _manifest(store, config)
+    names = [] if resources.device == "cpu" else gpu_names()
+    gpus = (resources.processes or len(names) or 1) * resources.nodes
+    rate, basis = measured, "measured now"
+    if rate is None and store is not None:
+        rate, basis = _rate_of_runs(store, config)
+    if rate is None and names and (peak := peak_flops(names[0])):
+        rate = USUAL_MFU * peak * gpus / flops_per_token(model, parameters, train.sequence_tokens)
+        basis = f"expected of {gpus} x {names[0]} at {USUAL_MFU:.0%} of its peak"
+    source_bytes, dataset_tokens = (
+        _source(store, config) if manifest is None else (sum(manifest.source_files["size_bytes"]), manifest.tokens)
+    )
+    train_tokens = manifest.totals["train"]["tokens"] if manifest else dataset_tokens
+    validated = 0
+    if train.validate_every_steps:
+        of_val = manifest.totals["val"]["tokens"] if manifest else train.validation_tokens
+        validated = train.max_steps // train.validate_every_steps * min(train.validation_tokens, of_val)
+    hours = None if rate is None else (tokens + FORWARD * validated) / rate / 3600
+    kept = train.keep_last + 1 + (train.max_steps // train.keep_every_steps if train.keep_every_steps else 0)
+    per_token = BLOCK_BYTES * model.layers * model.width + LOGIT_BYTES * VOCABULARY
+    micro_batch_tokens = (train.micro_batch_sequences * train.sequence_tokens) or MICRO_BATCH_TOKENS
+    return Plan(
+        steps=train.max_steps,
+        tokens=tokens,
+        gpus=gpus,
+        epochs=tokens / train_tokens if train_tokens else None,
+        source_bytes=source_bytes,
+        shard_bytes=dataset_tokens and 2 * dataset_tokens,
+        checkpoint_bytes=kept * CHECKPOINT_BYTES * parameters,
+        gpu_memory_bytes=None
+        if resources.device == "cpu"
+        else MOVED_BYTES * parameters + per_token * micro_batch_tokens,
+        tokens_per_second=rate,
+        basis=basis if rate else "unknown until 20 steps are done; gpt2 plan --measure trains a few steps",
+        hours=hours,
+        price=hours * gpus * resources.price_per_gpu_hour if hours and resources.price_per_gpu_hour else None,
+    )
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
+
+
+def gpu_names() -> list[str]:
+    """The names of this host's NVIDIA GPUs."""
+    with suppress(OSError, subprocess.SubprocessError):
+        argv = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        listed = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
+        return listed.stdout.split("\n")[:-1]
+    return []
+
+
+def _manifest(store: Store, config: RunConfig) -> Manifest | None:
+    """The version that the run is pinned to, else the newest."""
+    run = find_run(store, config.name)
+    return read_manifest(store, run.dataset, run.manifest) if run else latest_manifest(store, config.data.dataset)
+
+
+def _source(store: Store | None, config: RunConfig) -> tuple[int | None, int | None]:
+    """Bytes of the source, and about how many tokens it holds; None: not known before the build."""
+    data = config.data
+    with suppress(StorageError, ValueError, OSError):
+        if is_on_hub(data.source):
+            if store is None:
+                return None, None
+            files = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)[0].files
+            sizes = {file.name: file.size_bytes for file in files}
+        else:
+            sizes = {str(place): Path(place).stat().st_size for place in find_files(data.source, "data.source")[0]}
+        size_bytes = sum(sizes.values())
+        tokens = int(
+            size_bytes * PARQUET_TOKENS if all(".parquet" in name for name in sizes) else size_bytes * TEXT_TOKENS
+        )
+        return size_bytes, min(tokens, data.max_tokens or tokens)
+    return None, None
+
+
+def _rate_of_runs(store: Store, config: RunConfig) -> tuple[float | None, str]:
+    """Tokens per second of a run of this store with the same model, sequences and processes, best its own."""
+    for name in sorted(run_names(store), key=lambda name: name != config.name):
+        with suppress(StorageError, ValueError):
+            run = find_run(store, name)
+            if run is None or run.config["model"] != config.model.model_dump():
+                continue
+            trained = RunConfig.model_validate(run.config, extra="ignore")
+            same = ("sequence_tokens", "batch_tokens")
+            if all(getattr(trained.train, field) == getattr(config.train, field) for field in same):
+                lines = read_metrics(store, name)[-200:]
+                seconds = sum(line.step_seconds + line.metrics_seconds + line.checkpoint_seconds for line in lines)
+                if seconds:
+                    return len(lines) * config.train.batch_tokens / seconds, f"as run {name} trained"
+    return None, ""
