@@ -1,6 +1,7 @@
 """The verbs that run the pipeline or one of its stages: demo, pretrain, train, evaluate, report, retry."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from cyclopts.validators import Number
 from flows.console import detached, models
 from flows.console.dataset import build_dataset
 from flows.console.finished import finished_run
-from flows.console.options import Verbose, check_inputs, console, run_flow, say
+from flows.console.options import AsJson, Verbose, check_inputs, console, print_json, run_flow, say
 from flows.console.settings import DEFAULTS, RunName, Settings
 from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
@@ -140,7 +141,7 @@ def evaluate(
     _print_summary(run_flow("flows.pretrain:evaluate_and_report", config, verbose), config)
 
 
-def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -> None:
+def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None, as_json: AsJson = False) -> None:
     """Write the report of a run again, or write one page that compares several runs.
 
     Example: gpt2 report small large --to both.html
@@ -149,11 +150,16 @@ def report(*names: str, settings: Settings = DEFAULTS, to: Path | None = None) -
         names: The runs (default: the only run of the store).
         to: The .html or .md file to write (default: the store for one run, ./RUN-RUN.html for several).
     """
+    from flows.inspection.facts import run_facts
     from flows.pages.run_report import write_page, write_report
 
     config = settings.run(*names[:1])
     store, runs = open_store(config.store_url), list(names) or [config.name]
-    if to is None and len(runs) == 1:
+    if as_json:
+        for facts in (run_facts(store, run) for run in runs):
+            evaluations = [{"step": one.step, "metrics": one.metrics} for one in facts.evaluations]
+            print_json({"run": facts.name, **asdict(facts.training), "evaluations": evaluations})
+    elif to is None and len(runs) == 1:
         write_report(store, runs[0])
         say("report", f"{config.store_url.rstrip('/')}/{RunKeys(runs[0]).report('html')}")
     else:

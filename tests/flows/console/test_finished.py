@@ -25,6 +25,7 @@ from storage.sources import reading
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store
+from tests.flows.in_process import Gpt2
 from tests.making import build_dataset, document, tiny_config, write_parquet
 
 RUN, DATASET = RunKeys("tiny"), DatasetKeys("small")
@@ -153,3 +154,10 @@ def test_a_second_time_starts_no_prefect(finished: Finished) -> None:
 def test_help_and_version_import_nothing_heavy(tmp_path: Path) -> None:
     for argv in (["--help"], ["dataset", "-h"], ["--version"]):
         assert run_console(*argv, cwd=tmp_path)[1] == set()
+
+
+def test_the_report_is_printed_as_json_too(gpt2: Gpt2, pristine: Finished) -> None:
+    [report] = gpt2("report", "--json", "--set", f"store_url={pristine.config.store_url}").json_lines
+    assert (report["run"], report["steps"], report["max_steps"]) == ("tiny", 2, 2)
+    assert {evaluation["step"] for evaluation in report["evaluations"]} == {1, 2}
+    assert any("val_loss_t32" in evaluation["metrics"] for evaluation in report["evaluations"])
