@@ -17,6 +17,7 @@ from flows.demo import lasting, write_corpus
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
+from model.evaluation.items import ENDINGS
 from model.runs.job import put_job
 from model.runs.run import keep_request, stored_dataset_settings, stored_settings, training_job
 from storage.keys import RunKeys
@@ -210,7 +211,8 @@ def _print_summary(reported: Reported, config: RunConfig) -> None:
     for result in reported.evaluations:
         if result.metrics:
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-            say(result.name, f"{metrics} (step {result.step:,})")
+            chance = f", chance {1 / ENDINGS}" if any("_acc" in name for name in result.metrics) else ""
+            say(result.name, f"{metrics} (step {result.step:,}{chance})")
     if reported.sample is not None:
         say("sample", " ".join(reported.sample.split()))
     say("report", f"{config.store_url.rstrip('/')}/{reported.page}")
