@@ -145,22 +145,22 @@ def test_a_killed_evaluation_fails_at_once_with_its_last_lines_and_its_retry_suc
     killed: list[str] = []
     start = processes._start
 
-    def start_killed(argv: list[str]) -> subprocess.Popen[str]:
+    def start_killed(argv: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
         if "val_loss" in argv[4] and not killed:
             killed.append(argv[4])
             argv = [argv[0], "-c", KILLED, *argv[3:]]
-        return start(argv)
+        return start(argv, environment)
 
     monkeypatch.setattr(processes, "_start", start_killed)
     config, store = changed(run, checkpoint="4", validation_tokens=64), open_store(run.store_url)
     before = read_json(store, RunKeys("tiny").evaluation(4, "val_loss"))  # from another test, or None
-    with pytest.raises(JobFailed, match=r"val_loss of step 4: .*SIGKILL.*\n.*1 process on cpu") as failed:
+    with pytest.raises(JobFailed, match=r"val_loss of step 4: .*signal 9.*\n.*1 process on cpu") as failed:
         evaluate_and_report(config)
     killed_at = re.search(r"killed at (\S+)", str(failed.value))
     assert killed_at is not None
     assert read_json(store, RunKeys("tiny").evaluation(4, "val_loss")) == before
     assert read_json(store, RunKeys("tiny").evaluation(4, "samples")) is not None
-    assert "SIGKILL" in {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"]
+    assert "signal 9" in {line.what.strip(): line.error for line in run_status(store, "tiny")}["val_loss"]
     ended = datetime.fromisoformat(newest_task(api, "val_loss-4", "Failed")["end_time"])
     assert ended - datetime.fromisoformat(killed_at[1]) < timedelta(seconds=60)
     body = {"flow_runs": {"name": {"any_": ["evaluate-tiny"]}, "parent_task_run_id": {"is_null_": True}}}
