@@ -33,6 +33,7 @@ def find_leaks(dataset: str, manifest: str, items: str | None, workers: int, sto
     if report is None or report.items_key != items:
         report = _report(store, dataset, manifest, items, workers)
         overwrite(store, DatasetKeys(dataset).leaks(manifest), canonical_json(report.model_dump()))
+        store.delete(DatasetKeys(dataset).page(manifest))  # the next run writes the card with this report
     say("audit", leak_line(report))
     show(create_markdown_artifact, markdown=leak_line(report), key="leaks", description=f"Leaks in {dataset}")
     return report

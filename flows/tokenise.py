@@ -202,12 +202,13 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
             if error or len(lines) < MOST_LINES:
                 line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")}
                 lines.append(line | {"to run it again": retry_command if error else ""})
-                lines.sort(key=lambda line: not line["why"])  # failures first
                 if shown:
-                    shown.show("Shards", lines)
+                    shown.show("Shards", _failures_first(lines))
         if errors:
             break
-    show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
+    show(
+        create_table_artifact, table=_failures_first(lines), key="shard-status", description=f"Shard jobs of {dataset}"
+    )
     bar.close()
     if errors:
         if len(errors) > 1:
@@ -226,6 +227,10 @@ def _retry_command(config: RunConfig) -> str:
     if root.deployment_id is not None:
         return f"prefect flow-run retry {root.id}"
     return f"gpt2 retry {config.name if root.name == f'pretrain-{config.name}' else config.data.dataset}"
+
+
+def _failures_first(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    return sorted(lines, key=lambda line: not line["why"])
 
 
 def _task_name(jobs: list[ShardJob]) -> str:

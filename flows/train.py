@@ -78,6 +78,8 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     metrics = read_metrics(store, run.name)
     say("train", _summary(result.step, config.train.max_steps, metrics, done_before=done is not None))
     _show_metrics(run, metrics)
+    if shown:
+        shown.draw(metrics, final=True)
     return result
 
 
@@ -130,9 +132,7 @@ def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Ev
             if shown:
                 shown.alerts.append(alert)
             emit_event(ALERT, {"prefect.resource.id": f"run.{run.name}"}, payload={"run": run.name, "alert": alert})
-    if shown:  # also after a failure, or if nothing was left to train
-        with suppress(StorageError):
-            lines_by_step |= {line.step: line for line in read_metrics(store, run.name)}
+    if shown:  # after a failure this is the last curve
         shown.draw([lines_by_step[step] for step in sorted(lines_by_step)], final=True)
 
 

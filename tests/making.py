@@ -13,10 +13,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from model import tokenizer
 from model.config import RunConfig
 from model.config_file import load_config
-from storage.datasets import building
+from storage.datasets.building import build_here
 from storage.datasets.manifest import Manifest
-from storage.datasets.plan import plan_files, planner
-from storage.datasets.shards import build_shard
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_as
@@ -62,14 +60,8 @@ def build_dataset(config: RunConfig) -> Manifest:
     """Build and seal the dataset as `gpt2 dataset build` does, without Prefect."""
     store, data = open_store(config.store_url, create=True), config.data
     listing, _ = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)
-    spec, name = data.spec(tokenizer.identity()), data.dataset
-    plans = list(plan_files(store, name, listing.files, spec.settings, planner(store, spec.settings, tokenizer.encode)))
-    build = building.start_build(store, spec, plans)
-    for split in ("val", "train"):
-        for job in building.missing_jobs(plans, build.split, build.missing, split):
-            build_shard(store, name, job, tokenizer.encode, tokenizer.EOT)
-        building.put_val_documents(store, name, build.split, tokenizer.decode_bytes)
-    return building.finish_build(store, build, listing.origin)
+    spec = data.spec(tokenizer.identity())
+    return build_here(store, spec, listing, tokenizer.encode, tokenizer.decode_bytes, eot=tokenizer.EOT)
 
 
 def build_other(store_url: str, dataset: str, numbers: range, *overrides: str) -> Manifest:

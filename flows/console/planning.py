@@ -18,9 +18,7 @@ from model.config import RunConfig
 from model.config_file import config_of
 from model.runs.job import put_job
 from model.runs.run import pin_run, training_job
-from storage.datasets import building
-from storage.datasets.plan import plan_files, planner
-from storage.datasets.shards import build_shard
+from storage.datasets.building import build_here
 from storage.errors import ObjectMissing
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
@@ -77,12 +75,4 @@ def _build(store: Store, config: RunConfig) -> str:
     """Build the dataset without Prefect. Returns its manifest's digest."""
     data, spec = config.data, config.data.spec(tokenizer.identity())
     listing, _ = list_source(store, data.source, data.config, data.revision, "train")
-    make_plan = planner(store, spec.settings, tokenizer.encode)
-    build = building.start_build(
-        store, spec, list(plan_files(store, spec.name, listing.files, spec.settings, make_plan))
-    )
-    for split in ("val", "train"):
-        for job in building.missing_jobs(build.plans, build.split, build.missing, split):
-            build_shard(store, spec.name, job, tokenizer.encode, tokenizer.EOT)
-        building.put_val_documents(store, spec.name, build.split, tokenizer.decode_bytes)
-    return building.finish_build(store, build, listing.origin).digest
+    return build_here(store, spec, listing, tokenizer.encode, tokenizer.decode_bytes, eot=tokenizer.EOT).digest

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.inspection.status import run_names
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import checkpoints, read_segments
 from model.config import RunConfig
 from model.runs.run import find_run
 from model.tokenizer import VOCABULARY
@@ -155,7 +155,8 @@ def _rate_of_runs(store: Store, config: RunConfig) -> tuple[float | None, str]:
             trained = RunConfig.model_validate(run.config, extra="ignore")
             same = ("sequence_tokens", "batch_tokens")
             if all(getattr(trained.train, field) == getattr(config.train, field) for field in same):
-                lines = read_metrics(store, name)[-200:]
+                segments = checkpoints(store, name)[-1:]
+                lines = read_segments(store, [key for record in segments for key in record.metrics[-2:]])[-200:]
                 seconds = sum(line.step_seconds + line.metrics_seconds + line.checkpoint_seconds for line in lines)
                 if seconds:
                     return len(lines) * config.train.batch_tokens / seconds, f"as run {name} trained"

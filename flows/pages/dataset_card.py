@@ -60,9 +60,10 @@ def page(card: DatasetSummary) -> bytes:
 
 
 def write_card(store: Store, dataset: str, manifest: Manifest) -> str:
-    """Put the card's page into the store. Returns its key."""
+    """Put the card's page into the store, unless it is there: it reads every record. Returns its key."""
     key = DatasetKeys(dataset).page(manifest.digest)
-    overwrite(store, key, page(summarise(store, dataset, manifest)))
+    if not any(store.list(key)):
+        overwrite(store, key, page(summarise(store, dataset, manifest)))
     return key
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
@@ -125,17 +125,22 @@ class RunPage:
             self.fail(states["running"], str(error) or type(error).__name__)
         self._end()
 
+    @cached_property
+    def settings(self) -> list[str]:
+        """The settings that differ from the default preset."""
+        return settings_beyond(DEFAULT, self.config)
+
     @property
     def headline(self) -> str:
         """The page in one line: its title, and the stage that runs or has failed."""
-        shown = [stage for stage in self.stages.values() if stage.state in ("running", "failed")]
+        shown = [stage for stage in list(self.stages.values()) if stage.state in ("running", "failed")]
         count = f", {shown[-1].done:,} of {shown[-1].total:,} {shown[-1].unit}" if shown and shown[-1].total else ""
         return f"{self.title}: {shown[-1].name} {shown[-1].state}{count}" if shown else self.title
 
     def markdown(self) -> str:
-        tables = {title: (rows[:MOST_ROWS], len(rows) - MOST_ROWS) for title, rows in self.tables.items() if rows}
+        tables = {title: (rows[:MOST_ROWS], len(rows) - MOST_ROWS) for title, rows in dict(self.tables).items() if rows}
         shown = {"stages": list(self.stages.values()), "tables": tables, "curve": self._curve, "duration": duration}
-        shown |= {"settings": settings_beyond(DEFAULT, self.config), "now": self._so_far()}
+        shown |= {"settings": self.settings, "now": self._so_far(), "links": dict(self.links)}
         return render("run_page.md.j2", **vars(self) | shown)
 
     def _so_far(self) -> dict[str, str]:

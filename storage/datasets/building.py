@@ -12,11 +12,11 @@ import numpy as np
 from storage.datasets import val_documents
 from storage.datasets.lease import claim
 from storage.datasets.manifest import Manifest, latest_manifest
-from storage.datasets.plan import FilePlan, ShardJob, ValSplit
+from storage.datasets.plan import Encode, FilePlan, ShardJob, ValSplit, plan_files, planner
 from storage.datasets.recipe import DatasetSpec
 from storage.datasets.records import DTYPE, failures, finished_shards, read_record
 from storage.datasets.sealing import check_binding, check_rebuilt, seal
-from storage.datasets.shards import document_bounds, read_shard
+from storage.datasets.shards import build_shard, document_bounds, read_shard
 from storage.digests import digest
 from storage.errors import DatasetMismatch, ObjectCorrupt, ObjectMissing
 from storage.keys import DatasetKeys, failure
@@ -76,6 +76,20 @@ def start_build(store: Store, spec: DatasetSpec, plans: list[FilePlan]) -> Build
     planned = [job.shard_id for plan in plans for job in plan.jobs(split)]
     finished = finished_shards(store, spec.name, planned, parent.rows_by_id if parent else {})
     return Build(spec, plans, split, planned, frozenset(planned) - finished.keys(), parent)
+
+
+def build_here(
+    store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode, *, eot: int
+) -> Manifest:
+    """Plan, build and seal a dataset in this process, one shard after the other."""
+    make_plan = planner(store, spec.settings, encode)
+    plans = list(plan_files(store, spec.name, listing.files, spec.settings, make_plan))
+    build = start_build(store, spec, plans)
+    for split in ("val", "train"):
+        for job in missing_jobs(plans, build.split, build.missing, split):
+            build_shard(store, spec.name, job, encode, eot)
+        put_val_documents(store, spec.name, build.split, decode)
+    return finish_build(store, build, listing.origin)
 
 
 def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest:
