@@ -83,11 +83,11 @@ def test_two_ranks_end_at_the_same_step(dataset: StoredDataset) -> None:
 
 def test_a_run_that_ended_early_is_extended_under_a_new_name(dataset: StoredDataset, early: str) -> None:
     more = ("train.start_from=early", "train.start_with=everything", "train.max_steps=14")
-    dataset.train("more", *EARLY, *more, "train.learning_rate=1e-2", "train.checkpoint_every_steps=1")
-    lines = read_metrics(dataset.store, "more")
+    dataset.train("longer", *EARLY, *more, "train.learning_rate=1e-2", "train.checkpoint_every_steps=1")
+    lines = read_metrics(dataset.store, "longer")
     assert [line.step for line in lines] == list(range(END, 14))
     assert lines[-1].loss < losses(dataset.store, early)[-1] - 0.4
-    assert chosen(dataset.store, "more", "best")[0].val_loss == min(line.val_loss for line in lines if line.val_loss)
+    assert chosen(dataset.store, "longer", "best")[0].val_loss == min(line.val_loss for line in lines if line.val_loss)
 
 
 def test_a_run_without_these_settings_keeps_its_recipe_and_records(dataset: StoredDataset) -> None:

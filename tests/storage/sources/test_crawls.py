@@ -9,11 +9,10 @@ from model.config import RunConfig
 from model.config_file import load_config
 from storage.datasets.manifest import Manifest
 from storage.datasets.plan import ShardJob
-from storage.datasets.shards import read_shard
+from storage.datasets.shards import build_shard, read_shard
 from storage.datasets.versions import difference
 from storage.sources.hub import list_files
 from storage.stores.opening import open_store
-from tests import making
 from tests.corpora import encoded
 from tests.hub import Hub, Repository
 from tests.making import build_dataset, document, tiny_config
@@ -104,13 +103,12 @@ def publish(hub: Hub, *numbers: int) -> Repository:
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The source files of the shard jobs that were run."""
     names = list[str]()
-    build_shard = making.build_shard
 
     def count(store: object, dataset: str, job: ShardJob, *rest: object) -> object:
         names.append(job.source.name)
-        return build_shard(store, dataset, job, *rest)  # type: ignore[arg-type]  # what `making` gives
+        return build_shard(store, dataset, job, *rest)  # type: ignore[arg-type]  # what `building` gives
 
-    monkeypatch.setattr(making, "build_shard", count)
+    monkeypatch.setattr("storage.datasets.building.build_shard", count)
     return names
 
 
