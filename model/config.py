@@ -56,27 +56,27 @@ class DataConfig(Section):
     source: Text = Field(
         "HuggingFaceFW/fineweb-edu",
         min_length=1,  # or it would be the working folder
-        description="Hugging Face dataset (owner/name), or path or s3:// URL of a file, folder or quoted glob: "
+        description="Hugging Face dataset (owner/name), or path or s3:// URL of a file, folder or glob (quote it): "
         "parquet, arrow, jsonl, json, csv, tsv, txt or md; also .gz, .zst, .bz2, .xz.",
     )
-    config: Text = Field("sample-10BT", description="Hub configuration (empty = default), glob, or newest:N crawls.")
+    config: Text = Field("sample-10BT", description="Hub configuration: a name (empty = default), glob or newest:N.")
     revision: Text = Field("main", description="Branch, tag or commit of the Hugging Face dataset.")
-    text_column: Text = Field("text", description="Column with the text (doc.text: field text of column doc).")
+    text_column: Text = Field("text", description="Column with the text; doc.text is field text of column doc.")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
     val_shards: Positive = Field(10, description="Shards in the validation split.")
     filters: Lines = Field(
         (),
         description="Keep documents that meet all conditions, e.g. 'meta.score >= 4', 'length >= 200' (characters). "
-        "Folders such as lang=en/ are columns, too.",
+        "Partition folders such as lang=en/ are columns, too.",
     )
     max_tokens: Count = Field(0, description="Use only the first N tokens of the source (0 = all).")
-    mirror: bool = Field(True, description="Copy Hugging Face files into the store (off = read them remotely).")
+    mirror: bool = Field(True, description="Copy Hugging Face files into the store (false = read them remotely).")
     on_bad_document: Literal["fail", "skip"] = Field(
         "fail", description="If a document cannot be tokenised: fail the shard, or skip and count the document."
     )
-    keep_val_duplicates: bool = Field(False, description="Keep val documents in train, to reproduce published tokens.")
+    keep_val_duplicates: bool = Field(False, description="Keep val duplicates in train, to match published tokens.")
     val_choice: Literal["first", "spread"] = Field(
-        "first", description="Val shards: the first of the source, or spread evenly over it (for sorted sources)."
+        "first", description="Take val shards from the start of the source, or spread over it (for sorted sources)."
     )
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class TrainingConfig(Section):
                      "keep_best"}  # fmt: skip
 
     sequence_tokens: Positive = Field(512, description="Sequence length in tokens.")
-    micro_batch_sequences: Count = Field(0, description="Sequences per forward pass of a process (0 = automatic).")
+    micro_batch_sequences: Count = Field(0, description="Sequences per micro-batch of each process (0 = automatic).")
     batch_tokens: Positive = Field(524_288, description="Tokens per optimizer step, over all processes.")
     max_steps: Positive = Field(19_073, description="Optimizer steps in the whole run.")
     warmup_steps: Count = Field(715, description="Steps of linear warm-up to the maximum learning rate.")
@@ -127,23 +127,23 @@ class TrainingConfig(Section):
     weight_decay: Amount = Field(0.1, description="Weight decay of matrices; biases and norms have none.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's beta1 and beta2.")
     clip: Amount = Field(1.0, gt=0, description="Maximum gradient norm (gradient clipping).")
-    skip_outlier_steps: Count = Field(0, description="Maximum steps to skip (NaN or inf, 10x the usual gradient norm).")
+    skip_outlier_steps: Count = Field(0, description="Skip up to N steps (NaN, inf or 10x the usual gradient norm).")
     dropout: Fraction = Field(0.0, description="Dropout probability during training.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Precision of the forward pass (auto = bf16 on a CUDA GPU that supports it, else fp32)."
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="Use torch.compile (auto = only with CUDA).")
     seed: Seed = Field(1337, description="Random seed of initial weights, data order, dropout and evaluation.")
-    mix: Lines = Field((), exclude_if=not_, description="Datasets by weight: web:0.8, code:0.2 (empty = data.dataset).")
-    start_from: Name = Field("", description="Run whose newest checkpoint to start from (empty = from scratch).")
+    mix: Lines = Field((), exclude_if=not_, description="Dataset mix: web:0.8, code:0.2 (empty = only data.dataset).")
+    start_from: Name = Field("", description="Run to start from, at its newest checkpoint (empty = none).")
     start_with: Literal["weights", "everything"] = Field("weights", description="everything = also step and optimizer.")
     checkpoint_every_steps: Positive = Field(250, description="Steps between two checkpoints.")
-    keep_last: Positive = Field(3, description="Number of newest checkpoints to keep.")
+    keep_last: Positive = Field(3, description="Number of most recent checkpoints to keep.")
     keep_every_steps: Count = Field(5_000, description="Steps between checkpoints kept permanently (0 = none).")
     keep_best: bool = Field(True, description="Keep the checkpoint with the lowest val loss, too.")
     validate_every_steps: Count = Field(250, description="Steps between validations during training (0 = none).")
     validation_tokens: Positive = Field(10_485_760, description="Maximum tokens per validation, of each dataset.")
-    patience_validations: Count = Field(0, exclude_if=not_, description="End after N validations without a new best.")
+    patience_validations: Count = Field(0, exclude_if=not_, description="Early stop: N validations without a new best.")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -187,14 +187,14 @@ class EvaluationConfig(Section):
         "fp32", description="Precision of losses; bf16 is faster on a GPU but changes a few results. Samples use fp32."
     )
     validation_tokens: Count = Field(0, description="Maximum tokens of the validation split to score (0 = all).")
-    hellaswag: Text = Field("Rowan/hellaswag", description="HellaSwag's Hub dataset or file (empty = val documents).")
-    completion_items: Positive = Field(200, description="Items made from validation documents if hellaswag is empty.")
+    hellaswag: Text = Field("Rowan/hellaswag", description="HellaSwag's Hub dataset or file (empty = completion set).")
+    completion_items: Positive = Field(200, description="Items of the completion set, made from val documents.")
     prompts: Lines = Field(("Hello, I'm a language model,",), description="Prompts to generate samples from.")
     samples: Annotated[int, Field(strict=True, ge=1, le=10_000)] = Field(2, description="Samples per prompt.")
     sample_tokens: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = Field(64, description="Tokens per sample.")
     temperature: Amount = Field(0.9, description="Sampling temperature (0 = always the most likely token).")
     top_k: Count = Field(50, description="Sample from the k most likely tokens (0 = all).")
-    top_p: float = Field(1.0, strict=True, gt=0, le=1, description="Nucleus: probability of the top tokens (1 = all).")
+    top_p: float = Field(1.0, strict=True, gt=0, le=1, description="Nucleus sampling: probability to keep (1 = all).")
 
 
 class ResourcesConfig(Section):
@@ -204,7 +204,7 @@ class ResourcesConfig(Section):
     workers: Count = Field(0, description="Shards to tokenise at once (0 = one per core).")
     dask_address: Text = Field("", description="Dask scheduler, tcp://HOST:PORT (empty = start one on this host).")
     shards_per_task: Count = Field(0, description="Shards per Prefect task (0 = automatic: 1 for up to 2,000 shards).")
-    audit: bool = Field(False, description="After each build, report duplicates and test text in the training data.")
+    audit: bool = Field(False, description="After each build, report leaks: duplicates and test text in train.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = CUDA, else MPS, else CPU.")
     processes: Count = Field(0, description="Training processes per host (0 = one per GPU, else 1).")
     nodes: Positive = Field(1, description="Hosts that train together; the log shows the command for each other host.")
@@ -212,12 +212,12 @@ class ResourcesConfig(Section):
         "", pattern=r"^([\w.:\[\]-]{1,253}:[0-9]{1,5})?$", description="HOST:PORT of the first of several hosts."
     )
     prefetch_batches: Count = Field(4, description="Micro-batches to prefetch (0 = none).")
-    unsaved_minutes: Amount = Field(30.0, gt=0, description="Minutes to train on while no checkpoint can be saved.")
+    unsaved_minutes: Amount = Field(30.0, gt=0, description="Minutes to keep training if no checkpoint can be saved.")
     tracker: Tracker = Field("", description="trackio, wandb, mlflow or tensorboard, or KIND:TARGET (empty = none).")
     concurrent_evaluations: Positive = Field(1, description="Maximum number of evaluations that run at once.")
     evaluation_processes: Count = Field(1, description="Processes per evaluation (0 = one per GPU, else 1).")
-    price_per_gpu_hour: Amount = Field(0.0, description="Price of a GPU for an hour, for gpt2 plan (0 = unknown).")
-    cache_bytes: Positive = Field(50_000_000_000, description="Maximum bytes of this host's cache for shards in S3.")
+    price_per_gpu_hour: Amount = Field(0.0, description="Price per GPU-hour, for gpt2 plan (0 = unknown).")
+    cache_bytes: Positive = Field(50_000_000_000, description="Maximum bytes of this host's cache of shards from S3.")
 
     @model_validator(mode="before")
     @classmethod
@@ -239,7 +239,7 @@ class How(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    name: Name = Field("gpt2-124m", min_length=1, description="Name of the run. To compute something else, change it.")
+    name: Name = Field("gpt2-124m", min_length=1, description="Name of the run. A new experiment needs a new name.")
     store_url: Url = Field("./data", min_length=1, description="Folder, or s3://bucket/prefix (credentials: AWS_*).")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
