@@ -10,9 +10,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from model import tokenizer
 from model.config import RunConfig
 from storage.digests import sha256
@@ -21,13 +18,12 @@ FILES = 4
 ROW_GROUP = 100
 # not part of every installation
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
-COMMON_WORDS = frozenset(
-    "the a an of to and or is are be in on that this for it if not with as by from which".split()  # noqa: SIM905  # words read better than a list
-)
+COMMON_WORDS = frozenset("the a an of to and or is are be in on that this for it if not with as by from which".split())  # noqa: SIM905  # words read better than a list
 LEAST_WORDS = 8  # per paragraph
 LEAST_COMMON = 0.2  # share of common words in a paragraph; lower in tables and lists of options
 CODE = re.compile(r"[_=<>{}\[\]\\|]")  # a paragraph with identifiers or code in it
 LEAST_TOKENS = 24  # per document
+CORPUS = Path(".gpt2/demo-corpus")  # the folder that the preset demo reads
 MINUTES = 3  # duration of the preset demo on 2 cores
 FIXED_MINUTES = 1  # the part of MINUTES that does not grow with the steps: Prefect, corpus, shards, evaluation, report
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -42,12 +38,14 @@ def lasting(config: RunConfig, minutes: int) -> RunConfig:
     return config.model_copy(update={"name": f"{config.name}-{minutes}", "train": train})
 
 
-def write_corpus(folder: Path | str) -> list[Path]:
+def write_corpus(folder: Path) -> list[Path]:
     """Write the corpus as parquet files, unless they exist. Returns the files."""
-    folder = Path(folder)  # Prefect's pull step passes a string
     paths = [folder / f"python-{platform.python_version()}-prose-{index:03d}.parquet" for index in range(FILES)]
     if all(path.exists() for path in paths):
         return paths
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder.mkdir(parents=True, exist_ok=True)
     # Ordering by digest mixes the modules, so that the first shard, which becomes the val split, is a random sample.
     documents = sorted(set(_documents()), key=lambda text: sha256(text.encode()))
@@ -90,10 +88,6 @@ def _documents() -> Iterator[str]:
             dictionaries = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
             yield from (prose(topic) for topics in dictionaries for topic in ast.literal_eval(topics).values())
         for node in [tree, *tree.body]:
-            yield _documentation(node)
-
-
-def _documentation(node: ast.AST) -> str:
-    nodes = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
-    paragraphs = [prose(ast.get_docstring(part) or "") for part in nodes if isinstance(part, Documented)]
-    return "\n".join(filter(None, paragraphs))
+            nodes = [node, *node.body] if isinstance(node, ast.ClassDef) else [node]
+            paragraphs = [prose(ast.get_docstring(part) or "") for part in nodes if isinstance(part, Documented)]
+            yield "\n".join(filter(None, paragraphs))

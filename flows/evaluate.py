@@ -1,6 +1,5 @@
 """The fourth stage: evaluates checkpoints. Each evaluation is a Prefect task and a job in its own process."""
 
-from contextlib import suppress
 from typing import Any
 
 from prefect import State, flow, task
@@ -9,20 +8,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.inspection.facts import read_evaluation
 from flows.items import mirror_items
-from flows.runtime.artifacts import show
-from flows.runtime.page import page
+from flows.runtime.page import run_page
 from flows.runtime.processes import Processes, run_job
-from flows.runtime.progress import Bar, say
+from flows.runtime.progress import Bar, say, show
 from model.checkpoints.records import CheckpointRecord, chosen
 from model.config import RunConfig, differences
-from model.evaluation.results import Evaluation
 from model.runs.job import EvaluationSummary, Job, JobFailed, JobRefused, TrainingResult
 from model.runs.run import evaluation_jobs, pinned_items, pinned_run
 from storage.datasets.manifest import latest_manifest
-from storage.errors import ObjectCorrupt, StorageError
-from storage.keys import RunKeys
+from storage.errors import StorageError
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
@@ -33,13 +28,7 @@ Failure = tuple[str, Exception]  # the evaluation, and why it failed
 @task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
 def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
     """Run one evaluation job in its own process. Returns its result as JSON."""
-    store = open_store(store_url)
-    stored: Evaluation | None = None
-    with suppress(ObjectCorrupt):  # the job writes it anew
-        stored = read_evaluation(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
-    if stored is None or stored.job != job.job_id:
-        store.delete(RunKeys(job.run).result(job.job_id))  # its evaluation is missing or another job's
-    return run_job(store, job, processes)
+    return run_job(open_store(store_url), job, processes)
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
@@ -87,8 +76,7 @@ def _results(run: str, jobs: list[Job], futures: Futures, failures: list[Failure
             metrics = [f"{name} {value:.4f}" for name, value in result.metrics.items()]
             rows += [row | {"state": str(future.state.name), "result": metric} for metric in metrics or [""]]
     show(create_table_artifact, table=rows, key="evaluations", description=f"Evaluations of {run}")
-    if shown := page.get():
-        shown.show("Failed evaluations", [row for row in rows if row["state"] == "Failed"])
+    run_page().show("Failed evaluations", [row for row in rows if row["state"] == "Failed"])
     for name, reason in failures:
         say("evaluate", f"{name} failed: {str(reason).partition(chr(10))[0]}")
     computed = sum(future.state.name == "Completed" for future in futures)  # else Skipped or Failed

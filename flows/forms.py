@@ -4,9 +4,6 @@ The fields that are left empty keep the values of the preset. The settings of a 
 """
 
 import os
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
@@ -14,7 +11,7 @@ from prefect.runtime import flow_run
 from pydantic import Field, JsonValue
 
 from flows import pretrain as pipeline
-from flows.demo import lasting, write_corpus
+from flows.demo import CORPUS, lasting, write_corpus
 from flows.handoffs import Reported
 from flows.train import train as train_stage
 from model.config import CHECKPOINT, LINE, NAME, TEXT, RunConfig
@@ -32,22 +29,27 @@ def _field(title: str, description: str, **schema: JsonValue) -> Any:
 CHOICES = "\n\n".join(f"- `{name}`: {text}" for name, text in presets().items())
 ITEMS: JsonValue = {"type": "string", "pattern": TEXT}
 Preset = Annotated[str, _field("Preset", f"The settings to start from.\n\n{CHOICES}", enum=[*presets()])]
-RunName = Annotated[str, _field("Run name", "The run to start or continue (empty = the preset's).", pattern=NAME)]
+Run = Annotated[str, _field("Run name", "The run to start or continue (empty = the preset's).", pattern=NAME)]
 Dataset = Annotated[str, _field("Dataset", "Name of the dataset in the store (empty = the preset's).", pattern=NAME)]
 Source = Annotated[str, _field("Source", "File, folder, glob or Hub dataset (empty = the preset's).", pattern=LINE)]
 Steps = Annotated[int, _field("Steps", "Optimizer steps in all (0 = the preset's).", minimum=0, maximum=10**9)]
 Gpus = Annotated[int, _field("GPUs", "GPUs, or processes on a CPU (0 = the preset's, or all).", minimum=0, maximum=64)]
-More = _field("More settings", "One per line: section.field=value (see gpt2 settings).", maxItems=100, items=ITEMS)
-Settings = Annotated[tuple[str, ...], More]
-Minutes = Annotated[
-    int, _field("Minutes", "How long the demo takes on two idle cores.", minimum=2, exclusiveMaximum=9999)
-]
+MORE = _field("More settings", "One per line: section.field=value (see gpt2 settings).", maxItems=100, items=ITEMS)
+More = Annotated[tuple[str, ...], MORE]
+MINUTES = _field("Minutes", "How long the demo takes on two idle cores.", minimum=2, exclusiveMaximum=9999)
+Minutes = Annotated[int, MINUTES]
 Checkpoint = Annotated[str, _field("Checkpoint", "last, best, every (all kept) or a step number.", pattern=CHECKPOINT)]
 
 
-def _enter_folder() -> None:
-    """Enter the folder of gpt2 serve or bootstrap. Not before the import of the flow: a user may have own `flows`."""
+def _entered(preset: str) -> dict[str, Any]:
+    """The values of a preset, in the folder of gpt2 serve or bootstrap.
+
+    A flow enters it, not the import of the flow: a user's folder may have own `flows`.
+    """
     os.chdir(os.environ.get("GPT2_FOLDER", "."))
+    if preset == "demo":
+        write_corpus(CORPUS)
+    return preset_values(preset)
 
 
 def _run_name() -> str:
@@ -57,58 +59,42 @@ def _run_name() -> str:
 
 @flow(name="pretrain", flow_run_name=_run_name)
 def pretrain(
-    preset: Preset = DEFAULT,
-    name: RunName = "",
-    source: Source = "",
-    steps: Steps = 0,
-    gpus: Gpus = 0,
-    settings: Settings = (),
+    preset: Preset = DEFAULT, name: Run = "", source: Source = "", steps: Steps = 0, gpus: Gpus = 0, settings: More = ()
 ) -> Reported:
     """Run the whole pipeline, from source files to report."""
-    _enter_folder()
-    return pipeline.pretrain.fn(_config(preset, name, settings, source, steps, gpus))
+    return pipeline.pretrain.fn(_config(preset, name=name, source=source, steps=steps, gpus=gpus, settings=settings))
 
 
 @flow(name="demo", flow_run_name="demo")
-def demo(minutes: Minutes = 3, settings: Settings = ()) -> Reported:
+def demo(minutes: Minutes = 3, settings: More = ()) -> Reported:
     """Run the whole pipeline offline, on Python's own documentation."""
-    _enter_folder()
-    config = lasting(filled(preset_values("demo"), settings=settings), minutes)
-    write_corpus(Path(config.data.source).parent)
-    return pipeline.pretrain.fn(config)
+    return pipeline.pretrain.fn(lasting(filled(_entered("demo"), settings=settings), minutes))
 
 
 @flow(name="dataset-refresh", flow_run_name=_run_name)
 def dataset_refresh(
-    preset: Preset = "fineweb-edu-newest", dataset: Dataset = "", source: Source = "", settings: Settings = ()
+    preset: Preset = "fineweb-edu-newest", dataset: Dataset = "", source: Source = "", settings: More = ()
 ) -> str:
     """Bring a dataset up to date with its source."""
-    _enter_folder()
     names = (f"data.dataset={dataset}",) if dataset else ()
-    return pipeline.build_dataset.fn(filled(preset_values(preset), source=source, settings=[*names, *settings]))
+    return pipeline.build_dataset.fn(filled(_entered(preset), source=source, settings=[*names, *settings]))
 
 
 @flow(name="train", flow_run_name=_run_name)
-def train(
-    preset: Preset = DEFAULT, name: RunName = "", steps: Steps = 0, gpus: Gpus = 0, settings: Settings = ()
-) -> None:
+def train(preset: Preset = DEFAULT, name: Run = "", steps: Steps = 0, gpus: Gpus = 0, settings: More = ()) -> None:
     """Train a run to its last step, from its newest checkpoint."""
-    _enter_folder()
-    train_stage.fn(_config(preset, name, settings, "", steps, gpus))
+    train_stage.fn(_config(preset, name=name, steps=steps, gpus=gpus, settings=settings))
 
 
 @flow(name="evaluate", flow_run_name=_run_name)
-def evaluate(name: RunName, checkpoint: Checkpoint = "last", settings: Settings = ()) -> Reported:
+def evaluate(name: Run, checkpoint: Checkpoint = "last", settings: More = ()) -> Reported:
     """Evaluate checkpoints of a run, then write its report."""
-    _enter_folder()
-    return pipeline.evaluate_and_report.fn(_config(DEFAULT, name, (f"evaluation.checkpoint={checkpoint}", *settings)))
+    settings = (f"evaluation.checkpoint={checkpoint}", *settings)
+    return pipeline.evaluate_and_report.fn(_config(DEFAULT, name=name, settings=settings))
 
 
-def _config(
-    preset: str, name: str, settings: Sequence[str], source: str = "", steps: int = 0, gpus: int = 0
-) -> RunConfig:
+def _config(preset: str, **fields: Any) -> RunConfig:
     """The configuration of a form: the settings of the run if it exists, else the preset's, then the form's fields."""
-    fill = partial(filled, name=name, source=source, steps=steps, gpus=gpus, settings=settings)
-    config = fill(preset_values(preset))
+    config = filled(_entered(preset), **fields)
     stored = stored_settings(open_store(config.store_url, create=True), config.name)
-    return fill(stored | {"store_url": config.store_url}) if stored else config
+    return filled(stored | {"store_url": config.store_url}, **fields) if stored else config

@@ -41,7 +41,6 @@ class Reported:
 
     @classmethod
     def of(cls, facts: RunFacts, evaluations: list[EvaluationSummary]) -> "Reported":
-        """What these facts and evaluations tell about a run."""
         samples = facts.samples[0].samples if facts.samples else None
         sample = samples[0]["prompt"] + samples[0]["text"] if samples else None
         return cls(facts.dataset, facts.training, sample, RunKeys(facts.name).report("html"), evaluations)

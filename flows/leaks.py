@@ -7,9 +7,8 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.inspection.facts import leak_line
 from flows.items import mirror_items
-from flows.runtime.artifacts import show
 from flows.runtime.page import on_page
-from flows.runtime.progress import Bar, say
+from flows.runtime.progress import Bar, say, show
 from flows.runtime.tasks import worker_count
 from model import tokenizer
 from model.config import RunConfig
@@ -81,5 +80,4 @@ def _ngrams(ids: list[int]) -> np.ndarray:
 
 
 def _overlapping(ngrams_of_items: list[np.ndarray], in_train: np.ndarray) -> list[int]:
-    """The numbers of the items that share an n-gram with train."""
     return [number for number, ngrams in enumerate(ngrams_of_items) if np.isin(ngrams, in_train).any()]

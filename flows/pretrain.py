@@ -10,9 +10,9 @@ from flows.download import download
 from flows.evaluate import evaluate
 from flows.handoffs import Reported
 from flows.pages.dataset_card import write_card
+from flows.platform.server import link
 from flows.report import report
-from flows.runtime.artifacts import link
-from flows.runtime.page import on_page, page
+from flows.runtime.page import on_page, run_page
 from flows.tokenise import tokenise
 from flows.train import train
 from model import tokenizer
@@ -52,8 +52,7 @@ def build_dataset(config: RunConfig) -> str:
     downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
     keep_request(store, DatasetKeys(config.data.dataset).request, config)
     manifest = read_manifest(store, config.data.dataset, tokenise(config, downloaded).manifest)
-    if shown := page.get():
-        shown.links["Dataset card"] = link(store, write_card(store, config.data.dataset, manifest))
+    run_page().links["Dataset card"] = link(store, write_card(store, config.data.dataset, manifest))
     return manifest.digest
 
 
@@ -71,19 +70,18 @@ def _evaluate_and_report(config: RunConfig, trained: TrainingResult | None) -> R
     """Evaluate, then report. A failed evaluation fails the flow, after the report on the others is written."""
     state = evaluate(config, trained)
     result = state.result(raise_on_failure=False)
-    shown = page.get()
-    if shown and isinstance(result, BaseException):
-        shown.fail("evaluate", result)
-    if isinstance(result, BaseException) and not isinstance(result, JobFailed | JobRefused):
-        raise result
+    if isinstance(result, BaseException):
+        run_page().fail("evaluate", result)
+        if not isinstance(result, JobFailed | JobRefused):
+            raise result
     evaluated = result if isinstance(result, list) else []
     link_state_to_flow_run_result(state, evaluated)  # as Prefect does for a returned value; its UI then draws the arrow
     reported = report(config, evaluated)
     store = open_store(config.store_url)
-    if shown:
-        shown.links["Report"] = link(store, reported.page)
-    if shown and reported.dataset:
-        shown.links["Dataset card"] = link(store, write_card(store, reported.dataset.name, reported.dataset.version))
+    links = run_page().links
+    links["Report"] = link(store, reported.page)
+    if dataset := reported.dataset:
+        links["Dataset card"] = link(store, write_card(store, dataset.name, dataset.version))
     if isinstance(result, BaseException):
         raise result
     return reported

@@ -6,9 +6,8 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.handoffs import Reported
 from flows.pages import run_report
-from flows.runtime.artifacts import show
-from flows.runtime.page import page
-from flows.runtime.progress import say
+from flows.runtime.page import run_page
+from flows.runtime.progress import say, show
 from model.config import RunConfig
 from model.runs.job import EvaluationSummary
 from storage.stores.opening import open_store
@@ -18,10 +17,9 @@ from storage.stores.opening import open_store
 def write_report(run_name: str, store_url: str, evaluations: list[EvaluationSummary]) -> Reported:
     """Write report.html and report.md of a run, and show their content in Prefect's UI."""
     facts = run_report.write_report(open_store(store_url), run_name)
-    if shown := page.get():
-        rows = ((row.metric, row.values[0], row.published, row.chance) for row in run_report.metric_rows([facts]))
-        columns = ("metric", "value", "published", "chance")
-        shown.show("Evaluations", [dict(zip(columns, row, strict=True)) for row in rows])
+    rows = ((row.metric, row.values[0], row.published, row.chance) for row in run_report.metric_rows([facts]))
+    columns = ("metric", "value", "published", "chance")
+    run_page().show("Evaluations", [dict(zip(columns, row, strict=True)) for row in rows])
     text = run_report.markdown([facts])
     show(create_markdown_artifact, markdown=text, key="report", description=f"Report of {run_name}")
     return Reported.of(facts, evaluations)

@@ -18,10 +18,9 @@ from prefect.utilities.annotations import quote
 
 from flows.handoffs import DatasetVersion, Downloaded
 from flows.leaks import find_leaks
-from flows.runtime.artifacts import show
 from flows.runtime.ending import ending
-from flows.runtime.page import page
-from flows.runtime.progress import Bar, say
+from flows.runtime.page import run_page
+from flows.runtime.progress import Bar, say, show
 from flows.runtime.tasks import in_window, is_transient, retries, worker_count
 from model import tokenizer
 from model.config import ResourcesConfig, RunConfig, check_extra
@@ -51,27 +50,22 @@ def tokenise_shards(name: str, jobs: list[ShardJob], dataset: str, store_url: st
     made = 0
     errors: list[Exception] = []
     for job in jobs:
+        record_key = DatasetKeys(dataset).record(job.shard_id)
         try:
-            made += _make_shard(store, dataset, job)
+            if not is_finished(store, dataset, job.shard_id):
+                record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
+                store.delete(failure(record_key))
+                get_run_logger().info(f"{job.name}: {record.tokens:,} tokens of {record.documents:,} documents")
+                made += 1
         except (ValueError, StorageError, OSError, MemoryError) as error:
             errors.append(error)
             if isinstance(error, MemoryError):
                 rows = f"rows {job.recipe.row_from:,} to {job.recipe.row_to - 1:,} of {job.source.name!r}"
                 errors[-1] = JobFailed(f"shard {job.name!r}, {rows}: {OUT_OF_MEMORY}")
-            note_failure(store, DatasetKeys(dataset).record(job.shard_id), str(errors[-1]))
+            note_failure(store, record_key, str(errors[-1]))
     if errors:
         raise max(errors, key=is_transient)  # Prefect retries the task after a transient error
     return made if made else Completed(name="Skipped", message="already done")
-
-
-def _make_shard(store: Store, dataset: str, job: ShardJob) -> bool:
-    """Make one shard. Returns False if it was already done."""
-    if is_finished(store, dataset, job.shard_id):
-        return False
-    record = build_shard(store, dataset, job, tokenizer.encode, tokenizer.EOT)
-    store.delete(failure(DatasetKeys(dataset).record(job.shard_id)))
-    get_run_logger().info(f"{job.name}: {record.tokens:,} tokens of {record.documents:,} documents")
-    return True
 
 
 @task(task_run_name="seal-{dataset}", cache_policy=NO_CACHE)
@@ -179,10 +173,9 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
     """Run the missing jobs as tasks, and show them in a table. Raises a part's first error after all of its tasks."""
     dataset = config.data.dataset
     say("tokenise", f"{total - missing:,} of {total:,} shards done")
-    shown = page.get()
+    shown = run_page()
     before = {"shards": f"{total - missing:,} others", "state": "Already done", "why": "", "to run it again": ""}
-    if shown:
-        shown.show("Shards", [before | {"shards": f"{total - missing:,} of {total:,}"}])
+    shown.show("Shards", [before | {"shards": f"{total - missing:,} of {total:,}"}])
     if not missing:
         return
     bar = Bar("tokenise", missing, "shards")
@@ -201,14 +194,12 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
                 retry_command = retry_command or _retry_command(config)
             if error or len(lines) < MOST_LINES:
                 line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")}
-                lines.append(line | {"to run it again": retry_command if error else ""})
-                if shown:
-                    shown.show("Shards", _failures_first(lines))
+                line["to run it again"] = retry_command if error else ""
+                lines = sorted([*lines, line], key=lambda line: not line["why"])  # failures first
+                shown.show("Shards", lines)
         if errors:
             break
-    show(
-        create_table_artifact, table=_failures_first(lines), key="shard-status", description=f"Shard jobs of {dataset}"
-    )
+    show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
     bar.close()
     if errors:
         if len(errors) > 1:
@@ -227,10 +218,6 @@ def _retry_command(config: RunConfig) -> str:
     if root.deployment_id is not None:
         return f"prefect flow-run retry {root.id}"
     return f"gpt2 retry {config.name if root.name == f'pretrain-{config.name}' else config.data.dataset}"
-
-
-def _failures_first(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    return sorted(lines, key=lambda line: not line["why"])
 
 
 def _task_name(jobs: list[ShardJob]) -> str:

@@ -9,22 +9,21 @@ from shutil import disk_usage
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from flows.handoffs import DatasetVersion
 from flows.inspection.alerts import Alerts
+from flows.inspection.facts import stored_result
 from flows.inspection.plan import plan
 from flows.platform.automations import ALERT
-from flows.runtime.artifacts import show
-from flows.runtime.page import on_page, page
+from flows.runtime.page import on_page, run_page
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
 from model.checkpoints.metrics import Progress, StepMetrics
-from model.checkpoints.records import checkpoints, read_metrics
+from model.checkpoints.records import read_metrics
 from model.config import RunConfig
-from model.runs.job import Job, TrainingResult, read_result
+from model.runs.job import Job, TrainingResult
 from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
@@ -49,14 +48,10 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     store = open_store(config.store_url)
     run = started_run(store, config, version)
     job = training_job(run)
-    if shown := page.get():
-        shown.plan = plan(store, config)  # with the dataset's tokens
+    run_page().plan = plan(config)  # with the dataset's tokens
     if run.mix:
         say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
-    done = read_result(store, job)
-    if done and all(record.step != done["step"] for record in checkpoints(store, run.name)):
-        store.delete(RunKeys(run.name).result(job.job_id))  # its last checkpoint is lost: train again
-        done = None
+    is_done = stored_result(store, job) is not None
     bar = Bar("train", config.train.max_steps, "steps")
     ended = threading.Event()
     context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
@@ -64,7 +59,7 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
     watcher.start()
     try:
         with Processes(config.store_url) as processes:
-            if config.resources.tracker and done is None:
+            if config.resources.tracker and not is_done:
                 processes.start_tracker(run.name, config.resources.tracker, get_run_logger().info)
             if config.resources.nodes > 1:
                 say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
@@ -76,10 +71,8 @@ def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingR
         watcher.join()
         bar.close()
     metrics = read_metrics(store, run.name)
-    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=done is not None))
-    _show_metrics(run, metrics)
-    if shown:
-        shown.draw(metrics, final=True)
+    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=is_done))
+    run_page().draw(metrics, final=True)
     return result
 
 
@@ -107,7 +100,7 @@ def _summary(step: int, max_steps: int, metrics: list[StepMetrics], *, done_befo
 
 def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Event) -> None:
     """Follow the trainer's progress object until training ends: move the bar, draw the loss curve, send alerts."""
-    shown = page.get()
+    shown = run_page()
     disk = (store.local_path(FORMAT) or Path.cwd() / FORMAT).parent
     saved_at, saved_step = time.monotonic(), -1
     lines_by_step: dict[int, StepMetrics] = {}
@@ -123,37 +116,11 @@ def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Ev
             loss = "NaN" if lines[-1].loss is None else f"{lines[-1].loss:.3f}"
             bar.to(lines[-1].step + 1, f"loss {loss}  {lines[-1].tokens_per_second:,.0f} tokens/s")
             lines_by_step |= {line.step: line for line in lines}
-            if shown:
-                shown.draw([lines_by_step[step] for step in sorted(lines_by_step)])
+            shown.draw([lines_by_step[step] for step in sorted(lines_by_step)])
             if lines[0].step != saved_step:
                 saved_step, saved_at = lines[0].step, time.monotonic()
         for alert in alerts.after(lines) + alerts.at(time.monotonic() - saved_at, disk_usage(disk).free):
             say("train", f"alert: {alert}")
-            if shown:
-                shown.alerts.append(alert)
+            shown.alerts.append(alert)
             emit_event(ALERT, {"prefect.resource.id": f"run.{run.name}"}, payload={"run": run.name, "alert": alert})
-    if shown:  # after a failure this is the last curve
-        shown.draw([lines_by_step[step] for step in sorted(lines_by_step)], final=True)
-
-
-def _show_metrics(run: Run, metrics: list[StepMetrics]) -> None:
-    """Show about 20 steps as a table in Prefect's UI, including the first and the last."""
-
-    def rounded(number: float | None) -> str:  # empty, since the UI renders "-" as a list
-        return "" if number is None else f"{number:.4f}"
-
-    every = max(len(metrics) // 20, 1)
-    indices = sorted({0, *range(every - 1, len(metrics), every), len(metrics) - 1})  # round steps, with validations
-    rows = [
-        {
-            "step": line.step + 1,
-            "loss": rounded(line.loss),
-            "val loss": rounded(line.val_loss),
-            "learning rate": f"{line.learning_rate:.2e}",
-            "gradient norm": rounded(line.gradient_norm),
-            "tokens/s": f"{line.tokens_per_second:,.0f}",
-            "MFU": "" if line.mfu is None else f"{line.mfu:.1%}",
-        }
-        for line in (metrics[index] for index in indices)
-    ]
-    show(create_table_artifact, table=rows, key="train-metrics", description=f"Training of {run.name}")
+    shown.draw([lines_by_step[step] for step in sorted(lines_by_step)], final=True)  # after a failure, the last curve

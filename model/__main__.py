@@ -1,6 +1,5 @@
 """Runs one job of a store: `python -m model STORE_URL JOB_KEY`, or `torchrun -m model …` as one of many ranks.
 
-A job of several ranks is started through torchrun's launcher; on several hosts, run the same command on each.
 Exit codes: 0 done, or stopped at a checkpoint; 2 an error that a user can fix; 1 any other error.
 """
 
@@ -9,7 +8,6 @@ import os
 import sys
 import traceback
 from dataclasses import asdict
-from datetime import timedelta
 
 import torch
 
@@ -40,7 +38,7 @@ def run_job(store_url: str, job_key: str) -> int:
         if ddp.is_main:
             processes = "1 process" if ddp.ranks == 1 else f"{ddp.ranks} processes"
             print(f"{job.job_id}: {processes} on {ddp.device_name}", flush=True)
-        with ddp.process_group(timedelta(minutes=resources.unsaved_minutes)):
+        with ddp.process_group(resources.unsaved_minutes):
             result = Trainer(store, job, ddp).fit() if job.kind == "train" else evaluate(store, job, ddp)
         if ddp.is_main and result is not None:
             put_result(store, job, asdict(result))
@@ -60,21 +58,8 @@ def run_job(store_url: str, job_key: str) -> int:
         return fail(f"rank {rank} failed:\n{traceback.format_exc()}", 1)
 
 
-def start_job(store_url: str, job_key: str, processes: int | None) -> int:
-    """Run the job here, or start `processes` ranks for it (None: the job's own number). Returns the exit code."""
-    job = read_job(open_store(store_url), job_key)
-    resources = job.how.resources
-    if job.kind != "train":
-        resources = resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
-    gpus = torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0
-    ranks = (resources.processes if processes is None else processes) or gpus or 1
-    if ranks * resources.nodes > 1:
-        return launch(store_url, job_key, resources, ranks)
-    return run_job(store_url, job_key)
-
-
 def main() -> int:
-    """Parse the arguments, then run as one rank or start the ranks. Returns the exit code."""
+    """Run the job as one rank, or start its ranks. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model", description="Run one job of the store.")
     parser.add_argument("store_url", help="the store: ./data or s3://bucket/prefix")
     parser.add_argument("job_key", help="the job's key: runs/NAME/jobs/JOB.json")
@@ -87,7 +72,15 @@ def main() -> int:
     if "RANK" in os.environ:
         os._exit(run_job(args.store_url, args.job_key))  # a gloo thread aborts 1 of 50 normal exits (torch 2.15)
     try:
-        return start_job(args.store_url, args.job_key, args.processes)
+        job = read_job(open_store(args.store_url), args.job_key)
+        resources = job.how.resources
+        if job.kind != "train":
+            resources = resources.model_copy(update={"processes": resources.evaluation_processes, "nodes": 1})
+        gpus = torch.cuda.device_count() if resources.device in ("auto", "cuda") else 0
+        ranks = (resources.processes if args.processes is None else args.processes) or gpus or 1
+        if ranks * resources.nodes > 1:
+            return launch(args.store_url, args.job_key, resources, ranks)
+        return run_job(args.store_url, args.job_key)
     except (ValueError, StorageError) as error:
         return fail(f"error: {error}", USER_ERROR)
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from operator import not_
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from storage import keys
 from storage.datasets.recipe import DatasetSettings, DatasetSpec, TokenizerIdentity
@@ -25,6 +25,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]  # PyTorch's gener
 Amount = Annotated[float, Field(strict=True, ge=0, le=1e15)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 CHECKPOINT = "^(last|best|every|[0-9]{1,16})$"
+ADDRESS = r"^([\w.:\[\]-]{1,253}:[0-9]{1,5})?$"
 NAME = rf"^({keys.NAME.pattern})?(?!\n)$"
 TEXT = rf"^(?![\s\S]*{CREDENTIALS.pattern})[^\0\ud800-\udfff]*$"
 TRACKER = rf"^(?![\s\S]*{CREDENTIALS.pattern})((trackio|wandb|mlflow|tensorboard)(:[^\0\ud800-\udfff]+)?)?(?!\n)$"
@@ -35,6 +36,7 @@ Url = Annotated[str, Field(max_length=4_096, json_schema_extra={"pattern": TEXT}
 LINE = r"^[^\0\ud800-\udfff]*$"
 Line = Annotated[str, Field(max_length=4_096, pattern=LINE)]
 Lines = Annotated[tuple[Line, ...], Field(max_length=100)]
+Condition = Annotated[Line, AfterValidator(lambda text: parse(text) and text)]  # `parse` raises ValueError
 
 
 def _form(schema: dict[str, Any]) -> None:
@@ -64,7 +66,7 @@ class DataConfig(Section):
     text_column: Text = Field("text", description="Column with the text; doc.text is field text of column doc.")
     shard_tokens: Positive = Field(10_000_000, description="Maximum tokens per shard (a file, 2 bytes per token).")
     val_shards: Positive = Field(10, description="Shards in the validation split.")
-    filters: Lines = Field(
+    filters: Annotated[tuple[Condition, ...], Field(max_length=100)] = Field(
         (),
         description="Keep documents that meet all conditions, e.g. 'meta.score >= 4', 'length >= 200' (characters). "
         "Partition folders such as lang=en/ are columns, too.",
@@ -78,12 +80,6 @@ class DataConfig(Section):
     val_choice: Literal["first", "spread"] = Field(
         "first", description="Take val shards from the start of the source, or spread over it (for sorted sources)."
     )
-
-    @model_validator(mode="after")
-    def _filters_parse(self) -> Self:
-        for condition in self.filters:
-            parse(condition)
-        return self
 
     def spec(self, tokenizer: TokenizerIdentity) -> DatasetSpec:
         """The dataset that this section describes, tokenised with this tokenizer."""
@@ -208,9 +204,7 @@ class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = CUDA, else MPS, else CPU.")
     processes: Count = Field(0, description="Training processes per host (0 = one per GPU, else 1).")
     nodes: Positive = Field(1, description="Hosts that train together; the log shows the command for each other host.")
-    rendezvous: str = Field(
-        "", pattern=r"^([\w.:\[\]-]{1,253}:[0-9]{1,5})?$", description="HOST:PORT of the first of several hosts."
-    )
+    rendezvous: str = Field("", pattern=ADDRESS, description="HOST:PORT of the first of several hosts.")
     prefetch_batches: Count = Field(4, description="Micro-batches to prefetch (0 = none).")
     unsaved_minutes: Amount = Field(30.0, gt=0, description="Minutes to keep training if no checkpoint can be saved.")
     tracker: Tracker = Field("", description="trackio, wandb, mlflow or tensorboard, or KIND:TARGET (empty = none).")

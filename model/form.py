@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def filled(
     if source and source != config.data.source:
         fields |= {"data.source": source, "data.config": "", "data.dataset": name or config.name}
     if steps:
-        warmup_steps = min(config.train.warmup_steps, steps // 10)
-        fields |= {"train.max_steps": steps, "train.warmup_steps": warmup_steps}
+        fields |= {"train.max_steps": steps, "train.warmup_steps": min(config.train.warmup_steps, steps // 10)}
     if gpus:
         fields["resources.processes"] = gpus
     return config_of(values, [*(_written(setting, value) for setting, value in fields.items()), *settings])
@@ -50,17 +50,10 @@ def filled(
 def settings_beyond(preset: str, config: RunConfig) -> list[str]:
     """The settings, as `section.field=value`, in which the configuration differs from the preset; without the name."""
     base = config_of(preset_values(preset), [])
-    values = {setting: (value_of(config, setting), value_of(base, setting)) for setting in all_settings()}
-    differing = {setting: value for setting, (value, of_preset) in values.items() if value != of_preset}
-    return [_written(setting, value) for setting, value in differing.items() if setting != "name"]
+    getters = {setting: attrgetter(setting) for setting in all_settings() if setting != "name"}
+    return [_written(setting, get(config)) for setting, get in getters.items() if get(config) != get(base)]
 
 
 def _written(setting: str, value: object) -> str:
     """The setting as `section.field=value`, in JSON that is also TOML, which has no surrogates and no bare DEL."""
     return f"{setting}={json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
-
-
-def value_of(config: RunConfig, setting: str) -> object:
-    """The value of a setting that is written `section.field`."""
-    section, _, field = setting.rpartition(".")
-    return getattr(getattr(config, section) if section else config, field)

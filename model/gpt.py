@@ -48,8 +48,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.dropout = dropout
+        self.heads, self.dropout = config.heads, dropout
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
@@ -76,8 +75,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh"))
-        return F.dropout(y_BTC, self.dropout, self.training)
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x_BTC), approximate="tanh")), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -139,19 +137,15 @@ class GPT(nn.Module):
         self.transformer = Transformer(config, dropout)
         padding_V = torch.zeros(PADDED_VOCABULARY)
         padding_V[VOCABULARY:] = -math.inf
-        self.register_buffer("padding_V", padding_V, persistent=False)  # added to the logits
-        self.padding_V: Tensor
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """GPT-2's initial weights: the 2 L projections into the stream are smaller, because their results add up."""
+        self.padding_V = nn.Buffer(padding_V, persistent=False)  # added to the logits
+        # GPT-2's initial weights: the 2 L projections into the stream are smaller, because their results add up
         nn.init.zeros_(self.transformer.wte.weight)
         for name, padded in self.named_parameters():
             weight = unpadded(name, padded)
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             elif name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 * (1 / math.sqrt(2 * self.config.layers)))
+                nn.init.normal_(weight, std=0.02 * (1 / math.sqrt(2 * config.layers)))
             elif ".ln_" not in name:
                 nn.init.normal_(weight, std=0.02)
 
@@ -160,11 +154,6 @@ class GPT(nn.Module):
         """The tied head: the token embedding, padding included."""
         return self.transformer.wte.weight
 
-    @property
-    def parameter_count(self) -> int:
-        """Parameters without padding: 124,439,808 for the 124M model."""
-        return sum(unpadded(name, weight).numel() for name, weight in self.named_parameters())
-
     def logits(self, x_BTC: Tensor) -> Tensor:
         """The next token's logits, … V without padding, from the transformer's output."""
         return F.linear(x_BTC, unpadded(EMBEDDING, self.head_VC))
@@ -172,9 +161,8 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross-entropy of the targets, summed, in nats."""
         x_NC = self.transformer(tokens_BT).flatten(0, 1)
-        options = None  # no chunks: on CUDA torch.compile fuses the logits with the loss
-        if self.training and x_NC.device.type == "cpu":
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(len(x_NC)))
+        in_chunks = self.training and x_NC.device.type == "cpu"  # on CUDA torch.compile fuses the logits with the loss
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows(len(x_NC))) if in_chunks else None
         return F.linear_cross_entropy(
             x_NC, self.head_VC, targets_BT.flatten(), linear_bias=self.padding_V, reduction="sum", options=options
         )

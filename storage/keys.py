@@ -92,7 +92,6 @@ class DatasetKeys:
         return f"{self.shards}{check_name('shard', shard_id)}.bin"
 
     def record(self, shard_id: str) -> str:
-        """The shard's record, written last."""
         return f"{self.shards}{check_name('shard', shard_id)}.json"
 
     def val_documents(self, name: str) -> str:
@@ -106,7 +105,6 @@ class DatasetKeys:
         return f"{self.manifests}{check_name('manifest', digest)}.json"
 
     def page(self, digest: str) -> str:
-        """The dataset card of a version, as HTML."""
         return check_key(f"{self.prefix}cards/{digest}.html")
 
     def leaks(self, digest: str) -> str:
@@ -136,7 +134,6 @@ class RunKeys:
         return check_key(f"{self.checkpoints}{step:06d}/{attempt}/{file}")
 
     def checkpoint_record(self, step: int) -> str:
-        """The checkpoint's record, written last."""
         return f"{self.checkpoints}{step:06d}.json"
 
     def metrics_segment(self, first_step: int, attempt: str) -> str:

@@ -1,7 +1,4 @@
-"""Publishes a dataset as a repository of the Hub, in commits, the manifest last; pulls it as a copy of a store.
-
-The files of the repository are the dataset's objects, at their keys without the dataset's prefix.
-"""
+"""Publishes a dataset's objects as a repository of the Hub, in commits, the manifest last; pulls it as from a store."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -50,9 +47,6 @@ class Repository(ReadableStore):
         hub.fetch(file, body, lambda _: None)
         digest = sha256(body.getvalue())
         return Object(body.getvalue(), digest, digest)
-
-    def local_path(self, key: str) -> None:  # noqa: ARG002  # no file is on this host
-        return None
 
     def upload(self, *files: tuple[str, bytes | bytearray]) -> list[CommitOperationAdd]:
         """Send the large ones of these files ahead of their commit, unless the Hub has them, and free their memory."""
@@ -138,8 +132,6 @@ def _missing_shards(repository: Repository, rows: Iterable[ShardRow], *, is_new:
 
 
 def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], on_progress: Progress) -> None:
-    """Send the shards, a few at once, and commit them with their records."""
-
     def upload(row: ShardRow) -> list[CommitOperationAdd]:
         body = read_shard(store, repository.dataset, row.shard_id, row.tokens, row.sha256)
         shard, record = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)

@@ -14,7 +14,6 @@ TOP = {
     "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "requirements.lock", "requirements-dev.lock", "data",
 }  # fmt: skip
 ENTRY_POINTS = {
-    "flows/runtime/artifacts.py",
     "flows/console/cli.py",
     "flows/console/options.py",
     "flows/forms.py",

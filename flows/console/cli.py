@@ -14,32 +14,11 @@ from model.processes.output import discard_output
 from storage.errors import StorageError, printable
 
 VERBS = {  # by group: each verb's function, MODULE:FUNCTION of this folder
-    "Pipeline": {
-        "demo": "pipeline:demo",
-        "pretrain": "pipeline:pretrain",
-        "train": "pipeline:train",
-        "evaluate": "pipeline:evaluate",
-        "report": "pipeline:report",
-        "plan": "planning:plan",
-        "retry": "pipeline:retry",
-    },
-    "Runs": {
-        "status": "operations:status",
-        "logs": "detached:logs",
-        "stop": "detached:stop",
-    },
-    "Models": {
-        "generate": "models:generate",
-        "export": "models:export",
-        "import": "models:import_model",
-    },
-    "Set up and clean up": {
-        "doctor": "operations:doctor",
-        "settings": "operations:settings",
-        "gc": "operations:gc",
-        "serve": "operations:serve",
-        "bootstrap": "operations:bootstrap",
-    },
+    "Pipeline": {name: f"pipeline:{name}" for name in ("demo", "pretrain", "train", "evaluate", "report", "retry")}
+    | {"plan": "planning:plan"},
+    "Runs": {"status": "operations:status", "logs": "detached:logs", "stop": "detached:stop"},
+    "Models": {"generate": "models:generate", "export": "models:export", "import": "models:import_model"},
+    "Set up and clean up": {name: f"operations:{name}" for name in ("doctor", "settings", "gc", "serve", "bootstrap")},
 }
 DATASET_VERBS = {
     "Write": {name: f"dataset:{name}" for name in ("build", "verify", "audit", "copy", "publish", "pull")},
@@ -109,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """The message and the exit code of an error."""
     from model.runs.job import OUT_OF_MEMORY, JobFailed
 
     if isinstance(error, UnusedCliTokensError):

@@ -121,7 +121,7 @@ def _forget_shards(store: Store, data: DataConfig, files: Sequence[SourceFile], 
 
 
 def audit(name: DatasetName = None, /, *, settings: Settings = DEFAULTS, verbose: Verbose = False) -> None:
-    """Look for leaks: val documents in train, duplicates in train, HellaSwag items in train.
+    """Look for leaks (contamination): val documents in train, duplicates in train, HellaSwag items in train.
 
     The leak report is stored beside the manifest. HellaSwag is downloaded once, unless evaluation.hellaswag is a file.
 
@@ -144,11 +144,10 @@ def copy(name: DatasetName = None, /, *, to: str, settings: Settings = DEFAULTS)
     Args:
         to: The target store: a folder or s3://bucket/prefix.
     """
-    config = settings.dataset(name)
-    store = open_store(config.store_url)
+    store, dataset = settings.opened(name)
     target = open_store(to, create=True)
     with options.progress_bar("copy", None) as advance:
-        manifest, shards, copied = copy_dataset(store, target, config.data.dataset, advance)
+        manifest, shards, copied = copy_dataset(store, target, dataset, advance)
     say("copy", f"{copied:,} of {shards:,} shards copied now")
     say("copy", f"manifest {manifest.digest} is the newest in {to}")
 
@@ -167,7 +166,7 @@ def publish(
     Uploads only what the repository lacks; the manifest and the dataset card (README.md) come last.
 
     Example: gpt2 dataset publish mine --to owner/name
-    Next: gpt2 dataset pull owner/name, on any host; after a failure or Ctrl-C, the same command.
+    Next: gpt2 dataset pull owner/name NAME, on any host; after a failure or Ctrl-C, the same command.
 
     Args:
         to: The repository, created if it does not exist: OWNER/NAME.
@@ -176,12 +175,11 @@ def publish(
     from flows.pages.dataset_card import hub_card
     from storage import publishing
 
-    config = settings.dataset(name)
-    store = open_store(config.store_url)
-    manifest = find_version(store, config.data.dataset, version)
+    store, dataset = settings.opened(name)
+    manifest = find_version(store, dataset, version)
     card = hub_card(to, manifest)
     with options.progress_bar("publish", None) as advance:
-        commit, shards, sent = publishing.publish(store, config.data.dataset, manifest, to, card, private, advance)
+        commit, shards, sent = publishing.publish(store, dataset, manifest, to, card, private, advance)
     say("publish", f"{sent:,} of {shards:,} shards uploaded now")
     say("publish", f"manifest {manifest.digest} is the newest in {to}, commit {commit}")
 

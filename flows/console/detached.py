@@ -33,17 +33,16 @@ def start(verb: str, config: RunConfig) -> None:
             remedy = f"Follow it with gpt2 logs {config.name}, or stop it with gpt2 stop {config.name}."
             raise ValueError(f"run {config.name!r} is already running. {remedy}") from None
         log.truncate(0)
-        settings = [word for setting in settings_beyond(DEFAULT, config) for word in ("--set", setting)]
+        path.with_suffix(".pid").unlink(missing_ok=True)  # of an earlier process
         argv = [sys.executable, "-m", "flows.console.cli", verb, "--config", DEFAULT, "--set", f"name={config.name}"]
-        process = subprocess.Popen(
-            [*argv, *settings], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    _pid_path(config.name).write_text(str(process.pid))
+        argv += [word for setting in settings_beyond(DEFAULT, config) for word in ("--set", setting)]
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    path.with_suffix(".pid").write_text(str(process.pid))
     say("started", f"gpt2 logs {config.name} follows it, gpt2 stop {config.name} saves a checkpoint and stops it")
 
 
 def logs(name: RunName = None, /, *, settings: Settings = DEFAULTS, no_follow: bool = False) -> None:
-    """Show what a run that was started with --detach has printed, and follow it until it ends.
+    """Show the output of a run started with --detach, and follow it until the run ends.
 
     Example: gpt2 logs gpt2-124m
 
@@ -65,7 +64,7 @@ def logs(name: RunName = None, /, *, settings: Settings = DEFAULTS, no_follow: b
 
 
 def stop(name: RunName = None, /, *, settings: Settings = DEFAULTS) -> None:
-    """Save a checkpoint of a run that was started with --detach, and stop it. The same command as before continues it.
+    """Stop a run started with --detach, after saving a checkpoint. To continue, run its original command again.
 
     Example: gpt2 stop gpt2-124m
     """
@@ -73,8 +72,12 @@ def stop(name: RunName = None, /, *, settings: Settings = DEFAULTS) -> None:
     if not _is_running(name):
         remedy = "Cancel a run of gpt2 serve in Prefect's UI, and press Ctrl-C in the terminal of another command."
         raise ValueError(f"run {name!r} is not running with --detach in this folder. {remedy}")
-    os.kill(int(_pid_path(name).read_text()), signal.SIGTERM)
+    pid, asked = _log_path(name).with_suffix(".pid"), False
     while _is_running(name):
+        with suppress(OSError, ValueError):  # not written yet; or killed, and a process of its pool holds the lock
+            if not asked:
+                os.kill(int(pid.read_text()), signal.SIGTERM)
+                asked = True
         time.sleep(POLL_SECONDS)
     say("stopped", f"run {name}; gpt2 pretrain {name} continues it from its newest checkpoint")
 
@@ -83,12 +86,7 @@ def _log_path(name: str) -> Path:
     return HOME / "runs" / f"{name}.log"
 
 
-def _pid_path(name: str) -> Path:
-    return HOME / "runs" / f"{name}.pid"
-
-
 def _is_running(name: str) -> bool:
-    """Whether a process holds the lock on the run's log."""
     with suppress(FileNotFoundError), _log_path(name).open() as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,11 +3,11 @@
 from contextlib import suppress
 
 from flows.handoffs import Reported
-from flows.inspection.facts import read_evaluation, run_facts
+from flows.inspection.facts import run_facts, stored_result
 from model import tokenizer
-from model.checkpoints.records import checkpoints, chosen
+from model.checkpoints.records import chosen
 from model.config import RunConfig
-from model.runs.job import EvaluationSummary, read_result
+from model.runs.job import EvaluationSummary
 from model.runs.run import evaluation_jobs, pinned_items, pinned_run, training_job
 from storage.datasets import building
 from storage.datasets.manifest import Manifest, read_manifest
@@ -30,25 +30,19 @@ def finished_run(store: Store, config: RunConfig) -> Reported | None:
         manifest = read_manifest(store, run.dataset, run.manifest)
         shards = finished_shards(store, run.dataset, manifest.shard_ids, manifest.rows_by_id)
         items = pinned_items(run, config)
-        trained = read_result(store, training_job(run))
-        saved = trained and any(record.step == trained["step"] for record in checkpoints(store, run.name))
         lacks_items = bool(config.evaluation.hellaswag) and items is None
         lacks_audit = config.resources.audit and read_leak_report(store, run.dataset, run.manifest) is None
-        if len(shards) < len(manifest.shard_ids) or not saved or lacks_items or lacks_audit:
+        if len(shards) < len(manifest.shard_ids) or lacks_items or lacks_audit:
             return None
         records = chosen(store, run.name, config.evaluation.checkpoint)
         jobs = [job for record in records for job in evaluation_jobs(config, record, run.manifest, items)]
+        trained, *evaluated = (stored_result(store, job) for job in [training_job(run), *jobs])
+        evaluations = [EvaluationSummary(**result) for result in evaluated if result]
         keys = RunKeys(run.name)
         written_at = min(store.stat(keys.report(suffix)).modified for suffix in ("html", "md"))
-        evaluations = []
-        for job in jobs:
-            result = read_result(store, job)
-            key = keys.evaluation(job.recipe["step"], job.kind)
-            stored = read_evaluation(store, key)
-            if result is None or stored is None or stored.job != job.job_id or store.stat(key).modified > written_at:
-                return None
-            evaluations.append(EvaluationSummary(**result))
-        return Reported.of(run_facts(store, run.name), evaluations)
+        changed_at = (store.stat(keys.evaluation(job.recipe["step"], job.kind)).modified for job in jobs)
+        if trained and len(evaluations) == len(jobs) and max(changed_at) <= written_at:
+            return Reported.of(run_facts(store, run.name), evaluations)
     return None
 
 

@@ -88,16 +88,14 @@ def import_model(folder: Path, name: str, /, *, settings: Settings = DEFAULTS) -
 def imported_run(config: RunConfig, folder: Path) -> RunConfig:
     """Import the folder once, by default as a run of its name. Returns the configuration that evaluates the run."""
     shaped = _shaped(config, folder)
-    name = config.name
-    if name == RunConfig.model_fields["name"].default:
-        name = keys.as_name(folder.resolve().name) or "model"
+    is_named = config.name != RunConfig.model_fields["name"].default
+    name = config.name if is_named else keys.as_name(folder.resolve().name) or "model"
     with console.status("reading the model"):
         import_folder(open_store(config.store_url, create=True), name, folder, again=True)
     return shaped.model_copy(update={"name": name})
 
 
 def _shaped(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with the shape of the folder's model."""
     model = read_model_config(folder)
     train = config.train.model_copy(update={"sequence_tokens": min(config.train.sequence_tokens, model.context_tokens)})
     return config.model_copy(update={"model": model, "train": train})

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from operator import attrgetter
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,7 +15,6 @@ from flows.inspection import garbage
 from flows.inspection.status import run_status, store_status
 from model.config import RunConfig
 from model.config_file import all_settings, presets
-from model.form import value_of
 from storage.stores.opening import open_store
 
 Days = Annotated[float, Parameter(validator=Number(gte=0.05))]
@@ -56,11 +56,10 @@ def doctor(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> int:
     verdicts = list(examine(settings.new().store_url))
     if as_json:
         print_json([verdict._asdict() for verdict in verdicts])
-        return int(not all(verdict.ok for verdict in verdicts))
-    for verdict in verdicts:
+    for verdict in [] if as_json else verdicts:
         mark = Text("ok ", style="green") if verdict.ok else Text("bad", style="bold red")
         console.print(mark, f"{verdict.check:<10} {verdict.detail}")
-    return 0 if all(verdict.ok for verdict in verdicts) else 1
+    return int(not all(verdict.ok for verdict in verdicts))
 
 
 def settings(*, markdown: bool = False) -> None:
@@ -73,7 +72,7 @@ def settings(*, markdown: bool = False) -> None:
         markdown: Print the page model/SETTINGS.md.
     """
     defaults = RunConfig()
-    rows = {name: (json.dumps(value_of(defaults, name)), field.description) for name, field in all_settings().items()}
+    rows = {name: (json.dumps(attrgetter(name)(defaults)), field.description) for name, field in all_settings().items()}
     if markdown:
         print("# Settings\n\n`gpt2 settings --markdown` writes this page.\n\n| preset | |\n| --- | --- |")
         print("\n".join(f"| `{name}` | {text} |" for name, text in presets().items()))
@@ -87,9 +86,9 @@ def settings(*, markdown: bool = False) -> None:
 
 
 def gc(*, settings: Settings = DEFAULTS, delete: bool = False, grace_days: Days = 7.0) -> int:
-    """List or delete what nothing refers to, such as orphan shards, old checkpoints and unfinished uploads.
+    """List or delete unreferenced objects, such as orphaned shards, old checkpoints and unfinished uploads.
 
-    Safe while builds and training runs are active. Deletes nothing of a damaged run or dataset (exit code 1).
+    Safe while builds and training runs are active. Skips damaged runs and datasets, then ends with exit code 1.
 
     Example: gpt2 gc --delete --grace-days 1
 
@@ -146,7 +145,7 @@ def bootstrap(*, settings: Settings = DEFAULTS, notify: str = "") -> None:
     Example: gpt2 bootstrap --notify slack-webhook/team
 
     Args:
-        notify: The Prefect notification block (TYPE/NAME) that gets a message for each failed or crashed run.
+        notify: The Prefect notification block (TYPE/NAME) for messages about failed or crashed runs and alerts.
     """
     from flows.platform.server import named_server
 

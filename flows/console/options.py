@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from rich.segment import Segment
 from rich.status import Status
 
+from flows.demo import CORPUS, write_corpus
 from model import tokenizer
 from model.checkpoints.records import chosen
 from model.config import RunConfig, check_extra
@@ -61,10 +63,13 @@ def progress_bar(label: str, total: int | None, *, hidden: bool = False) -> Iter
 
 
 def check_inputs(config: RunConfig, *stages: str) -> None:
-    """Raise ValueError or StorageError if one of the stages lacks an input. "tokenise" creates the store."""
+    """Raise ValueError or StorageError if a stage lacks an input. "tokenise" creates the store and the demo's text."""
     resources, run, items = config.resources, None, config.evaluation.hellaswag
     with suppress(ObjectMissing):
         run = pinned_run(open_store(config.store_url), config)
+    if "tokenise" in stages and Path(config.data.source).parent == CORPUS:
+        with console.status("writing the corpus from Python's own documentation"):
+            write_corpus(CORPUS)
     if "tokenise" in stages and run is None:
         check_source(config.data.source, "data.source")
     if "audit" in stages or ("evaluate" in stages and (run is None or run.config["evaluation"]["hellaswag"] != items)):

@@ -13,7 +13,7 @@ from flows.console.dataset import build_dataset
 from flows.console.finished import finished_run
 from flows.console.options import AsJson, Verbose, check_inputs, console, print_json, run_flow, say
 from flows.console.settings import DEFAULTS, RunName, Settings
-from flows.demo import lasting, write_corpus
+from flows.demo import lasting
 from flows.handoffs import Reported
 from model.config import RunConfig
 from model.config_file import config_of, load_config
@@ -23,10 +23,9 @@ from model.runs.run import keep_request, stored_dataset_settings, stored_setting
 from storage.keys import RunKeys
 from storage.stores.opening import open_store
 
-Detach = Annotated[bool, Parameter(help="Run in the background, also after this terminal has closed; see gpt2 logs.")]
-Extend = Annotated[
-    str | None, Parameter(help="Continue this finished run under a new name, with a larger train.max_steps.")
-]
+Detach = Annotated[bool, Parameter(help="Run in the background, even after this terminal closes; see gpt2 logs.")]
+EXTEND = "Continue this finished run under a new name, with a larger train.max_steps."
+Extend = Annotated[str | None, Parameter(help=EXTEND)]
 
 
 def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2, lt=9999))] = 3, verbose: Verbose = False) -> None:
@@ -41,10 +40,7 @@ def demo(*, minutes: Annotated[int, Parameter(validator=Number(gte=2, lt=9999))]
     Args:
         minutes: Approximate total time on 2 idle cores; sets the number of training steps.
     """
-    config = lasting(load_config(Path("demo"), []), minutes)
-    with console.status("writing the corpus from Python's own documentation"):
-        write_corpus(Path(config.data.source).parent)
-    _pretrain(config, verbose)
+    _pretrain(lasting(load_config(Path("demo"), []), minutes), verbose)
 
 
 def pretrain(
@@ -174,9 +170,8 @@ def _extended(settings: Settings, name: str | None, parent: str) -> RunConfig:
     store = settings.store()
     stored = stored_settings(store, parent)
     if not name or stored is None:
-        problem = (
-            "the new run needs a name" if stored else f"store {store.url!r} has no run {parent!r} that was trained"
-        )
+        unknown = f"store {store.url!r} has no run {parent!r} that was trained"
+        problem = "the new run needs a name" if stored else unknown
         raise ValueError(f"--extend {parent}: {problem}. Write: gpt2 train NEW --extend OLD --set train.max_steps=N")
     start = [f"train.start_from={parent}", "train.start_with=everything"]
     return config_of(stored | {"store_url": store.url}, [*start, *settings.overrides, f"name={name}"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +14,18 @@ from cyclopts import Parameter
 from flows.inspection.status import dataset_names, run_names
 from model.config import RunConfig
 from model.config_file import PRESETS, config_of, load_config
-from model.form import DEFAULT, value_of
+from model.form import DEFAULT
 from model.runs.run import stored_dataset_settings, stored_settings
 from storage.errors import ObjectMissing
 from storage.stores.opening import open_store
 from storage.stores.store import Store
 
-FILE = "A TOML file with settings, or a preset such as demo. gpt2 settings lists both."
-SET = "Override one setting, repeatable: train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
+FILE = "A TOML file with settings, or a preset such as demo. gpt2 settings lists presets and settings."
+SET = "Override one setting (repeatable): train.max_steps=200. Text is as typed, or in TOML quotes; lists are TOML."
 
-RunName = Annotated[str | None, Parameter(help="A run (default: the only run of the store).")]
-DatasetName = Annotated[str | None, Parameter(help="A dataset (default: the only dataset of the store).")]
+RunName = Annotated[str | None, Parameter(help="A run (default: the only run in the store).")]
+DatasetName = Annotated[str | None, Parameter(help="A dataset (default: the only dataset in the store).")]
+Names = Callable[[Store], list[str]]
 Stored = Callable[[Store, str], dict[str, Any] | None]
 
 
@@ -50,6 +52,11 @@ class Settings:
         """The same for a dataset."""
         return self._load("dataset", "data.dataset", name, dataset_names, stored_dataset_settings)
 
+    def opened(self, name: str | None = None) -> tuple[Store, str]:
+        """The store of a dataset, and the dataset's name."""
+        config = self.dataset(name)
+        return open_store(config.store_url), config.data.dataset
+
     def store(self) -> Store:
         """The store. Raises StorageError if it cannot be opened."""
         return open_store(load_config(self.file, _of(self.overrides, "store_url")).store_url)
@@ -65,14 +72,12 @@ class Settings:
         settings = [word for override in (*self.overrides, *overrides) for word in ("--set", override)]
         return shlex.join(["gpt2", *verb.split(), *file, *settings])
 
-    def _load(
-        self, kind: str, setting: str, name: str | None, names: Callable[[Store], list[str]], stored: Stored
-    ) -> RunConfig:
+    def _load(self, kind: str, setting: str, name: str | None, names: Names, stored: Stored) -> RunConfig:
         overrides = [*self.overrides, *_named(setting, name)]
         if self.file is not None:
             return load_config(self.file, overrides)
         given = _of(overrides, setting)
-        known = [str(value_of(load_config(None, given), setting))] if given else []
+        known = [str(attrgetter(setting)(load_config(None, given)))] if given else []
         with suppress(ObjectMissing):  # the verb itself says so, or creates the store
             store = self.store()
             known = known or names(store)
@@ -91,5 +96,4 @@ def _named(setting: str, name: str | None = None) -> list[str]:
 
 
 def _of(overrides: Iterable[str], setting: str) -> list[str]:
-    """The overrides of one setting."""
     return [override for override in overrides if override.partition("=")[0].strip() == setting]

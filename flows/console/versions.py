@@ -7,19 +7,16 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from flows.console import options
-from flows.console.options import AsJson, Version, console, print_json, say
+from flows.console.options import AsJson, Version, console, print_json, progress_bar, say
 from flows.console.settings import DEFAULTS, DatasetName, RunName, Settings
 from flows.inspection.trace import trace_target, windows
 from model import tokenizer
-from model.config import RunConfig
 from storage.datasets import versions
 from storage.datasets.export import export as write
 from storage.inspection.lineage import Traced
 from storage.inspection.summary import summarise
 from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
-from storage.stores.store import Store
 
 Format = Annotated[Literal["nanogpt", "llmc"], Parameter("--format", help="The program that will read the files.")]
 STEP_TEXT_CHARACTERS = 160  # of each document; --window shows the full text
@@ -31,7 +28,7 @@ def log(name: DatasetName = None, /, *, settings: Settings = DEFAULTS, as_json: 
     Example: gpt2 dataset log mine
     Next: gpt2 dataset diff mine shows what the newest version changed
     """
-    store, dataset = _opened(settings.dataset(name))
+    store, dataset = settings.opened(name)
     history = list(versions.history(store, dataset))
     for version, parent in zip(history, [*history[1:], None], strict=True):
         sealed_at = store.stat(DatasetKeys(dataset).manifest(version.digest)).modified
@@ -67,7 +64,7 @@ def diff(
         old: First characters of a manifest digest (see gpt2 dataset log); by default the version before NEW.
         new: Another version, or latest.
     """
-    store, dataset = _opened(settings.dataset(name))
+    store, dataset = settings.opened(name)
     new_version = versions.find_version(store, dataset, new)
     if not (old := old or new_version.parent):
         raise ValueError(f"dataset {dataset!r} has only one version, {new_version.digest[:12]}: nothing to compare.")
@@ -104,7 +101,7 @@ def show(
     from flows.pages.dataset_card import page, print_card
     from flows.pages.drawing import write_file
 
-    store, dataset = _opened(settings.dataset(name))
+    store, dataset = settings.opened(name)
     manifest = versions.find_version(store, dataset, version)
     with console.status("reading the shards' records"):
         card = summarise(store, dataset, manifest)
@@ -159,11 +156,6 @@ def trace(
         console.print(text if step is None else " ".join(text.split())[:STEP_TEXT_CHARACTERS], style="dim")
 
 
-def _opened(config: RunConfig) -> tuple[Store, str]:
-    """The store and the name of the dataset."""
-    return open_store(config.store_url), config.data.dataset
-
-
 def _origin(document: Traced) -> str:
     place = f" row {document.row:,}" if document.row is not None else f" ({document.why})"
     names = [f"{name} {value}" for name, value in (("id", document.id), ("url", document.url)) if value is not None]
@@ -181,9 +173,9 @@ def export(
     Args:
         to: The folder to write to, new or empty.
     """
-    store, dataset = _opened(settings.dataset(name))
+    store, dataset = settings.opened(name)
     manifest = versions.find_version(store, dataset, version)
-    with options.progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
+    with progress_bar("export", sum(row.tokens for row in manifest.rows())) as advance:
         files = write(store, dataset, manifest, to, layout, advance)
     for file in files[:2]:
         say("export", str(file))

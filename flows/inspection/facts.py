@@ -2,16 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
 from model.evaluation.results import Evaluation
-from model.runs.job import read_result
+from model.runs.job import Job, read_result
 from model.runs.run import Run, find_run, training_job
 from storage.datasets.manifest import Manifest, read_manifest
-from storage.errors import ObjectMissing
+from storage.errors import ObjectCorrupt, ObjectMissing
 from storage.inspection.leaks import LeakReport, read_leak_report
 from storage.keys import RunKeys
 from storage.loading.mix import describe
@@ -46,6 +47,7 @@ class TrainingFacts:
     max_steps: int
     first_loss: float | None
     last_loss: float | None
+    ended_early: bool = False  # after `patience_validations` without a new best
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ def run_facts(store: Store, name: str) -> RunFacts:
     losses = [line.loss for line in metrics if line.loss is not None]  # None: NaN in a skipped step
     first_loss, last_loss = (losses[0], losses[-1]) if losses else (None, None)
     steps, max_steps = records[-1].step if records else 0, run.config["train"]["max_steps"] if run else 0
-    evaluations = read_evaluations(store, name)
-    dataset = _dataset(store, run, evaluations)
+    listed_keys = sorted(listed.key for listed in store.list(RunKeys(name).evaluations) if listed.key.endswith(".json"))
+    stored = (read_evaluation(store, key) for key in listed_keys)
+    evaluations = [evaluation for evaluation in stored if evaluation is not None]  # None: deleted, its job runs again
+    dataset, trained = _dataset(store, run, evaluations), read_result(store, training_job(run)) if run else None
     return RunFacts(
         name=name,
         code_version=run.code_version if run else None,
@@ -95,25 +99,30 @@ def run_facts(store: Store, name: str) -> RunFacts:
         dataset=dataset,
         mix=describe(run.mix) if run else "",
         metrics=metrics,
-        training=TrainingFacts(steps, max_steps, first_loss, last_loss),
+        training=TrainingFacts(steps, max_steps, first_loss, last_loss, bool(trained and trained["step"] < max_steps)),
         evaluations=[evaluation for evaluation in evaluations if evaluation.metrics],
         samples=[evaluation for evaluation in reversed(evaluations) if evaluation.samples is not None],
         references=references(evaluations, dataset),
         lineage=list(_lineage(run, records, dataset, evaluations)),
-        environment=_environment(store, run, evaluations),
+        environment=_environment(trained, evaluations),
     )
-
-
-def read_evaluations(store: Store, run: str) -> list[Evaluation]:
-    """The evaluations of a run in the store, by step and name."""
-    listed_keys = sorted(listed.key for listed in store.list(RunKeys(run).evaluations) if listed.key.endswith(".json"))
-    stored = (read_evaluation(store, key) for key in listed_keys)
-    return [evaluation for evaluation in stored if evaluation is not None]  # None: deleted, since its job runs again
 
 
 def read_evaluation(store: Store, key: str) -> Evaluation | None:
     """The evaluation at a key. Raises ObjectCorrupt."""
     return read_as(store, key, Evaluation, _is_complete, "Run gpt2 evaluate again.")
+
+
+def stored_result(store: Store, job: Job) -> dict[str, Any] | None:
+    """The result of a job, unless its last checkpoint or its evaluation is lost, damaged or another job's."""
+    if job.kind == "train":
+        result = read_result(store, job)
+        is_kept = result and any(record.step == result["step"] for record in checkpoints(store, job.run))
+        return result if is_kept else None
+    with suppress(ObjectCorrupt):
+        evaluation = read_evaluation(store, RunKeys(job.run).evaluation(job.recipe["step"], job.kind))
+        return read_result(store, job) if evaluation and evaluation.job == job.job_id else None
+    return None
 
 
 def _is_complete(evaluation: Evaluation) -> bool:
@@ -144,11 +153,10 @@ def leak_line(report: LeakReport | None) -> str:
     line = f"{duplicates['val_in_train']:,} of {documents['val']:,} val documents are also in train, "
     line += f"{duplicates['train']:,} of {documents['train']:,} train documents repeat an earlier one"
     if items is not None:
-        line += (
-            f"; of {items.count:,} HellaSwag items, {items.contexts:,} share {items.ngram_words} consecutive words "
-            f"of their context with train, {items.endings:,} share {items.ngram_words} that reach into an ending "
-            f"({items.shorter:,} contexts have fewer than {items.ngram_words} words)"
-        )
+        words = items.ngram_words
+        line += f"; of {items.count:,} HellaSwag items, {items.contexts:,} share {words} consecutive words of their "
+        line += f"context with train, {items.endings:,} share {words} that reach into an ending "
+        line += f"({items.shorter:,} contexts have fewer than {words} words)"
     return line
 
 
@@ -166,7 +174,6 @@ def _dataset(store: Store, run: Run | None, evaluations: list[Evaluation]) -> Da
 def _lineage(
     run: Run | None, records: list[CheckpointRecord], dataset: DatasetFacts | None, evaluations: list[Evaluation]
 ) -> Iterator[tuple[str, str]]:
-    """The digests of source, manifest, training job, weights and evaluations."""
     if dataset:
         yield from ((f"source {field}", str(value)) for field, value in dataset.version.origin.items())
         yield f"manifest of {dataset.name}", dataset.version.digest
@@ -182,10 +189,9 @@ def _lineage(
     yield from ((f"{one.name} of step {one.step:,}", f"{one.job}, data {one.data or 'none'}") for one in evaluations)
 
 
-def _environment(store: Store, run: Run | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    """The machines of the finished training run and of the newest evaluations."""
+def _environment(trained: dict[str, Any] | None, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     names_by_machine: dict[str, list[str]] = defaultdict(list)
-    if run and (trained := read_result(store, training_job(run))):
+    if trained:
         names_by_machine[_machine(trained["environment"])].append("training")
     for one in newest(evaluations):
         names_by_machine[f"{_machine(one.environment)}, {one.precision}"].append(one.name)

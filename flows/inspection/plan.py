@@ -8,13 +8,16 @@ from pathlib import Path
 from flows.inspection.status import run_names
 from model.checkpoints.records import checkpoints, read_segments
 from model.config import RunConfig
-from model.runs.run import find_run
+from model.runs.job import read_result
+from model.runs.run import find_run, training_job
 from model.tokenizer import VOCABULARY
 from model.training.flops import flops_per_token, parameter_count, peak_flops
 from storage.datasets.manifest import Manifest, latest_manifest, read_manifest
-from storage.errors import StorageError
+from storage.errors import ObjectMissing, StorageError
+from storage.loading.mix import parse_mix
 from storage.sources.files import find_files, is_on_hub
 from storage.sources.mirror import list_source
+from storage.stores.opening import open_store
 from storage.stores.store import Store
 
 USUAL_MFU = 0.4  # one H100 trained GPT-2 124M with 41 %, as others measured with this shape
@@ -34,7 +37,7 @@ class Plan:
     steps: int
     tokens: int
     gpus: int  # or processes on a CPU
-    epochs: float | None
+    epochs: float | None  # of the run's own dataset
     source_bytes: int | None
     shard_bytes: int | None
     checkpoint_bytes: int
@@ -48,60 +51,56 @@ class Plan:
         """The plan for people, by what it is about."""
         epochs = f", {self.epochs:.2f} epochs" if self.epochs else ""
         sizes = {"source": self.source_bytes, "shards": self.shard_bytes, "checkpoints": self.checkpoint_bytes}
-        known = [f"{_size(size)} of {name}" for name, size in sizes.items() if size is not None]
-        speed = f"{self.tokens_per_second:,.0f} tokens/s, {self.basis}" if self.tokens_per_second else self.basis
-        shown = {
-            "training": f"{self.steps:,} steps, {self.tokens:,} tokens{epochs}",
-            "storage": ", ".join(known),
-            "speed": speed,
-        }
-        if self.gpu_memory_bytes is not None:
-            shown["GPU memory"] = f"{self.gpu_memory_bytes / 2**30:,.1f} GiB on each, estimated"
         hours = self.hours and (f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{60 * self.hours:,.1f} minutes")
-        return shown | {
+        lines = {
+            "training": f"{self.steps:,} steps, {self.tokens:,} tokens{epochs}",
+            "storage": ", ".join(f"{_size(size)} of {name}" for name, size in sizes.items() if size is not None),
+            "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.basis}" if self.tokens_per_second else self.basis,
+            "GPU memory": self.gpu_memory_bytes and f"{self.gpu_memory_bytes / 2**30:,.1f} GiB on each, estimated",
             "time": hours or "unknown",
             "price": f"{self.price:,.2f}" if self.price else "set resources.price_per_gpu_hour",
         }
+        return {label: text for label, text in lines.items() if text}
 
 
-def plan(store: Store | None, config: RunConfig, measured: float | None = None) -> Plan:
-    """The plan of a run on this host, with the measured tokens per second if given."""
+def plan(config: RunConfig, measured: float | None = None) -> Plan:
+    """The plan of a run on this host, with the measured tokens per second if given. Creates no store."""
     model, train, resources = config.model, config.train, config.resources
-    tokens, parameters = train.max_steps * train.batch_tokens, parameter_count(model)
+    store: Store | None = None
+    with suppress(ObjectMissing):
+        store = open_store(config.store_url)
+    tokens, parameters, mix = train.max_steps * train.batch_tokens, parameter_count(model), parse_mix(train.mix)
+    own_tokens = tokens * mix[config.data.dataset] / sum(mix.values()) if mix else tokens
     manifest = None if store is None else _manifest(store, config)
     names = [] if resources.device == "cpu" else gpu_names()
     gpus = (resources.processes or len(names) or 1) * resources.nodes
     rate, basis = measured, "measured now"
     if rate is None and store is not None:
-        rate, basis = _rate_of_runs(store, config)
+        rate, basis = _rate_of_runs(store, config, gpus)
     if rate is None and names and (peak := peak_flops(names[0])):
-        rate = USUAL_MFU * peak * gpus / flops_per_token(model, parameters, train.sequence_tokens)
+        rate = USUAL_MFU * peak * gpus / flops_per_token(model, train.sequence_tokens)
         basis = f"expected of {gpus} x {names[0]} at {USUAL_MFU:.0%} of its peak"
-    source_bytes, dataset_tokens = (
-        _source(store, config) if manifest is None else (sum(manifest.source_files["size_bytes"]), manifest.tokens)
-    )
+    known = (sum(manifest.source_files["size_bytes"]), manifest.tokens) if manifest else _source(store, config)
+    source_bytes, dataset_tokens = known
     train_tokens = manifest.totals["train"]["tokens"] if manifest else dataset_tokens
-    validated = 0
-    if train.validate_every_steps:
-        of_val = manifest.totals["val"]["tokens"] if manifest else train.validation_tokens
-        validated = train.max_steps // train.validate_every_steps * min(train.validation_tokens, of_val)
-    hours = None if rate is None else (tokens + FORWARD * validated) / rate / 3600
+    val_tokens = min(train.validation_tokens, manifest.totals["val"]["tokens"] if manifest else train.validation_tokens)
+    validations = train.max_steps // train.validate_every_steps if train.validate_every_steps else 0
+    hours = None if rate is None else (tokens + FORWARD * validations * val_tokens) / rate / 3600
     kept = train.keep_last + 1 + (train.max_steps // train.keep_every_steps if train.keep_every_steps else 0)
     per_token = BLOCK_BYTES * model.layers * model.width + LOGIT_BYTES * VOCABULARY
     micro_batch_tokens = (train.micro_batch_sequences * train.sequence_tokens) or MICRO_BATCH_TOKENS
+    gpu_memory_bytes = MOVED_BYTES * parameters + per_token * micro_batch_tokens
     return Plan(
         steps=train.max_steps,
         tokens=tokens,
         gpus=gpus,
-        epochs=tokens / train_tokens if train_tokens else None,
+        epochs=own_tokens / train_tokens if train_tokens else None,
         source_bytes=source_bytes,
         shard_bytes=dataset_tokens and 2 * dataset_tokens,
         checkpoint_bytes=kept * CHECKPOINT_BYTES * parameters,
-        gpu_memory_bytes=None
-        if resources.device == "cpu"
-        else MOVED_BYTES * parameters + per_token * micro_batch_tokens,
+        gpu_memory_bytes=None if resources.device == "cpu" else gpu_memory_bytes,
         tokens_per_second=rate,
-        basis=basis if rate else "unknown until 20 steps are done; gpt2 plan --measure trains a few steps",
+        basis=basis if rate else "unknown before step 20; gpt2 plan --measure",
         hours=hours,
         price=hours * gpus * resources.price_per_gpu_hour if hours and resources.price_per_gpu_hour else None,
     )
@@ -121,7 +120,6 @@ def gpu_names() -> list[str]:
 
 
 def _manifest(store: Store, config: RunConfig) -> Manifest | None:
-    """The version that the run is pinned to, else the newest."""
     run = find_run(store, config.name)
     return read_manifest(store, run.dataset, run.manifest) if run else latest_manifest(store, config.data.dataset)
 
@@ -138,25 +136,25 @@ def _source(store: Store | None, config: RunConfig) -> tuple[int | None, int | N
         else:
             sizes = {str(place): Path(place).stat().st_size for place in find_files(data.source, "data.source")[0]}
         size_bytes = sum(sizes.values())
-        tokens = int(
-            size_bytes * PARQUET_TOKENS if all(".parquet" in name for name in sizes) else size_bytes * TEXT_TOKENS
-        )
+        tokens = int(size_bytes * (PARQUET_TOKENS if all(".parquet" in name for name in sizes) else TEXT_TOKENS))
         return size_bytes, min(tokens, data.max_tokens or tokens)
     return None, None
 
 
-def _rate_of_runs(store: Store, config: RunConfig) -> tuple[float | None, str]:
+def _rate_of_runs(store: Store, config: RunConfig, gpus: int) -> tuple[float | None, str]:
     """Tokens per second of a run of this store with the same model, sequences and processes, best its own."""
     for name in sorted(run_names(store), key=lambda name: name != config.name):
         with suppress(StorageError, ValueError):
             run = find_run(store, name)
             if run is None or run.config["model"] != config.model.model_dump():
                 continue
-            trained = RunConfig.model_validate(run.config, extra="ignore")
-            same = ("sequence_tokens", "batch_tokens")
-            if all(getattr(trained.train, field) == getattr(config.train, field) for field in same):
-                segments = checkpoints(store, name)[-1:]
-                lines = read_segments(store, [key for record in segments for key in record.metrics[-2:]])[-200:]
+            result = read_result(store, training_job(run))  # without a result, the processes are not known
+            if result and result["environment"].get("ranks", gpus) != gpus:
+                continue
+            trained, ours = RunConfig.model_validate(run.config, extra="ignore").train, config.train
+            if (trained.sequence_tokens, trained.batch_tokens) == (ours.sequence_tokens, ours.batch_tokens):
+                segments = [key for record in checkpoints(store, name)[-1:] for key in record.metrics[-2:]]
+                lines = read_segments(store, segments)[-200:]
                 seconds = sum(line.step_seconds + line.metrics_seconds + line.checkpoint_seconds for line in lines)
                 if seconds:
                     return len(lines) * config.train.batch_tokens / seconds, f"as run {name} trained"

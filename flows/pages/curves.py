@@ -75,9 +75,8 @@ def _training_losses(run: str, metrics: list[StepMetrics], stride: int) -> list[
 
 def _column(metrics: list[StepMetrics], name: str) -> list[Point]:
     values = ((line.step, getattr(line, name)) for line in metrics)
-    return [
-        (step + 1, value, 0.0) for step, value in values if value is not None and isfinite(value)
-    ]  # JSON has no NaN
+    # JSON has no NaN.
+    return [(step + 1, value, 0.0) for step, value in values if value is not None and isfinite(value)]
 
 
 def _evaluated(runs: list[RunFacts], family: str) -> Iterator[Series]:

@@ -34,10 +34,8 @@ def write_report(store: Store, run: str) -> RunFacts:
 
 def page(runs: list[RunFacts]) -> bytes:
     """One HTML page about these runs, with charts."""
-    tables = {"rows": metric_rows(runs), "differing": differing(runs)}
-    return render(
-        "report.html", runs=runs, charts=curves(runs), file="-".join(run.name for run in runs), **tables
-    ).encode()
+    values = {"rows": metric_rows(runs), "differing": differing(runs), "file": "-".join(run.name for run in runs)}
+    return render("report.html", runs=runs, charts=curves(runs), **values).encode()
 
 
 def markdown(runs: list[RunFacts]) -> str:
@@ -53,10 +51,9 @@ def metric_rows(runs: list[RunFacts]) -> list[MetricRow]:
         values, provenance = [], []
         convention = published = ""
         for run, evaluations in zip(runs, newest_by_run, strict=True):
-            if metric not in evaluations:
+            if (evaluation := evaluations.get(metric)) is None:
                 values.append("")
                 continue
-            evaluation = evaluations[metric]
             error = (evaluation.standard_errors or {}).get(metric)
             values.append(f"{evaluation.metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
             provenance.append((f"{run.name}: " if len(runs) > 1 else "") + _provenance(evaluation))

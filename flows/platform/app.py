@@ -63,9 +63,9 @@ def create() -> ASGIApp:
 
 
 def _signed_file(query: QueryParams, secret: str) -> ASGIApp:
-    """The file of a signed link (see `server.file_url`), whose scripts can neither read this site nor use a network."""
-    path = query.get("path", "")
-    if not hmac.compare_digest(query.get("signature", ""), server.signature(secret, path)) or not Path(path).is_file():
+    """The file of a signed link (see `server.link`), whose scripts can neither read this site nor use a network."""
+    path, given = query.get("path", ""), query.get("signature", "").encode()  # of a str, it compares only ASCII
+    if not hmac.compare_digest(given, server.signature(secret, path).encode()) or not Path(path).is_file():
         return PlainTextResponse("No such page. Open the link from the page of the run again.\n", 404)
     return FileResponse(path, headers={"Content-Security-Policy": ISOLATED})
 

@@ -64,13 +64,9 @@ def _deployments(client: SyncPrefectClient, preset: str, config: RunConfig, *, s
     of_dataset = {"preset": preset, "settings": settings}
     if config.data == DataConfig():
         of_dataset = {"preset": "fineweb-edu-newest", "settings": [store]}
-    forms = {
-        "pretrain": {"preset": preset, "name": name, "settings": settings},
-        "demo": {"settings": [store]},
-        "dataset-refresh": of_dataset,
-        "train": {"preset": preset, "name": name, "settings": settings},
-        "evaluate": {"name": config.name, "settings": [store, *of_every_run]},
-    }
+    of_run = {"preset": preset, "name": name, "settings": settings}
+    forms = {"pretrain": of_run, "train": of_run, "dataset-refresh": of_dataset, "demo": {"settings": [store]}}
+    forms["evaluate"] = {"name": config.name, "settings": [store, *of_every_run]}
     for deployment in project["deployments"]:
         deployment["parameters"] = forms[deployment["name"]]
         deployment["paused"] = paused.get(deployment["name"], False)

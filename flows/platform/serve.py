@@ -56,7 +56,6 @@ def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def _cancel_runs(pools: list[str]) -> None:
-    """Cancel the active runs of these pools, and wait up to CANCEL_SECONDS for them to end."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling

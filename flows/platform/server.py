@@ -27,6 +27,7 @@ from urllib.parse import urlencode
 import httpx
 
 from storage.stores.opening import CREDENTIALS
+from storage.stores.store import Store
 
 HOME = Path(".gpt2")
 FREE_BYTES = 10_000_000  # a new database and its journal
@@ -80,9 +81,14 @@ def _check_own(path: Path) -> None:
             raise ValueError(f"{path.absolute()} belongs to another user, who could know the password. Delete it.")
 
 
-def file_url(path: Path) -> str:
-    """A link to a file for a browser without the login, if this folder's server runs; else the file's own URL."""
-    port = running_port()
+def link(store: Store, key: str) -> str:
+    """A URL of an object for a browser without the login. BROWSER_S3_ENDPOINT: the S3 server's address for browsers.
+
+    An object that is a file of this host is shown by this folder's server if it runs, else by the browser itself.
+    """
+    path, port = store.local_path(key), running_port()
+    if path is None:
+        return store.link(key, os.environ.get("BROWSER_S3_ENDPOINT", ""))
     if port is None:
         return path.as_uri()
     query = urlencode({"path": str(path), "signature": signature(login(), str(path))})

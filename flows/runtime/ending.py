@@ -1,4 +1,4 @@
-"""Ends this process where it would hang: after a signal, without its Prefect server, or when memory ran out."""
+"""Ends this process where it would hang: after a signal, without its Prefect server or parent, without memory."""
 
 import logging
 import multiprocessing
@@ -110,4 +110,11 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
+def _end_with_parent(parent: Any) -> None:
+    parent.join()
+    _exit(1)
+
+
 sys.unraisablehook = _on_unraisable  # at import, since a task runner's processes only import the tasks
+if parent_process := multiprocessing.parent_process():  # killed, it cannot end its pool, whose processes wait for tasks
+    threading.Thread(target=_end_with_parent, args=(parent_process,), daemon=True).start()

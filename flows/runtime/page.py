@@ -11,8 +11,8 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
@@ -28,8 +28,7 @@ from flows.pages.drawing import render
 from model.checkpoints.metrics import StepMetrics
 from model.config import RunConfig
 from model.form import DEFAULT, settings_beyond
-from storage.errors import ObjectMissing, StorageError
-from storage.stores.opening import open_store
+from storage.errors import StorageError
 
 FlowFunction = TypeVar("FlowFunction", bound=Callable[..., Any])
 KEY = "run"
@@ -38,7 +37,7 @@ CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
 INK = "#7d8794"  # legible on the UI's white and on its black background
 MOST_ROWS = 30  # of a table; the stages' own pages show all
 
-page: ContextVar["RunPage | None"] = ContextVar("page", default=None)  # None outside of `run_page`
+page: ContextVar["RunPage | None"] = ContextVar("page", default=None)
 
 
 @dataclass
@@ -98,7 +97,7 @@ class RunPage:
     def count(self, name: str, done: int, total: int, unit: str) -> None:
         stage = self.enter(name)
         stage.done, stage.total, stage.unit = done, total, unit
-        if done and stage.counted is None:
+        if done and (stage.counted is None or done < stage.counted[1]):  # less: an earlier attempt was ahead
             stage.counted = time.monotonic(), done
 
     def fail(self, name: str, reason: object) -> None:
@@ -114,7 +113,6 @@ class RunPage:
             self.changed.set()
 
     def show(self, title: str, rows: list[dict[str, str]]) -> None:
-        """Show a table under this title."""
         self.tables[title] = rows
         self.changed.set()
 
@@ -125,11 +123,6 @@ class RunPage:
             self.fail(states["running"], str(error) or type(error).__name__)
         self._end()
 
-    @cached_property
-    def settings(self) -> list[str]:
-        """The settings that differ from the default preset."""
-        return settings_beyond(DEFAULT, self.config)
-
     @property
     def headline(self) -> str:
         """The page in one line: its title, and the stage that runs or has failed."""
@@ -139,8 +132,9 @@ class RunPage:
 
     def markdown(self) -> str:
         tables = {title: (rows[:MOST_ROWS], len(rows) - MOST_ROWS) for title, rows in dict(self.tables).items() if rows}
-        shown = {"stages": list(self.stages.values()), "tables": tables, "curve": self._curve, "duration": duration}
-        shown |= {"settings": self.settings, "now": self._so_far(), "links": dict(self.links)}
+        stages = [replace(stage) for stage in list(self.stages.values())]  # copies: another thread changes the stages
+        shown = {"stages": stages, "tables": tables, "curve": self._curve, "duration": duration}
+        shown |= {"settings": settings_beyond(DEFAULT, self.config), "now": self._so_far(), "links": dict(self.links)}
         return render("run_page.md.j2", **vars(self) | shown)
 
     def _so_far(self) -> dict[str, str]:
@@ -148,18 +142,22 @@ class RunPage:
         stage = self.stages.get("train")
         if stage is None or not stage.counted or not stage.rate:
             return {}
-        total_seconds = stage.seconds + (stage.remaining_seconds or 0)
+        seconds_left = stage.remaining_seconds
+        spent_of_total = [stage.seconds] + ([] if seconds_left is None else [stage.seconds + seconds_left])
         price = self.config.resources.price_per_gpu_hour * (self.plan.gpus if self.plan else 1) / 3600
-        now = {
-            "speed": f"{stage.rate * self.config.train.batch_tokens:,.0f} tokens/s",
-            "time": f"{duration(stage.seconds)} of {duration(total_seconds)}",
-        }
-        return now | ({"price": f"{price * stage.seconds:,.2f} of {price * total_seconds:,.2f}"} if price else {})
+        speed = f"{stage.rate * self.config.train.batch_tokens:,.0f} tokens/s"
+        now = {"speed": speed, "time": " of ".join(map(duration, spent_of_total))}
+        return now | ({"price": " of ".join(f"{price * seconds:,.2f}" for seconds in spent_of_total)} if price else {})
 
     def _end(self) -> None:
         for stage in self.stages.values():
             if stage.state == "running":
                 stage.state, stage.ended = "done", time.monotonic()
+
+
+def run_page() -> RunPage:
+    """The page of this run; outside of a run, a page that nobody sees."""
+    return page.get() or RunPage("", RunConfig(), {})
 
 
 def duration(seconds: float) -> str:
@@ -176,7 +174,8 @@ def _shown(title: str, config: RunConfig, stages: tuple[str, ...]) -> Iterator[N
     """Show the page of the current flow run, and keep it up to date while the block lasts."""
     shown = RunPage(title, config, {name: Stage(name) for name in stages})
     if "train" in stages:
-        shown.plan = _first_plan(config)
+        with suppress(ValueError, StorageError):  # the flow itself will say what is wrong
+            shown.plan = plan(config)
     ended = threading.Event()
     updater = threading.Thread(target=_update, args=(shown, flow_run.id, ended), daemon=True)
     token = page.set(shown)
@@ -207,16 +206,6 @@ def on_page(*stages: str) -> Callable[[FlowFunction], FlowFunction]:
         return cast(FlowFunction, on_its_page)
 
     return decorate
-
-
-def _first_plan(config: RunConfig) -> Plan | None:
-    """The plan of the run, or None if the flow itself will say what is wrong."""
-    store = None
-    with suppress(ValueError, StorageError):
-        with suppress(ObjectMissing):
-            store = open_store(config.store_url)
-        return plan(store, config)
-    return None
 
 
 def _update(shown: RunPage, run_id: str, ended: threading.Event) -> None:

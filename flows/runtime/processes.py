@@ -22,6 +22,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.states import Completed
 
+from flows.inspection.facts import stored_result
 from model.runs.job import USER_ERROR, Job, JobFailed, JobRefused, note_failure, put_job, read_result
 from storage.errors import printable
 from storage.keys import RunKeys
@@ -99,8 +100,9 @@ class Processes(AbstractContextManager["Processes"]):
 
 def run_job(store: Store, job: Job, processes: Processes) -> Any:
     """Run a job in its own process, unless done. Returns its result. Raises JobRefused or JobFailed; stores why."""
-    if (result := read_result(store, job)) is not None:
+    if (result := stored_result(store, job)) is not None:
         return Completed(name="Skipped", message="already done", data=result)
+    store.delete(RunKeys(job.run).result(job.job_id))  # else the process would take it for done
     try:
         processes.run(put_job(store, job), get_run_logger().info)
         if (result := read_result(store, job)) is None:

@@ -1,10 +1,8 @@
-"""The checkpoint records and metrics of a run in the store. Loads no weights, imports no torch.
-
-A checkpoint counts from the moment its record exists. Files without a record come from unfinished attempts.
-"""
+"""The checkpoint records and metrics of a run. A checkpoint counts once its record exists. Imports no torch."""
 
 import re
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, field, replace
 from functools import partial
@@ -80,10 +78,7 @@ def _belongs_to(names: RunKeys, key: str, record: CheckpointRecord) -> bool:
 
 
 def chosen(store: Store, run: str, checkpoint: str = "last", setting: str = "name") -> list[CheckpointRecord]:
-    """The checkpoints that `evaluation.checkpoint` selects, oldest first: by default only the newest.
-
-    Raises ObjectMissing when it selects none; the error quotes `setting`, from which the run's name came.
-    """
+    """The checkpoints that `evaluation.checkpoint` selects, oldest first. Raises ObjectMissing, quoting `setting`."""
     records = checkpoints(store, run)
     if not records:
         problem = f"{setting} = {run!r}: that run has no checkpoint in store {store.url!r}. Train it with gpt2 train"
@@ -108,7 +103,7 @@ def read_checkpoint_file(store: Store, run: str, record: CheckpointRecord, name:
     return bytes(stored.body)
 
 
-def put_checkpoint(store: Store, run: str, bodies: dict[str, Body], record: CheckpointRecord) -> CheckpointRecord:
+def put_checkpoint(store: Store, run: str, bodies: Mapping[str, Body], record: CheckpointRecord) -> CheckpointRecord:
     """Put the files, then the record. Returns the stored record.
 
     If the process is killed, the previous checkpoint stays the newest. A retry with the same `record.attempt` continues
@@ -142,12 +137,9 @@ def best(records: list[CheckpointRecord]) -> list[CheckpointRecord]:
 
 
 def retained(records: list[CheckpointRecord], train: TrainingConfig) -> list[CheckpointRecord]:
-    """The checkpoints to keep: the newest, the best, and the first at or after each multiple of `keep_every_steps`.
-
-    A checkpoint can come after the multiple, because a save waits for the previous save. 0 keeps none of these.
-    """
+    """The checkpoints to keep: the newest, the best, and the first at or after each multiple of `keep_every_steps`."""
     kept, passed = [], 0
-    for index, record in enumerate(records):
+    for index, record in enumerate(records):  # one can come after its multiple: a save waits for the previous one
         multiples = record.step // train.keep_every_steps if train.keep_every_steps else 0
         is_best = train.keep_best and record in best(records)
         if multiples > passed or is_best or index >= len(records) - train.keep_last:

@@ -4,35 +4,26 @@ import json
 
 import torch
 from safetensors.torch import load
-from torch import Tensor
 from torch.optim import Optimizer
 
 from model.checkpoints.records import OPTIMIZER, WEIGHTS, CheckpointRecord, read_checkpoint_file
 from model.config import ModelConfig
 from model.gpt import GPT, unpadded
 from storage.errors import CheckpointInvalid
-from storage.stores.store import Body, Store
+from storage.stores.store import Store
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
 
 
-class Snapshot:
-    """A checkpoint's files in reused buffers: training waits for the copy, and new memory took twice as long (124M)."""
-
-    def __init__(self) -> None:
-        self._files: dict[str, bytearray] = {}
-
-    def take(self, model: GPT, optimizer: Optimizer) -> dict[str, Body]:
-        """The current weights and optimizer state as files. The next call overwrites them."""
-        weights = {name: unpadded(name, weight.detach()) for name, weight in model.named_parameters()}
-        state = {
-            f"{name}.{field}": unpadded(name, value)
-            for name, weight in model.named_parameters()
-            for field, value in optimizer.state[weight].items()
-        }
-        return {WEIGHTS: self._copy(WEIGHTS, weights), OPTIMIZER: self._copy(OPTIMIZER, state)}
-
-    def _copy(self, file: str, tensors: dict[str, Tensor]) -> bytearray:
+def snapshot(model: GPT, optimizer: Optimizer, files: dict[str, bytearray]) -> None:
+    """Copy weights and optimizer state into the files, whose memory is reused: new memory took twice as long (124M)."""
+    weights = {name: unpadded(name, weight.detach()) for name, weight in model.named_parameters()}
+    state = {
+        f"{name}.{field}": unpadded(name, value)
+        for name, weight in model.named_parameters()
+        for field, value in optimizer.state[weight].items()
+    }
+    for file, tensors in {WEIGHTS: weights, OPTIMIZER: state}.items():
         # The format: length of the header, header, data
         header: dict[str, dict[str, object]] = {}
         end = 0
@@ -43,16 +34,14 @@ class Snapshot:
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)  # the format aligns the data to 8 bytes
         first = 8 + len(head)
-        if len(self._files.get(file, b"")) != first + end:
-            self._files[file] = bytearray(first + end)
-        body = self._files[file]
-        body[:first] = len(head).to_bytes(8, "little") + head
+        if len(files.get(file, b"")) != first + end:
+            files[file] = bytearray(first + end)
+        files[file][:first] = len(head).to_bytes(8, "little") + head
         if end:
-            numbers = torch.frombuffer(body, dtype=torch.float32, offset=first)
+            numbers = torch.frombuffer(files[file], dtype=torch.float32, offset=first)
             parts = torch.split(numbers, [tensor.numel() for tensor in tensors.values()])
             for part, tensor in zip(parts, tensors.values(), strict=True):
                 part.copy_(tensor.reshape(-1))
-        return body
 
 
 def load_model(store: Store, run: str, record: CheckpointRecord) -> GPT:

@@ -15,27 +15,23 @@ from storage.loading.windows import MixedWindows, Windows
 
 
 class DataLoader:
-    """One rank's endless stream of micro-batches from a step on. A background thread prefetches `ahead` of them.
-
-    A rank takes the same slice of every step's batch. A resume reads unused prefetched micro-batches again.
-    """
+    """One rank's endless stream of micro-batches from a step on. A background thread prefetches `ahead` of them."""
 
     def __init__(
         self, windows: Windows | MixedWindows, device: torch.device, *, step: int, batch_windows: int, size: int,
         rank: int, ranks: int, ahead: int,
     ) -> None:  # fmt: skip
-        self._windows, self._device = windows, device
+        self._windows, self._device, self._ahead = windows, device, ahead
         self._batch_windows, self._share, self._size = batch_windows, batch_windows // ranks, size
         self._stream = self._read(step, rank * self._share)
         self._ready: queue.Queue[Tensor | BaseException] = queue.Queue(max(ahead, 1))
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._prefetch, daemon=True) if ahead else None
-        if self._thread:
-            self._thread.start()
+        if ahead:
+            threading.Thread(target=self._prefetch, daemon=True).start()
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Tokens and the tokens that follow them, int64, B x T each. Raises the errors of opening a shard."""
-        tokens = self._ready.get() if self._thread else next(self._stream)
+        tokens = self._ready.get() if self._ahead else next(self._stream)
         if isinstance(tokens, BaseException):
             raise tokens
         return inputs_and_targets(tokens, self._device)

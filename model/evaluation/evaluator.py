@@ -77,33 +77,25 @@ class Evaluator:
 
     @torch.no_grad()
     def ending_losses(self, items: Sequence[Item]) -> np.ndarray:
-        """The summed loss of each ending after its context, in nats: float64, one row per item, four columns.
-
-        Padding is never scored, and the batch size does not change the losses. The ranks share the items.
-        """
+        """The summed loss of each ending after its context, in nats: float64, one row per item, four columns."""
         self.model.eval()
         losses = np.zeros(len(items) * ENDINGS)
         mine = pack_items(items, self.model.config.context_tokens)[self.ddp.rank :: self.ddp.ranks]
+        head_VC = unpadded(EMBEDDING, self.model.head_VC)
         done = 0
         for rows in batch_rows(mine, BATCH_TOKENS[self._sums_on]):
             batch = to_tensors(rows, self.ddp.device)
             with self.autocast():
                 x_BTC = self.model.transformer(batch.tokens_BT, batch.positions_BT, batch.mask_B1TT)
-            # The head in fp32: the rounding of bf16 logits can make a loss negative
+            # The head once per predicting position, in fp32: the rounding of bf16 logits can make a loss negative
             x_UC = x_BTC.flatten(0, 1)[batch.predictors_U].float()
-            losses_N = self._losses(x_UC, batch.predictor_of_N, batch.targets_N)
+            normalisers_U = torch.cat([_logsumexp(part_UC, head_VC) for part_UC in torch.split(x_UC, HEAD_POSITIONS)])
+            logits_N = (x_UC[batch.predictor_of_N] * head_VC[batch.targets_N]).sum(-1)
+            losses_N = normalisers_U[batch.predictor_of_N.cpu()] - logits_N.cpu()
             np.add.at(losses, batch.slots_N.cpu().numpy(), losses_N.double().numpy())
             done += len(rows)
             self.show_progress(done, len(mine))
-        summed = self.ddp.sum(torch.from_numpy(losses).to(self._sums_on))
-        return summed.cpu().numpy().reshape(-1, ENDINGS)
-
-    def _losses(self, x_UC: Tensor, predictor_of_N: Tensor, targets_N: Tensor) -> Tensor:
-        """The loss of each target, on the CPU. The head is applied to each predicting position once."""
-        head_VC = unpadded(EMBEDDING, self.model.head_VC)
-        normalisers_U = torch.cat([_logsumexp(part_UC, head_VC) for part_UC in torch.split(x_UC, HEAD_POSITIONS)])
-        logits_N = (x_UC[predictor_of_N] * head_VC[targets_N]).sum(-1)
-        return normalisers_U[predictor_of_N.cpu()] - logits_N.cpu()
+        return self.ddp.sum(torch.from_numpy(losses).to(self._sums_on)).cpu().numpy().reshape(-1, ENDINGS)
 
 
 def _chosen_windows(split: Windows, limit_tokens: int, seed: int) -> np.ndarray:
@@ -111,8 +103,7 @@ def _chosen_windows(split: Windows, limit_tokens: int, seed: int) -> np.ndarray:
     count = max(limit_tokens // split.sequence_tokens, 1)
     if not limit_tokens or count >= windows:
         return np.arange(windows)
-    random_keys = np.random.PCG64(seed).random_raw(windows)
-    return np.sort(random_keys.argsort(kind="stable")[:count])
+    return np.sort(np.random.PCG64(seed).random_raw(windows).argsort(kind="stable")[:count])
 
 
 def _logsumexp(x_UC: Tensor, head_VC: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""Generates text: seeded samples after a prompt, and the command that prints samples of a run's newest checkpoint.
-
-python -m model.evaluation.generate <store url> <run> --prompt "…"
+"""Generates text: seeded samples after a prompt. python -m model.evaluation.generate STORE RUN --prompt "…" prints it.
 
 Shapes: B texts that are generated together, T time, C channels, V vocabulary.
 """
@@ -28,22 +26,17 @@ from storage.stores.opening import open_store
 
 def sample_texts(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequence[int]) -> list[list[int]]:
     """The token ids that follow the prompt, one text for each seed, each up to its `<|endoftext|>`."""
-    texts: list[list[int]] = [[] for _ in seeds]
-    for ids in generate(model, prompt, settings, seeds):
-        for text, token in zip(texts, ids, strict=True):
-            if token != tokenizer.EOT:
-                text.append(token)
-    return texts
+    drawn = list(generate(model, prompt, settings, seeds))
+    return [[ids[row] for ids in drawn if ids[row] != tokenizer.EOT] for row in range(len(seeds))]
 
 
 @torch.inference_mode()
 def generate(model: GPT, prompt: str, settings: EvaluationConfig, seeds: Sequence[int]) -> Iterator[list[int]]:
     """Yields the next token id of every text, `sample_tokens` times or until all texts have ended.
 
-    A text that has ended continues with `<|endoftext|>`. A text depends only on its seed, not on its neighbours (except
-    for rounding in matrix products). An empty prompt starts a new document. When a text fills the model's context, its
-    last half becomes the new context: positions are learnt, so keys and values are computed again, once per half
-    context. Raises ValueError for a prompt that is longer than the context.
+    A text that has ended continues with `<|endoftext|>`. A text depends only on its seed (and rounding in matrix
+    products). When a text fills the model's context, its last half becomes the new context: positions are learnt, so
+    keys and values are computed again. Raises ValueError for a prompt that is longer than the context.
     """
     if not seeds:  # a rank without a sample
         return

@@ -54,8 +54,7 @@ def questions(body: bytes | bytearray, name: str) -> list[Question]:
 def completion_style(question: Question) -> Item:
     """The raw context, and each ending tokenised separately with a space before it."""
     endings = [tokenizer.encode(f" {ending}").tolist() for ending in question.endings]
-    context = tokenizer.encode(question.ctx).tolist()
-    return Item(context, endings, question.label, [len(ending) for ending in endings])
+    return Item(tokenizer.encode(question.ctx).tolist(), endings, question.label, [len(ending) for ending in endings])
 
 
 def harness_style(question: Question) -> Item:
@@ -84,10 +83,8 @@ def _cleaned(text: str) -> str:
 def _lines(body: bytes | bytearray, name: str) -> Iterator[tuple[int, Any]]:
     """Lines that are not blank, or rows of a parquet file, each with its number from 1."""
     if not name.endswith(".parquet"):
-        yield from ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())
-        return
+        return ((number, line) for number, line in enumerate(bytes(body).splitlines(), 1) if line.strip())
     try:
-        rows = pq.read_table(pa.BufferReader(body)).to_pylist()
+        return enumerate(pq.read_table(pa.BufferReader(body)).to_pylist(), 1)
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceInvalid(f"{name}: invalid parquet ({error}). Set evaluation.hellaswag to another file.") from error
-    yield from enumerate(rows, 1)

@@ -1,6 +1,5 @@
 """Items with one true and three false endings, and such items made from a dataset's val documents."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,12 @@ def document_items(
     store: Store, dataset: str, manifest: Manifest, count: int, seed: int, cache_bytes: int = LIMIT_BYTES
 ) -> list[Item]:
     """Up to `count` items of val documents, with endings of others, seeded. Raises ValueError for too few documents."""
-    openings = list(_openings(ShardCache(store, dataset, cache_bytes), manifest))
+    openings = [  # the first ITEM_TOKENS tokens of each val document that is long enough
+        ids[start + 1 : start + 1 + ITEM_TOKENS].tolist()
+        for ids in map(ShardCache(store, dataset, cache_bytes).open, manifest.rows("val"))
+        for start, end in zip(*document_bounds(ids), strict=True)
+        if end - start > ITEM_TOKENS
+    ]
     if len(openings) < ENDINGS:
         needed = f"a completion set needs {ENDINGS} val documents of at least {ITEM_TOKENS} tokens"
         remedy = "Set a larger data.val_shards in a new dataset, or evaluation.hellaswag to a file."
@@ -45,12 +49,3 @@ def document_items(
         endings.insert(label, openings[index][CONTEXT_TOKENS:])
         items.append(Item(openings[index][:CONTEXT_TOKENS], endings, label, [ENDING_TOKENS] * ENDINGS))
     return items
-
-
-def _openings(cache: ShardCache, manifest: Manifest) -> Iterator[list[int]]:
-    """The first ITEM_TOKENS tokens of each val document that is long enough."""
-    for row in manifest.rows("val"):
-        ids = cache.open(row)
-        for start, end in zip(*document_bounds(ids), strict=True):
-            if end - start > ITEM_TOKENS:
-                yield ids[start + 1 : start + 1 + ITEM_TOKENS].tolist()

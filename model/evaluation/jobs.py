@@ -1,7 +1,6 @@
 """The evaluation jobs: one function for each kind, listed in KINDS.
 
-A metric's name holds what its value depends on (`val_loss_t512`, `hellaswag_harness_acc_norm`), so that values of
-one name are comparable. The ranks share the work; the main rank writes to the store.
+A metric's name holds what its value depends on, so that values of one name are comparable. The ranks share the work.
 """
 
 import io
@@ -22,7 +21,6 @@ from model.evaluation.generate import sample_texts
 from model.evaluation.hellaswag import CONVENTIONS, questions
 from model.evaluation.items import Item, document_items
 from model.evaluation.results import Evaluation, Measurement
-from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import EvaluationSummary, Job
 from storage.datasets.manifest import read_manifest
@@ -35,10 +33,7 @@ from storage.stores.store import Store, overwrite
 
 
 def val_loss(store: Store, job: Job, evaluator: Evaluator) -> Measurement:
-    """Mean loss of the val split or of a seeded part of it, its perplexity, and bits per byte of its text.
-
-    For a mix: those of each dataset, and the mean of the losses by the weights.
-    """
+    """Loss, perplexity and bits per byte of the val split or a part; of a mix: of each dataset, and the mean loss."""
     recipe, metrics = job.recipe, dict[str, float]()
     settings = {"sequence_tokens": recipe["sequence_tokens"], "seed": 0, "cache_bytes": job.how.resources.cache_bytes}
     splits = MixedWindows(store, job.mix, "val", **settings).splits
@@ -114,26 +109,28 @@ KINDS = {"val_loss": val_loss, "completion": completion, "hellaswag": hellaswag,
 
 
 def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
-    """Run an evaluation job as this rank and put the evaluation into the store. Returns the job's result.
-
-    Raises ObjectMissing if the checkpoint is missing, and ValueError if the losses are not finite.
-    """
-    model = _evaluated_model(store, job).to(ddp.device)
+    """Run and store an evaluation. Raises ObjectMissing without its checkpoint, ValueError if losses are not finite."""
+    step, weights = job.recipe["step"], job.recipe["weights"]
+    saved = [record for record in checkpoints(store, job.run) if record.step == step]
+    if not saved or saved[0].files[WEIGHTS].sha256 != weights:
+        problem = f"the checkpoint of step {step:,} is gone"
+        raise ObjectMissing(f"run {job.run!r}: {problem}. Evaluate another: gpt2 evaluate")
+    model = load_model(store, job.run, saved[0]).to(ddp.device)
     evaluator = Evaluator(model, ddp, job.recipe.get("precision", "fp32"), job.kind)
     measurement = KINDS[job.kind](store, job, evaluator)
     answers = measurement.answers
-    origin = {"name": job.kind, "step": job.recipe["step"], "job": job.job_id, "environment": ddp.environment}
+    origin = {"name": job.kind, "step": step, "job": job.job_id, "environment": ddp.environment}
     if "manifest" in job.recipe:
         origin |= {"data": job.recipe["manifest"], "dataset": job.recipe["dataset"]}
     digest = None if answers is None else sha256(answers)
     evaluation = Evaluation(**dict(measurement) | origin, precision=evaluator.precision, answers_sha256=digest)
-    key = RunKeys(job.run).evaluation(evaluation.step, job.kind)
+    key = RunKeys(job.run).evaluation(step, job.kind)
     if ddp.is_main:
         if answers is not None:
             store.delete(key)  # a job with other settings may have written it, and its answers are overwritten next
-            overwrite(store, RunKeys(job.run).evaluation_items(evaluation.step, job.kind), answers)
+            overwrite(store, RunKeys(job.run).evaluation_items(step, job.kind), answers)
         overwrite(store, key, canonical_json(evaluation.model_dump(exclude_none=True)))
-    return EvaluationSummary(job.kind, evaluation.step, evaluation.metrics, key)
+    return EvaluationSummary(job.kind, step, evaluation.metrics, key)
 
 
 def _choose(job: Job, evaluator: Evaluator, sets: dict[str, tuple[list[Item], str]]) -> Measurement:
@@ -169,11 +166,3 @@ def _check_finite(job: Job, losses: np.ndarray) -> None:
         problem = f"the checkpoint of step {job.recipe['step']:,} gives losses that are not finite ({wrong.flat[0]})"
         remedy = "Evaluate an earlier checkpoint: --set evaluation.checkpoint=STEP"
         raise ValueError(f"{problem}: its training diverged. {remedy}")
-
-
-def _evaluated_model(store: Store, job: Job) -> GPT:
-    step, weights = job.recipe["step"], job.recipe["weights"]
-    for record in checkpoints(store, job.run):
-        if record.step == step and record.files[WEIGHTS].sha256 == weights:
-            return load_model(store, job.run, record)
-    raise ObjectMissing(f"run {job.run!r}: the checkpoint of step {step:,} is gone. Evaluate another: gpt2 evaluate")

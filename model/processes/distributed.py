@@ -1,7 +1,4 @@
-"""Ranks and devices: reads torchrun's environment variables, picks the device, joins the process group.
-
-RANK, WORLD_SIZE, LOCAL_RANK (torchrun), INIT_METHOD (torchrun.py)  →  DDPConfig  →  device, backend, process group
-"""
+"""Ranks and devices: reads torchrun's environment variables, picks the device, joins the process group."""
 
 import platform
 import resource
@@ -73,13 +70,13 @@ class DDPConfig:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
     @contextmanager
-    def process_group(self, last_save: timedelta) -> Iterator[None]:
+    def process_group(self, last_save_minutes: float) -> Iterator[None]:
         """Join the group of all ranks, if there are several, while the block lasts. If a rank dies, the others fail."""
         if self.ranks == 1:
             yield
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        timeout = last_save + timedelta(minutes=10)  # the main rank may be storing the last checkpoint
+        timeout = timedelta(minutes=last_save_minutes + 10)  # the main rank may be storing the last checkpoint
         dist.init_process_group(backend, self.init_method, timeout, self.ranks, self.rank)
         yield
         dist.barrier()  # no rank leaves while the main rank still writes

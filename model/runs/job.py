@@ -1,7 +1,4 @@
-"""A job: the request to a process and its result, as objects in the store. Imports no torch.
-
-The digest of its recipe names a job, so "is it done?" is one lookup of its result, which is written last.
-"""
+"""A job: the request to a process and its result, in the store. Its recipe's digest names it. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

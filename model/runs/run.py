@@ -163,27 +163,20 @@ def find_run(store: Store, name: str) -> Run | None:
 def training_job(run: Run) -> Job:
     """The training job of a run. Its recipe holds everything that decides the final weights."""
     train = {name: value for name, value in run.config["train"].items() if name not in TrainingConfig.HOW}
-    start = {} if run.start is None else {"start": asdict(run.start)}
     inputs = {"model": run.config["model"], "train": train, "dataset": run.dataset, "manifest": run.manifest}
-    mix = {"mix": asdict(run)["mix"]} if run.mix else {}
-    return Job(run.name, "train", inputs | start | mix, run.how)
+    optional = {name: value for name, value in asdict(run).items() if name in ("start", "mix") and value}
+    return Job(run.name, "train", inputs | optional, run.how)
 
 
 def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str | None, items: str | None) -> list[Job]:
-    """The evaluation jobs of one checkpoint. Each recipe holds everything that decides its result.
-
-    Without a manifest there is no val split, so only HellaSwag and samples remain. HellaSwag needs its items.
-    The completion set replaces it if `evaluation.hellaswag` is empty.
-    """
+    """The evaluation jobs of one checkpoint. Without a manifest there is no val split: HellaSwag and samples remain."""
     settings = config.evaluation.model_dump(mode="json")
     checkpoint = {"model": record.model, "step": record.step, "weights": record.files[WEIGHTS].sha256}
 
     def job(kind: str, *names: str, **inputs: object) -> Job:
-        chosen = {name: settings[name] for name in names}
-        return Job(config.name, kind, checkpoint | inputs | chosen, config.how())
+        return Job(config.name, kind, checkpoint | inputs | {name: settings[name] for name in names}, config.how())
 
     val_split = {"dataset": config.data.dataset, "manifest": manifest}
-    seed = config.train.seed
     jobs = []
     if manifest is not None:
         mix = {"mix": asdict(record.cursor)["mix"]} if record.cursor and record.cursor.mix else {}
@@ -192,7 +185,6 @@ def evaluation_jobs(config: RunConfig, record: CheckpointRecord, manifest: str |
     if items is not None:
         jobs.append(job("hellaswag", "precision", items=items))
     elif manifest is not None and not config.evaluation.hellaswag:
-        jobs.append(job("completion", "completion_items", "precision", seed=seed, **val_split))
+        jobs.append(job("completion", "completion_items", "precision", seed=config.train.seed, **val_split))
     sampling = ("prompts", "samples", "sample_tokens", "temperature", "top_k", "top_p")
-    jobs.append(job("samples", *sampling, seed=seed))
-    return jobs
+    return [*jobs, job("samples", *sampling, seed=config.train.seed)]

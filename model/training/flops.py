@@ -18,9 +18,9 @@ def parameter_count(config: ModelConfig) -> int:
     return (VOCABULARY + config.context_tokens + 2) * config.width + config.layers * of_block
 
 
-def flops_per_token(config: ModelConfig, parameters: int, sequence_tokens: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_tokens: int) -> int:
     """FLOPs of one training step per token: 6 per weight in a matrix product, and 12 L C T for attention."""
-    multiplying = parameters - config.context_tokens * config.width  # without the position embedding
+    multiplying = parameter_count(config) - config.context_tokens * config.width  # without the position embedding
     return 6 * multiplying + 12 * config.layers * config.width * sequence_tokens
 
 

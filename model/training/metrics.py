@@ -1,7 +1,4 @@
-"""The metrics of each step: printed, kept until a checkpoint stores them, and shown live in the store.
-
-Only the main rank uses its log. The log computes nothing, and training never waits for the store.
-"""
+"""The metrics of each step: printed, kept until a checkpoint stores them, shown live. Training never waits for it."""
 
 import json
 import math
@@ -22,9 +19,8 @@ class MetricsLog:
     """The metrics since the last checkpoint, and the keys of the stored segments."""
 
     def __init__(self, store: Store, run: str, max_steps: int, segments: list[str]) -> None:
-        self._store, self._run, self._max_steps = store, run, max_steps
+        self._store, self._run, self._max_steps, self._segments = store, run, max_steps, segments
         self._unsaved: list[StepMetrics] = []
-        self._segments = segments
         self._progress_at = 0.0
         self._progress_thread = threading.Thread()
 

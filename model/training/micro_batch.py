@@ -1,34 +1,48 @@
-"""Chooses the size of the micro-batches: fixed for a short run, the fastest that fits for a long one.
-
-The size changes no batch. A long run measures once per store, device and model; later runs find what it stored.
-"""
+"""Chooses the size of micro-batches, which changes no batch: fixed for a short run, measured once for long ones."""
 
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, field
 from math import inf
+from statistics import median_low
+from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 
-from model.config import TrainingConfig
+from model.config import Positive, TrainingConfig
 from model.evaluation.evaluator import Evaluator
 from model.processes.distributed import DDPConfig
-from model.runs.speed import Speed, put_speed, read_speed
 from model.tokenizer import VOCABULARY
-from model.training.flops import flops_per_token, peak_flops
-from storage.stores.store import Store
+from model.training.flops import flops_per_token, parameter_count, peak_flops
+from storage import keys
+from storage.digests import canonical_json, digest
+from storage.stores.store import Body, Store, put_once, read_as
 
 FIXED_TOKENS = {"cpu": 1_024, "mps": 1_024, "cuda": 32_768}  # four times as many must fit, except on CUDA
-REPETITIONS = 3
+REPETITIONS = 10
 MEASURE_SECONDS = 30.0
 PEAK_FLOPS = {"cpu": 2.5e11, "mps": 5e12, "cuda": 1e14}  # if the device's own is unknown; the CPU has two cores
 USUAL_MFU = 0.4  # that of an H100 with the 124M model
 
 
-def choose_sequences(store: Store, evaluator: Evaluator, config: TrainingConfig, setup: dict[str, object]) -> int:
+@dataclass(frozen=True)
+class Speed:
+    """The fastest size of micro-batch in a setup. Without timings: the size after a run had run out of memory."""
+
+    setup: dict[str, Any]  # what decides which sizes fit and how fast they are: device, model, batch, versions
+    sequences: Positive
+    tokens_per_second: float = 0.0  # of all ranks, without the optimizer's step
+    timings: dict[int, tuple[float, int]] = field(default_factory=dict)  # by size: seconds of one, peak bytes
+
+
+def choose_sequences(store: Store, evaluator: Evaluator, config: TrainingConfig, setup: dict[str, Any]) -> int:
     """Sequences per micro-batch, the same on all ranks. Leaves the weights unchanged. Raises ObjectCorrupt."""
     ddp, model, windows = evaluator.ddp, evaluator.model, config.batch_windows // evaluator.ddp.ranks
     largest = windows & -windows  # the largest power of two that divides them
     fixed = min(1 << max(FIXED_TOKENS[ddp.device.type] // config.sequence_tokens, 1).bit_length() - 1, largest)
-    flops = flops_per_token(model.config, model.parameter_count, config.sequence_tokens) * config.batch_tokens
+    flops = flops_per_token(model.config, config.sequence_tokens) * config.batch_tokens
     peak = (peak_flops(ddp.device_name) or PEAK_FLOPS[ddp.device.type]) * ddp.ranks
     is_short = flops * config.max_steps < 100 * MEASURE_SECONDS * USUAL_MFU * peak  # measuring could take over 1 %
     stored = read_speed(store, setup) if ddp.is_main else None
@@ -47,23 +61,28 @@ def choose_sequences(store: Store, evaluator: Evaluator, config: TrainingConfig,
 
 
 def _measure(evaluator: Evaluator, sequence_tokens: int, sizes: list[int]) -> dict[int, tuple[float, int]]:
-    """The shortest seconds by size, and the peak memory of the sizes up to it. Ends in time, on all ranks alike."""
+    """The median seconds by size, and the peak memory of the sizes up to it. Ends in time, on all ranks alike.
+
+    Not the shortest seconds: small sizes meet the short moments in which a shared host is fast (up to 13 % wrong).
+    """
     ddp, model = evaluator.ddp, evaluator.model.train()
-    _spare = torch.empty(3 * model.parameter_count, device=ddp.device)  # what AdamW's state and DDP's buckets will take
+    _spare = torch.empty(3 * parameter_count(model.config), device=ddp.device)  # of AdamW's state and DDP's buckets
     timings: dict[int, tuple[float, int]] = {}
+    samples = defaultdict[int, list[float]](list)
     spent_seconds, seconds, too_large = 0.0, 0.0, inf
     for size in sizes * REPETITIONS:  # in turn, so that other load on this host slows all sizes
-        shortest, memory_bytes = timings.get(size, (inf, 0))
+        expected, memory_bytes = timings.get(size, (inf, 0))
         if size >= too_large:
             continue
-        if spent_seconds + min(shortest, 2 * seconds) > MEASURE_SECONDS:
+        if spent_seconds + min(expected, 2 * seconds) > MEASURE_SECONDS:
             break
         seconds = _sum(ddp, _seconds(evaluator, size, sequence_tokens)) / ddp.ranks
         if seconds == inf:
             seconds, too_large = 0.0, size
             timings = {fitting: timing for fitting, timing in timings.items() if fitting < size}
         else:
-            timings[size] = min(seconds, shortest), memory_bytes or ddp.memory_bytes()
+            samples[size].append(seconds)
+            timings[size] = median_low(samples[size]), memory_bytes or ddp.memory_bytes()
             spent_seconds += seconds
     model.zero_grad(set_to_none=True)
     return timings
@@ -85,3 +104,16 @@ def _seconds(evaluator: Evaluator, size: int, sequence_tokens: int) -> float:
 
 def _sum(ddp: DDPConfig, value: float) -> float:
     return ddp.sum(torch.tensor(value, device=ddp.device)).item()
+
+
+def read_speed(store: Store, setup: dict[str, Any]) -> Speed | None:
+    """The speed in the setup, or None if it is unknown. Raises ObjectCorrupt if it is damaged."""
+    windows = setup["batch_tokens"] // setup["sequence_tokens"] // setup["ranks"]
+    key, fits = keys.speed(digest(setup)), (setup, 0)
+    return read_as(store, key, Speed, lambda speed: (speed.setup, windows % speed.sequences) == fits)
+
+
+def put_speed(store: Store, speed: Speed, put: Callable[[Store, str, Body], None] = put_once) -> Speed:
+    """Store the speed: unless one is stored, or with `overwrite` in any case. Returns the stored one."""
+    put(store, keys.speed(digest(speed.setup)), canonical_json(asdict(speed)))
+    return read_speed(store, speed.setup) or speed

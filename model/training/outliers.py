@@ -7,9 +7,6 @@ from collections import deque
 from math import isfinite
 from statistics import median
 
-from model.checkpoints.records import read_segments
-from storage.stores.store import Store
-
 MEMORY_STEPS = 128
 FEWEST_STEPS = 32  # before that, no norm is an outlier: gradients shrink fast at the beginning
 FACTOR = 10.0  # times the median of the last MEMORY_STEPS norms; one spike already moves the z-scores of llm.c
@@ -31,10 +28,3 @@ class Outliers:
         is_skipped = is_outlier and self.skipped < self.allowed
         self.skipped += is_skipped
         return is_skipped
-
-
-def past_outliers(store: Store, segments: list[str], allowed: int) -> Outliers:
-    """The outliers after the steps in these segments. Reads the segments only if steps may be skipped."""
-    steps = read_segments(store, segments) if allowed else []
-    norms = [step.gradient_norm for step in steps if step.gradient_norm is not None and not step.skipped]
-    return Outliers(allowed, norms, sum(step.skipped for step in steps))

@@ -1,7 +1,4 @@
-"""Where training starts: at the run's newest checkpoint, at a checkpoint of another run, or from scratch.
-
-Refuses a checkpoint of another model, schedule or dataset, and names the differences. Trains nothing, saves nothing.
-"""
+"""Where training starts: at the run's newest checkpoint, at a checkpoint of another run, or from scratch."""
 
 from dataclasses import asdict
 
@@ -20,11 +17,9 @@ from storage.stores.store import Store
 def resume(store: Store, job: Job, ddp: DDPConfig, model: GPT, optimizer: Optimizer) -> tuple[int, list[str]]:
     """Load the checkpoint to start from. Returns its step, and the keys of the metrics that this run has so far.
 
-    Raises CheckpointInvalid if the checkpoint is damaged or belongs to another run, ObjectMissing if it was deleted.
-    Raises ValueError if the ranks see different checkpoints or no steps are left.
+    Raises CheckpointInvalid if it is damaged or another run's, ObjectMissing if deleted, ValueError if ranks differ.
     """
-    records = checkpoints(store, job.run)
-    newest = records[-1] if records else None
+    newest = next(reversed(checkpoints(store, job.run)), None)
     if not ddp.agree(int(newest.attempt, 16) if newest else 0):
         listed = f"step {newest.step:,}" if newest else "none"
         problem = f"the ranks found different checkpoints (rank {ddp.rank}: {listed}): another process is still saving"

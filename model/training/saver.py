@@ -4,8 +4,7 @@
     saving thread:      metrics ─▶ files ─▶ record ─▶ retention      ─┐
                         └─────── the store fails: wait, retry ◀───────┘
 
-A checkpoint that cannot be stored is dropped when the next one is due. After `unsaved_minutes` without a stored
-checkpoint, training ends.
+A checkpoint that cannot be stored is dropped when the next one is due.
 """
 
 import secrets
@@ -17,27 +16,23 @@ from torch.optim import Optimizer
 
 from model.checkpoints.metrics import StepMetrics
 from model.checkpoints.records import CheckpointRecord, put_checkpoint, retain
-from model.checkpoints.weights import Snapshot
+from model.checkpoints.weights import snapshot
 from model.config import TrainingConfig
 from model.gpt import GPT
 from model.training.metrics import MetricsLog
 from storage.errors import CheckpointInvalid, StorageError, StoreUnavailable
-from storage.stores.store import Body, Store
+from storage.stores.store import Store
 
 RETRY_SECONDS = 10.0  # between two tries; each try repeats its requests for a minute
 
 
 class Saver:
-    """Stores the checkpoints of one run.
-
-    `save`, `finish` and `check` raise StoreUnavailable if every try has failed for `unsaved_minutes`, and
-    CheckpointInvalid if another process trains the same run.
-    """
+    """Stores the checkpoints of one run. `save`, `finish` and `check` raise what `_try` raised in the background."""
 
     def __init__(self, store: Store, run: str, log: MetricsLog, config: TrainingConfig, unsaved_minutes: float) -> None:
         self._store, self._run, self._log, self._config = store, run, log, config
         self._unsaved_minutes = unsaved_minutes
-        self._snapshot = Snapshot()
+        self._files: dict[str, bytearray] = {}  # of the newest snapshot
         self._thread = threading.Thread()
         self._thread.start()  # nothing, so that it can be joined
         self._give_way = threading.Event()
@@ -45,16 +40,19 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, model: GPT, optimizer: Optimizer, record: CheckpointRecord, *, wait_seconds: float) -> bool:
-        """Take a snapshot and store it in the background. The log's metrics, files and attempt complete the record.
-
-        Waits at most `wait_seconds` for the previous save. Returns False, and saves nothing, if that save still runs.
-        """
-        if not self._is_free(wait_seconds):
+        """Store a snapshot in the background. Returns False if the previous save still runs after `wait_seconds`."""
+        deadline = time.monotonic() + wait_seconds
+        while self._thread.is_alive() and (seconds_left := deadline - time.monotonic()) > 0:
+            if self._failing_since is not None:
+                self._give_way.set()  # to this checkpoint
+            self._thread.join(min(seconds_left, 1.0))
+        self.check()
+        if self._thread.is_alive():
             return False
-        bodies = self._snapshot.take(model, optimizer)
+        snapshot(model, optimizer, self._files)
         record = replace(record, attempt=secrets.token_hex(6))  # the same for all tries: no file is stored twice
         self._give_way.clear()
-        self._thread = threading.Thread(target=self._save, args=(bodies, record, self._log.unsaved()), daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(record, self._log.unsaved()), daemon=True)
         self._thread.start()
         return True
 
@@ -69,26 +67,12 @@ class Saver:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise the error of the saving thread, if any."""
         if self._error is not None:
             raise self._error
 
-    def _is_free(self, seconds: float) -> bool:
-        """Whether the previous save ends within `seconds`. Stops a save that is failing."""
-        deadline = time.monotonic() + seconds
-        while self._thread.is_alive():
-            if self._failing_since is not None:
-                self._give_way.set()
-            seconds_left = deadline - time.monotonic()
-            if seconds_left <= 0:
-                break
-            self._thread.join(min(seconds_left, 1.0))
-        self.check()
-        return not self._thread.is_alive()
-
-    def _save(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> None:
+    def _save(self, record: CheckpointRecord, metrics: list[StepMetrics]) -> None:
         try:
-            while not self._try(bodies, record, metrics):
+            while not self._try(record, metrics):
                 if self._give_way.wait(RETRY_SECONDS):
                     return
             try:
@@ -98,29 +82,25 @@ class Saver:
         except Exception as error:  # a bug of ours, too: training must not go on without checkpoints
             self._error = error
 
-    def _try(self, bodies: dict[str, Body], record: CheckpointRecord, metrics: list[StepMetrics]) -> bool:
-        """Try once to store the checkpoint. Raises CheckpointInvalid, and StoreUnavailable after `unsaved_minutes`."""
+    def _try(self, record: CheckpointRecord, metrics: list[StepMetrics]) -> bool:
+        """Try once. Raises StoreUnavailable after `unsaved_minutes`, CheckpointInvalid if another process trains it."""
         try:
             segments = self._log.put_segment(metrics)
-            stored = put_checkpoint(self._store, self._run, bodies, replace(record, metrics=segments))
+            stored = put_checkpoint(self._store, self._run, self._files, replace(record, metrics=segments))
         except CheckpointInvalid:
             raise
         except StorageError as error:
-            self._note_failure(record.step, error)
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            minutes = (now - self._failing_since) / 60
+            if minutes > self._unsaved_minutes:
+                limit = f"resources.unsaved_minutes = {self._unsaved_minutes:g}"
+                problem = f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes ({limit})"
+                remedy = "The next start resumes from the newest stored checkpoint. The last error"
+                raise StoreUnavailable(f"{problem}. {remedy}, at step {record.step:,}: {error}") from error
+            waiting = f"training goes on for at most {self._unsaved_minutes - minutes:.0f} minutes"
+            print(f"checkpoint of step {record.step:,} is not stored yet, {waiting}: {error}", flush=True)
             return False
         self._failing_since = None
         self._log.saved(len(metrics), stored.metrics)
         return True
-
-    def _note_failure(self, step: int, error: StorageError) -> None:
-        now = time.monotonic()
-        self._failing_since = self._failing_since or now
-        minutes = (now - self._failing_since) / 60
-        minutes_left = self._unsaved_minutes - minutes
-        if minutes_left < 0:
-            limit = f"resources.unsaved_minutes = {self._unsaved_minutes:g}"
-            problem = f"run {self._run!r}: no checkpoint could be stored for {minutes:.0f} minutes ({limit})"
-            remedy = "The next start resumes from the newest stored checkpoint. The last error"
-            raise StoreUnavailable(f"{problem}. {remedy}, at step {step:,}: {error}") from error
-        waiting = f"training goes on for at most {minutes_left:.0f} minutes"
-        print(f"checkpoint of step {step:,} is not stored yet, {waiting}: {error}", flush=True)

@@ -7,7 +7,6 @@ import signal
 import time
 from contextlib import nullcontext
 from math import inf, isfinite
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,11 @@ from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.processes.parent import stop_signals
 from model.runs.job import Job, TrainingResult
-from model.runs.speed import Speed, put_speed
 from model.training.flops import flops_per_token, peak_flops
 from model.training.metrics import MetricsLog
-from model.training.micro_batch import choose_sequences
+from model.training.micro_batch import Speed, choose_sequences, put_speed
 from model.training.optimizer import learning_rate, make_optimizer
-from model.training.outliers import past_outliers
+from model.training.outliers import Outliers
 from model.training.resume import cursor_of, resume
 from model.training.saver import Saver
 from storage.loading.mix import weighted_mean
@@ -39,44 +37,40 @@ SAVE_WAIT_SECONDS = 1.0  # shortest wait for the previous save; usually a save w
 
 
 class Trainer:
-    """One rank of a run's training, from the run's newest checkpoint if it has one. `fit` trains to its end.
-
-    Raises ValueError for settings that do not fit the dataset or the installation, and whatever `resume` raises.
-    """
+    """One rank of a training. Raises ValueError if settings do not fit the dataset or this host, and as `resume`."""
 
     def __init__(self, store: Store, job: Job, ddp: DDPConfig) -> None:
         self.store, self.job, self.ddp = store, job, ddp
         self.config = config = TrainingConfig.model_validate(job.recipe["train"] | job.how.train)
         self.resources = resources = job.how.resources
-        self.micro_batches = config.micro_batches(ddp.ranks)  # of one step on this rank
+        config.micro_batches(ddp.ranks)  # raises ValueError if this is not a whole number
         options = {"sequence_tokens": config.sequence_tokens, "seed": config.seed, "cache_bytes": resources.cache_bytes}
         self.windows = MixedWindows(store, job.mix, "train", **options)
         self._check_length()
         self.val_windows = MixedWindows(store, job.mix, "val", **options) if config.validate_every_steps else None
         torch.manual_seed(config.seed)  # every rank draws the same initial weights
         self.model = GPT(ModelConfig.model_validate(job.recipe["model"]), config.dropout).to(ddp.device)
-        self.flops_per_token = flops_per_token(self.model.config, self.model.parameter_count, config.sequence_tokens)
+        self.flops_per_token = flops_per_token(self.model.config, config.sequence_tokens)
         self.optimizer = make_optimizer(self.model, config)
         self.step, segments = resume(store, job, ddp, self.model, self.optimizer)
-        self.outliers = past_outliers(store, segments, config.skip_outlier_steps)
-        past = read_segments(store, segments) if config.patience_validations else []
+        past = read_segments(store, segments) if config.skip_outlier_steps or config.patience_validations else []
+        norms = [line.gradient_norm for line in past if line.gradient_norm is not None and not line.skipped]
+        self.outliers = Outliers(config.skip_outlier_steps, norms, sum(line.skipped for line in past))
         self.val_losses = [line.val_loss for line in past if line.val_loss is not None]
         self.evaluator = Evaluator(self.model, ddp, config.precision)
         compiled = config.compile == "on" or (config.compile == "auto" and ddp.device.type == "cuda")
         self.setup = ddp.environment | config.model_dump(include={"sequence_tokens", "batch_tokens", "dropout"})
         self.setup |= {"threads": torch.get_num_threads(), "model": job.recipe["model"]}
         self.setup |= {"precision": self.evaluator.precision, "compiled": compiled}
-        self.sequences = config.micro_batch_sequences  # of one micro-batch
-        if not self.sequences:
-            self.sequences = choose_sequences(store, self.evaluator, config, self.setup)
-            self.micro_batches //= self.sequences
+        self.sequences = config.micro_batch_sequences or choose_sequences(store, self.evaluator, config, self.setup)
+        self.micro_batches = config.batch_windows // ddp.ranks // self.sequences  # of one step on this rank
         self.parallel: Any = torch.compile(self.model) if compiled else self.model
         if ddp.ranks > 1:
             self.parallel = DistributedDataParallel(self.parallel, forward_sync_buffers=False)
         self.log = MetricsLog(store, job.run, config.max_steps, segments)
         self.saver = Saver(store, job.run, self.log, config, resources.unsaved_minutes)
         self._stop_requested = self._save_due = False
-        self._data_seconds = self._metrics_seconds = self._checkpoint_seconds = 0.0
+        self._seconds: dict[str, Any] = {}  # of data, and of metrics and checkpoint after the previous step
         if ddp.is_main:
             mode = f"{'compiled' if compiled else 'eager'}, micro-batches of {self.sequences}"
             print(f"{job.job_id}: {self.evaluator.precision}, {mode}, from step {self.step:,}", flush=True)
@@ -158,9 +152,7 @@ class Trainer:
             tokens_per_second=speed,
             mfu=speed * self.flops_per_token / (peak * self.ddp.ranks) if peak else None,
             epochs=self.windows.epochs((self.step + 1) * self.config.batch_windows) if self.config.mix else {},
-            data_seconds=self._data_seconds,
-            metrics_seconds=self._metrics_seconds,
-            checkpoint_seconds=self._checkpoint_seconds,
+            **self._seconds,
         )
         self.step += 1
         return metrics, stopping
@@ -182,11 +174,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         exact = torch.float32 if self.ddp.device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(3, dtype=exact, device=self.ddp.device)
-        self._data_seconds = 0.0
+        self._seconds["data_seconds"] = 0.0
         for index in range(self.micro_batches):
             waiting = time.perf_counter()
             tokens_BT, targets_BT = self.batches.next()
-            self._data_seconds += time.perf_counter() - waiting
+            self._seconds["data_seconds"] += time.perf_counter() - waiting
             # DDP synchronises gradients only after the last micro-batch
             is_synchronised = self.ddp.ranks == 1 or index == self.micro_batches - 1
             with nullcontext() if is_synchronised else self.parallel.no_sync(), self.evaluator.autocast():
@@ -212,7 +204,6 @@ class Trainer:
                 raise ValueError(f"train.batch_tokens = {config.batch_tokens:,}: {split} has {length}. {remedy}")
 
     def _divergence(self, loss: float, norm: float) -> ValueError:
-        """The error of a step whose loss or gradient norm is NaN or infinite; names the batch."""
         after = f" after {self.outliers.skipped} skipped steps" if self.outliers.skipped else ""
         first, count = self.step * self.config.batch_windows, self.config.batch_windows
         shards = self.windows.shards_of(first, count)
@@ -231,12 +222,14 @@ class Trainer:
         started = time.perf_counter()
         self.log.add(metrics)
         logged = time.perf_counter()
-        self._metrics_seconds = logged - started
+        self._seconds["metrics_seconds"] = logged - started
         self.saver.check()  # if saves fail permanently, end now and not at the next save
         ending = stopping or self.is_finished
-        self._save_due |= ending or self._is_due(self.config.checkpoint_every_steps)
+        # A run that ends early, at some validation after its best, would otherwise lose that model.
+        is_best = self.config.patience_validations > 0 and metrics.val_loss == min(self.val_losses, default=inf)
+        self._save_due |= ending or is_best or self._is_due(self.config.checkpoint_every_steps)
         if self._save_due:
-            wait_seconds = inf if ending else max(metrics.step_seconds, SAVE_WAIT_SECONDS)
+            wait_seconds = inf if ending or is_best else max(metrics.step_seconds, SAVE_WAIT_SECONDS)
             recipe, cursor = self.job.recipe, cursor_of(self.job, self.step * self.config.batch_windows)
             record = CheckpointRecord(
                 self.step, self.job.job_id, recipe["model"], recipe["train"], cursor, val_loss=metrics.val_loss
@@ -244,12 +237,12 @@ class Trainer:
             self._save_due = not self.saver.save(self.model, self.optimizer, record, wait_seconds=wait_seconds)
         if ending:
             self.saver.finish()
-        self._checkpoint_seconds = time.perf_counter() - logged
+        self._seconds["checkpoint_seconds"] = time.perf_counter() - logged
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step % every_steps == 0 or self.step == self.config.max_steps
 
-    def _on_stop_signal(self, signum: int, _frame: FrameType | None) -> None:
+    def _on_stop_signal(self, signum: int, _frame: object) -> None:
         self._stop_requested = True
         if signum == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(signum, signal.default_int_handler)

@@ -24,8 +24,7 @@ class HostCache:
     """A folder of at most `limit_bytes`, evicted by LRU. Files in use are never evicted, even beyond the limit."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder = folder
-        self._limit_bytes = limit_bytes
+        self._folder, self._limit_bytes = folder, limit_bytes
 
     def has(self, sha256: str) -> bool:
         return self._path(sha256).exists()

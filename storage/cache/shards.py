@@ -26,8 +26,7 @@ class ShardCache:
     """The shards of one dataset as read-only arrays of token ids."""
 
     def __init__(self, store: Store, dataset: str, limit_bytes: int = LIMIT_BYTES) -> None:
-        self._store = store
-        self._dataset = dataset
+        self._store, self._dataset = store, dataset
         self._host = host.HostCache(host.FOLDER, limit_bytes)
         self.open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
         self._verified: set[str] = set()
@@ -46,8 +45,7 @@ class ShardCache:
 
     def _open_verified(self, row: ShardRow) -> np.ndarray:
         """The shard's token ids, uint16, mapped. Raises ObjectMissing, or ShardCorrupt for wrong bytes."""
-        tokens = self._mapped(row)
-        if tokens is None and not self._local_path(row):
+        if (tokens := self._mapped(row)) is None and not self._local_path(row):
             log.warning("cache: the copy of shard %s on this host is damaged; downloading it again", row.shard_id)
             self._host.quarantine(row.sha256)
             tokens = self._mapped(row)

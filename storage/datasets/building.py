@@ -40,8 +40,7 @@ class Build:
 
 def val_split(store: Store, spec: DatasetSpec, plans: Sequence[FilePlan]) -> ValSplit:
     """The pinned val shards or, before the first seal, those that the settings choose. Raises DatasetMismatch."""
-    val = check_binding(store, spec)
-    if val is None:
+    if (val := check_binding(store, spec)) is None:
         val = spec.val_shards_of([job.shard_id for plan in plans for job in plan.jobs()])
     return ValSplit(frozenset(val), "" if spec.settings.keep_val_duplicates else digest(val))
 
@@ -82,8 +81,7 @@ def build_here(
     store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode, *, eot: int
 ) -> Manifest:
     """Plan, build and seal a dataset in this process, one shard after the other."""
-    make_plan = planner(store, spec.settings, encode)
-    plans = list(plan_files(store, spec.name, listing.files, spec.settings, make_plan))
+    plans = list(plan_files(store, spec.name, listing.files, spec.settings, planner(store, spec.settings, encode)))
     build = start_build(store, spec, plans)
     for split in ("val", "train"):
         for job in missing_jobs(plans, build.split, build.missing, split):
@@ -97,8 +95,7 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
     dataset = build.spec.name
     if build.parent:
         check_rebuilt(store, dataset, build.parent, build.missing)
-    listing = Listing(tuple(plan.file for plan in build.plans), origin)
-    manifest = seal(store, build.spec, build.planned, listing)
+    manifest = seal(store, build.spec, build.planned, Listing(tuple(plan.file for plan in build.plans), origin))
     for shard_id in failures(store, dataset):  # including jobs that are no longer planned
         store.delete(failure(DatasetKeys(dataset).record(shard_id)))
     return manifest
@@ -106,8 +103,7 @@ def finish_build(store: Store, build: Build, origin: dict[str, str]) -> Manifest
 
 def lost_shards(store: Store, dataset: str, manifest: Manifest, plans: Sequence[FilePlan], val: ValSplit) -> set[str]:
     """The manifest's shards that the store has lost. Raises DatasetMismatch if the plans lack any of them."""
-    finished = finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id)
-    lost = set(manifest.shard_ids) - finished.keys()
+    lost = {*manifest.shard_ids} - finished_shards(store, dataset, manifest.shard_ids, manifest.rows_by_id).keys()
     recoverable = lost.intersection(job.shard_id for plan in plans for job in plan.jobs(val))
     if len(recoverable) < len(lost):
         problem = f"store {store.url!r} lacks {len(lost):,} shards of manifest {manifest.digest[:12]}"

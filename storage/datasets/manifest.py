@@ -1,7 +1,4 @@
-"""A manifest: one immutable version of a dataset, named by the sha256 of its bytes.
-
-It is a pure function of the settings, the source listing, the records and the previous manifest, not of the workers.
-"""
+"""A manifest: one immutable version of a dataset, named by its sha256. Settings, files, records, parent decide it."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -81,10 +78,8 @@ class Manifest:
 
     def rows(self, split: str | None = None) -> Iterator[ShardRow]:
         """The shards in order, of both splits or of one."""
-        for values in zip(*(self.columns[name] for name in ShardRow._fields), strict=True):
-            row = ShardRow(*values)
-            if split in (None, row.split):
-                yield row
+        rows = map(ShardRow._make, zip(*(self.columns[name] for name in ShardRow._fields), strict=True))
+        return (row for row in rows if split in (None, row.split))
 
     def to_json(self) -> dict[str, object]:
         value = {"schema": SCHEMA, "recipe": self.recipe.to_json(), "tokenizer": self.tokenizer, "parent": self.parent}

@@ -53,16 +53,13 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of a plan that the store holds. `row_ends` holds the row after the last row of each shard.
+    """The part of a plan that the store holds."""
 
-    `start_bytes` is each shard's start in JSON lines. `limited`: by `max_tokens`; `estimated`: `tokens`, from a sample.
-    """
-
-    row_ends: tuple[Count, ...]
-    start_bytes: tuple[Count, ...] | None
+    row_ends: tuple[Count, ...]  # the row after the last row of each shard
+    start_bytes: tuple[Count, ...] | None  # each shard's start in JSON lines
     tokens: Count
-    limited: bool
-    estimated: bool = False
+    limited: bool  # by `max_tokens`
+    estimated: bool = False  # `tokens`, from a sample
 
     def is_valid(self) -> bool:
         starts = self.start_bytes or range(len(self.row_ends))  # each increases
@@ -95,10 +92,7 @@ class FilePlan(Cut):
 def plan_file(
     file: SourceFile, settings: DatasetSettings, encode: Encode, limit_tokens: int = 0, copy: SourceFile | None = None
 ) -> FilePlan:
-    """Cut one file into shards; with a limit, only the first rows that fit into it. Raises SourceInvalid.
-
-    Reads the file's copy in the store, if given.
-    """
+    """Cut a file, or its first rows within a limit, into shards. Reads its `copy`, if given. Raises SourceInvalid."""
     copy = copy or file
     rows = documents.rows(copy, settings.text_column, settings.filters, strict=settings.on_bad_document == "fail")
     tokens, estimated = _calibrate(copy, settings, rows, encode)
@@ -153,14 +147,11 @@ def _sample(file: SourceFile, text_column: str, rows: RowTokens, sample_rows: in
     for entry, end in zip(entries, [*entries[1:], len(rows.tokens)], strict=False):
         stop = min(int(entry) + sample_rows // len(entries), int(end))
         start_byte = 0 if rows.starts is None else int(rows.starts[entry])
-        yield from documents.documents(file, text_column, int(entry), stop, start_byte=start_byte)
+        yield from documents.documents(file, text_column, int(entry), stop, start_byte)
 
 
 def cut(tokens: np.ndarray, shard_tokens: int) -> Iterator[int]:
-    """The ends of greedy row ranges of at most `shard_tokens` tokens; a longer row is a range by itself.
-
-    Filtered rows have 0 tokens and join the range before them, or the first range, so no range has only filtered rows.
-    """
+    """The ends of greedy row ranges of at most `shard_tokens`; longer rows are alone. Filtered rows (0) join one."""
     ends = np.cumsum(tokens, dtype=np.int64)
     used = 0
     while used < (ends[-1] if len(ends) else 0):

@@ -23,10 +23,7 @@ RECORDS_IN_FLIGHT = 1_000  # 130,000 futures at once would take 200 MB
 
 @dataclass(frozen=True)
 class Record:
-    """A finished shard: its counts, the sha256 of its bytes, its recipe, and the package versions that built it.
-
-    `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens, EOT included.
-    """
+    """A finished shard. `lengths[n]` counts documents of 2**n to 2**(n+1) - 1 tokens, EOT included."""
 
     shard_id: ShardId
     tokens: Tokens
@@ -81,8 +78,7 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
     try:
         store.put_new(key, body)
     except AlreadyExists as error:
-        stored = _readable_row(store, dataset, record.shard_id)
-        if stored is None:
+        if (stored := _readable_row(store, dataset, record.shard_id)) is None:
             overwrite(store, key, body)
         elif stored.sha256 != record.sha256:
             wrong = f"its record has sha256 {stored.sha256}, but the same recipe now gives {record.sha256}."
@@ -93,9 +89,8 @@ def finished_shards(store: Store, dataset: str, wanted: list[str], known: dict[s
     """The wanted shards with a record and of the recorded size. Costs a listing, and a read for each not `known`."""
     dataset_keys = DatasetKeys(dataset)
     sizes = {listed.key: listed.size for listed in store.list(dataset_keys.shards)}
-    recorded = [shard_id for shard_id in wanted if dataset_keys.record(shard_id) in sizes]
-    rows: dict[str, ShardRow | None] = {shard_id: known.get(shard_id) for shard_id in recorded}
-    unread = iter([shard_id for shard_id in recorded if rows[shard_id] is None])
+    rows = {shard_id: known.get(shard_id) for shard_id in wanted if dataset_keys.record(shard_id) in sizes}
+    unread = iter([shard_id for shard_id, row in rows.items() if row is None])
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         while window := list(islice(unread, RECORDS_IN_FLIGHT)):
             read = pool.map(lambda shard_id: _readable_row(store, dataset, shard_id), window)

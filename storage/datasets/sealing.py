@@ -42,7 +42,12 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
         if not totals[split]["documents"]:
             raise _empty(store, spec, split, [row.shard_id for row in of_split])
     if pinned is None:
-        _pin_val(store, spec, val)
+        try:
+            store.put_new(DatasetKeys(spec.name).split, canonical_json({"val": val, "bound": spec.binding}))
+        except AlreadyExists as error:
+            if (pinned := check_binding(store, spec)) != val:
+                problem = f"another process sealed other val shards {pinned}"
+                raise Conflict(f"dataset {spec.name!r}: {problem}. Run the command again.") from error
     columns = {name: [getattr(row, name) for row in rows if row.tokens] for name in ShardRow._fields}
     if parent is not None and (parent.columns, parent.recipe) == (columns, spec.settings):
         return parent
@@ -69,8 +74,7 @@ def check_rebuilt(store: Store, dataset: str, manifest: Manifest, rebuilt: Colle
 def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
     """The pinned val shards; None before the first seal. Raises DatasetMismatch, or ObjectMissing if they are lost."""
     remedy = "Restore it from a copy of the store, or build another dataset: --set data.dataset=…"
-    split = read_as(store, DatasetKeys(spec.name).split, Split, lambda split: split.val, remedy)
-    if split is None:
+    if (split := read_as(store, DatasetKeys(spec.name).split, Split, lambda split: split.val, remedy)) is None:
         if read_pointer(store, spec.name).manifest:  # written after the split
             key = DatasetKeys(spec.name).split
             raise ObjectMissing(f"dataset {spec.name!r} has versions, but {key!r}, its val split, is missing. {remedy}")
@@ -84,23 +88,13 @@ def check_binding(store: Store, spec: DatasetSpec) -> list[str] | None:
     return split.val
 
 
-def _pin_val(store: Store, spec: DatasetSpec, val: list[str]) -> None:
-    try:
-        store.put_new(DatasetKeys(spec.name).split, canonical_json({"val": val, "bound": spec.binding}))
-    except AlreadyExists as error:
-        if (pinned := check_binding(store, spec)) != val:
-            problem = f"another process sealed other val shards {pinned}"
-            raise Conflict(f"dataset {spec.name!r}: {problem}. Run the command again.") from error
-
-
 def _finished_rows(
     store: Store, dataset: str, planned: list[str], val: list[str], parent: Manifest | None
 ) -> list[ShardRow]:
     in_plan, in_val = set(planned), set(val)
     listed = [shard_id for shard_id in val if shard_id not in in_plan] + planned
     finished = finished_shards(store, dataset, listed, parent.rows_by_id if parent else {})
-    missing = [shard_id for shard_id in listed if shard_id not in finished]
-    if missing:
+    if missing := [shard_id for shard_id in listed if shard_id not in finished]:
         remedy = "Run the same command again: it builds only the missing shards."
         if missing[0] not in in_plan:
             remedy = "That shard is in the pinned val split, but its source file is gone or changed: restore that file."

@@ -9,15 +9,13 @@ import numpy as np
 
 from storage.datasets import val_documents
 from storage.datasets.plan import Encode, ShardJob
-from storage.datasets.recipe import ShardRecipe
 from storage.datasets.records import DTYPE, Record, corrupt, delete_shard, put_record
 from storage.digests import sha256 as sha256_of
 from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
-from storage.sources import documents
-from storage.sources.files import SourceFile
+from storage.sources.documents import documents
 from storage.sources.mirror import locate
-from storage.sources.rows import Row, bad_document, no_text
+from storage.sources.rows import bad_document, no_text
 from storage.stores.store import Body, ReadableStore, Store, put_once
 
 BUFFER_TOKENS = 1 << 24  # more than a full shard holds: growing the buffer would need two copies
@@ -27,23 +25,22 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
     """Put a job's shard, then its record. Idempotent, even concurrently. Raises SourceInvalid or as `put_record`."""
     recipe = job.recipe
     buffer, used = np.empty(BUFFER_TOKENS, DTYPE), 0  # pages that are never touched take no memory
-    text_bytes = 0
-    lengths: list[int] = []  # tokens of each document, EOT included
-    skipped_rows: list[int] = []
-    in_val_rows: list[int] = []
-    dumps: Counter[str] = Counter()
+    text_bytes, dumps = 0, Counter[str]()
+    lengths, skipped_rows, in_val_rows = list[int](), list[int](), list[int]()  # lengths in tokens, EOT included
     val = val_documents.read(store, dataset, recipe.leave_out) if recipe.leave_out else ()
     file = locate(store, job.source)
-    rows = documents.documents(
-        file, recipe.text_column, recipe.row_from, recipe.row_to, start_byte=job.start_byte, filters=recipe.filters
-    )
-    for row in rows:
+    for row in documents(file, recipe.text_column, recipe.row_from, recipe.row_to, job.start_byte, recipe.filters):
         text = row.text.encode() if isinstance(row.text, str) else b""
         if text in val:
             in_val_rows.append(row.number)
             continue
-        ids = _encoded(file, recipe, row, encode)
-        if ids is None:
+        try:
+            if not isinstance(row.text, str):
+                raise ValueError(no_text(row, recipe.text_column))
+            ids = encode(row.text)
+        except ValueError as error:
+            if recipe.on_bad_document != "skip":
+                raise bad_document(file, row, str(error)) from error
             skipped_rows.append(row.number)
             continue
         end = used + 1 + len(ids)
@@ -110,18 +107,6 @@ def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each document of a shard starts (at its EOT) and ends."""
     starts = np.flatnonzero(ids == ids[:1])  # every shard starts with EOT
     return starts, np.append(starts, len(ids))[1:]
-
-
-def _encoded(file: SourceFile, recipe: ShardRecipe, row: Row, encode: Encode) -> np.ndarray | None:
-    """The document's token ids, or None if it is skipped. Raises SourceInvalid."""
-    try:
-        if not isinstance(row.text, str):
-            raise ValueError(no_text(row, recipe.text_column))
-        return encode(row.text)
-    except ValueError as error:
-        if recipe.on_bad_document != "skip":
-            raise bad_document(file, row, str(error)) from error
-        return None
 
 
 @cache

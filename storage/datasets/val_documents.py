@@ -21,8 +21,7 @@ LIMIT_BYTES = 1 << 32
 FIRST_WORDS = 8
 FIRST_BYTES = 128  # of a document nearly always hold more words
 HIGH_BITS, LOW_BITS = 24, 40
-_KEPT = bytes(range(ord("0"), ord("9") + 1)) + bytes(range(ord("a"), ord("z") + 1)) + bytes(range(0x80, 0x100))
-_TABLE = bytes(byte if byte in _KEPT else ord(" ") for byte in bytes(range(256)).lower())
+_TABLE = bytes(byte if byte > 0x7F or chr(byte).isalnum() else ord(" ") for byte in bytes(range(256)).lower())
 
 
 def normalised(text: bytes) -> bytes:

@@ -47,8 +47,7 @@ class Difference(BaseModel, frozen=True):
 
 def newest_version(store: ReadableStore, dataset: str) -> Manifest:
     """The newest version. Raises ObjectMissing if the dataset was never sealed or its newest manifest was deleted."""
-    manifest = latest_manifest(store, dataset)
-    if manifest is None:
+    if (manifest := latest_manifest(store, dataset)) is None:
         remedy = f"Build it from its source: gpt2 dataset build --set data.dataset={dataset} --set data.source=…"
         raise ObjectMissing(f"dataset {dataset!r}: no sealed version in {store.url!r}. {remedy}")
     return manifest

@@ -24,7 +24,6 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store, read_as
 
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
-Scanned = tuple[np.ndarray, np.ndarray]  # a shard's documents as SEEN, and hashes of n-grams
 SHARDS_AT_ONCE = 64  # handed to the pool together: 230 KB of results each
 EXAMPLES = 100  # of each kind in a report
 SEEN = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("document", "<u4")])  # digest and place
@@ -61,15 +60,14 @@ class LeakReport(BaseModel, frozen=True, populate_by_name=True, serialize_by_ali
     leaks: list[Document]
     manifest: str
 
+    def is_complete(self) -> bool:
+        return self.documents.keys() >= {"train", "val"} and self.duplicates.keys() >= {"train", "val_in_train"}
+
 
 def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakReport | None:
     """The leak report of a version, or None if it was never written. Raises ObjectCorrupt."""
-    key = DatasetKeys(dataset).leaks(manifest_digest)
-
-    def is_complete(report: LeakReport) -> bool:
-        return report.documents.keys() >= {"train", "val"} and report.duplicates.keys() >= {"train", "val_in_train"}
-
-    return read_as(store, key, LeakReport, is_complete, "Delete it, then run gpt2 dataset audit.")
+    key, remedy = DatasetKeys(dataset).leaks(manifest_digest), "Delete it, then run gpt2 dataset audit."
+    return read_as(store, key, LeakReport, LeakReport.is_complete, remedy)
 
 
 def find_repeats(
@@ -83,11 +81,10 @@ def find_repeats(
 ) -> tuple[Repeats, np.ndarray]:
     """The repeated documents of the shards, and which n-gram `hashes` train has. Raises ShardCorrupt, ObjectMissing."""
     context = multiprocessing.get_context("spawn")  # a fork could copy a lock that a thread of this process holds
-    arguments = (store_url, dataset, decode, hashes)
     batches = (rows[start : start + SHARDS_AT_ONCE] for start in range(0, len(rows), SHARDS_AT_ONCE))
     parts, hits = [np.empty(0, SEEN)], np.empty(0, np.uint64)
     processes = max(min(workers, len(rows)), 1)
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (store_url, dataset, decode, hashes)) as pool:
         scanned = chain.from_iterable(pool.map(_scan_shard, batch) for batch in batches)
         for number, (documents, shard_hits) in enumerate(scanned):
             documents["shard"] = number
@@ -97,32 +94,6 @@ def find_repeats(
             on_progress()
     seen = np.concatenate(parts)
     parts.clear()  # saves 24 bytes per document during the sort
-    return _repeats(seen, rows), hits
-
-
-_worker: tuple[Store, str, Decode, HashSet]  # set once per process: building a HashSet of 1.1 million takes 0.7 s
-
-
-def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
-    global _worker  # noqa: PLW0603  # a pool's initializer cannot return anything
-    _worker = (open_store(store_url), dataset, decode, HashSet(hashes))
-
-
-def _scan_shard(row: ShardRow) -> Scanned:
-    """A shard's documents that contain words, as SEEN, and the searched hashes that occur in them."""
-    store, dataset, decode, searched = _worker
-    ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
-    seen, hits = [], [np.empty(0, np.uint64)]
-    for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
-        words = normalised(decode(ids[start + 1 : stop].tolist()))
-        if words:
-            seen.append((*struct.unpack("<2Q", text_digest(words)), 0, number))
-            hits.append(searched.intersect(ngrams(words)))
-    return np.array(seen, SEEN), np.unique(np.concatenate(hits))
-
-
-def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
-    """The repeats among all documents, which are in the dataset's order."""
     train = np.array([row.split == "train" for row in rows], bool)[seen["shard"]]
     # Equal documents become neighbours, train first. The sort is stable, so each split keeps its order.
     order = np.lexsort((~train, seen["low"], seen["high"]))
@@ -138,4 +109,24 @@ def _repeats(seen: np.ndarray, rows: Sequence[ShardRow]) -> Repeats:
     places = {kind: np.flatnonzero(mask) for kind, mask in masks.items()}
     examples = {kind: [(named(at), named(first[at])) for at in found[:EXAMPLES]] for kind, found in places.items()}
     duplicates = {kind: len(found) for kind, found in places.items()}
-    return Repeats(duplicates, sorted(map(named, places["val_in_train"])), examples)
+    return Repeats(duplicates, sorted(map(named, places["val_in_train"])), examples), hits
+
+
+_worker: tuple[Store, str, Decode, HashSet]  # set once per process: building a HashSet of 1.1 million takes 0.7 s
+
+
+def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarray) -> None:
+    global _worker  # noqa: PLW0603  # a pool's initializer cannot return anything
+    _worker = (open_store(store_url), dataset, decode, HashSet(hashes))
+
+
+def _scan_shard(row: ShardRow) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's documents that contain words, as SEEN, and the searched hashes that occur in them."""
+    store, dataset, decode, searched = _worker
+    ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+    seen, hits = [], [np.empty(0, np.uint64)]
+    for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
+        if words := normalised(decode(ids[start + 1 : stop].tolist())):
+            seen.append((*struct.unpack("<2Q", text_digest(words)), 0, number))
+            hits.append(searched.intersect(ngrams(words)))
+    return np.array(seen, SEEN), np.unique(np.concatenate(hits))

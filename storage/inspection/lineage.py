@@ -10,7 +10,8 @@ from storage.datasets.manifest import FILE_COLUMNS, Manifest, ShardRow
 from storage.datasets.records import Record, read_record
 from storage.datasets.shards import document_bounds
 from storage.errors import SourceInvalid, StorageError
-from storage.sources import documents, hub
+from storage.sources import hub
+from storage.sources.documents import documents
 from storage.sources.files import SourceFile, hive_columns
 from storage.sources.mirror import locate
 from storage.sources.rows import ID, URL, Row
@@ -20,10 +21,7 @@ Span = tuple[int, int]  # tokens of a shard: the first, and the last + 1
 
 
 class Traced(NamedTuple):
-    """A document, or the part of it within a span: its dataset and place in the shard, its origin, and its token ids.
-
-    If its source file cannot be read, `row`, `id` and `url` are None and `why` says why. `--json` prints these names.
-    """
+    """A document, or its part within a span, as `--json` prints it. `why` says why its source file cannot be read."""
 
     dataset: str
     shard_id: str
@@ -53,13 +51,12 @@ def source_rows(file: SourceFile, record: Record, numbers: Collection[int]) -> I
     recipe = record.recipe
     row_from, row_to = recipe.row_from, recipe.row_to
     first = 0  # the first document that is read
-    left_out = frozenset(record.skipped_rows + record.in_val_rows)
+    left_out = {*record.skipped_rows, *record.in_val_rows}
     if not (record.filtered or left_out):  # each row is a document: read only the requested rows
         first = min(numbers)
         row_from, row_to = row_from + first, row_from + max(numbers) + 1
-    rows = documents.documents(
-        file, recipe.text_column, row_from, row_to, filters=recipe.filters, skip_rows=left_out, names=(ID, URL)
-    )
+    read = documents(file, recipe.text_column, row_from, row_to, filters=recipe.filters, names=(ID, URL))
+    rows = (row for row in read if row.number not in left_out)
     for number, row in enumerate(islice(rows, max(numbers) + 1 - first), first):
         if number in numbers:
             yield number, row

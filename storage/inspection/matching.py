@@ -20,10 +20,7 @@ def text_digest(words: bytes) -> bytes:
 
 
 def ngrams(words: bytes) -> np.ndarray:
-    """Hashes (uint64) of every n-gram of 13 words in a normalised text, in order; empty for a shorter text.
-
-    A hash is the n-gram's bytes as a number to a fixed base, modulo 2**64: two collide with a probability of 2**-64.
-    """
+    """Hashes (uint64) of every n-gram of 13 words in a normalised text, in order: two collide with odds of 2**-64."""
     if words.count(b" ") < BLOCK_WORDS:
         return _ngrams_of_block(words)
     spaces = np.flatnonzero(np.frombuffer(words, np.uint8) == ord(" "))

@@ -1,6 +1,6 @@
 """A dataset's summary: what a version holds, counted from the records of its shards. Opens no shard."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
@@ -52,17 +52,15 @@ class DatasetSummary(BaseModel, frozen=True):
 
 def summarise(store: Store, dataset: str, manifest: Manifest) -> DatasetSummary:
     """Read the record of every shard. Raises ObjectMissing for a missing record, ShardCorrupt if unreadable."""
-    counts: dict[str, Counter[str]] = {}
-    dumps: Counter[str] = Counter()
-    lengths: list[int] = []
+    counts, dumps, lengths = defaultdict[str, Counter[str]](Counter), Counter[str](), list[int]()
     parent = read_manifest(store, dataset, manifest.parent) if manifest.parent else None
     in_parent = {*parent.shard_ids, *parent.empty} if parent else set()
     in_val_added = 0
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         shard_ids = [*manifest.shard_ids, *manifest.empty]
         for record in pool.map(lambda shard_id: read_record(store, dataset, shard_id), shard_ids):
-            counted = counts.setdefault(record.source, Counter())
-            counted.update({name: getattr(record, name) for name in COUNTED}, shards=int(record.tokens > 0))
+            counted = {name: getattr(record, name) for name in COUNTED}
+            counts[record.source].update(counted, shards=int(record.tokens > 0))
             in_val_added += 0 if record.shard_id in in_parent else record.in_val
             dumps.update(record.dumps)
             lengths = [total + count for total, count in zip_longest(lengths, record.lengths, fillvalue=0)]

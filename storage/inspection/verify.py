@@ -102,24 +102,18 @@ def check_documents(
         row = rows[shard]
         numbers = chosen[shard_of == shard] - (ends[shard] - row.documents)
         try:
-            yield from _compared(store, dataset, row, numbers.tolist(), files_by_digest, encode)
+            ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+            record = read_record(store, dataset, row.shard_id)
+            starts, stops = document_bounds(ids)
+            if len(starts) != row.documents:
+                yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
+                continue
+            file = source_of(store, record, files_by_digest)
+            for number, source_row in source_rows(file, record, numbers.tolist()):
+                is_same = np.array_equal(ids[starts[number] + 1 : stops[number]], encode(source_row.text))
+                yield None if is_same else Damage(row.shard_id, f"document {number:,} differs from its source")
         except (*DAMAGES, SourceInvalid) as error:
             yield Damage(row.shard_id, str(error), of_source=isinstance(error, SourceInvalid))
-
-
-def _compared(
-    store: Store, dataset: str, row: ShardRow, numbers: list[int], files: dict[str, SourceFile], encode: Encode
-) -> Iterator[Damage | None]:
-    ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
-    record = read_record(store, dataset, row.shard_id)
-    starts, stops = document_bounds(ids)
-    if len(starts) != row.documents:
-        yield Damage(row.shard_id, f"expected {row.documents:,} documents, found {len(starts):,}")
-        return
-    for number, source_row in source_rows(source_of(store, record, files), record, numbers):
-        stored = ids[starts[number] + 1 : stops[number]]
-        is_same = np.array_equal(stored, encode(source_row.text))
-        yield None if is_same else Damage(row.shard_id, f"document {number:,} differs from its source")
 
 
 def _damaged(row: ShardRow, wrong: str) -> Damage:

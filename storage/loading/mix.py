@@ -1,7 +1,4 @@
-"""A mix of datasets by weight: which dataset each window of training is from. Opens no shard.
-
-Among the first n windows, for any n, the number of a dataset's windows differs from its share of n by less than one.
-"""
+"""A mix of datasets by weight. Of the first n windows, for any n, each dataset has its share, within one window."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +29,7 @@ def parse_mix(lines: Sequence[str]) -> dict[str, int]:
     """The weights of `train.mix`, reduced to the smallest whole numbers and sorted by dataset. Raises ValueError."""
     weights: dict[str, Fraction] = {}
     for line in lines:
-        match = LINE.fullmatch(line)
-        if not match or not Fraction(match[2]):
+        if not (match := LINE.fullmatch(line)) or not Fraction(match[2]):
             raise ValueError(f"train.mix: {line!r} is not NAME:WEIGHT with a decimal above 0, such as 'web:0.8'.")
         if match[1] == "mix":
             raise ValueError("train.mix: no dataset may be named 'mix', as the mean val loss is. Use another name.")

@@ -10,9 +10,8 @@ from storage.stores.opening import open_store
 class TokenDataset:
     """`epochs` passes over the windows of a split, in this project's training order.
 
-    Item i is window i: `sequence_tokens` inputs, and for each input the token after it, two int64 arrays. `split` is
-    train or val, `version` is latest or the first characters of a manifest digest. A worker process opens the same
-    version again. Raises ObjectMissing for an unknown store, dataset or version, ValueError for other wrong arguments.
+    Item i is window i: `sequence_tokens` inputs, and for each input the token after it, two int64 arrays. `version` is
+    latest or the start of a digest. Raises ObjectMissing for an unknown store, dataset or version, else ValueError.
     """
 
     def __init__(

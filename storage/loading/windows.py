@@ -62,7 +62,6 @@ class MixedWindows:
         self.splits = {name: Windows(store, name, version, split, **settings) for name, version in versions.items()}
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """`count` windows of the stream from `first` on, uint16, count x (T + 1)."""
         tokens = np.empty((count, self._sequence_tokens + 1), np.uint16)
         for dataset, start, places in self.order.parts(first, count):
             self.splits[dataset].read_into(tokens, places, start)

@@ -36,10 +36,7 @@ class Conversion:
 
 
 def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
-    """The files, with neighbouring small files of JSON or of text as parts of about PACK_BYTES.
-
-    A file's own digest decides whether a part ends after it, so one more file changes at most two parts.
-    """
+    """The files, with neighbouring small files of JSON or of text as parts of about PACK_BYTES."""
 
     def kind(file: SourceFile) -> tuple[tuple[str, ...], dict[str, str | None]]:
         is_packed = file.size_bytes < SMALL_BYTES and not file.is_read_by_rows
@@ -50,6 +47,7 @@ def pack(files: Sequence[SourceFile]) -> Iterator[SourceFile]:
         part: list[SourceFile] = []
         for file in group:
             part.append(file)
+            # A file's own digest decides whether a part ends after it, so one more file changes at most two parts.
             if not formats or int(file.digest[:15], 16) / 16**15 < file.size_bytes / PACK_BYTES:
                 yield _as_one(part)
                 part = []
@@ -76,10 +74,7 @@ def locate_converted(store: Store, file: SourceFile) -> SourceFile:
 
 
 def convert(store: Store, file: SourceFile, opened: Opened, folder: Path) -> None:
-    """Write the record and the file's rows as parquet. The output grows in `folder`, on this host.
-
-    `opened` opens the file, or each of its members. Raises as `write_parquet`, and OSError for a full disk.
-    """
+    """Write the record, and the rows as parquet, which grows in `folder`. Raises as `write_parquet`, and OSError."""
     with tempfile.TemporaryFile(dir=folder) as output:  # without a name: a killed process leaves nothing
         write_parquet(file.members or (file,), opened, output)
         body = FileBody(output)
@@ -103,5 +98,4 @@ def put_named_by_content(store: Store, key: str, body: Body) -> None:
 
 
 def _record_key(file: SourceFile) -> str:
-    recipe = {"format": FORMAT, "source": file.digest, "suffix": "".join(file.suffix)}
-    return keys.converted(digest(recipe), ".json")
+    return keys.converted(digest({"format": FORMAT, "source": file.digest, "suffix": "".join(file.suffix)}), ".json")

@@ -11,7 +11,7 @@ from storage.sources.rows import DUMP, ID, PACKED_FILE, PACKED_ROW, URL, Row, Ro
 
 
 class Reader(Protocol):
-    """The functions of a module that reads one format. Both raise SourceInvalid."""
+    """A module that reads one format. An unreadable row counts; its text is a ValueError. Both raise SourceInvalid."""
 
     def count_tokens(self, file: SourceFile, text_column: str, filters: list[Filter], *, strict: bool) -> RowTokens:
         """Tokens of each row, as `rows` returns them. No filter is on the text's length."""
@@ -19,21 +19,14 @@ class Reader(Protocol):
     def read_rows(
         self, file: SourceFile, text_column: str, others: list[str], row_from: int, row_to: int, start_byte: int, /
     ) -> Iterator[dict[str, object]]:
-        """Rows `row_from` to `row_to - 1`, fewer if the file ends: the text column, and the `others` that the file has.
-
-        `start_byte` is where `row_from` starts, for formats without an index; 0 if unknown. The text of a row that
-        cannot be read is a ValueError; such a row counts in `count_tokens`, too.
-        """
+        """Rows `row_from` (at `start_byte`, if above 0) to `row_to - 1`, fewer if the file ends: the columns it has."""
 
 
 READERS: dict[str, Reader] = {".parquet": parquet, ".jsonl": jsonl}  # the formats are `selection.READ_BY_ROWS`
 
 
 def rows(file: SourceFile, text_column: str, filters: Sequence[str] = (), *, strict: bool = True) -> RowTokens:
-    """Tokens of each row, from the `token_count` column or estimated from sizes: they only decide where shards end.
-
-    Raises SourceInvalid for an invalid file or column; if `strict`, also for a bad row or (without filters) null text.
-    """
+    """Tokens of each row, to choose where shards end. Raises SourceInvalid, if `strict` also for bad or null text."""
     known = {LENGTH, *file.columns}  # `mirror.list_source` has left out the files whose folders do not pass
     by_column = [condition for condition in map(parse, filters) if condition.column not in known]
     return _reader(file).count_tokens(file, text_column, by_column, strict=strict)
@@ -44,26 +37,18 @@ def documents(
     text_column: str,
     row_from: int,
     row_to: int,
-    *,
-    start_byte: int = 0,
+    start_byte: int = 0,  # of `row_from` in JSON lines, if known
     filters: Sequence[str] = (),
-    skip_rows: frozenset[int] = frozenset(),
-    names: tuple[str, ...] = (DUMP, ID),
+    names: tuple[str, ...] = (DUMP, ID),  # columns that the rows hold
 ) -> Iterator[Row]:
-    """The rows `row_from` to `row_to - 1` that pass the filters, except `skip_rows`, with the `names` columns.
-
-    `start_byte` is where a JSON lines file's `row_from` starts, if known. Raises SourceInvalid, also for missing rows.
-    """
+    """The rows `row_from` to `row_to - 1` that pass the filters. Raises SourceInvalid, also for missing rows."""
     conditions = [parse(text) for text in filters]
     others = [*names, PACKED_FILE, PACKED_ROW, *(condition.column for condition in conditions)]
     number = row_from - 1
     items = _reader(file).read_rows(file, text_column, others, row_from, row_to, start_byte)
     for number, item in enumerate(items, row_from):
         text = item[text_column]
-        length = len(text) if isinstance(text, str) else None
-        if number in skip_rows:
-            continue
-        columns = item | file.columns | {LENGTH: length}
+        columns = item | file.columns | {LENGTH: len(text) if isinstance(text, str) else None}
         if isinstance(text, ValueError) or keeps_row(conditions, columns, file.shown_place, number):
             yield Row(number, text, *(columns.get(name) for name in (DUMP, ID, URL, PACKED_FILE, PACKED_ROW)))
     if number + 1 != row_to:

@@ -21,19 +21,14 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a dataset as published: name, size, digest, and the place where it can be read.
-
-    A place is a path on this host, `s3://bucket/key`, or `hf://datasets/{id}@{commit}/{path}`. The digest is of the
-    content: a sha256, or git's id for a small file of the Hub. `columns` holds the values of Hive partition folders
-    (`lang=en/`). `members` holds the small files that this part packs.
-    """
+    """One file of a dataset as published."""
 
     name: str
     size_bytes: int
-    digest: str
-    place: str
-    columns: dict[str, str | None] = field(default_factory=dict, compare=False)
-    members: tuple["SourceFile", ...] = field(default=(), compare=False)
+    digest: str  # of the content: a sha256, or git's id for a small file of the Hub
+    place: str  # where it can be read: a path, `s3://bucket/key`, or `hf://datasets/{id}@{commit}/{path}`
+    columns: dict[str, str | None] = field(default_factory=dict, compare=False)  # of Hive partition folders: `lang=en/`
+    members: tuple["SourceFile", ...] = field(default=(), compare=False)  # the small files that this part packs
 
     @property
     def suffix(self) -> Suffix:
@@ -98,17 +93,6 @@ def distinct_names(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
     return tuple(replace(file, name=str(PurePosixPath(file.place).relative_to(common))) for file in files)
 
 
-def deduplicated(listing: Listing) -> Listing:
-    """The listing without files that have the content of an earlier file: shards are named by content."""
-    first: dict[str, SourceFile] = {}
-    copies = {
-        file.name: f"same content as {first[file.digest].name}"
-        for file in listing.files
-        if first.setdefault(file.digest, file) is not file
-    }
-    return replace(listing, files=tuple(first.values()), ignored=listing.ignored + listed(copies))
-
-
 def is_on_hub(source: str) -> bool:
     """Whether a source names a Hub dataset: it has the form `owner/name`, and no local file has that path."""
     return bool(HUB_NAME.fullmatch(source)) and not selection.suffix_of(source).format and not os.path.lexists(source)
@@ -129,16 +113,13 @@ def find_files(source: str, setting: str = "data.source") -> tuple[list[str], tu
             if not in_bucket and not S_ISREG(os.stat(place).st_mode):  # noqa: PTH116  # a Path costs more
                 raise ValueError(f"{setting}: {place!r} is neither a file nor a folder. Copy its content to a file.")
     except OSError as error:
-        raise SourceInvalid(
-            f"{setting}: {error.filename!r} cannot be read: {error.strerror}. Check its permissions; a link may dangle."
-        ) from error
+        problem = f"{error.filename!r} cannot be read: {error.strerror}"
+        raise SourceInvalid(f"{setting}: {problem}. Check its permissions; a link may dangle.") from error
     if not places:
         others = f", only {'; '.join(listed(ignored))}" if ignored else ""
-        raise ValueError(
-            f"{setting} = {source!r}: no such file or folder, or no readable file there{others}. Give "
-            f"{selection.READABLE}, as a path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a "
-            f"Hub dataset as owner/name."
-        )
+        problem = f"{setting} = {source!r}: no such file or folder, or no readable file there{others}"
+        remedy = f"as a path, a folder or a quoted glob (the working folder is {Path.cwd()}), or a Hub dataset"
+        raise ValueError(f"{problem}. Give {selection.READABLE}, {remedy} as owner/name.")
     return places, listed(ignored), root
 
 

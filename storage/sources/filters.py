@@ -50,8 +50,7 @@ def parse(text: str) -> Filter:
         f"data.filters: {text!r} cannot be read. Write a column, a comparison ({' '.join(COMPARISONS)}) and a value: "
         f"'int_score >= 4', 'dump in [\"CC-MAIN-2024-10\"]', 'length >= 200' (characters of the document)."
     )
-    match = CONDITION.fullmatch(text)
-    if match is None:
+    if not (match := CONDITION.fullmatch(text)):
         raise unreadable
     column, comparison = match[1].strip('"'), " ".join(match[2].split())
     try:
@@ -75,10 +74,9 @@ def keeps_row(filters: Sequence[Filter], columns: Mapping[str, object], place: s
             if value is None or not _compare(value, condition):
                 return False
         except (TypeError, ValueError, OverflowError) as error:
-            raise SourceInvalid(
-                f"{place}: row {row:,}: data.filters: {condition} compares values of different types: column "
-                f"{condition.column!r} holds {type(value).__name__} {str(value)[:40]!r}. Use a value of that type."
-            ) from error
+            problem = f"data.filters: {condition} compares values of different types"
+            value_found = f"column {condition.column!r} holds {type(value).__name__} {str(value)[:40]!r}"
+            raise SourceInvalid(f"{place}: row {row:,}: {problem}: {value_found}. Use a value of that type.") from error
     return True
 
 
@@ -114,8 +112,7 @@ def value_at(columns: Mapping[str, Any], path: str) -> Any:
     if path in columns:
         return columns[path]
     outer = next((name for name in columns if path.startswith(f"{name}.")), path)  # a name may have a dot, too
-    value = columns[outer]
-    if not isinstance(value, Mapping | None):
+    if not isinstance(value := columns[outer], Mapping | None):
         raise KeyError(path)
     return None if value is None else value_at(value, path.removeprefix(f"{outer}."))
 
@@ -131,14 +128,11 @@ def check_columns(filters: Sequence[Filter], names: list[str], place: str) -> No
     """Raise SourceInvalid if the file lacks a column that a filter names."""
     for condition in filters:
         if condition.column not in (LENGTH, *names):
-            raise SourceInvalid(
-                f"{place}: data.filters ({condition}) needs column {condition.column!r}, found "
-                f"{columns_like(condition.column, names)}. Filter on one of these, or on 'length'."
-            )
+            problem = f"({condition}) needs column {condition.column!r}, found {columns_like(condition.column, names)}"
+            raise SourceInvalid(f"{place}: data.filters {problem}. Filter on one of these, or on 'length'.")
 
 
 def columns_like(name: str, names: Sequence[str], likely: Sequence[str] = ()) -> str:
     """The names of a file's columns, for an error: all, then those that may be meant instead of `name`."""
     similar = get_close_matches(name, names, cutoff=0.5) or [other for other in names if other in likely]
-    meant = f" (perhaps {' or '.join(map(repr, similar))})" if similar else ""
-    return (", ".join(names) or "no columns") + meant
+    return (", ".join(names) or "no columns") + (f" (perhaps {' or '.join(map(repr, similar))})" if similar else "")

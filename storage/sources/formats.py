@@ -46,11 +46,7 @@ Opened = Callable[[SourceFile], AbstractContextManager[BinaryIO]]
 
 
 def write_parquet(files: Sequence[SourceFile], opened: Opened, output: BinaryIO) -> None:
-    """Write the rows of the files in order. `opened` opens a file to read its bytes.
-
-    Several files must be all JSON or all text; two more columns then hold the name of the file and the row in it.
-    Raises SourceInvalid for a damaged or cut file, and for a document of more than DOCUMENT_BYTES.
-    """
+    """Write the rows in order; of several files (all JSON or all text), with file and row. Raises SourceInvalid."""
     if files[0].suffix.format == ".parquet":
         with _decompressed(files[0], opened) as body:
             shutil.copyfileobj(body, output, BLOCK_BYTES)
@@ -88,12 +84,10 @@ def _batches_of(file: SourceFile, opened: Opened) -> Iterator[pa.RecordBatch]:
             delimiter = "\t" if kind == ".tsv" else ","
             head = io.StringIO(body.peek(BLOCK_BYTES).decode("utf-8-sig", "replace"), newline="")
             names = next(csv.reader(head, delimiter=delimiter), [])
-            with pyarrow.csv.open_csv(
-                body,
-                pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
-                pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary())),
-            ) as reader:
+            reading = pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)
+            parsing = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+            types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+            with pyarrow.csv.open_csv(body, reading, parsing, types) as reader:
                 # `from_pylist` would import pandas: 0.2 s and 30 MB
                 yield pa.RecordBatch.from_struct_array(pa.nulls(0, pa.struct(reader.schema)))
                 yield from reader
@@ -114,15 +108,12 @@ def _batches_of(file: SourceFile, opened: Opened) -> Iterator[pa.RecordBatch]:
             yield pa.record_batch([pa.array([text], pa.large_binary())], ["text"])
         else:
             yield pa.record_batch([pa.nulls(0, pa.large_binary())], [LINE])
-            if kind == ".json" and body.peek(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-                arrays = _elements(file, body)
-            else:
-                arrays = map(_split, _blocks_of_lines(file, body))
+            is_array = kind == ".json" and body.peek(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+            arrays = _elements(file, body) if is_array else map(_split, _blocks_of_lines(file, body))
             yield from (pa.record_batch([array], [LINE]) for array in arrays)
 
 
 def _blocks_of_lines(file: SourceFile, body: BinaryIO) -> Iterator[bytes]:
-    """Blocks of whole lines."""
     pieces = [body.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)]
     for block in iter(partial(body.read, BLOCK_BYTES), b""):
         if end := block.rfind(b"\n") + 1:
@@ -180,14 +171,12 @@ def _elements(file: SourceFile, body: BinaryIO) -> Iterator[pa.Array]:
         data, start = data[start:], 0
         _check_length(file, len(data), "an element of the array, or what follows it,")
         size = max(BLOCK_BYTES, len(data))  # twice as much each time: a long element takes log time
-        more = body.read(min(size, DOCUMENT_BYTES + 1 - len(data)))
-        if not more:
+        if not (more := body.read(min(size, DOCUMENT_BYTES + 1 - len(data)))):
             raise pa.ArrowInvalid(f"it is not one array of JSON: it breaks off, or is damaged, after {data[:40]!r}")
         data += more
 
 
 def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The batches as tables of about GROUP_BYTES."""
     group, group_bytes = list[pa.RecordBatch](), 0
     for batch in batches:
         group.append(batch)
@@ -209,10 +198,7 @@ def _ahead(groups: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 class _Streams(io.RawIOBase):
-    """The content of compressed streams one after another. Python's own readers end at a damaged one without an error.
-
-    Zeros between streams are padding.
-    """
+    """Compressed streams in a row, padded with zeros. Python's own readers end at a damaged one without an error."""
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
         self._raw, self._new, self._stream = raw, new, new()
@@ -258,10 +244,9 @@ def _decompressed(file: SourceFile, opened: Opened) -> Iterator[io.BufferedReade
         reason = str(error).partition("\n")[0].rstrip(". ")
         if "straddling" in reason:  # its advice, a larger block, is not for a user
             reason = f"a row has over {CSV_BLOCK_BYTES:,} bytes; use JSON lines"
-        raise SourceInvalid(
-            f"{file.place}: cannot be read as {''.join(file.suffix)}: {reason}. If the file is cut or damaged, "
-            f"download it again; else correct its suffix, or remove it from data.source."
-        ) from error
+        problem = f"{file.place}: cannot be read as {''.join(file.suffix)}: {reason}"
+        remedy = "If the file is cut or damaged, download it again; else correct its suffix, or remove it from"
+        raise SourceInvalid(f"{problem}. {remedy} data.source.") from error
 
 
 def _check_length(file: SourceFile, size_bytes: int, what: str) -> None:

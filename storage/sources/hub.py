@@ -41,10 +41,7 @@ Result = TypeVar("Result")
 
 
 def resolve(dataset: str, revision: str) -> tuple[str, str]:
-    """The current commit of a revision, and the licence from the dataset's card, in one request.
-
-    Raises ValueError if there is no such dataset or revision, or no access; SourceUnavailable if the Hub is down.
-    """
+    """The commit of a revision, and the licence from the dataset's card. Raises ValueError, SourceUnavailable."""
     import httpx2
     from huggingface_hub import HfApi
 
@@ -65,10 +62,7 @@ def resolve(dataset: str, revision: str) -> tuple[str, str]:
 
 
 def list_files(dataset: str, config: str, commit: str, split: str) -> Listing:
-    """The files of a split at a commit, in `load_dataset` order; others beside them are ignored. Raises ValueError.
-
-    `config` may choose several configurations: a glob, or `newest:N` for the N with the latest date in their name.
-    """
+    """The files of a split at a commit, as `load_dataset`. `config` may be a glob or `newest:N`. Raises ValueError."""
     is_pattern = WILDCARD.search(config) or config.startswith(NEWEST)
     names = _choose_configs(dataset, config, commit) if is_pattern else [config]
     listings = [_list_config(dataset, name, commit, split) for name in names]
@@ -106,13 +100,10 @@ def _list_config(dataset: str, config: str, commit: str, split: str) -> Listing:
     if split not in data_files:
         remedy = "Choose another dataset (data.source or evaluation.hellaswag) or another data.config."
         raise ValueError(f"{what}: no split {split!r}, only {', '.join(data_files)}. {remedy}")
-    names = [_parse_place(place)[2] for place in data_files[split]]
-    for name in names:
-        if not suffix_of(name).format:
-            raise ValueError(
-                f"{what}: {name!r} is not {READABLE}. Choose another dataset, data.config, or the "
-                f"parquet files that the Hub converts: --set data.revision=refs/convert/parquet"
-            )
+    names = [PLACE.fullmatch(place)[3] for place in data_files[split]]  # type: ignore[index]  # each matches
+    if unreadable := [name for name in names if not suffix_of(name).format]:
+        remedy = "Choose another dataset, data.config, or the Hub's copy: --set data.revision=refs/convert/parquet"
+        raise ValueError(f"{what}: {unreadable[0]!r} is not {READABLE}. {remedy}")
     folders = {PurePosixPath(name).parent for name in names}
     common = os.path.commonpath(folders)
     files = with_retries(f"the files of {dataset} at {commit}", lambda: files_of(dataset, commit, common))
@@ -126,12 +117,12 @@ def files_of(dataset: str, commit: str, folder: str = "") -> dict[str, SourceFil
     from huggingface_hub import HfApi, RepoFile
 
     tree = HfApi().list_repo_tree(dataset, folder or None, recursive=True, revision=commit, repo_type="dataset")
-    entries = [entry for entry in tree if isinstance(entry, RepoFile)]
-    digests = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries]
-    return {
-        entry.path: SourceFile(entry.path, entry.size, digest, place_of(dataset, commit, entry.path))
-        for entry, digest in zip(entries, digests, strict=True)
-    }
+    files = {}
+    for entry in tree:
+        if isinstance(entry, RepoFile):
+            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+            files[entry.path] = SourceFile(entry.path, entry.size, digest, place_of(dataset, commit, entry.path))
+    return files
 
 
 def place_of(dataset: str, commit: str, name: str) -> str:
@@ -153,33 +144,23 @@ def read_range(place: str, start: int, length: int) -> bytes:
 
 
 def fetch(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
-    """Download a file into `body`, continuing from its end, until it has the published digest.
-
-    `on_progress` receives the size of `body`. Raises SourceInvalid after DIGEST_TRIES wrong digests, SourceUnavailable.
-    """
+    """Download the rest of `body`, verified; `on_progress` gets its size. Raises SourceInvalid, SourceUnavailable."""
+    is_git = COMMIT.fullmatch(file.digest)  # of a small file: git's sha1
+    new_hasher = partial(hashlib.sha1, b"blob %d\0" % file.size_bytes) if is_git else hashlib.sha256
     for _ in range(DIGEST_TRIES):
         with_retries(file.place, lambda: _download_rest(file, body, on_progress), body.tell)
-        digest = _content_digest(body, file)
+        body.seek(0)
+        digest = hashlib.file_digest(body, new_hasher).hexdigest()  # type: ignore[arg-type]  # BinaryIO has readinto
         if digest == file.digest:
             return
         body.truncate(body.seek(0))
-    raise SourceInvalid(
-        f"{file.place}: the download failed its checksum {DIGEST_TRIES} times: the Hub publishes {file.digest}, the "
-        f"last download has {digest}. A proxy or HF_ENDPOINT may be altering it: try another network."
-    )
-
-
-def _content_digest(body: BinaryIO, file: SourceFile) -> str:
-    """The digest of `body`, of the same kind as the file's: sha256, or git's sha1 for a small file."""
-    is_git = COMMIT.fullmatch(file.digest) is not None
-    hasher = hashlib.sha1(b"blob %d\0" % file.size_bytes) if is_git else hashlib.sha256()  # noqa: S324  # git's own
-    body.seek(0)
-    return hashlib.file_digest(body, lambda: hasher).hexdigest()  # type: ignore[arg-type]  # BinaryIO has readinto
+    problem = f"{DIGEST_TRIES} times: the Hub publishes {file.digest}, the last download has {digest}"
+    remedy = "A proxy or HF_ENDPOINT may be altering it: try another network."
+    raise SourceInvalid(f"{file.place}: the download failed its checksum {problem}. {remedy}")
 
 
 def _download_rest(file: SourceFile, body: BinaryIO, on_progress: Callable[[int], None]) -> None:
-    start = body.seek(0, os.SEEK_END)
-    if start < file.size_bytes:
+    if (start := body.seek(0, os.SEEK_END)) < file.size_bytes:
         with _open_response(file.place, {"Range": f"bytes={start}-"} if start else {}) as response:
             if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
                 body.truncate(body.seek(0))  # the server ignored the range and sends the whole file
@@ -199,8 +180,9 @@ def _open_response(place: str, headers: dict[str, str]) -> Iterator["httpx2.Resp
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    dataset, commit, name = _parse_place(place)
-    url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
+    match = PLACE.fullmatch(place)
+    assert match is not None
+    url = hf_hub_url(match[1], match[3], repo_type="dataset", revision=match[2])
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
     with get_session().stream("GET", url, headers=headers, timeout=READ_SECONDS) as response:
         hf_raise_for_status(response)
@@ -223,10 +205,9 @@ def with_retries(what: str, request: Callable[[], Result], received_bytes: Calla
             _check_transient(what, error)
             headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
             if not backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
-                raise SourceUnavailable(
-                    f"{what}: {backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: "
-                    f"{_first_line(error)}. Check the network and HF_ENDPOINT, then run the same command again."
-                ) from error
+                tries = f"{backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s"
+                remedy = "Check the network and HF_ENDPOINT, then run the same command again."
+                raise SourceUnavailable(f"{what}: {tries}, last error: {_first_line(error)}. {remedy}") from error
 
 
 def _check_transient(what: str, error: Exception) -> None:
@@ -234,17 +215,14 @@ def _check_transient(what: str, error: Exception) -> None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        raise ValueError(
-            f"{what}: access is restricted to accounts that have accepted the dataset's terms. Accept them on its Hub "
-            f"page, then set HF_TOKEN to a token of that account."
-        ) from error
+        remedy = "Accept them on its Hub page, then set HF_TOKEN to a token of that account."
+        raise ValueError(f"{what}: access requires an account that accepted the dataset's terms. {remedy}") from error
     if isinstance(error, errors.RevisionNotFoundError):
         raise ValueError(f"{what}: no such revision. Name a branch, a tag or a commit.") from error
     if isinstance(error, errors.RepositoryNotFoundError):
-        raise ValueError(
-            f"{what}: no such dataset on the Hub (or it is private), and no such local file. "
-            f"Check the name or the path; for a private dataset set HF_TOKEN to a token that has access."
-        ) from error
+        problem = "no such dataset on the Hub (or it is private), and no such local file"
+        remedy = "Check the name or the path; for a private dataset set HF_TOKEN to a token that has access."
+        raise ValueError(f"{what}: {problem}. {remedy}") from error
     if isinstance(error, errors.OfflineModeIsEnabled):
         raise SourceUnavailable(f"{what}: HF_HUB_OFFLINE forbids requests to the Hub. Unset it.") from error
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == HTTPStatus.PRECONDITION_FAILED:
@@ -268,13 +246,6 @@ def _refused(dataset: str, config: str, commit: str) -> Iterator[None]:
     except (DatasetNotFoundError, DataFilesNotFoundError, ValueError, RuntimeError) as error:
         # ValueError: no such configuration; RuntimeError: the repository holds a loading script
         name = f"data.config = {config!r} of {dataset}" if config else dataset
-        raise ValueError(
-            f"{name} at {commit}: {_first_line(error)}. Check the dataset's name (data.source, evaluation.hellaswag), "
-            f"or choose another data.config (empty = default), or the Hub's copy: data.revision=refs/convert/parquet"
-        ) from error
-
-
-def _parse_place(place: str) -> tuple[str, str, str]:
-    match = PLACE.fullmatch(place)
-    assert match is not None
-    return match[1], match[2], match[3]
+        check = "Check the dataset's name (data.source, evaluation.hellaswag), or choose another data.config"
+        copy = "(empty = default), or the Hub's copy: data.revision=refs/convert/parquet"
+        raise ValueError(f"{name} at {commit}: {_first_line(error)}. {check} {copy}") from error

@@ -1,6 +1,4 @@
-"""JSON lines, plain or as rows of a converted file. Blank lines are not rows. A plain file has no index: a row is
-located by its first byte.
-"""
+"""JSON lines, plain (a row is located by its first byte) or as rows of a converted file. Blank lines are not rows."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -47,8 +45,7 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
     tokens = np.array(counts, np.int64) + rows.EOT_TOKENS if counted else rows.estimated_tokens(np.array(text_bytes))
     tokens = tokens * np.array(kept, bool)
     if file.holds_lines:
-        entries = parquet.count_tokens(file, rows.LINE, [], strict=False).entries
-        return rows.RowTokens(tokens, None, counted, entries)
+        return rows.RowTokens(tokens, None, counted, parquet.count_tokens(file, rows.LINE, [], strict=False).entries)
     return rows.RowTokens(tokens, np.array(starts, np.int64), counted, np.arange(len(starts)))
 
 
@@ -92,11 +89,9 @@ def _lines(file: SourceFile, start_byte: int) -> Iterator[tuple[int, bytes, dict
             body.seek(start_byte)
             while line := body.readline(rows.DOCUMENT_BYTES):
                 if len(line) == rows.DOCUMENT_BYTES and not line.endswith(b"\n"):
-                    raise SourceInvalid(
-                        f"{file.place}: the line that starts at byte {start_byte:,} is longer than "
-                        f"{rows.DOCUMENT_BYTES:,} bytes. A file of JSON lines has one document in each line: split or "
-                        f"delete it."
-                    )
+                    problem = f"{file.place}: the line that starts at byte {start_byte:,} is longer than"
+                    remedy = "A file of JSON lines has one document in each line: split or delete it."
+                    raise SourceInvalid(f"{problem} {rows.DOCUMENT_BYTES:,} bytes. {remedy}")
                 if not line.isspace():
                     yield start_byte, line, {}
                 start_byte += len(line)

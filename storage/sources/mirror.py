@@ -18,7 +18,7 @@ from storage.digests import canonical_json, digest
 from storage.errors import ObjectMissing, SourceUnavailable, StoreUnusable
 from storage.sources import hub
 from storage.sources.conversion import convert, locate_converted, pack, place_of, put_named_by_content
-from storage.sources.files import Listing, SourceFile, deduplicated, distinct_names, find_files, hive_columns, is_on_hub
+from storage.sources.files import Listing, SourceFile, distinct_names, find_files, hive_columns, is_on_hub
 from storage.sources.filters import keeps_row, parse
 from storage.sources.reading import REQUEST_BYTES, identify, open_bytes, open_source
 from storage.sources.selection import listed
@@ -36,21 +36,20 @@ def list_source(
 
     Leaves out files whose Hive partition folders do not pass the filters, and packs small files into larger parts.
     The store keeps the listing of a Hub dataset: for an unchanged commit, and for when the Hub does not respond.
-    Raises ValueError, which names the setting, if the source does not exist. Raises SourceInvalid for an unreadable
-    file, SourceUnavailable if the Hub does not respond and no listing is stored.
+    Raises ValueError, which names the setting, SourceInvalid for an unreadable file, SourceUnavailable.
     """
     listing, outdated = _listed(store, source, config, revision, split, setting)
     conditions = [parse(text) for text in filters]
-    files, ignored = list[SourceFile](), dict[str, str]()
+    files, filtered, copies = dict[str, SourceFile](), dict[str, str](), dict[str, str]()
     for listed_file in listing.files:
         file = replace(listed_file, columns=hive_columns(listed_file.place)) if listing.origin else listed_file
         of_folders = [condition for condition in conditions if condition.column in file.columns]
-        if keeps_row(of_folders, file.columns, file.place, 0):
-            files.append(file)
-        else:
-            ignored[file.name] = f"its folders do not pass data.filters ({', '.join(map(str, of_folders))})"
-    listing = deduplicated(replace(listing, files=tuple(files), ignored=listing.ignored + listed(ignored)))
-    return replace(listing, files=tuple(pack(listing.files))), outdated
+        if not keeps_row(of_folders, file.columns, file.place, 0):
+            filtered[file.name] = f"its folders do not pass data.filters ({', '.join(map(str, of_folders))})"
+        elif files.setdefault(file.digest, file) is not file:  # shards are named by content
+            copies[file.name] = f"same content as {files[file.digest].name}"
+    ignored = listing.ignored + listed(filtered) + listed(copies)
+    return replace(listing, files=tuple(pack(list(files.values()))), ignored=ignored), outdated
 
 
 def _listed(store: Store, source: str, config: str, revision: str, split: str, setting: str) -> tuple[Listing, str]:
@@ -106,10 +105,9 @@ def mirror(
             else:
                 convert(store, file, partial(_opened, on_progress=on_progress), FOLDER)
         except OSError as error:
-            raise StoreUnusable(
-                f"{file.place}: cannot write {file.size_bytes:,} bytes to {FOLDER}: {error.strerror}. Free some "
-                f"space there or change its permissions, then run the same command again to continue."
-            ) from error
+            problem = f"{file.place}: cannot write {file.size_bytes:,} bytes to {FOLDER}: {error.strerror}"
+            remedy = "Free some space there or change its permissions, then run the same command again to continue."
+            raise StoreUnusable(f"{problem}. {remedy}") from error
         located = locate(store, file)
     on_progress(file.size_bytes)
     return located

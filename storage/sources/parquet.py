@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,9 @@ def count_tokens(file: SourceFile, text_column: str, filters: list[Filter], *, s
         chunks = [footer.row_group(group).column(paths.index(text_column)) for group in groups]
         nulls = sum(chunk.statistics.null_count or 0 for chunk in chunks if chunk.statistics)
         if nulls and strict and not filters:
-            raise SourceInvalid(
-                f"{file.place}: column {text_column!r} should hold text in every row, found {nulls:,} nulls. Delete "
-                f"those rows, or skip them: --set data.on_bad_document=skip"
-            )
+            problem = f"column {text_column!r} should hold text in every row, found {nulls:,} nulls"
+            remedy = "Delete those rows, or skip them: --set data.on_bad_document=skip"
+            raise SourceInvalid(f"{file.place}: {problem}. {remedy}")
         tokens = _counted(parquet)
         counted = tokens is not None
         if tokens is None:  # estimated from the mean text size of each row group
@@ -68,8 +67,7 @@ def read_rows(
         groups = [group for group in range(len(starts) - 1) if starts[group] < row_to and starts[group + 1] > row_from]
         first = int(starts[groups[0]]) if groups else 0
         # One call per group: pyarrow holds all groups of a call in memory.
-        batches = (batch for group in groups for batch in parquet.iter_batches(ROWS_AT_ONCE, [group], names))
-        for batch in batches:
+        for batch in chain.from_iterable(parquet.iter_batches(ROWS_AT_ONCE, [group], names) for group in groups):
             start, stop = max(row_from - first, 0), min(row_to - first, batch.num_rows)
             if start < stop:
                 yield from _as_rows(batch.slice(start, stop - start), names, text_column)
@@ -84,18 +82,16 @@ def _opened(file: SourceFile, text_column: str, others: list[str]) -> Iterator[p
     source = open_source(file)
     try:
         with pq.ParquetFile(source) as parquet:
-            rows = sum(_row_counts(parquet))
-            if rows > max(PLAUSIBLE_ROWS, file.size_bytes):
+            if (rows := sum(_row_counts(parquet))) > max(PLAUSIBLE_ROWS, file.size_bytes):
                 raise pa.ArrowInvalid(f"its footer claims {rows:,} rows in {file.size_bytes:,} bytes")
             if rows:
                 _check_schema(parquet.schema_arrow, file, text_column, others)
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: the name of a column
         reason = str(error).partition("\n")[0].rstrip(". ")
-        raise SourceInvalid(
-            f"{file.shown_place}: cannot be read as parquet: {reason}. Check the file's permissions, and whether it is "
-            f"encrypted; if it is damaged, download it again or remove it from data.source."
-        ) from error
+        remedy = "Check the file's permissions, and whether it is encrypted; if it is damaged, download it again"
+        problem = f"{file.shown_place}: cannot be read as parquet: {reason}"
+        raise SourceInvalid(f"{problem}. {remedy} or remove it from data.source.") from error
 
 
 def _row_counts(parquet: pq.ParquetFile) -> list[int]:
@@ -103,7 +99,6 @@ def _row_counts(parquet: pq.ParquetFile) -> list[int]:
 
 
 def _check_schema(schema: pa.Schema, file: SourceFile, text_column: str, others: list[str]) -> None:
-    """Raise SourceInvalid if the text column is missing or of another type, or one of the columns exists twice."""
     for name in (text_column, *others):
         if (count := schema.names.count(name)) > 1:
             raise SourceInvalid(f"{file.shown_place}: {count} columns are named {name!r}. Rename all but one of them.")
@@ -181,12 +176,8 @@ def _column(batch: pa.RecordBatch, path: str) -> pa.Array:
 
 
 def _values(column: pa.Array, is_text: bool) -> list[Any]:
-    """The column's values, with bytes as text. Text that is not UTF-8 stays bytes, so that the error can name its row.
-
-    In another column, bytes that are not UTF-8 become escapes, and values that Python cannot hold become text.
-    """
-    kind = _storage(column.type)
-    if kind not in BYTES:
+    """The values, bytes as text. Not UTF-8: bytes if `is_text`, so that the error names its row; else escapes."""
+    if (kind := _storage(column.type)) not in BYTES:
         with suppress(ValueError, OverflowError, LookupError):  # not UTF-8; a date after 9999; an unknown time zone
             return list(column.to_pylist())
     values: list[Any] = column.cast(pa.large_binary() if kind in (*TEXT, *BYTES) else pa.string()).to_pylist()

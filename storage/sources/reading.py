@@ -1,7 +1,4 @@
-"""Reads source files wherever they are: opens them, and identifies them by their sha256.
-
-A digest is cached while the file's path, size, times and inode (in a bucket: key, size and time) stay the same.
-"""
+"""Reads source files wherever they are: opens them, and identifies them by their sha256, cached while unchanged."""
 
 import hashlib
 import io
@@ -39,8 +36,7 @@ class RangeFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's name for it is private
-        length = min(len(buffer), self._size_bytes - self._position)
-        if length <= 0:
+        if (length := min(len(buffer), self._size_bytes - self._position)) <= 0:
             return 0
         body = self._read_range(self._position, length)
         buffer[: len(body)] = body
@@ -49,10 +45,7 @@ class RangeFile(io.RawIOBase):
 
 
 def open_source(file: SourceFile) -> Path | RangeFile:
-    """The path of a source file on this host, or the file opened for reading by ranges.
-
-    Raises SourceInvalid if the file changed since the plan. A Hub commit or an object named by its digest cannot.
-    """
+    """The file's path on this host, or the file opened by ranges. Raises SourceInvalid if it changed since the plan."""
     if file.place.startswith(hub.SCHEME):
         return RangeFile(file.size_bytes, partial(hub.read_range, file.place))
     in_bucket = is_in_bucket(file.place)
@@ -61,9 +54,8 @@ def open_source(file: SourceFile) -> Path | RangeFile:
     is_trusted = is_copy and (in_bucket or hub.COMMIT.fullmatch(file.digest))
     if not is_trusted and (sha256 := identify(file.place).digest) != file.digest:
         remedy = "Delete this damaged copy, then run the command again." if is_copy else "Run the command again."
-        raise SourceInvalid(
-            f"{file.place}: changed since the plan: expected sha256 {file.digest[:12]}, found {sha256[:12]}. {remedy}"
-        )
+        problem = f"changed since the plan: expected sha256 {file.digest[:12]}, found {sha256[:12]}"
+        raise SourceInvalid(f"{file.place}: {problem}. {remedy}")
     if not in_bucket:
         return Path(file.place)
     store, key = open_bucket(file.place)
@@ -78,10 +70,9 @@ def open_bytes(file: SourceFile, buffer_bytes: int) -> BinaryIO:
 
 def identify(place: str | Path) -> SourceFile:
     """The file's name, size and sha256; unchanged content is not read again. Raises SourceInvalid."""
-    return _identify_object(str(place)) if is_in_bucket(str(place)) else _identify_path(Path(place).absolute())
-
-
-def _identify_path(path: Path) -> SourceFile:
+    if is_in_bucket(str(place)):
+        return _identify_object(str(place))
+    path = Path(place).absolute()
     try:
         status = path.stat()
         fingerprint = digest([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino])

@@ -21,31 +21,24 @@ EOT_TOKENS = 1  # each document costs one more token than its text
 
 
 class RowTokens(NamedTuple):
-    """Tokens of each row, EOT included, 0 if a filter drops it, and for JSON lines the byte where each row starts.
+    """The tokens of each row of a file."""
 
-    The tokens are `counted` by the source or estimated. Reading can begin at each of the ascending `entries`.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray | None
-    counted: bool
-    entries: np.ndarray
+    tokens: np.ndarray  # EOT included; 0 if a filter drops the row
+    starts: np.ndarray | None  # in JSON lines: the byte where each row starts
+    counted: bool  # by the source, else estimated
+    entries: np.ndarray  # rows, ascending, at which reading can begin
 
 
 class Row(NamedTuple):
-    """A row that passed the filters: its number in the file, its text, and the columns that name the document.
+    """A row that passed the filters, and the columns that name the document."""
 
-    `text` is whatever the column holds, or a ValueError for an unreadable row. Only a string can be tokenised. A row
-    of a packed part also has the name of its small file, and its number there.
-    """
-
-    number: int
-    text: Any
+    number: int  # in the file
+    text: Any  # whatever the column holds, or a ValueError for an unreadable row; only a string can be tokenised
     dump: Any
     id: Any
     url: Any = None
-    packed_file: Any = None
-    packed_row: Any = None
+    packed_file: Any = None  # of a row of a packed part: the small file
+    packed_row: Any = None  # and its number there
 
 
 def estimated_tokens(text_bytes: np.ndarray) -> np.ndarray:

@@ -64,9 +64,12 @@ def select(
             inner.append(name)
         else:
             ignored[name] = "not matched by the pattern"
-    unreadable = _unreadable(files)
+    kinds = {name: suffix_of(name).format for name in files}
+    unreadable = {name: f"not {READABLE}" for name, kind in kinds.items() if not kind}
+    if any(kind and kind not in TEXT for kind in kinds.values()):
+        unreadable |= {name: "text beside files of rows" for name, kind in kinds.items() if kind in TEXT}
     files = [name for name in files if name not in unreadable]
-    notes = [name for name in unreadable if suffix_of(name).format == ".md"]
+    notes = [name for name in unreadable if kinds[name] == ".md"]
     ignored |= {name: f"documentation: {unreadable.pop(name)}" for name in notes}
     suffix = _suffix([*files, *inner])
     *folders, last = pattern or [""]
@@ -76,10 +79,8 @@ def select(
     leave_out = f"leave them out: {choose}{'/'.join(kept)}'" if is_kept else "move them away"
     if inner:
         deeper = f"**/*{suffix}" if pattern == ["*"] else f"{'/'.join(pattern)}/**"
-        raise ValueError(
-            f"{what}: {inner[0]!r} is in a sub-folder, which is not read. Read sub-folders, too: {choose}{deeper}'. "
-            f"Or {leave_out}."
-        )
+        remedy = f"Read sub-folders, too: {choose}{deeper}'. Or {leave_out}."
+        raise ValueError(f"{what}: {inner[0]!r} is in a sub-folder, which is not read. {remedy}")
     if unreadable:
         name, kind = next(iter(unreadable.items()))
         raise ValueError(f"{what}: {name!r} is {kind} ({len(unreadable):,} such files). Convert them, or {leave_out}.")
@@ -94,15 +95,6 @@ def select(
         pattern_of_one = _split_pattern(splits.get("train") or next(iter(splits.values())), shared)
         raise ValueError(f"{what}: files of several splits: {examples}. Choose one: {choose}{pattern_of_one}'.")
     return files, ignored
-
-
-def _unreadable(names: list[str]) -> dict[str, str]:
-    """The names that cannot be read, each with the reason. Text cannot be read beside files of rows."""
-    kinds = {name: suffix_of(name).format for name in names}
-    problems = {name: f"not {READABLE}" for name, kind in kinds.items() if not kind}
-    if any(kind and kind not in TEXT for kind in kinds.values()):
-        problems |= {name: "text beside files of rows" for name, kind in kinds.items() if kind in TEXT}
-    return problems
 
 
 def reason_to_ignore(parts: list[str]) -> str:

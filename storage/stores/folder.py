@@ -37,8 +37,7 @@ class FolderStore(Store):
         with suppress(OSError):  # permission denied: the first read reports it
             if folder.exists() and not folder.is_dir():
                 raise StoreUnusable(f"store {url!r}: {folder} is a file. Choose another store_url, or move it away.")
-        self.url = url
-        self._folder = folder
+        self.url, self._folder = url, folder
 
     def read(self, key: str, limit_bytes: int = LIMIT_BYTES) -> Object:
         with self._opened(key) as file:

@@ -2,15 +2,14 @@
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from storage import keys
-from storage.errors import AlreadyExists, ObjectMissing, StoreUnusable
+from storage.errors import ObjectMissing, StoreUnusable
 from storage.stores.folder import FolderStore
-from storage.stores.store import Store, read_as
+from storage.stores.store import Store, put_once, read_as
 
 LAYOUT = 1
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -30,10 +29,8 @@ class Format(BaseModel, frozen=True):
 def open_store(url: str, *, create: bool = False) -> Store:
     """Open a folder or `s3://bucket/prefix`. Raises ObjectMissing (unless `create`), ObjectCorrupt, StoreUnusable."""
     store = _store_at(url)
-    written = read_as(store, keys.FORMAT, Format, remedy=REMEDY)
-    if written is None and create:
-        with suppress(AlreadyExists):  # another process created it between our two requests
-            store.put_new(keys.FORMAT, json.dumps({"layout": LAYOUT}).encode())
+    if (written := read_as(store, keys.FORMAT, Format, remedy=REMEDY)) is None and create:
+        put_once(store, keys.FORMAT, json.dumps({"layout": LAYOUT}).encode())
         return open_store(url)
     if written is None:
         remedy = "Check --set store_url=…, or create it with gpt2 pretrain or gpt2 dataset build."

@@ -18,10 +18,8 @@ class Backoff:
 
     def __init__(self, max_retry_after_seconds: float) -> None:
         self._max_retry_after_seconds = max_retry_after_seconds
-        self._received_bytes = -1
-        self._last_progress = 0.0
-        self.tries = 0
-        self.stalled_seconds = 0.0
+        self._received_bytes, self._last_progress = -1, 0.0
+        self.tries, self.stalled_seconds = 0, 0.0
 
     def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
         """Sleep, or return False at once if that would pass the deadline. A Retry-After extends a shorter deadline."""
@@ -30,8 +28,7 @@ class Backoff:
             self.tries, self._last_progress, self._received_bytes = 0, now, received_bytes
         retry_after_seconds = min(retry_after_seconds, self._max_retry_after_seconds)
         max_wait_seconds = min(FIRST_WAIT_SECONDS * 2**self.tries, MAX_WAIT_SECONDS)
-        jittered_seconds = random.uniform(0, max_wait_seconds)  # noqa: S311  # jitter needs no secure generator
-        wait_seconds = max(jittered_seconds, retry_after_seconds)
+        wait_seconds = max(random.uniform(0, max_wait_seconds), retry_after_seconds)  # noqa: S311  # not a secret
         deadline_seconds = max(RETRY_SECONDS, retry_after_seconds + 1) if retry_after_seconds else RETRY_SECONDS
         self.tries += 1
         self.stalled_seconds = now - self._last_progress

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -36,9 +35,7 @@ class S3Store(Store):
     _check_lock = threading.RLock()
 
     def __init__(self, bucket: str, prefix: str, url: str, *, plain_http: bool, foreign: bool = False) -> None:
-        self.url = url
-        self._foreign = foreign
-        self._bucket = bucket
+        self.url, self._foreign, self._bucket = url, foreign, bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._endpoint = str(own_client().meta.endpoint_url)
         parts = urlsplit(self._endpoint)
@@ -71,8 +68,7 @@ class S3Store(Store):
             send = partial(self._call, "put_object", key, Body=whole, ChecksumSHA256=base64_sha256(whole))
             return self._swap_by(send, key, body, etag)
         with self._uploaded_parts(key, body) as parameters:
-            send = partial(self._call, "complete_multipart_upload", key, **parameters)
-            return self._swap_by(send, key, body, etag)
+            return self._swap_by(partial(self._call, "complete_multipart_upload", key, **parameters), key, body, etag)
 
     def stat(self, key: str) -> Stat:
         head = self._request(f"stat {key!r}", "head_object", key, ChecksumMode="ENABLED")
@@ -93,9 +89,8 @@ class S3Store(Store):
     def probe(self) -> tuple[str, bool]:
         server = self._check_conditions()
         key = keys.probe()
-        damaged = {"Body": b"body", "ChecksumSHA256": base64_sha256(b"another body")}
         try:
-            self._request("probe checksums", "put_object", key, **damaged)
+            self._request("probe checksums", "put_object", key, Body=b"body", ChecksumSHA256=base64_sha256(b"other"))
         except StoreUnusable:
             return server, True
         self.delete(key)
@@ -109,10 +104,6 @@ class S3Store(Store):
                     with suppress(ObjectMissing):
                         self._request(f"abort {key!r}", "abort_multipart_upload", key, UploadId=upload["UploadId"])
                 yield f"upload of {key}"
-
-    def local_path(self, key: str) -> Path | None:
-        keys.check_key(key)
-        return None
 
     def link(self, key: str, endpoint: str = "") -> str:
         parameters = {"Bucket": self._bucket, "Key": self._prefix + keys.check_key(key)}
@@ -203,7 +194,6 @@ class S3Store(Store):
             parameters |= {name.removeprefix("Next"): page[name] for name in page if name.startswith("Next")}
 
     def _request(self, action: str, verb: str, key: str, **parameters: Any) -> Any:
-        """The response to one request about a key, with retries."""
         return with_retries(self.url, action, partial(self._call, verb, key, **parameters))
 
     def _call(self, verb: str, key: str, **parameters: Any) -> Any:

@@ -1,7 +1,4 @@
-"""An S3 response body: hashed while it streams, resumed where the connection dropped. boto3 does neither.
-
-A first response of ordinary size is read at once, which is fastest; others in pieces, which survive a lost connection.
-"""
+"""An S3 response body: hashed while it streams, resumed where the connection dropped. boto3 does neither."""
 
 import hashlib
 from base64 import b64decode, b64encode
@@ -35,7 +32,6 @@ class ResumableBody:
         self.received_bytes = self._size_bytes = 0
 
     def _request_parameters(self) -> dict[str, str]:
-        """Parameters for the whole body, or for the missing bytes of the same object."""
         start = self._start or 0
         if self.received_bytes:
             byte_range = f"bytes={start + self.received_bytes}-{start + self._size_bytes - 1}"
@@ -63,7 +59,7 @@ class ResumableBody:
                 self.etag = response["ETag"]
                 self.stored_sha256 = stored_sha256(response)
                 check_size(self._name, self._size_bytes, self._limit_bytes)
-            if self._in_pieces or self._size_bytes > AT_ONCE_BYTES:
+            if self._in_pieces or self._size_bytes > AT_ONCE_BYTES:  # pieces survive a lost connection
                 self._read_pieces(stream)
             else:
                 self._in_pieces = True  # from the next response on, if this connection drops
@@ -76,8 +72,7 @@ class ResumableBody:
             self.body = bytearray(self._size_bytes)
         view = memoryview(self.body)
         while self.received_bytes < self._size_bytes:
-            count = stream.readinto(view[self.received_bytes : self.received_bytes + PIECE_BYTES])
-            if not count:
+            if not (count := stream.readinto(view[self.received_bytes : self.received_bytes + PIECE_BYTES])):
                 raise Transient(f"the connection dropped after {self.received_bytes:,} of {self._size_bytes:,} bytes")
             self.hasher.update(view[self.received_bytes : self.received_bytes + count])
             self.received_bytes += count

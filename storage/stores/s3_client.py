@@ -88,10 +88,7 @@ def new_client(endpoint: str = "", **settings: Any) -> Any:
 def with_retries(
     url: str, action: str, request: Callable[[], Result], received_bytes: Callable[[], int] = lambda: 0
 ) -> Result:
-    """The result of `request`, retried after time-outs, resets, 429 and 5xx until RETRY_SECONDS pass without progress.
-
-    An increase of `received_bytes` counts as progress. Raises ObjectMissing, StoreUnusable and StoreUnavailable.
-    """
+    """The result of `request`, retried until RETRY_SECONDS pass without more `received_bytes`. Raises as a Store."""
     backoff = retries.Backoff(retries.MAX_WAIT_SECONDS)
     what = f"store {url!r}: {action}"
     while True:

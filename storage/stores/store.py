@@ -72,6 +72,8 @@ class ReadableStore(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """The object's file, if the store keeps its objects as files on this host."""
+        keys.check_key(key)
+        return None
 
 
 class Store(ReadableStore, Protocol):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flows.demo import lasting, prose, write_corpus
+from flows.console.options import check_inputs
+from flows.demo import FILES, lasting, prose, write_corpus
+from flows.forms import _entered
 from model import tokenizer
 from model.config import RunConfig
 from model.config_file import load_config
@@ -43,6 +45,18 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("place", ["console", "form"])
+def test_the_preset_demo_writes_its_corpus(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("demo"), [])
+    if place == "console":
+        check_inputs(config, "tokenise")
+    else:
+        _entered("demo")
+    assert len(list(tmp_path.glob(config.data.source))) == FILES
+
+
+@pytest.mark.usefixtures("library")
 def test_the_corpus_holds_each_document_once_and_is_the_same_each_time(tmp_path: Path) -> None:
     paths = write_corpus(tmp_path / "first")
     rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
@@ -59,7 +73,7 @@ def test_an_existing_corpus_is_kept(tmp_path: Path, library: Path) -> None:
     paths = write_corpus(tmp_path / "corpus")
     before = [path.stat().st_mtime_ns for path in paths]
     (library / "new.py").write_text(MODULE.format(*[SENTENCE.format("new")] * 3))
-    assert write_corpus(str(tmp_path / "corpus")) == paths
+    assert write_corpus(tmp_path / "corpus") == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 

@@ -87,8 +87,8 @@ def test_each_shard_and_each_evaluation_is_a_task(api: str, finished: tuple[RunC
 
 def test_artifacts_show_progress_shards_and_report(api: str, finished: tuple[RunConfig, Any]) -> None:
     artifacts = {artifact["key"]: artifact for artifact in call_api(api, "/artifacts/latest/filter", {})}
-    assert {"shard-status", "dataset-manifest", "train-metrics", "evaluations", "report"} <= set(artifacts)
-    assert {artifacts[key]["type"] for key in ("shard-status", "evaluations", "train-metrics")} == {"table"}
+    assert {"shard-status", "dataset-manifest", "evaluations", "report"} <= set(artifacts)
+    assert {artifacts[key]["type"] for key in ("shard-status", "evaluations")} == {"table"}
 
 
 def test_the_page_of_the_run_shows_the_whole(api: str, finished: tuple[RunConfig, Any]) -> None:

@@ -140,15 +140,15 @@ def test_transient_errors_are_retried_and_bad_data_is_not(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
 ) -> None:
     tries_of: Counter[str] = Counter()
-    make_shard = tokenise._make_shard
+    is_finished = tokenise.is_finished
 
-    def failing(store: Store, dataset: str, job: ShardJob) -> bool:
-        tries_of[job.shard_id] += 1
-        if job.shard_id == min(tries_of):
+    def failing(store: Store, dataset: str, shard_id: str) -> bool:
+        tries_of[shard_id] += 1
+        if shard_id == min(tries_of):
             raise error
-        return make_shard(store, dataset, job)
+        return is_finished(store, dataset, shard_id)
 
-    monkeypatch.setattr(tokenise, "_make_shard", failing)
+    monkeypatch.setattr(tokenise, "is_finished", failing)
     at_once = tokenise.tokenise_shards.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(tokenise, "tokenise_shards", at_once)
     with pytest.raises(type(error)):

@@ -56,28 +56,6 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     assert [[metrics.step for metrics in lines] for lines in drawn] == [[1, 2]] * 2  # 1 is from before the restart
 
 
-@pytest.mark.parametrize(
-    ("steps", "shown"), [(100, [1, *range(5, 101, 5)]), (3, [1, 2, 3]), (1, [1]), (45, [1, *range(2, 45, 2), 45])]
-)
-def test_the_table_has_the_first_the_last_and_round_steps(
-    monkeypatch: pytest.MonkeyPatch, steps: int, shown: list[int]
-) -> None:
-    rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(train, "show", lambda _, table, **__: rows.extend(table))
-    line: dict[str, Any] = {
-        "loss": 6.71234567,
-        "learning_rate": 1e-3,
-        "gradient_norm": None,
-        "tokens_per_second": 1234.5,
-    }
-    metrics = [StepMetrics(**line, step=step) for step in range(steps)]
-    metrics[-1].val_loss = 6.5
-    train._show_metrics(Run("tiny", {}, None, "", None, ""), metrics)
-    assert [row["step"] for row in rows] == shown
-    assert (rows[-1]["loss"], rows[-1]["val loss"], rows[-1]["gradient norm"]) == ("6.7123", "6.5000", "")
-    assert "-" not in rows[0].values()
-
-
 @pytest.mark.full
 @pytest.mark.usefixtures("api")
 def test_a_training_whose_last_checkpoint_is_lost_runs_again(tmp_path: Path, source: str) -> None:

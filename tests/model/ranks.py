@@ -4,7 +4,6 @@ import hashlib
 import multiprocessing
 import os
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def _serve(connection: Connection, trainings: list[TrainingRequest], rank: int, 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INIT_METHOD": "env://"}
     ddp = DDPConfig.detect(os.environ, "cpu")
     try:
-        with ddp.process_group(timedelta(minutes=1)):
+        with ddp.process_group(1.0):
             for request in trainings:
                 connection.send(_observe(request, ddp))
                 ddp.sum(torch.zeros(1))  # no rank starts the next training while the main rank still saves

@@ -11,8 +11,9 @@ from torch import Tensor
 from model import gpt
 from model.config import ModelConfig, TrainingConfig
 from model.config_file import load_config
-from model.gpt import GPT, PADDED_VOCABULARY
+from model.gpt import GPT, PADDED_VOCABULARY, unpadded
 from model.tokenizer import VOCABULARY
+from model.training.flops import parameter_count
 from model.training.optimizer import make_optimizer
 
 SMALL = ModelConfig(layers=3, heads=4, width=32, context_tokens=24)
@@ -88,7 +89,8 @@ def default_on_meta() -> GPT:
 def test_presets_have_the_sizes_of_the_published_models(file: str, parameters: int) -> None:
     with torch.device("meta"):
         model = GPT(load_config(Path(file), []).model)
-    assert model.parameter_count == parameters
+    assert sum(unpadded(name, weight).numel() for name, weight in model.named_parameters()) == parameters
+    assert parameter_count(model.config) == parameters
 
 
 def test_padding_rows_of_the_embedding_stay_zero() -> None:

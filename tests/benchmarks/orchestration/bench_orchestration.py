@@ -78,7 +78,7 @@ def ours(jobs: int, workers: int, looks: Looks) -> Callable[[], None]:
     from storage.sources.files import SourceFile
     from storage.stores.opening import open_store
 
-    tokenise._make_shard = lambda *_: looks.job()
+    tokenise.is_finished = lambda *_: looks.job()
     settings = ["data.dataset=bench", "data.source=bench", "resources.runner=threads", f"resources.workers={workers}"]
     config = load_config(None, [f"store_url={Path('store').absolute()}", *settings])
     open_store(config.store_url, create=True)

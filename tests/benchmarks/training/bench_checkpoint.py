@@ -28,6 +28,7 @@ from torch.distributed import checkpoint as dcp
 from model.checkpoints.records import CheckpointRecord, checkpoints
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT
+from model.training.flops import parameter_count
 from model.training.metrics import MetricsLog
 from model.training.optimizer import make_optimizer
 from model.training.saver import Saver
@@ -115,7 +116,7 @@ def main() -> None:
     words = asked.parse_args()
     logging.disable(logging.WARNING)
     model, optimizer = made()
-    size = 3 * 4 * model.parameter_count
+    size = 3 * 4 * parameter_count(model.config)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)

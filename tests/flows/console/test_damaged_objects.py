@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prefect.logging import disable_run_logger
 
 from flows import evaluate
 from flows.console.cli import main
 from flows.inspection.status import store_status
+from flows.runtime.processes import Processes
 from model import tokenizer
 from model.__main__ import run_job
 from model.checkpoints.metrics import Progress
 from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, put_checkpoint
 from model.config import RunConfig
-from model.runs.job import Job, note_failure, put_job, read_job, read_result
+from model.runs.job import Job, JobFailed, note_failure, put_job, read_job, read_result
 from model.runs.run import evaluation_jobs, keep_request, pin_run, pinned_run, training_job
 from storage import keys
 from storage.cache import host
@@ -334,10 +336,13 @@ def test_a_damaged_evaluation_is_made_again(pristine: Place, place: Place, monke
     key = place.examples["evaluation"]
     value = json.loads(store.read(key).body)
     job = read_job(store, RUN.job(value["job"]))
-    monkeypatch.setattr(evaluate, "run_job", lambda store, job, _: read_result(store, job))
-    assert evaluate.evaluate_checkpoint.fn(job, store.url, None)
+    results: list[Any] = []
+    monkeypatch.setattr(Processes, "run", lambda *_: results.append(read_result(store, job)))
+    assert evaluate.evaluate_checkpoint.fn(job, store.url, Processes(store.url)).data["name"] == value["name"]
     overwrite(store, key, canonical_json(value | {"tokens": "many"}))
-    assert evaluate.evaluate_checkpoint.fn(job, store.url, None) is None
+    with disable_run_logger(), pytest.raises(JobFailed):
+        evaluate.evaluate_checkpoint.fn(job, store.url, Processes(store.url))
+    assert results == [None]
 
 
 def test_a_build_without_missing_shards_deletes_failure_notes(pristine: Place, place: Place) -> None:

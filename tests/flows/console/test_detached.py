@@ -55,13 +55,26 @@ def test_a_run_is_started_once_and_its_log_is_followed_to_its_end(
         refused = gpt2(*verb, "--detach", *in_store)
         assert (refused.code, "gpt2 stop tiny" in refused.error) == (2, True), refused
     detached.start("train", config.model_copy(update={"name": "another"}))
+    kill([int((home / "runs" / "another.pid").read_text())])  # it would share the pipe
     poll((home / "runs" / "tiny.log").read_text)
     assert len(gpt2("logs", "tiny", "--no-follow", *in_store).out.splitlines()) == 1
-    monkeypatch.setattr(detached.time, "sleep", lambda _: waiting.write_text("its end\n" * 2))
+    ends = iter(["its end\n"])
+    monkeypatch.setattr(detached.time, "sleep", lambda _: [waiting.write_text(end) for end in ends])
     lines = gpt2("logs", "tiny", *in_store).out.splitlines()
     assert lines[1:] == ["its end"]
     assert f"pretrain --config {DEFAULT} --set name=tiny" in lines[0]
     assert all(setting in lines[0] for setting in settings_beyond(DEFAULT, config))
+
+
+def test_a_stop_waits_for_the_process_id(
+    gpt2: Gpt2, config: RunConfig, home: Path, waiting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detached.start("pretrain", config)
+    pid = home / "runs" / "tiny.pid"
+    started = pid.rename(home / "runs" / "started.pid")
+    monkeypatch.setattr(detached.time, "sleep", lambda _: pid.write_text(started.read_text()))
+    stopped = gpt2("stop", "tiny", "--set", f"store_url={config.store_url}")
+    assert (stopped.code, "stopped" in stopped.out) == (0, True), stopped
 
 
 def test_a_killed_run_leaves_no_lock(gpt2: Gpt2, config: RunConfig, home: Path, waiting: Path) -> None:

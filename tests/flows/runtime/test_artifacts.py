@@ -6,8 +6,8 @@ import httpx
 import pytest
 from prefect import flow
 
-from flows.runtime import artifacts
-from flows.runtime.artifacts import show
+from flows.runtime import progress
+from flows.runtime.progress import show
 
 
 def test_a_temporary_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_a_temporary_failure_is_retried(monkeypatch: pytest.MonkeyPatch) -> None
             raise errors.pop(0)
         created.append(arguments)
 
-    monkeypatch.setattr(artifacts.time, "sleep", waits.append)
+    monkeypatch.setattr(progress.time, "sleep", waits.append)
     show(create, key="a", table=[])
     assert (created, waits) == ([{"key": "a", "table": []}], [1, 2])
 
@@ -35,5 +35,5 @@ def test_a_server_that_stays_down_does_not_fail_the_flow(api: str, monkeypatch: 
         show(create, key="a")
         return 7
 
-    monkeypatch.setattr(artifacts, "WAITS_SECONDS", (0, 0))
+    monkeypatch.setattr(progress, "WAITS_SECONDS", (0, 0))
     assert shown() == 7

@@ -1,6 +1,7 @@
 """What a verb does when its Prefect server ends: a real process, whose server is a socket that listens."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +61,18 @@ def test_a_thread_of_a_stopped_block_keeps_no_process_alive() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 130, result.stderr
     assert "stopped; run the same command again" in result.stderr
+
+
+def test_the_processes_of_a_killed_pool_end() -> None:
+    """Else they would keep the lock of a run that was started with --detach."""
+    script = (
+        "import os, signal\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from flows.runtime import ending\nwith ProcessPoolExecutor(1, get_context('spawn')) as pool:\n"
+        "    pool.submit(ending._fault, 'http://127.0.0.1:1').result()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr  # once every process has closed its output
 
 
 def test_a_server_that_restarts_in_between_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,20 @@ def test_a_stage_shows_its_state_its_count_its_rate_and_what_remains(clock: Cloc
     shown.count("train", 40, 100, "steps")
     rows = lines_of(shown)
     assert rows["download"][:3] == ["done", "", "10 s"]
-    assert rows["train"] == ["**running**", "40 of 100 steps", "1 min 30 s", "0.5/s", "2 min 0 s"]
+    assert rows["train"] == ["**running**", "40 of 100 steps", "1 min 30 s", "30/min", "2 min 0 s"]
     assert rows["report"][0] == "waiting"
     assert "- **download**: 4 of 4 source files" in shown.markdown()
     shown.close(ValueError("no such file\nand more"))
     assert lines_of(shown)["train"][0] == "**failed**"
     assert "- **train**: no such file\n" in shown.markdown()
+
+
+def test_a_resumed_training_counts_from_its_checkpoint(clock: Clock) -> None:
+    shown = RunPage("Run shown", CONFIG, {"train": Stage("train")})
+    for done in (50, 41, 51):  # the earlier attempt was at step 50
+        shown.count("train", done, 100, "steps")
+        clock.now += 5
+    assert lines_of(shown)["train"] == ["**running**", "51 of 100 steps", "15 s", "1/s", "49 s"]
 
 
 def test_a_failed_evaluation_stays_failed_when_the_report_is_written() -> None:
@@ -72,7 +80,7 @@ def test_a_failed_evaluation_stays_failed_when_the_report_is_written() -> None:
 
 def test_speed_and_time_stand_beside_the_plan(clock: Clock) -> None:
     config = CONFIG.model_copy(update={"resources": CONFIG.resources.model_copy(update={"price_per_gpu_hour": 36.0})})
-    shown = RunPage("Run shown", config, {"train": Stage("train")}, module.plan(None, config, measured=1e6))
+    shown = RunPage("Run shown", config, {"train": Stage("train")}, module.plan(config, measured=1e6))
     shown.count("train", 1, config.train.max_steps, "steps")
     clock.now += 100
     shown.count("train", 101, config.train.max_steps, "steps")

@@ -8,6 +8,7 @@ import torch
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.run import pin_run, training_job
+from model.training.flops import parameter_count
 from model.training.trainer import Trainer, TrainingResult
 from storage.stores.opening import open_store
 from tests.making import build_dataset, document, tiny_config, write_parquet
@@ -44,7 +45,7 @@ def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
     monkeypatch.setattr(Trainer, "_train_step", recording)
     assert trainer.fit() == TrainingResult(3, 3 * TOKENS, trainer.ddp.environment)
     assert isinstance(trainer.model, GPT)
-    assert trainer.model.parameter_count == 124_439_808
+    assert parameter_count(trainer.model.config) == 124_439_808
     assert 10.85 <= losses[0] <= 11.10
     assert losses[2] < losses[1] < losses[0]
     assert finite == [148] * 3

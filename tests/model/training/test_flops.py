@@ -5,11 +5,9 @@ import pytest
 from model.config import ModelConfig
 from model.training.flops import PEAK_FLOPS, flops_per_token, peak_flops
 
-PARAMETERS = 124_439_808
-
 
 def test_124m_takes_855_million_flops_a_token() -> None:
-    assert flops_per_token(ModelConfig(), PARAMETERS, 1_024) == 855_166_464
+    assert flops_per_token(ModelConfig(), 1_024) == 855_166_464
 
 
 @pytest.mark.parametrize(
@@ -20,9 +18,7 @@ def test_mfu_equals_that_of_llm_c_runs(name: str, gpus: int, step_seconds: float
     peak = peak_flops(name)
     assert peak is not None
     speed = 524_288 / step_seconds
-    assert speed * flops_per_token(ModelConfig(), PARAMETERS, 1_024) / (gpus * peak) == pytest.approx(
-        published, abs=5e-4
-    )
+    assert speed * flops_per_token(ModelConfig(), 1_024) / (gpus * peak) == pytest.approx(published, abs=5e-4)
 
 
 @pytest.mark.parametrize(

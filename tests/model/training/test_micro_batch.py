@@ -16,9 +16,8 @@ from model.evaluation.evaluator import Evaluator
 from model.gpt import GPT
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job
-from model.runs.speed import Speed, put_speed, read_speed
 from model.training import micro_batch
-from model.training.micro_batch import MEASURE_SECONDS, choose_sequences
+from model.training.micro_batch import MEASURE_SECONDS, Speed, choose_sequences, put_speed, read_speed
 from model.training.trainer import Trainer
 from storage import keys
 from storage.digests import canonical_json, digest
@@ -115,6 +114,16 @@ def test_a_long_run_takes_the_fastest_size_and_remembers_it(store: Store, measur
     assert not [item for item in collect(store, -3_600, remove=False) if item.name.startswith("speeds/")]
 
 
+def test_a_few_lucky_or_slow_passes_decide_nothing(store: Store, measured: Measured) -> None:
+    """As on a shared host, and where the first pass of each size is compiled."""
+    passes = measured(
+        lambda size: (
+            (1e-3 * size + 1e-2) * (9 if passes[size] <= 1 else 0.1 if size < 8 and passes[size] in (2, 5) else 1)
+        )
+    )
+    assert choose(store, LONG) == 128
+
+
 def test_a_short_run_ends_with_the_size_that_it_began_with(store: Store, measured: Measured) -> None:
     """It may resume after a long run has measured. Only a size at which memory ran out is lowered."""
     measured(lambda size: 1e-3 * size + 1e-3 * (size - 8) ** 2)
@@ -142,7 +151,7 @@ def test_sizes_from_one_that_does_not_fit_are_left_out(store: Store, measured: M
 
 
 def test_measuring_ends_in_time(store: Store, measured: Measured) -> None:
-    """With 1 s for a size of 4, the 3 repetitions of 4 sizes would take 45 s."""
+    """Ten rounds of the 8 sizes would take 134 s."""
     passes = measured(lambda size: 0.25 * size * 0.9 ** (size / 4))
     assert choose(store, LONG) == max(passes)
     assert sum(0.25 * size * 0.9 ** (size / 4) * count for size, count in passes.items()) <= MEASURE_SECONDS

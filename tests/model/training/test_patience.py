@@ -25,7 +25,7 @@ BEST, END = 2, 6
 
 @pytest.fixture(scope="module")
 def early(dataset: StoredDataset) -> str:
-    return dataset.train("early", *EARLY, "train.checkpoint_every_steps=2", "train.keep_last=1")
+    return dataset.train("early", *EARLY, "train.checkpoint_every_steps=1000", "train.keep_last=1")
 
 
 def test_patience_counts_validations_since_the_lowest(dataset: StoredDataset, monkeypatch: pytest.MonkeyPatch) -> None:
