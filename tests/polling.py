@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE_SECONDS = 300.0  # costs a passing test nothing; a busy machine is up to five times slower than an idle one
+PATIENCE_SECONDS = 600.0  # costs a passing test nothing; a busy machine is up to five times slower than an idle one
 
 
 def poll(

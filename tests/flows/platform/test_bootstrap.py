@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 
 from flows import train
 from flows.inspection.alerts import Alerts
-from flows.platform import automations
+from flows.platform import automations, serve
 from flows.platform.bootstrap import _automation, bootstrap
 from flows.runtime.progress import Bar
 from model.config import RunConfig
@@ -243,6 +243,17 @@ def test_only_a_crashed_run_of_a_deployment_is_restarted(api: str, restarts: str
     left = [run(api, flow_run)["state_name"] for flow_run in (consoles, failed, cancelled)]
     assert left == ["Crashed", "Failed", "Cancelled"]
     set_state(api, crashed, "CANCELLED")
+
+
+def test_a_run_that_does_not_end_after_ctrl_c_is_cancelled_all_the_same(
+    api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker would report its end: as on a host that is too slow to, before `gpt2 serve` ends its workers."""
+    flow_run = start(api, "train", CONFIG)
+    set_state(api, flow_run, "RUNNING")
+    monkeypatch.setattr(serve, "CANCEL_SECONDS", 0)
+    serve._cancel_runs(["train"])
+    assert states(api, flow_run)[-2:] == ["Cancelling", "Cancelled"]
 
 
 @pytest.fixture
