@@ -56,9 +56,10 @@ def doctor(*, settings: Settings = DEFAULTS, as_json: AsJson = False) -> int:
     verdicts = list(examine(settings.new().store_url))
     if as_json:
         print_json([verdict._asdict() for verdict in verdicts])
-    for verdict in [] if as_json else verdicts:
-        mark = Text("ok ", style="green") if verdict.ok else Text("bad", style="bold red")
-        console.print(mark, f"{verdict.check:<10} {verdict.detail}")
+    else:
+        for verdict in verdicts:
+            mark = Text("ok ", style="green") if verdict.ok else Text("bad", style="bold red")
+            console.print(mark, f"{verdict.check:<10} {verdict.detail}")
     return int(not all(verdict.ok for verdict in verdicts))
 
 

@@ -38,9 +38,7 @@ def plan(
     """
     config = settings.run(name)
     with console.status("training a few steps"):
-        result = planned.plan(config)
-        if measure:
-            result = planned.plan(config, tokens_per_second(config, result.gpus))
+        result = planned.plan(config, tokens_per_second if measure else None)
     if as_json:
         print_json(vars(result))
         return

@@ -1,6 +1,7 @@
 """What a run will take, before it starts: tokens, bytes, memory, hours, money. Asks the store, the source, the GPUs."""
 
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ class Plan:
         return {label: text for label, text in lines.items() if text}
 
 
-def plan(config: RunConfig, measured: float | None = None) -> Plan:
-    """The plan of a run on this host, with the measured tokens per second if given. Creates no store."""
+def plan(config: RunConfig, measure: Callable[[RunConfig, int], float] | None = None) -> Plan:
+    """The plan of a run on this host. `measure` returns its tokens per second on so many GPUs. Creates no store."""
     model, train, resources = config.model, config.train, config.resources
     store: Store | None = None
     with suppress(ObjectMissing):
@@ -74,7 +75,7 @@ def plan(config: RunConfig, measured: float | None = None) -> Plan:
     manifest = None if store is None else _manifest(store, config)
     names = [] if resources.device == "cpu" else gpu_names()
     gpus = (resources.processes or len(names) or 1) * resources.nodes
-    rate, basis = measured, "measured now"
+    rate, basis = measure(config, gpus) if measure else None, "measured now"
     if rate is None and store is not None:
         rate, basis = _rate_of_runs(store, config, gpus)
     if rate is None and names and (peak := peak_flops(names[0])):

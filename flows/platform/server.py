@@ -86,10 +86,9 @@ def link(store: Store, key: str) -> str:
 
     An object that is a file of this host is shown by this folder's server if it runs, else by the browser itself.
     """
-    path, port = store.local_path(key), running_port()
-    if path is None:
+    if (path := store.local_path(key)) is None:
         return store.link(key, os.environ.get("BROWSER_S3_ENDPOINT", ""))
-    if port is None:
+    if (port := running_port()) is None:
         return path.as_uri()
     query = urlencode({"path": str(path), "signature": signature(login(), str(path))})
     return f"{_origins(port)[0]}{FILE}?{query}"

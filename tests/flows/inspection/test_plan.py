@@ -53,7 +53,7 @@ def test_an_unknown_speed_is_said_and_a_measured_speed_is_used(monkeypatch: pyte
     assert (unknown.tokens_per_second, unknown.hours, unknown.price) == (None, None, None)
     assert "gpt2 plan --measure" in unknown.lines()["speed"]
     assert unknown.lines()["time"] == "unknown"
-    measured = plan(GPT2, measured=1e6)
+    measured = plan(GPT2, lambda _config, _gpus: 1e6)
     validated = 76 * 10_485_760 / 3
     assert measured.hours == pytest.approx((19_073 * 524_288 + validated) / 1e6 / 3600)
 

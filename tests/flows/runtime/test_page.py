@@ -80,7 +80,7 @@ def test_a_failed_evaluation_stays_failed_when_the_report_is_written() -> None:
 
 def test_speed_and_time_stand_beside_the_plan(clock: Clock) -> None:
     config = CONFIG.model_copy(update={"resources": CONFIG.resources.model_copy(update={"price_per_gpu_hour": 36.0})})
-    shown = RunPage("Run shown", config, {"train": Stage("train")}, module.plan(config, measured=1e6))
+    shown = RunPage("Run shown", config, {"train": Stage("train")}, module.plan(config, lambda _config, _gpus: 1e6))
     shown.count("train", 1, config.train.max_steps, "steps")
     clock.now += 100
     shown.count("train", 101, config.train.max_steps, "steps")
