@@ -21,8 +21,8 @@ from storage.datasets.building import build_here
 from storage.sources.mirror import list_source
 from storage.stores.opening import open_store
 
-Measure = Annotated[bool, Parameter(help="Train 30 steps first to measure this host's speed (a minute or two).")]
-STEPS, WARMUP_STEPS = 30, 10
+Measure = Annotated[bool, Parameter(help="Train 80 steps first to measure this host's speed (a minute or two).")]
+STEPS, WARMUP_STEPS = 80, 20
 MOST_BATCH_TOKENS = 65_536  # of the measured steps: enough to hide the optimizer's step, less than the text has
 
 
