@@ -73,7 +73,7 @@ def test_a_bucket_gives_the_version_of_a_folder(
         assert in_bucket.columns == in_folder.columns
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_killed_at_random_a_build_ends_with_the_same_version(tmp_path: Path) -> None:
     source = write_files(
         tmp_path / "source", encoded([document(number, 20) for number in range(8_000)], "csv", ".gz", files=16)

@@ -14,7 +14,7 @@ import pytest
 from model.config_file import presets
 from model.form import settings_beyond
 from storage.stores.opening import open_store
-from tests.flows.deployments import FINAL, deployment, run, start
+from tests.flows.deployments import deployment, ended, start
 from tests.making import document, tiny_config, write_parquet
 from tests.polling import poll
 from tests.ports import free_port
@@ -96,7 +96,7 @@ def test_the_wheel_runs_the_pipeline_and_the_platform_among_a_users_own_modules(
             assert any("one click" in line for line in serving.stdout), serving.poll()
             api = f"http://{(folder / '.gpt2' / 'login').read_text()}@127.0.0.1:{port}/api"
             clicked = start(api, "pretrain", config)
-            end = poll(lambda: (now := run(api, clicked))["state_type"] in FINAL and now, 120)
+            end = ended(api, clicked)
             assert end["state_name"] == "Completed", end["state"]["message"]
             assert deployment(api, "demo")["enforce_parameter_schema"]
             summary = gpt2(installed, "pretrain", "mine", "--config", "demo", *settings, cwd=folder)

@@ -20,7 +20,7 @@ PRESETS = [  # the shape, and the attention implementation of transformers to co
     ("gpt2-124m", 12, 768, "eager"),
     ("gpt2-medium", 16, 1_024, "sdpa"),
     ("gpt2-large", 20, 1_280, "eager"),
-    pytest.param("gpt2-xl", 25, 1_600, "sdpa", marks=pytest.mark.full),
+    pytest.param("gpt2-xl", 25, 1_600, "sdpa", marks=pytest.mark.nightly),
 ]
 
 

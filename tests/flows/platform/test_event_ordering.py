@@ -58,7 +58,7 @@ def test_an_event_that_arrives_late_itself_is_handled_at_once() -> None:
     assert asyncio.run(events.event_has_been_seen(OLD))
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_a_run_that_crashes_after_a_restart_of_the_server_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_cancelled_training_saves_and_its_retry_resumes(api: str, config: RunC
     )
 
 
+@pytest.mark.nightly
 def test_a_cancelled_evaluation_ends_at_once(api: str, one_worker: int, config: RunConfig) -> None:
     unending = config.evaluation.model_copy(update={"sample_tokens": 10**6})
     quick = config.train.model_copy(update={"max_steps": 4, "warmup_steps": 1})

@@ -21,7 +21,6 @@ SETTINGS = (
     f"train.max_steps={STEPS}", "train.batch_tokens=512", "train.validate_every_steps=0",
     "train.checkpoint_every_steps=4",
 )  # fmt: skip
-COUNTS = [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(4, marks=pytest.mark.nightly)]
 EACH = list(product((1, 2, 4), (0, 4)))  # micro-batch sizes, and how many are prefetched
 
 
@@ -51,8 +50,8 @@ def expected(dataset: StoredDataset) -> dict[int, list[str]]:
     return {step: hashes(loader.read(step * WINDOWS, WINDOWS)) for step in range(STEPS)}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.nightly
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_run_stopped_at_three_random_steps_takes_the_same_batches(
     dataset: StoredDataset, expected: dict[int, list[str]], undisturbed_on: object, count: int
 ) -> None:
@@ -90,7 +89,7 @@ def test_ranks_and_micro_batch_may_change_at_each_resume(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_losses_and_gradients_equal_those_of_one_rank(
     dataset: StoredDataset, undisturbed_on: object, count: int
 ) -> None:

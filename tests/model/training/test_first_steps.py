@@ -16,7 +16,7 @@ from tests.making import build_dataset, document, tiny_config, write_parquet
 TOKENS = 256  # a step; 4,096 were tested by hand
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_124m_begins_between_10_85_and_11_10_and_its_loss_falls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
