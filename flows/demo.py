@@ -38,7 +38,12 @@ def lasting(config: RunConfig, minutes: int) -> RunConfig:
     return config.model_copy(update={"name": f"{config.name}-{minutes}", "train": train})
 
 
-def write_corpus(folder: Path) -> list[Path]:
+def reads_corpus(source: str) -> bool:
+    """Whether the source is the corpus in this folder, which `write_corpus` provides."""
+    return Path(source).parent == CORPUS
+
+
+def write_corpus(folder: Path = CORPUS) -> list[Path]:
     """Write the corpus as parquet files, unless they exist. Returns the files."""
     paths = [folder / f"python-{platform.python_version()}-prose-{index:03d}.parquet" for index in range(FILES)]
     if all(path.exists() for path in paths):

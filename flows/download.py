@@ -11,6 +11,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.demo import reads_corpus, write_corpus
 from flows.handoffs import Downloaded
 from flows.items import mirror_items
 from flows.runtime.progress import Bar, say
@@ -37,6 +38,8 @@ PLANS_AT_ONCE = 16  # reading a plan from a bucket takes a round trip
 @task(task_run_name="list-{data.source}", cache_policy=NO_CACHE)
 def list_files(data: DataConfig, store_url: str) -> Listing:
     """List the source's files. An unchanged Hub dataset costs one request; local files are hashed."""
+    if reads_corpus(data.source):
+        write_corpus()
     store = open_store(store_url)
     listing, unavailable = list_source(store, data.source, data.config, data.revision, "train", filters=data.filters)
     if unavailable:
@@ -120,19 +123,18 @@ def _plan_all(config: RunConfig, store: Store, listing: Listing) -> tuple[list[F
     to_prepare = [file for file in listing.files if file not in done]
     fetched_bytes: Counter[str] = Counter()
     total_bytes = sum(file.size_bytes for file in to_prepare)
-    bar = Bar("download", total_bytes // 1_000_000, f"MB of {len(to_prepare):,} source files")
     errors: list[BaseException] = []
-    for file, error, future in in_window(
-        to_prepare,
-        lambda file: prepare_file.submit(file, 0, data, config.store_url, fetched_bytes.__setitem__),
-        FILES_AT_ONCE * 4,
-        lambda: bar.to(sum(list(fetched_bytes.values())) // 1_000_000),
-    ):
-        if error is None:
-            plans[file] = future.result()
-        else:
-            errors.append(error)
-    bar.close()
+    with Bar("download", total_bytes // 1_000_000, f"MB of {len(to_prepare):,} source files") as bar:
+        for file, error, future in in_window(
+            to_prepare,
+            lambda file: prepare_file.submit(file, 0, data, config.store_url, fetched_bytes.__setitem__),
+            FILES_AT_ONCE * 4,
+            lambda: bar.to(sum(list(fetched_bytes.values())) // 1_000_000),
+        ):
+            if error is None:
+                plans[file] = future.result()
+            else:
+                errors.append(error)
     # The first files become val, or all files have a part in it, and every train shard depends on val.
     first = [len(plans[file].row_ends) for file in takewhile(plans.__contains__, listing.files)]
     has_val = not errors or (data.val_choice == "first" and sum(first) >= data.val_shards)

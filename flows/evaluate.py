@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from prefect import State, flow, task
+from prefect import State, flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.items import mirror_items
@@ -23,12 +22,7 @@ from storage.stores.store import Store
 
 Futures = list[PrefectFuture[Any]]
 Failure = tuple[str, Exception]  # the evaluation, and why it failed
-
-
-@task(task_run_name="{job.kind}-{job.recipe[step]}", cache_policy=NO_CACHE)
-def evaluate_checkpoint(job: Job, store_url: str, processes: Processes) -> Any:
-    """Run one evaluation job in its own process. Returns its result as JSON."""
-    return run_job(open_store(store_url), job, processes)
+evaluate_checkpoint = run_job.with_options(name="evaluate_checkpoint", task_run_name="{job.kind}-{job.recipe[step]}")
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{config.name}", validate_parameters=False)
@@ -44,13 +38,10 @@ def evaluate_flow(config: RunConfig, after: TrainingResult | None) -> list[Evalu
         except (ValueError, StorageError) as error:
             failures.append(("hellaswag", error))
     jobs = [job for record in records for job in evaluation_jobs(config, record, manifest, items)]
-    bar = Bar("evaluate", len(jobs), "evaluations")
-    with Processes(config.store_url) as processes:
-        futures: Futures = [evaluate_checkpoint.submit(job, config.store_url, processes) for job in jobs]
-        for future in futures:
-            future.add_done_callback(lambda _: bar.advance())
-        wait(futures)
-    bar.close()
+    with Bar("evaluate", len(jobs), "evaluations") as bar, Processes(config.store_url) as processes:
+        futures: Futures = [evaluate_checkpoint.submit(job, processes) for job in jobs]
+        for _ in as_completed(futures):
+            bar.advance()
     return _results(config.name, jobs, futures, failures)
 
 

@@ -11,7 +11,7 @@ from prefect.runtime import flow_run
 from pydantic import Field, JsonValue
 
 from flows import pretrain as pipeline
-from flows.demo import CORPUS, lasting, write_corpus
+from flows.demo import lasting
 from flows.handoffs import Reported
 from flows.train import train as train_stage
 from model.config import CHECKPOINT, LINE, NAME, TEXT, RunConfig
@@ -47,8 +47,6 @@ def _entered(preset: str) -> dict[str, Any]:
     A flow enters it, not the import of the flow: a user's folder may have own `flows`.
     """
     os.chdir(os.environ.get("GPT2_FOLDER", "."))
-    if preset == "demo":
-        write_corpus(CORPUS)
     return preset_values(preset)
 
 

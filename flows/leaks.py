@@ -39,22 +39,21 @@ def find_leaks(dataset: str, manifest: str, items: str | None, workers: int, sto
 
 
 @flow(name="audit", flow_run_name="audit-{config.data.dataset}", validate_parameters=False)
-@on_page("audit")
 def find_leaks_of_newest(config: RunConfig) -> LeakReport:
     """Look for leaks in the dataset's newest version."""
-    data, store = config.data, open_store(config.store_url)
-    items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
-    manifest = newest_version(store, data.dataset).digest
-    return find_leaks(data.dataset, manifest, items, worker_count(config.resources), config.store_url)
+    with on_page(config, "audit"):
+        data, store = config.data, open_store(config.store_url)
+        items = mirror_items(config.evaluation.hellaswag, config.store_url) if config.evaluation.hellaswag else None
+        manifest = newest_version(store, data.dataset).digest
+        return find_leaks(data.dataset, manifest, items, worker_count(config.resources), config.store_url)
 
 
 def _report(store: Store, dataset: str, manifest: str, items: str | None, workers: int) -> LeakReport:
     rows = list(read_manifest(store, dataset, manifest).rows())
     contexts, endings = _item_ngrams(store, items) if items else ([], [])
     ngrams = np.concatenate([*contexts, *endings, np.empty(0, np.uint64)])
-    bar = Bar("audit", len(rows), "shards")
-    repeats, in_train = find_repeats(store.url, dataset, rows, tokenizer.decode_bytes, ngrams, workers, bar.advance)
-    bar.close()
+    with Bar("audit", len(rows), "shards") as bar:
+        repeats, in_train = find_repeats(store.url, dataset, rows, tokenizer.decode_bytes, ngrams, workers, bar.advance)
     numbers = {"contexts": _overlapping(contexts, in_train), "endings": _overlapping(endings, in_train)}
     shared = {part: len(of_part) for part, of_part in numbers.items()}
     shorter = sum(not len(context) for context in contexts)

@@ -26,44 +26,44 @@ from storage.stores.opening import open_store
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{config.name}")
-@on_page("download", "tokenise", "train", "evaluate", "report")
 def pretrain(config: RunConfig) -> Reported:
     """Run the whole pipeline, from source files to report. A second call resumes where the first stopped."""
-    store = open_store(config.store_url, create=True)
-    run = pinned_run(store, config)
-    if run is None:  # refuses changed settings before they are stored
-        check_binding(store, config.data.spec(tokenizer.identity()))
-        find_start(store, config)
-        find_mix(store, config)
-    downloaded = download(config)
-    keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
-    if run is None:
-        keep_request(store, DatasetKeys(config.data.dataset).request, config)
-    version = tokenise(config, downloaded)
-    return _evaluate_and_report(config, train(config, version))
+    with on_page(config, "download", "tokenise", "train", "evaluate", "report"):
+        store = open_store(config.store_url, create=True)
+        run = pinned_run(store, config)
+        if run is None:  # refuses changed settings before they are stored
+            check_binding(store, config.data.spec(tokenizer.identity()))
+            find_start(store, config)
+            find_mix(store, config)
+        downloaded = download(config)
+        keep_request(store, RunKeys(config.name).request, config)  # an unreadable source must leave no request
+        if run is None:
+            keep_request(store, DatasetKeys(config.data.dataset).request, config)
+        version = tokenise(config, downloaded)
+        return _evaluate_and_report(config, train(config, version))
 
 
 @flow(name="build-dataset", flow_run_name="build-{config.data.dataset}")
-@on_page("download", "tokenise")
 def build_dataset(config: RunConfig) -> str:
     """Bring a dataset up to date with its source files. Returns the manifest's digest."""
-    store = open_store(config.store_url, create=True)
-    check_binding(store, config.data.spec(tokenizer.identity()))
-    downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
-    keep_request(store, DatasetKeys(config.data.dataset).request, config)
-    manifest = read_manifest(store, config.data.dataset, tokenise(config, downloaded).manifest)
-    run_page().links["Dataset card"] = link(store, write_card(store, config.data.dataset, manifest))
-    return manifest.digest
+    with on_page(config, "download", "tokenise"):
+        store = open_store(config.store_url, create=True)
+        check_binding(store, config.data.spec(tokenizer.identity()))
+        downloaded = download(config, with_items=config.resources.audit)  # only the leak report needs HellaSwag
+        keep_request(store, DatasetKeys(config.data.dataset).request, config)
+        manifest = read_manifest(store, config.data.dataset, tokenise(config, downloaded).manifest)
+        run_page().links["Dataset card"] = link(store, write_card(store, config.data.dataset, manifest))
+        return manifest.digest
 
 
 @flow(name="evaluate-and-report", flow_run_name="evaluate-{config.name}")
-@on_page("evaluate", "report")
 def evaluate_and_report(config: RunConfig) -> Reported:
     """Evaluate checkpoints of a run, then write its report."""
-    store = open_store(config.store_url)
-    if pinned_run(store, config) is not None:
-        keep_request(store, RunKeys(config.name).request, config)
-    return _evaluate_and_report(config, None)
+    with on_page(config, "evaluate", "report"):
+        store = open_store(config.store_url)
+        if pinned_run(store, config) is not None:
+            keep_request(store, RunKeys(config.name).request, config)
+        return _evaluate_and_report(config, None)
 
 
 def _evaluate_and_report(config: RunConfig, trained: TrainingResult | None) -> Reported:

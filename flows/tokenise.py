@@ -178,29 +178,28 @@ def _run_jobs(config: RunConfig, parts: Iterable[Iterable[ShardJob]], missing: i
     shown.show("Shards", [before | {"shards": f"{total - missing:,} of {total:,}"}])
     if not missing:
         return
-    bar = Bar("tokenise", missing, "shards")
     lines = [before] if missing < total else []
     retry_command = ""
     errors: list[BaseException] = []
-    for part in parts:
-        for group, error, future in in_window(
-            _groups(part, config.resources.shards_per_task or -(-missing // MOST_TASKS)),
-            lambda group: tokenise_shards.submit(_task_name(group), group, dataset, config.store_url),
-            IN_FLIGHT * worker_count(config.resources),
-        ):
-            bar.advance(len(group))
-            if error:
-                errors.append(error)
-                retry_command = retry_command or _retry_command(config)
-            if error or len(lines) < MOST_LINES:
-                line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")}
-                line["to run it again"] = retry_command if error else ""
-                lines = sorted([*lines, line], key=lambda line: not line["why"])  # failures first
-                shown.show("Shards", lines)
-        if errors:
-            break
+    with Bar("tokenise", missing, "shards") as bar:
+        for part in parts:
+            for group, error, future in in_window(
+                _groups(part, config.resources.shards_per_task or -(-missing // MOST_TASKS)),
+                lambda group: tokenise_shards.submit(_task_name(group), group, dataset, config.store_url),
+                IN_FLIGHT * worker_count(config.resources),
+            ):
+                bar.advance(len(group))
+                if error:
+                    errors.append(error)
+                    retry_command = retry_command or _retry_command(config)
+                if error or len(lines) < MOST_LINES:
+                    line = {"shards": _task_name(group), "state": str(future.state.name), "why": str(error or "")}
+                    line["to run it again"] = retry_command if error else ""
+                    lines = sorted([*lines, line], key=lambda line: not line["why"])  # failures first
+                    shown.show("Shards", lines)
+            if errors:
+                break
     show(create_table_artifact, table=lines, key="shard-status", description=f"Shard jobs of {dataset}")
-    bar.close()
     if errors:
         if len(errors) > 1:
             say("tokenise", f"{len(errors):,} tasks failed; gpt2 status lists the failed shards")

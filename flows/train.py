@@ -6,10 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.events import emit_event
 
 from flows.handoffs import DatasetVersion
@@ -20,10 +18,9 @@ from flows.platform.automations import ALERT
 from flows.runtime.page import on_page, run_page
 from flows.runtime.processes import Processes, run_job
 from flows.runtime.progress import Bar, say
-from model.checkpoints.metrics import Progress, StepMetrics
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import Progress, StepMetrics, read_metrics
 from model.config import RunConfig
-from model.runs.job import Job, TrainingResult
+from model.runs.job import TrainingResult
 from model.runs.run import Run, pin_run, pinned_run, training_job
 from storage.datasets.versions import newest_version
 from storage.errors import StorageError
@@ -33,47 +30,40 @@ from storage.stores.opening import open_store
 from storage.stores.store import Store, read_as
 
 WATCH_SECONDS = 1.0
-
-
-@task(task_run_name="train-{job.run}", cache_policy=NO_CACHE)
-def train_model(job: Job, store_url: str, processes: Processes) -> Any:
-    """Run the training processes to their end. Returns the result: steps done, tokens seen, hardware and versions."""
-    return run_job(open_store(store_url), job, processes)
+train_model = run_job.with_options(name="train_model", task_run_name="train-{job.run}")
 
 
 @flow(name="train", flow_run_name="train-{config.name}", validate_parameters=False)
-@on_page("train")
 def train(config: RunConfig, version: DatasetVersion | None = None) -> TrainingResult:
     """Train the run to its last step. Without `version`, a new run takes the dataset's newest version."""
-    store = open_store(config.store_url)
-    run = started_run(store, config, version)
-    job = training_job(run)
-    run_page().plan = plan(config)  # with the dataset's tokens
-    if run.mix:
-        say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
-    is_done = stored_result(store, job) is not None
-    bar = Bar("train", config.train.max_steps, "steps")
-    ended = threading.Event()
-    context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
-    watcher = threading.Thread(target=context.run, args=(_watch, store, run, bar, Alerts(config), ended), daemon=True)
-    watcher.start()
-    try:
-        with Processes(config.store_url) as processes:
-            if config.resources.tracker and not is_done:
-                processes.start_tracker(run.name, config.resources.tracker, get_run_logger().info)
-            if config.resources.nodes > 1:
-                say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
-                             f"then run python -m model {config.store_url} {job.key}")  # fmt: skip
-            result = TrainingResult(**train_model.submit(job, config.store_url, processes).result())
-        bar.to(result.step)
-    finally:
-        ended.set()
-        watcher.join()
-        bar.close()
-    metrics = read_metrics(store, run.name)
-    say("train", _summary(result.step, config.train.max_steps, metrics, done_before=is_done))
-    run_page().draw(metrics, final=True)
-    return result
+    with on_page(config, "train"), Bar("train", config.train.max_steps, "steps") as bar:
+        store = open_store(config.store_url)
+        run = started_run(store, config, version)
+        job = training_job(run)
+        run_page().plan = plan(config)  # with the dataset's tokens
+        if run.mix:
+            say("train", f"the weights of train.mix, normalised: {describe(run.mix)}")
+        is_done = stored_result(store, job) is not None
+        ended = threading.Event()
+        context = contextvars.copy_context()  # without it the thread's artifacts belong to no flow run
+        watch = (_watch, store, run, bar, Alerts(config), ended)
+        watcher = threading.Thread(target=context.run, args=watch, daemon=True)
+        watcher.start()
+        try:
+            with Processes(config.store_url) as processes:
+                if config.resources.tracker and not is_done:
+                    processes.start_tracker(run.name, config.resources.tracker, get_run_logger().info)
+                if config.resources.nodes > 1:
+                    say("train", f"on each of the other hosts ({config.resources.nodes - 1}), install this package, "
+                                 f"then run python -m model {config.store_url} {job.key}")  # fmt: skip
+                result = TrainingResult(**train_model.submit(job, processes).result())
+            bar.to(result.step)
+        finally:
+            ended.set()
+            watcher.join()
+        run_page().metrics = metrics = read_metrics(store, run.name)
+        say("train", _summary(result.step, config.train.max_steps, metrics, done_before=is_done))
+        return result
 
 
 def started_run(store: Store, config: RunConfig, version: DatasetVersion | None = None) -> Run:
@@ -116,11 +106,10 @@ def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Ev
             loss = "NaN" if lines[-1].loss is None else f"{lines[-1].loss:.3f}"
             bar.to(lines[-1].step + 1, f"loss {loss}  {lines[-1].tokens_per_second:,.0f} tokens/s")
             lines_by_step |= {line.step: line for line in lines}
-            shown.draw([lines_by_step[step] for step in sorted(lines_by_step)])
+            shown.metrics = [lines_by_step[step] for step in sorted(lines_by_step)]
             if lines[0].step != saved_step:
                 saved_step, saved_at = lines[0].step, time.monotonic()
         for alert in alerts.after(lines) + alerts.at(time.monotonic() - saved_at, disk_usage(disk).free):
             say("train", f"alert: {alert}")
             shown.alerts.append(alert)
             emit_event(ALERT, {"prefect.resource.id": f"run.{run.name}"}, payload={"run": run.name, "alert": alert})
-    shown.draw([lines_by_step[step] for step in sorted(lines_by_step)], final=True)  # after a failure, the last curve

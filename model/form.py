@@ -24,14 +24,9 @@ def check(form: dict[str, Any]) -> None:
 
 
 def filled(
-    values: dict[str, Any],
-    *,
-    name: str = "",
-    source: str = "",
-    steps: int = 0,
-    gpus: int = 0,
+    values: dict[str, Any], *, name: str = "", source: str = "", steps: int = 0, gpus: int = 0,
     settings: Sequence[str] = (),
-) -> RunConfig:
+) -> RunConfig:  # fmt: skip
     """The configuration of these values with the fields that are not empty, then the settings. Raises ValueError.
 
     Another source becomes a dataset of the run's name. Warm-up takes at most a tenth of the given steps.

@@ -23,19 +23,15 @@ class KeyValues:
     """The key-value cache of one block: keys and values of the earlier tokens of B texts, up to S positions each."""
 
     def __init__(self, config: ModelConfig, texts: int, positions: int, like: Tensor) -> None:
-        shape_BHSD = (texts, config.heads, positions, config.width // config.heads)
-        self.k_BHSD, self.v_BHSD = like.new_empty(shape_BHSD), like.new_empty(shape_BHSD)
+        self._kv_2BHSD = like.new_empty(2, texts, config.heads, positions, config.width // config.heads)
         self.length = 0
 
-    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, ...]:
         """Add new positions; return the keys and values of all so far. The first call may pass B = 1 for all texts."""
         assert k_BHTD.shape[2] == 1 or self.length == 0
         start, self.length = self.length, self.length + k_BHTD.shape[2]
-        self.k_BHSD[:, :, start : self.length] = k_BHTD
-        self.v_BHSD[:, :, start : self.length] = v_BHTD
-        if start == 0:
-            return k_BHTD, v_BHTD
-        return self.k_BHSD[:, :, : self.length], self.v_BHSD[:, :, : self.length]
+        self._kv_2BHSD[:, :, :, start : self.length] = torch.stack((k_BHTD, v_BHTD))
+        return self._kv_2BHSD[:, :, :, : self.length].unbind() if start else (k_BHTD, v_BHTD)
 
 
 class CausalSelfAttention(nn.Module):
@@ -106,12 +102,9 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.width)
 
     def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        mask_B1TT: Tensor | None = None,
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, mask_B1TT: Tensor | None = None,
         past: list[KeyValues] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The normalised stream, B T C. `past` holds a cache per block, to which these tokens are added."""
         if positions_BT is None:
             first = past[0].length if past else 0

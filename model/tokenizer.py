@@ -73,6 +73,7 @@ def published_files() -> dict[str, bytes]:
     return bodies
 
 
+@cache  # it takes 0.2 s
 def ranks() -> dict[bytes, int]:
     """The bytes and id of every token except <|endoftext|>. Raises ValueError if the installed files are not gpt2's."""
     # The byte of each character in GPT-2's files: Latin-1 if that is visible, else a character from U+0100 on
@@ -86,7 +87,6 @@ def ranks() -> dict[bytes, int]:
 
 
 _encodings = threading.local()
-_ranks = cache(ranks)  # 0.2 s
 
 
 def _encoding(pattern: str) -> tiktoken.Encoding:
@@ -94,6 +94,6 @@ def _encoding(pattern: str) -> tiktoken.Encoding:
     encodings: dict[str, tiktoken.Encoding] = vars(_encodings)
     if pattern not in encodings:
         # A search needs no real ids
-        ids = {bytes([byte]): byte for byte in range(256)} if pattern == PAIRS else _ranks()
+        ids = {bytes([byte]): byte for byte in range(256)} if pattern == PAIRS else ranks()
         encodings[pattern] = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ids, special_tokens=SPECIALS)
     return encodings[pattern]

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from model.checkpoints.metrics import Progress
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import Progress, read_metrics
 from model.processes.output import drop_failing_output, fail
 from model.processes.parent import end_with_parent
 from model.runs.job import read_result

@@ -26,12 +26,8 @@ class ObjectMissing(StorageError):
     """An object, store, dataset version, run or checkpoint does not exist."""
 
 
-class AlreadyExists(StorageError):
-    """A create-only put failed because the key exists."""
-
-
 class Conflict(StorageError):
-    """Another process has changed the object since it was read, or is working on the same dataset."""
+    """The object exists or has changed since it was read, or another process is working on the same dataset."""
 
 
 class ObjectCorrupt(StorageError):

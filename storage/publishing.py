@@ -81,7 +81,7 @@ def publish(
         raise ValueError(f"{name}: the Hub needs a token with write access. Set HF_TOKEN.")
     disable_progress_bars()  # the client's own
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the client's warnings quote signed URLs
-    versions = list(ancestors(store, dataset, version.digest))
+    versions = list(ancestors(store, dataset, version))
     rows = {row.shard_id: row for each in versions for row in each.rows()}
     sent = set[str]()
     create = partial(HfApi().create_repo, name, repo_type="dataset", private=private or None, exist_ok=True)
@@ -133,7 +133,7 @@ def _missing_shards(repository: Repository, rows: Iterable[ShardRow], *, is_new:
 
 def _send_shards(store: Store, repository: Repository, missing: list[ShardRow], on_progress: Progress) -> None:
     def upload(row: ShardRow) -> list[CommitOperationAdd]:
-        body = read_shard(store, repository.dataset, row.shard_id, row.tokens, row.sha256)
+        body = read_shard(store, repository.dataset, row)
         shard, record = repository.keys.shard(row.shard_id), repository.keys.record(row.shard_id)
         additions = repository.upload((shard, body), (record, store.read(record).body))
         on_progress(1, len(missing))

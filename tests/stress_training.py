@@ -25,8 +25,7 @@ if __name__ == "__main__":
 
 from safetensors.torch import load
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import CheckpointRecord, checkpoints, read_segments
+from model.checkpoints.records import CheckpointRecord, StepMetrics, checkpoints, read_segments
 from model.runs.job import read_job, read_result
 from storage.cache import host as host_cache
 from storage.digests import sha256

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.progress import Progress
 from rich.segment import Segment
 from rich.status import Status
 
-from flows.demo import CORPUS, write_corpus
+from flows.demo import reads_corpus, write_corpus
 from model import tokenizer
 from model.checkpoints.records import chosen
 from model.config import RunConfig, check_extra
@@ -67,9 +66,9 @@ def check_inputs(config: RunConfig, *stages: str) -> None:
     resources, run, items = config.resources, None, config.evaluation.hellaswag
     with suppress(ObjectMissing):
         run = pinned_run(open_store(config.store_url), config)
-    if "tokenise" in stages and Path(config.data.source).parent == CORPUS:
+    if "tokenise" in stages and reads_corpus(config.data.source):
         with console.status("writing the corpus from Python's own documentation"):
-            write_corpus(CORPUS)
+            write_corpus()
     if "tokenise" in stages and run is None:
         check_source(config.data.source, "data.source")
     if "audit" in stages or ("evaluate" in stages and (run is None or run.config["evaluation"]["hellaswag"] != items)):

@@ -6,7 +6,7 @@ from math import inf
 from statistics import median
 
 from flows.inspection.doctor import FREE_BYTES
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 from model.config import RunConfig
 
 LOSSES, FEWEST_LOSSES = 128, 32  # as for gradient norms: model/training/outliers.py

@@ -6,8 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, read_metrics
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, StepMetrics, checkpoints, read_metrics
 from model.evaluation.results import Evaluation
 from model.runs.job import Job, read_result
 from model.runs.run import Run, find_run, training_job
@@ -141,8 +140,7 @@ def references(evaluations: list[Evaluation], dataset: DatasetFacts | None) -> d
     """The published values of the run's metrics, by metric. A value of a val split needs the same source."""
     metrics = {metric for evaluation in evaluations for metric in evaluation.metrics}
     sources = ("", dataset.source if dataset else "")
-    known = {reference.metric: reference for reference in REFERENCES if reference.source in sources}
-    return {metric: reference for metric, reference in known.items() if metric in metrics}
+    return {known.metric: known for known in REFERENCES if known.metric in metrics and known.source in sources}
 
 
 def leak_line(report: LeakReport | None) -> str:

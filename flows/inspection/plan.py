@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from flows.inspection.status import run_names
 from model.checkpoints.records import checkpoints, read_segments
 from model.config import RunConfig
@@ -55,7 +57,7 @@ class Plan:
         hours = self.hours and (f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{60 * self.hours:,.1f} minutes")
         lines = {
             "training": f"{self.steps:,} steps, {self.tokens:,} tokens{epochs}",
-            "storage": ", ".join(f"{_size(size)} of {name}" for name, size in sizes.items() if size is not None),
+            "storage": ", ".join(f"{decimal(size)} of {name}" for name, size in sizes.items() if size is not None),
             "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.basis}" if self.tokens_per_second else self.basis,
             "GPU memory": self.gpu_memory_bytes and f"{self.gpu_memory_bytes / 2**30:,.1f} GiB on each, estimated",
             "time": hours or "unknown",
@@ -86,7 +88,7 @@ def plan(config: RunConfig, measure: Callable[[RunConfig, int], float] | None = 
     train_tokens = manifest.totals["train"]["tokens"] if manifest else dataset_tokens
     val_tokens = min(train.validation_tokens, manifest.totals["val"]["tokens"] if manifest else train.validation_tokens)
     validations = train.max_steps // train.validate_every_steps if train.validate_every_steps else 0
-    hours = None if rate is None else (tokens + FORWARD * validations * val_tokens) / rate / 3600
+    hours = None if rate is None else (tokens + FORWARD * validations * val_tokens * (len(mix) or 1)) / rate / 3600
     kept = train.keep_last + 1 + (train.max_steps // train.keep_every_steps if train.keep_every_steps else 0)
     per_token = BLOCK_BYTES * model.layers * model.width + LOGIT_BYTES * VOCABULARY
     micro_batch_tokens = (train.micro_batch_sequences * train.sequence_tokens) or MICRO_BATCH_TOKENS
@@ -105,10 +107,6 @@ def plan(config: RunConfig, measure: Callable[[RunConfig, int], float] | None = 
         hours=hours,
         price=hours * gpus * resources.price_per_gpu_hour if hours and resources.price_per_gpu_hour else None,
     )
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:,.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.1f} MB"
 
 
 def gpu_names() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flows.inspection.facts import RunFacts
 from flows.pages.drawing import Chart, specification, svg
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 
 LINE = "stroke"  # as Vega names a line's symbol in a legend
 COLOURS = ("#3b82c4", "#d9822b", "#3f9e6e", "#b0599e", "#8a7a2d", "#c4524a")  # legible on white and on black

@@ -52,10 +52,7 @@ def _deployments(client: SyncPrefectClient, preset: str, config: RunConfig, *, s
     """Register prefect.yaml with `prefect deploy`, for the current folder and with the forms filled."""
     ours = DeploymentFilter(tags={"all_": [automations.TAG]})
     registered = client.read_deployments(deployment_filter=ours)
-    packages, text = DEPLOYMENTS.parents[2], DEPLOYMENTS.read_text()
-    for variable, folder in (("APP_DIR", packages), ("PWD", Path.cwd())):
-        text = text.replace(f'"{{{{ ${variable} }}}}"', json.dumps(str(folder)))
-    project = yaml.safe_load(text)
+    packages, project = DEPLOYMENTS.parents[2], yaml.safe_load(DEPLOYMENTS.read_text())
     entrypoints = {deployment["entrypoint"] for deployment in project["deployments"]}
     paused = {deployment.name: deployment.paused for deployment in registered if deployment.entrypoint in entrypoints}
     settings, store = settings_beyond(preset, config), f"store_url={json.dumps(config.store_url)}"
@@ -76,7 +73,8 @@ def _deployments(client: SyncPrefectClient, preset: str, config: RunConfig, *, s
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(project, file, sort_keys=False)
         file.flush()
-        argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file.name]
+        argv = ["env", f"APP_DIR={packages}", f"PWD={Path.cwd()}", sys.executable, "-m", "prefect", "--no-prompt"]
+        argv += ["deploy", "--all", "--prefect-file", file.name]
         result = subprocess.run(argv, cwd=packages, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stdout + result.stderr).strip()

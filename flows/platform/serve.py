@@ -39,8 +39,7 @@ def platform(port: int, preset: str, config: RunConfig) -> Iterator[dict[str, su
         finally:
             with suppress(httpx.HTTPError):  # the server itself may have ended
                 _cancel_runs(list(POOLS))
-            for worker in workers.values():
-                server.stop(worker, WORKER_SECONDS)
+            server.stop(workers.values(), WORKER_SECONDS)
 
 
 def wait_for_end(processes: dict[str, subprocess.Popen[bytes]]) -> None:

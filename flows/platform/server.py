@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -175,7 +175,7 @@ def running_server(port: int = 0) -> Iterator[subprocess.Popen[bytes] | None]:
             with suppress(BlockingIOError):  # another command uses the server
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if process:
-                    stop(process)
+                    stop([process])
 
 
 def _start_server(port: int) -> subprocess.Popen[bytes]:
@@ -224,12 +224,14 @@ def log_path(name: str) -> Path:
     return HOME.absolute() / f"{name}.log"
 
 
-def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
-    """Stop a process and its group: SIGTERM, and SIGKILL after the grace period."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(grace_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def stop(processes: Collection[subprocess.Popen[Any]], grace_seconds: float = 10) -> None:
+    """Stop processes and their groups: SIGTERM, and SIGKILL after the grace period."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+        deadline = time.monotonic() + grace_seconds
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+        processes = [process for process in processes if process.poll() is None]

@@ -8,12 +8,11 @@ A retry of the flow run updates the same artifact. Everything on the page covers
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any, TypeVar, cast
+from math import inf
 from uuid import UUID
 
 import httpx
@@ -25,12 +24,11 @@ from prefect.runtime import flow_run
 from flows.inspection.plan import Plan, plan
 from flows.pages.curves import loss_curve
 from flows.pages.drawing import render
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 from model.config import RunConfig
 from model.form import DEFAULT, settings_beyond
 from storage.errors import StorageError
 
-FlowFunction = TypeVar("FlowFunction", bound=Callable[..., Any])
 KEY = "run"
 UPDATE_SECONDS = 3.0
 CURVE_SECONDS = 20.0  # drawing takes 0.2 s of this process
@@ -80,9 +78,11 @@ class RunPage:
     tables: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
     alerts: list[str] = field(default_factory=list)
+    metrics: list[StepMetrics] = field(default_factory=list)  # of the loss curve
     changed: threading.Event = field(default_factory=threading.Event)
+    _drawn: list[StepMetrics] = field(default_factory=list)
+    _drawn_at: float = -inf
     _curve: str = ""
-    _drawn_at: float = 0.0
 
     def enter(self, name: str, text: str = "") -> Stage:
         """The stage, which is running from now on; earlier stages are done."""
@@ -104,14 +104,6 @@ class RunPage:
         stage = self.enter(name, str(reason).partition("\n")[0])
         stage.state, stage.ended = "failed", time.monotonic()
 
-    def draw(self, metrics: list[StepMetrics], *, final: bool = False) -> None:
-        """Draw the loss curve again, at most every CURVE_SECONDS unless it is final."""
-        if len(metrics) > 1 and (final or time.monotonic() - self._drawn_at > CURVE_SECONDS):
-            self._drawn_at = time.monotonic()
-            svg = loss_curve(metrics).replace("currentColor", INK)
-            self._curve = b64encode(svg.encode()).decode()
-            self.changed.set()
-
     def show(self, title: str, rows: list[dict[str, str]]) -> None:
         self.tables[title] = rows
         self.changed.set()
@@ -122,6 +114,7 @@ class RunPage:
         if error is not None and "running" in states and "failed" not in states:
             self.fail(states["running"], str(error) or type(error).__name__)
         self._end()
+        self._drawn_at = -inf  # draw the last curve at once
 
     @property
     def headline(self) -> str:
@@ -131,6 +124,10 @@ class RunPage:
         return f"{self.title}: {shown[-1].name} {shown[-1].state}{count}" if shown else self.title
 
     def markdown(self) -> str:
+        metrics = self.metrics
+        if metrics is not self._drawn and len(metrics) > 1 and time.monotonic() - self._drawn_at > CURVE_SECONDS:
+            self._drawn, self._drawn_at = metrics, time.monotonic()
+            self._curve = b64encode(loss_curve(metrics).replace("currentColor", INK).encode()).decode()
         tables = {title: (rows[:MOST_ROWS], len(rows) - MOST_ROWS) for title, rows in dict(self.tables).items() if rows}
         stages = [replace(stage) for stage in list(self.stages.values())]  # copies: another thread changes the stages
         shown = {"stages": stages, "tables": tables, "curve": self._curve, "duration": duration}
@@ -170,8 +167,12 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _shown(title: str, config: RunConfig, stages: tuple[str, ...]) -> Iterator[None]:
-    """Show the page of the current flow run, and keep it up to date while the block lasts."""
+def on_page(config: RunConfig, *stages: str) -> Iterator[None]:
+    """Keep the page of the current flow run up to date while the block lasts. A stage shares the page of its run."""
+    if page.get() is not None:
+        yield
+        return
+    title = f"Run {config.name}" if {"train", "evaluate"} & {*stages} else f"Dataset {config.data.dataset}"
     shown = RunPage(title, config, {name: Stage(name) for name in stages})
     if "train" in stages:
         with suppress(ValueError, StorageError):  # the flow itself will say what is wrong
@@ -191,21 +192,6 @@ def _shown(title: str, config: RunConfig, stages: tuple[str, ...]) -> Iterator[N
         ended.set()
         shown.changed.set()
         updater.join(UPDATE_SECONDS * 10)  # a server that does not answer costs the run no more
-
-
-def on_page(*stages: str) -> Callable[[FlowFunction], FlowFunction]:
-    """Decorate a flow's function: while it runs, its page shows these stages. A stage shares the page of its run."""
-
-    def decorate(function: FlowFunction) -> FlowFunction:
-        @wraps(function)
-        def on_its_page(config: RunConfig, *args: Any, **options: Any) -> Any:
-            title = f"Run {config.name}" if {"train", "evaluate"} & {*stages} else f"Dataset {config.data.dataset}"
-            with _shown(title, config, stages) if page.get() is None else nullcontext():
-                return function(config, *args, **options)
-
-        return cast(FlowFunction, on_its_page)
-
-    return decorate
 
 
 def _update(shown: RunPage, run_id: str, ended: threading.Event) -> None:

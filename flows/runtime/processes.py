@@ -16,17 +16,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
-from prefect import get_run_logger
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from flows.inspection.facts import stored_result
+from flows.platform.server import stop
 from model.runs.job import USER_ERROR, Job, JobFailed, JobRefused, note_failure, put_job, read_result
 from storage.errors import printable
 from storage.keys import RunKeys
-from storage.stores.store import Store
+from storage.stores.opening import open_store
 
 GRACE_SECONDS = 8.0  # for a last checkpoint: Prefect expects a cancelled run to end within 10 s
 TAIL_LINES = 40
@@ -44,7 +46,7 @@ class Processes(AbstractContextManager["Processes"]):
     """The processes of one flow run. Leaving the block stops the running processes and their process groups."""
 
     def __init__(self, store_url: str) -> None:
-        self._store_url = store_url
+        self.store_url = store_url
         self._lock = threading.Lock()  # a process is either started before the block ends or not at all
         self._started: list[subprocess.Popen[str]] = []
         self._closed = False
@@ -52,18 +54,11 @@ class Processes(AbstractContextManager["Processes"]):
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._closed = True
-        for process in self._started:
-            _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for process in self._started:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                _signal_group(process, signal.SIGKILL)
+        stop([process for process in self._started if process.poll() is None], GRACE_SECONDS)
 
     def start_tracker(self, run: str, tracker: str, log: Callable[[str], None]) -> None:
         """Send the run's metrics to a tracker while the block lasts. A failure of the tracker is a line in the log."""
-        argv = [sys.executable, "-m", "model.tracking", self._store_url, run, *tracker.split(":", 1)]
+        argv = [sys.executable, "-m", "model.tracking", self.store_url, run, *tracker.split(":", 1)]
         process = _start([*argv, "--parent", str(os.getpid())], _environment(TRACKERS))  # trainers must not read these
         self._started.append(process)
 
@@ -77,7 +72,7 @@ class Processes(AbstractContextManager["Processes"]):
 
     def run(self, job_key: str, log: Callable[[str], None]) -> None:
         """Run the job to its end in a task's thread. Raises JobRefused (exit code 2) or JobFailed (other failures)."""
-        argv = [sys.executable, "-m", "model", self._store_url, job_key, "--parent", str(os.getpid())]
+        argv = [sys.executable, "-m", "model", self.store_url, job_key, "--parent", str(os.getpid())]
         with self._lock:
             if self._closed:
                 raise JobFailed(f"job {job_key!r} was not started: the flow is ending. Run the same command again.")
@@ -98,8 +93,10 @@ class Processes(AbstractContextManager["Processes"]):
             raise JobFailed(f"{causes}job {job_key!r} {ending}. Run the same command again to resume it.{shown}")
 
 
-def run_job(store: Store, job: Job, processes: Processes) -> Any:
+@task(cache_policy=NO_CACHE)
+def run_job(job: Job, processes: Processes) -> Any:
     """Run a job in its own process, unless done. Returns its result. Raises JobRefused or JobFailed; stores why."""
+    store = open_store(processes.store_url)
     if (result := stored_result(store, job)) is not None:
         return Completed(name="Skipped", message="already done", data=result)
     store.delete(RunKeys(job.run).result(job.job_id))  # else the process would take it for done
@@ -134,7 +131,8 @@ def _environment(more: tuple[str, ...] = ()) -> dict[str, str]:
     if not any(name.startswith("TRAINER_") for name in os.environ):
         return dict(os.environ)
     kept = {name: value for name, value in os.environ.items() if name.upper().startswith(INHERITED + more)}
-    return kept | {f"AWS_{name}": os.environ[f"TRAINER_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    keys = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+    return kept | {f"AWS_{key}": os.environ[f"TRAINER_{key}"] for key in keys if f"TRAINER_{key}" in os.environ}
 
 
 def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list[str], list[str]]:
@@ -150,9 +148,3 @@ def _log_output(output: Iterable[str], log: Callable[[str], None]) -> tuple[list
             logged_at = time.monotonic()
             log(line)
     return list(tail), list(errors)
-
-
-def _signal_group(process: subprocess.Popen[str], signum: signal.Signals) -> None:
-    if process.poll() is None:
-        with suppress(ProcessLookupError):  # the process may just have ended
-            os.killpg(process.pid, signum)

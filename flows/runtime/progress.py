@@ -4,7 +4,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -69,8 +69,8 @@ def show(create: Callable[..., Any], **arguments: Any) -> None:
     get_run_logger().warning("artifact %r is not shown: Prefect's server failed: %s", arguments.get("key"), reason)
 
 
-class Bar:
-    """A stage's progress from 0 to `total` of a unit, such as "shards"."""
+class Bar(AbstractContextManager["Bar"]):
+    """A stage's progress from 0 to `total` of a unit, such as "shards". The end of the block removes the bar."""
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self._stage, self._total, self._unit = stage, total, unit
@@ -95,6 +95,5 @@ class Bar:
     def advance(self, count: int = 1) -> None:
         self.to(self._done + count)
 
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
+    def __exit__(self, *_: object) -> None:
         self._bars.remove_task(self._task)

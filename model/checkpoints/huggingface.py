@@ -48,7 +48,6 @@ TO_FLOAT32: dict[str, Callable[[bytes], np.ndarray]] = {
     "BF16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),  # the upper half of a float32
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-OTHER_NAME = "Choose another name: --set name=…"
 SAVED_FOLDER = "Give a folder that transformers' save_pretrained wrote."
 
 
@@ -72,10 +71,10 @@ def import_folder(store: Store, run: str, folder: Path, *, again: bool = False) 
     model = read_model_config(folder)
     saved = records.checkpoints(store, run)
     if (saved and not again) or (not saved and read_as(store, RunKeys(run).config, dict[str, Any]) is not None):
-        raise ValueError(f"cannot import {folder}: run {run!r} already exists in {store.url!r}. {OTHER_NAME}")
+        raise ValueError(f"cannot import {folder}: run {run!r} already exists in {store.url!r}. Choose another name.")
     body = save(_transposed(read_weights(folder, model)))
     if saved and (saved[0].job != "import" or saved[0].files[WEIGHTS].sha256 != sha256(body)):
-        raise ValueError(f"cannot import {folder}: run {run!r} holds another model. {OTHER_NAME}")
+        raise ValueError(f"cannot import {folder}: run {run!r} holds another model. Choose another name.")
     new = CheckpointRecord(0, "import", model.model_dump(), {})
     return saved[0] if saved else records.put_checkpoint(store, run, {WEIGHTS: body}, new)
 

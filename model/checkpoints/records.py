@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, field, replace
 from functools import partial
+from operator import not_
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from model.checkpoints.metrics import StepMetrics
 from model.config import ModelConfig, TrainingConfig
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, CheckpointInvalid, ObjectCorrupt, ObjectMissing
+from storage.errors import CheckpointInvalid, Conflict, ObjectCorrupt, ObjectMissing
 from storage.keys import RunKeys, check_key
 from storage.loading.mix import Share
 from storage.stores.store import Body, Store, put_once, read_as, sha256_of
@@ -57,6 +57,34 @@ class CheckpointRecord:
     attempt: Annotated[str, Field(pattern="^[0-9a-f]{1,15}$")] = ""
     files: dict[Annotated[str, Field(pattern=r"^[a-z]+\.safetensors$")], CheckpointFile] = field(default_factory=dict)
     val_loss: float | None = None  # of a validation at this very step
+
+
+class StepMetrics(BaseModel):
+    """The numbers of one step. Its JSON has `skipped` only if true, other optional fields only if known."""
+
+    step: int
+    loss: float | None  # None: NaN or infinite
+    learning_rate: float
+    gradient_norm: float | None  # None: NaN or infinite
+    skipped: bool = Field(default=False, exclude_if=not_)
+    val_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    val_losses: dict[str, float] = Field(default={}, exclude_if=not_)  # of a mix, by dataset
+    epochs: dict[str, float] = Field(default={}, exclude_if=not_)  # of a mix: passes through each dataset so far
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    mfu: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    data_seconds: float = 0.0  # waiting for batches
+    metrics_seconds: float = 0.0  # spent after the previous step, like checkpoint_seconds
+    checkpoint_seconds: float = 0.0
+    memory_bytes: int = 0
+
+
+class Progress(BaseModel):
+    """The run's live progress: steps done, total steps, and the metrics since the last checkpoint."""
+
+    step: int
+    max_steps: int
+    since_checkpoint: list[StepMetrics]
 
 
 def checkpoints(store: Store, run: str) -> list[CheckpointRecord]:
@@ -117,7 +145,7 @@ def put_checkpoint(store: Store, run: str, bodies: Mapping[str, Body], record: C
     values = asdict(record)
     cursor = {name: value for name, value in (values["cursor"] or {}).items() if value != {}}
     body = canonical_json({name: value for name, value in values.items() if value is not None} | {"cursor": cursor})
-    with suppress(AlreadyExists):
+    with suppress(Conflict):
         store.put_new(names.checkpoint_record(record.step), body)
         return record
     stored = next((other for other in checkpoints(store, run) if other.step == record.step), None)
@@ -172,7 +200,6 @@ def read_segments(store: Store, segments: list[str]) -> list[StepMetrics]:
         try:
             steps += [StepMetrics.model_validate_json(line) for line in store.read(key).body.splitlines()]
         except ValidationError as error:
-            start = f"--set name=… --set train.start_from={key.split('/')[1]} --set train.start_with=everything"
-            remedy = f"Restore them from a copy, or continue the run in a new run: {start}"
+            remedy = f"Restore a copy, or continue in a new run: gpt2 train NEW --extend {key.split('/')[1]}"
             raise ObjectCorrupt(f"metrics {key!r} of store {store.url!r} are damaged. {remedy}") from error
     return steps

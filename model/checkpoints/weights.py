@@ -58,7 +58,7 @@ def load_weights(store: Store, run: str, record: CheckpointRecord, model: GPT) -
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: w.shape for name, w in weights.items()}:
         problem = f"run {run!r}: the weights of step {record.step:,} do not fit the configured model"
         shape = " ".join(f"--set model.{name}={value}" for name, value in record.model.items())
-        raise CheckpointInvalid(f"{problem}. Start a new run with --set name=… {shape}")
+        raise CheckpointInvalid(f"{problem}. Start a new run with {shape}")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors[name])
@@ -68,14 +68,13 @@ def load_optimizer(store: Store, run: str, record: CheckpointRecord, model: GPT,
     """Load the checkpoint's optimizer state. Raises CheckpointInvalid if it is damaged or missing."""
     if OPTIMIZER not in record.files:
         problem = f"run {run!r}: the checkpoint of step {record.step:,} has no optimizer state: it was imported"
-        remedy = f"Start another run from its weights: --set name=… --set train.start_from={run}"
+        remedy = f"Start another run from its weights: gpt2 train NEW --set train.start_from={run}"
         raise CheckpointInvalid(f"{problem}. {remedy}")
     tensors = load(read_checkpoint_file(store, run, record, OPTIMIZER))
     for name, weight in model.named_parameters():
         if f"{name}.{MOMENTS[0]}" not in tensors:
             continue  # saved before its first update
-        kept = {field: tensors[f"{name}.{field}"].to(weight.device) for field in MOMENTS}  # as fused AdamW needs them
-        padded = {field: torch.zeros_like(weight) if value.dim() else value for field, value in kept.items()}
-        for field, value in kept.items():
-            unpadded(name, padded[field]).copy_(value)
-        optimizer.state[weight] = padded
+        for field in MOMENTS:
+            saved = tensors[f"{name}.{field}"].to(weight.device)  # `step` too, as fused AdamW needs it
+            optimizer.state[weight][field] = torch.zeros_like(weight) if saved.dim() else saved
+            unpadded(name, optimizer.state[weight][field]).copy_(saved)

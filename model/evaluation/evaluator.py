@@ -6,9 +6,7 @@ Shapes: B batch, T time, C channels, V vocabulary, N scored tokens, U positions 
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +53,8 @@ class Evaluator:
             self._shown_at = time.monotonic()
             print(f"{self._label}: {done:,} of {total:,} done", flush=True)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.ddp.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.ddp.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @torch.no_grad()
     def val_loss(self, split: Windows, limit_tokens: int, seed: int = 0) -> ValLoss:

@@ -120,8 +120,7 @@ def evaluate(store: Store, job: Job, ddp: DDPConfig) -> EvaluationSummary:
     measurement = KINDS[job.kind](store, job, evaluator)
     answers = measurement.answers
     origin = {"name": job.kind, "step": step, "job": job.job_id, "environment": ddp.environment}
-    if "manifest" in job.recipe:
-        origin |= {"data": job.recipe["manifest"], "dataset": job.recipe["dataset"]}
+    origin |= {"data": job.recipe.get("manifest", measurement.data), "dataset": job.recipe.get("dataset")}
     digest = None if answers is None else sha256(answers)
     evaluation = Evaluation(**dict(measurement) | origin, precision=evaluator.precision, answers_sha256=digest)
     key = RunKeys(job.run).evaluation(step, job.kind)

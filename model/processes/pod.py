@@ -28,11 +28,11 @@ def run(store_url: str, job_key: str, index: int, address: str) -> int:
     store = open_store(store_url)
     job = read_job(store, job_key)
     resources = job.how.resources
-    first = resources.rendezvous.rpartition(":")[0]  # has `-0` where the other pods' names have their index
+    first, _, port = resources.rendezvous.rpartition(":")  # has `-0` where the other pods' names have their index
     hosts = [first.replace("-0.", f"-{pod}.", 1) for pod in range(resources.nodes)]
     print(f"waiting for {', '.join(hosts)}", flush=True)
     while read_result(store, job) is None:
-        if ready(hosts, resources.rendezvous, index, address):
+        if ready(hosts, port, index, address):
             code = train(store_url, job_key)
             if read_result(store, job) is None:  # `python -m model` also returns 0 when it was stopped
                 return USER_ERROR if code == USER_ERROR else RUN_AGAIN
@@ -41,9 +41,8 @@ def run(store_url: str, job_key: str, index: int, address: str) -> int:
     return 0
 
 
-def ready(hosts: list[str], rendezvous: str, index: int, address: str) -> bool:
+def ready(hosts: list[str], port: str, index: int, address: str) -> bool:
     """Whether every pod has an address and, except on the first pod itself, whether the first pod listens."""
-    port = int(rendezvous.rpartition(":")[2])
     try:
         addresses = [socket.getaddrinfo(host, port)[0][4][0] for host in hosts]
         if index == 0:

@@ -11,7 +11,7 @@ from model.config import How, ModelConfig, RunConfig, TrainingConfig, difference
 from model.runs.job import Job
 from storage.datasets.versions import newest_version
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, DatasetMismatch
+from storage.errors import Conflict, DatasetMismatch
 from storage.keys import DatasetKeys, RunKeys
 from storage.loading.mix import Share, parse_mix
 from storage.stores.store import Store, overwrite, read_as
@@ -57,9 +57,8 @@ def pinned_run(store: Store, config: RunConfig) -> Run | None:
     pinned = RunConfig.model_validate({"name": run.name} | run.config, extra="ignore")
     if differing := differences(config.pinned(), pinned.pinned()):
         problem = f"run {config.name!r} was started with other settings: {'; '.join(differing)}"
-        remedy = "Use the same settings, or choose another name with --set name=…"
-        start = f"--set name=… --set train.start_from={config.name} --set train.start_with=everything"
-        raise DatasetMismatch(f"{problem}. {remedy}. To continue its training with these settings: {start}")
+        remedy = f"Use the same settings or another name, or continue it: gpt2 train NEW --extend {config.name} --set …"
+        raise DatasetMismatch(f"{problem}. {remedy}")
     return replace(run, how=config.how())
 
 
@@ -78,7 +77,7 @@ def pin_run(store: Store, config: RunConfig, manifest: str, items: str | None, c
     try:
         store.put_new(RunKeys(config.name).config, canonical_json(pinned_values))
         return run
-    except AlreadyExists:
+    except Conflict:
         pinned = pinned_run(store, config)
         assert pinned is not None
         return pinned

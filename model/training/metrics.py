@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 
-from model.checkpoints.metrics import Progress, StepMetrics
+from model.checkpoints.records import Progress, StepMetrics
 from storage.digests import canonical_json
 from storage.errors import StorageError
 from storage.keys import RunKeys
@@ -38,8 +38,6 @@ class MetricsLog:
 
     def put_segment(self, metrics: list[StepMetrics]) -> list[str]:
         """Store the metrics as a new segment. Returns the keys of all segments, for the checkpoint's record."""
-        if not metrics:
-            return self._segments
         key = RunKeys(self._run).metrics_segment(metrics[0].step, secrets.token_hex(6))
         lines = (json.dumps(step_metrics.model_dump(), sort_keys=True) for step_metrics in metrics)
         self._store.put_new(key, "".join(f"{line}\n" for line in lines).encode())
@@ -53,8 +51,6 @@ class MetricsLog:
         self._segments = segments
 
     def _show_progress(self, metrics: list[StepMetrics]) -> None:
-        if not metrics:
-            return
         progress = Progress(step=metrics[-1].step + 1, max_steps=self._max_steps, since_checkpoint=metrics)
         try:
             overwrite(self._store, RunKeys(self._run).progress, canonical_json(progress.model_dump()))

@@ -44,7 +44,7 @@ def _start(store: Store, job: Job, model: GPT, optimizer: Optimizer) -> int:
     record = next((saved for saved in checkpoints(store, start["run"]) if saved.attempt == start["attempt"]), None)
     if record is None:
         problem = f"its start, the checkpoint of step {start['step']:,} of run {start['run']!r}, was deleted"
-        remedy = f"To start from the newest checkpoint of {start['run']!r}, choose another name: --set name=…"
+        remedy = f"To start from the newest checkpoint of {start['run']!r}, choose another name."
         raise ObjectMissing(f"run {job.run!r}: {problem}. {remedy}")
     load_weights(store, start["run"], record, model)
     if train["start_with"] == "weights":
@@ -60,6 +60,5 @@ def _check(job: Job, record: CheckpointRecord) -> None:
     saved = {"model": record.model, "train": expected["train"] | record.train} | asdict(cursor)
     if differing := differences(expected, saved):
         problem = f"the checkpoint of step {record.step:,} does not belong to this run: {'; '.join(differing)}"
-        remedy = "Choose another name, or delete the run's checkpoints. To continue from it with other settings"
-        start = f"--set name=… --set train.start_from={job.run} --set train.start_with=everything"
-        raise CheckpointInvalid(f"run {job.run!r}: {problem}. {remedy}: {start}")
+        remedy = f"Choose another name, delete its checkpoints, or extend it: gpt2 train NEW --extend {job.run} --set …"
+        raise CheckpointInvalid(f"run {job.run!r}: {problem}. {remedy}")

@@ -14,8 +14,7 @@ from dataclasses import replace
 
 from torch.optim import Optimizer
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import CheckpointRecord, put_checkpoint, retain
+from model.checkpoints.records import CheckpointRecord, StepMetrics, put_checkpoint, retain
 from model.checkpoints.weights import snapshot
 from model.config import TrainingConfig
 from model.gpt import GPT

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import CheckpointRecord, read_segments
+from model.checkpoints.records import CheckpointRecord, StepMetrics, read_segments
 from model.config import ModelConfig, TrainingConfig
 from model.data.loader import DataLoader
 from model.evaluation.evaluator import Evaluator
@@ -200,7 +199,7 @@ class Trainer:
                 split = f"the train split of dataset {dataset!r}"
                 length = f"only {windows:,} windows of {config.sequence_tokens:,} tokens, fewer than one batch reads"
                 most = f"train.batch_tokens = {most_windows * config.sequence_tokens}"
-                remedy = f"Start a new run (--set name=…) with at most {most}, more text or a smaller val split."
+                remedy = f"Start a new run with at most {most}, more text or a smaller val split."
                 raise ValueError(f"train.batch_tokens = {config.batch_tokens:,}: {split} has {length}. {remedy}")
 
     def _divergence(self, loss: float, norm: float) -> ValueError:

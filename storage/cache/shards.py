@@ -27,6 +27,7 @@ class ShardCache:
 
     def __init__(self, store: Store, dataset: str, limit_bytes: int = LIMIT_BYTES) -> None:
         self._store, self._dataset = store, dataset
+        self._read = partial(read_shard, store, dataset)
         self._host = host.HostCache(host.FOLDER, limit_bytes)
         self.open = lru_cache(maxsize=OPEN_SHARDS)(self._open_verified)
         self._verified: set[str] = set()
@@ -68,9 +69,6 @@ class ShardCache:
             return None
         self._verified.add(row.sha256)
         return tokens
-
-    def _read(self, row: ShardRow) -> bytes | bytearray:
-        return read_shard(self._store, self._dataset, row.shard_id, row.tokens, row.sha256)
 
     def _local_path(self, row: ShardRow) -> Path | None:
         return self._store.local_path(DatasetKeys(self._dataset).shard(row.shard_id))

@@ -60,8 +60,7 @@ def put_val_documents(store: Store, dataset: str, split: ValSplit, decode: Decod
         return
     hashes = []
     for shard_id in split.shard_ids:
-        record = read_record(store, dataset, shard_id)
-        ids = np.frombuffer(read_shard(store, dataset, shard_id, record.tokens, record.sha256), DTYPE)
+        ids = np.frombuffer(read_shard(store, dataset, read_record(store, dataset, shard_id)), DTYPE)
         texts = (decode(ids[start + 1 : stop].tolist()) for start, stop in zip(*document_bounds(ids), strict=True))
         hashes.append(np.fromiter(map(val_documents.hashed, texts), val_documents.HASH))
     val_documents.put(store, dataset, split.documents, np.unique(np.concatenate(hashes)))
@@ -77,9 +76,7 @@ def start_build(store: Store, spec: DatasetSpec, plans: list[FilePlan]) -> Build
     return Build(spec, plans, split, planned, frozenset(planned) - finished.keys(), parent)
 
 
-def build_here(
-    store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode, *, eot: int
-) -> Manifest:
+def build_here(store: Store, spec: DatasetSpec, listing: Listing, encode: Encode, decode: Decode, eot: int) -> Manifest:
     """Plan, build and seal a dataset in this process, one shard after the other."""
     plans = list(plan_files(store, spec.name, listing.files, spec.settings, planner(store, spec.settings, encode)))
     build = start_build(store, spec, plans)

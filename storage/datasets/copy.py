@@ -70,7 +70,6 @@ def version_objects(
 
 
 def _copy_shard(source: ReadableStore, target: Store, dataset: str, row: ShardRow) -> None:
-    body = read_shard(source, dataset, row.shard_id, row.tokens, row.sha256)
-    put_shard(target, dataset, row.shard_id, body, row.sha256)
+    put_shard(target, dataset, row, read_shard(source, dataset, row))
     key = DatasetKeys(dataset).record(row.shard_id)
     put_once(target, key, source.read(key).body)

@@ -89,7 +89,7 @@ def _write(
     starts = accumulate((row.tokens for row in rows), initial=0)
     for row, (start, stop) in zip(rows, pairwise(starts), strict=True):
         if start < part.last and stop > part.first:
-            body = memoryview(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256))
+            body = memoryview(read_shard(store, dataset, row))
             begin, end = max(part.first - start, 0), min(part.last, stop) - start
             file.write(body[begin * DTYPE.itemsize : end * DTYPE.itemsize])
             on_progress(end - begin)

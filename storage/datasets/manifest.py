@@ -136,9 +136,8 @@ def read_pointer(store: ReadableStore, dataset: str) -> Pointer:
     return read_as(store, key, Pointer, lambda pointer: pointer.manifest, remedy) or Pointer()
 
 
-def ancestors(store: ReadableStore, dataset: str, digest: str | None) -> Iterator[Manifest]:
-    """The version with that digest and all versions before it, newest first."""
-    while digest is not None:
-        version = read_manifest(store, dataset, digest)
+def ancestors(store: ReadableStore, dataset: str, version: Manifest | None) -> Iterator[Manifest]:
+    """A version and all versions before it, newest first. Raises as `read_manifest`."""
+    while version:
         yield version
-        digest = version.parent
+        version = read_manifest(store, dataset, version.parent) if version.parent else None

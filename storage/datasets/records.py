@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from storage.datasets.manifest import COUNTS, LARGEST_SHARD_TOKENS, Count, Digest, ShardId, ShardRow, Tokens
 from storage.datasets.recipe import ShardRecipe, without_fixed
 from storage.digests import canonical_json
-from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt, StorageError
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, ShardCorrupt, StorageError
 from storage.keys import DatasetKeys, failure
 from storage.stores.store import Store, overwrite, read_as
 
@@ -77,7 +77,7 @@ def put_record(store: Store, dataset: str, record: Record) -> None:
     key, body = DatasetKeys(dataset).record(record.shard_id), canonical_json(record.to_json())
     try:
         store.put_new(key, body)
-    except AlreadyExists as error:
+    except Conflict as error:
         if (stored := _readable_row(store, dataset, record.shard_id)) is None:
             overwrite(store, key, body)
         elif stored.sha256 != record.sha256:

@@ -9,7 +9,7 @@ from storage.datasets.recipe import DatasetSettings, DatasetSpec
 from storage.datasets.records import corrupt, finished_shards, read_record
 from storage.datasets.versions import update_latest
 from storage.digests import canonical_json, sha256
-from storage.errors import AlreadyExists, Conflict, DatasetMismatch, ObjectMissing, SourceInvalid
+from storage.errors import Conflict, DatasetMismatch, ObjectMissing, SourceInvalid
 from storage.keys import DatasetKeys
 from storage.sources.files import Listing
 from storage.stores.store import Store, put_once, read_as
@@ -44,7 +44,7 @@ def seal(store: Store, spec: DatasetSpec, planned: list[str], listing: Listing) 
     if pinned is None:
         try:
             store.put_new(DatasetKeys(spec.name).split, canonical_json({"val": val, "bound": spec.binding}))
-        except AlreadyExists as error:
+        except Conflict as error:
             if (pinned := check_binding(store, spec)) != val:
                 problem = f"another process sealed other val shards {pinned}"
                 raise Conflict(f"dataset {spec.name!r}: {problem}. Run the command again.") from error

@@ -8,10 +8,11 @@ from importlib.metadata import version
 import numpy as np
 
 from storage.datasets import val_documents
+from storage.datasets.manifest import ShardRow
 from storage.datasets.plan import Encode, ShardJob
 from storage.datasets.records import DTYPE, Record, corrupt, delete_shard, put_record
 from storage.digests import sha256 as sha256_of
-from storage.errors import AlreadyExists, ObjectCorrupt, ObjectMissing, ShardCorrupt
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, ShardCorrupt
 from storage.keys import DatasetKeys
 from storage.sources.documents import documents
 from storage.sources.mirror import locate
@@ -70,37 +71,38 @@ def build_shard(store: Store, dataset: str, job: ShardJob, encode: Encode, eot: 
         lengths=np.bincount(np.log2(np.array(lengths)).astype(np.int64)).tolist() if lengths else [],
         dumps=dict(dumps),
     )
-    put_shard(store, dataset, job.shard_id, body, record.sha256)
+    put_shard(store, dataset, record, body)
     put_record(store, dataset, record)
     return record
 
 
-def put_shard(store: Store, dataset: str, shard_id: str, body: Body, sha256: str) -> None:
-    """Put a shard's bytes, whose digest is `sha256`. Replaces damaged bytes at its key and deletes their record."""
-    key = DatasetKeys(dataset).shard(shard_id)
+def put_shard(store: Store, dataset: str, shard: Record | ShardRow, body: Body) -> None:
+    """Put the bytes that `shard` describes. Replaces damaged bytes at its key and deletes their record."""
+    key = DatasetKeys(dataset).shard(shard.shard_id)
     try:
         store.put_new(key, body)
-    except AlreadyExists:
+    except Conflict:
         try:
-            read_shard(store, dataset, shard_id, len(body) // DTYPE.itemsize, sha256)
+            read_shard(store, dataset, shard)
         except (ObjectMissing, ShardCorrupt):  # no job with this recipe writes other bytes
-            delete_shard(store, dataset, shard_id)
+            delete_shard(store, dataset, shard.shard_id)
             put_once(store, key, body)  # unless another process repaired it first
 
 
-def read_shard(store: ReadableStore, dataset: str, shard_id: str, tokens: int, sha256: str) -> bytes | bytearray:
-    """The bytes of a shard, verified against `sha256`. Raises ObjectMissing, ShardCorrupt."""
+def read_shard(store: ReadableStore, dataset: str, shard: Record | ShardRow) -> bytes | bytearray:
+    """The bytes of a shard, verified against its record or row. Raises ObjectMissing, ShardCorrupt."""
+    size_bytes = shard.tokens * DTYPE.itemsize
     for _ in range(2):  # bytes damaged in transit arrive intact the second time
         try:
-            stored = store.read(DatasetKeys(dataset).shard(shard_id), tokens * DTYPE.itemsize)
+            stored = store.read(DatasetKeys(dataset).shard(shard.shard_id), size_bytes)
         except (ObjectMissing, ObjectCorrupt) as error:
             kind = ObjectMissing if isinstance(error, ObjectMissing) else ShardCorrupt
             reason = str(error).partition(". ")[0].rstrip(".")  # without the error's own remedy
-            raise corrupt(dataset, shard_id, f"expected sha256 {sha256}, but {reason}.", kind) from error
-        if stored.sha256 == sha256:
+            raise corrupt(dataset, shard.shard_id, f"expected sha256 {shard.sha256}, but {reason}.", kind) from error
+        if stored.sha256 == shard.sha256:
             return stored.body
-    sizes = f"({len(stored.body):,} of {tokens * DTYPE.itemsize:,} bytes)"
-    raise corrupt(dataset, shard_id, f"expected sha256 {sha256}, found {stored.sha256} {sizes}.")
+    sizes = f"({len(stored.body):,} of {size_bytes:,} bytes)"
+    raise corrupt(dataset, shard.shard_id, f"expected sha256 {shard.sha256}, found {stored.sha256} {sizes}.")
 
 
 def document_bounds(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -40,10 +40,9 @@ class ValDocuments:
 
     def __init__(self, hashes: np.ndarray) -> None:
         self._hashes = hashes
-        first_words = hashes >> HASH.type(LOW_BITS)
-        bits = np.zeros(1 << HIGH_BITS - 3, np.uint8)  # 2 MB, one bit for each hash of first words
-        np.bitwise_or.at(bits, first_words >> 3, 1 << (first_words & 7).astype(np.uint8))
-        self._first_words = bits.tobytes()
+        flags = np.zeros(1 << HIGH_BITS, bool)
+        flags[hashes >> HASH.type(LOW_BITS)] = True
+        self._first_words = np.packbits(flags, bitorder="little").tobytes()  # 2 MB, a bit for each hash of first words
 
     def __contains__(self, text: bytes) -> bool:
         first_words = _first_words(text)

@@ -26,12 +26,10 @@ class Change(BaseModel, Generic[T], frozen=True):
     removed: T
 
 
-class FileChanges(BaseModel, frozen=True):
+class FileChanges(Change[list[str]], frozen=True):
     """Names of source files."""
 
-    added: list[str]
     changed: list[str]
-    removed: list[str]
 
 
 class Difference(BaseModel, frozen=True):
@@ -55,7 +53,7 @@ def newest_version(store: ReadableStore, dataset: str) -> Manifest:
 
 def history(store: ReadableStore, dataset: str) -> Iterator[Manifest]:
     """All versions, newest first. Raises ObjectMissing if the dataset was never sealed."""
-    return ancestors(store, dataset, newest_version(store, dataset).digest)
+    return ancestors(store, dataset, newest_version(store, dataset))
 
 
 def version_digests(store: Store, dataset: str) -> list[str]:
@@ -93,7 +91,8 @@ def update_latest(store: Store, dataset: str, manifest: Manifest, expected: obje
             return
         pointer = read_pointer(store, dataset)
     # Another builder sealed the same manifest, or the reply to our swap was lost; others may have sealed after it.
-    if not any(version.digest == digest for version in ancestors(store, dataset, pointer.manifest)):
+    newest = read_manifest(store, dataset, pointer.manifest) if pointer.manifest else None
+    if not any(version.digest == digest for version in ancestors(store, dataset, newest)):
         problem = f"another process sealed manifest {pointer.manifest} while this process wrote manifest {digest}"
         raise Conflict(f"dataset {dataset!r}: {problem}. Run the command again.")
 

@@ -5,7 +5,7 @@ A document takes 24 bytes, and 76 during the sort: 3.8 GB for 50 million documen
 
 import multiprocessing
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from storage.keys import DatasetKeys
 from storage.stores.opening import open_store
 from storage.stores.store import Store, read_as
 
+Progress = Callable[[], None]
 Document = tuple[str, int]  # shard_id, and the document's number in that shard
 SHARDS_AT_ONCE = 64  # handed to the pool together: 230 KB of results each
 EXAMPLES = 100  # of each kind in a report
@@ -71,27 +72,21 @@ def read_leak_report(store: Store, dataset: str, manifest_digest: str) -> LeakRe
 
 
 def find_repeats(
-    store_url: str,
-    dataset: str,
-    rows: Sequence[ShardRow],
-    decode: Decode,
-    hashes: np.ndarray,
-    workers: int,
-    on_progress: Callable[[], None] = lambda: None,
+    url: str, dataset: str, rows: list[ShardRow], decode: Decode, hashes: np.ndarray, workers: int, on_shard: Progress
 ) -> tuple[Repeats, np.ndarray]:
     """The repeated documents of the shards, and which n-gram `hashes` train has. Raises ShardCorrupt, ObjectMissing."""
     context = multiprocessing.get_context("spawn")  # a fork could copy a lock that a thread of this process holds
     batches = (rows[start : start + SHARDS_AT_ONCE] for start in range(0, len(rows), SHARDS_AT_ONCE))
     parts, hits = [np.empty(0, SEEN)], np.empty(0, np.uint64)
     processes = max(min(workers, len(rows)), 1)
-    with ProcessPoolExecutor(processes, context, _start_worker, (store_url, dataset, decode, hashes)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (url, dataset, decode, hashes)) as pool:
         scanned = chain.from_iterable(pool.map(_scan_shard, batch) for batch in batches)
         for number, (documents, shard_hits) in enumerate(scanned):
             documents["shard"] = number
             parts.append(documents)
             if rows[number].split == "train":
                 hits = np.union1d(hits, shard_hits)
-            on_progress()
+            on_shard()
     seen = np.concatenate(parts)
     parts.clear()  # saves 24 bytes per document during the sort
     train = np.array([row.split == "train" for row in rows], bool)[seen["shard"]]
@@ -123,7 +118,7 @@ def _start_worker(store_url: str, dataset: str, decode: Decode, hashes: np.ndarr
 def _scan_shard(row: ShardRow) -> tuple[np.ndarray, np.ndarray]:
     """A shard's documents that contain words, as SEEN, and the searched hashes that occur in them."""
     store, dataset, decode, searched = _worker
-    ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+    ids = np.frombuffer(read_shard(store, dataset, row), DTYPE)
     seen, hits = [], [np.empty(0, np.uint64)]
     for number, (start, stop) in enumerate(zip(*document_bounds(ids), strict=True)):
         if words := normalised(decode(ids[start + 1 : stop].tolist())):

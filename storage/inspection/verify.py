@@ -38,52 +38,51 @@ def verify_dataset(
     check = partial(check_quickly, store, dataset) if quick else partial(check_fully, store, dataset, eot=eot)
     damages: list[Damage] = []
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for damage in pool.map(check, manifest.rows()):
-            damages += [damage] if damage else []
+        for shard_id, wrong in zip(manifest.shard_ids, pool.map(check, manifest.rows()), strict=True):
+            damages += [Damage(shard_id, wrong, repairable=True)] if wrong else []
             on_progress()
     return damages if quick else [*damages, *check_versions(store, dataset, manifest)]
 
 
-def check_quickly(store: Store, dataset: str, row: ShardRow) -> Damage | None:
-    """Check the shard's size, its stored checksum, and that it has a record. Does not read the shard."""
+def check_quickly(store: Store, dataset: str, row: ShardRow) -> str | None:
+    """What is wrong with the shard's size, its stored checksum or that it has a record. Does not read the shard."""
     try:
         status = store.stat(DatasetKeys(dataset).shard(row.shard_id))
         store.stat(DatasetKeys(dataset).record(row.shard_id))
     except ObjectMissing as error:
-        return _damaged(row, str(error))
+        return str(error)
     size_bytes = row.tokens * DTYPE.itemsize
     if status.size != size_bytes:
-        return _damaged(row, f"expected {size_bytes:,} bytes, found {status.size:,}")
+        return f"expected {size_bytes:,} bytes, found {status.size:,}"
     if status.sha256 not in (None, row.sha256):
-        return _damaged(row, f"expected sha256 {row.sha256}, the store has {status.sha256}")
+        return f"expected sha256 {row.sha256}, the store has {status.sha256}"
     return None
 
 
-def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> Damage | None:
-    """Read every byte. Check the sha256, the record, that each document has one `eot`, and that no id exceeds `eot`."""
+def check_fully(store: Store, dataset: str, row: ShardRow, eot: int) -> str | None:
+    """What is wrong with the sha256, the record, the number of documents (each has one `eot`), or ids above `eot`."""
     try:
-        ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+        ids = np.frombuffer(read_shard(store, dataset, row), DTYPE)
         record = read_record(store, dataset, row.shard_id)
     except DAMAGES as error:
-        return _damaged(row, str(error))
+        return str(error)
     for name in (*COUNTS, "sha256"):
         listed, recorded = getattr(row, name), getattr(record, name)
         if listed != recorded:
-            return _damaged(row, f"{name}: the manifest has {listed}, the record {recorded}")
+            return f"{name}: the manifest has {listed}, the record {recorded}"
     documents = int(np.count_nonzero(ids == eot))
     if (len(ids), documents) != (row.tokens, row.documents):
         expected = f"{row.tokens:,} tokens in {row.documents:,} documents"
-        return _damaged(row, f"expected {expected}, found {len(ids):,} in {documents:,}")
+        return f"expected {expected}, found {len(ids):,} in {documents:,}"
     if int(ids.max()) > eot:
-        return _damaged(row, f"expected ids up to {eot:,}, found {int(ids.max()):,}")
+        return f"expected ids up to {eot:,}, found {int(ids.max()):,}"
     return None
 
 
 def check_versions(store: Store, dataset: str, manifest: Manifest) -> Iterator[Damage]:
     """The first unreadable ancestor of a version."""
-    parent = manifest.parent
     try:
-        for version in ancestors(store, dataset, parent):
+        for version in ancestors(store, dataset, manifest):
             parent = version.parent
     except DAMAGES as error:
         yield Damage(f"manifest {parent}", str(error))
@@ -102,7 +101,7 @@ def check_documents(
         row = rows[shard]
         numbers = chosen[shard_of == shard] - (ends[shard] - row.documents)
         try:
-            ids = np.frombuffer(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256), DTYPE)
+            ids = np.frombuffer(read_shard(store, dataset, row), DTYPE)
             record = read_record(store, dataset, row.shard_id)
             starts, stops = document_bounds(ids)
             if len(starts) != row.documents:
@@ -114,7 +113,3 @@ def check_documents(
                 yield None if is_same else Damage(row.shard_id, f"document {number:,} differs from its source")
         except (*DAMAGES, SourceInvalid) as error:
             yield Damage(row.shard_id, str(error), of_source=isinstance(error, SourceInvalid))
-
-
-def _damaged(row: ShardRow, wrong: str) -> Damage:
-    return Damage(row.shard_id, wrong, repairable=True)

@@ -204,10 +204,9 @@ def with_retries(what: str, request: Callable[[], Result], received_bytes: Calla
         except (errors.HfHubHTTPError, httpx2.TransportError, ConnectionError, Transient) as error:
             _check_transient(what, error)
             headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
-            if not backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
-                tries = f"{backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s"
+            if problem := backoff.wait(parse_retry_after(headers.get("Retry-After")), received_bytes()):
                 remedy = "Check the network and HF_ENDPOINT, then run the same command again."
-                raise SourceUnavailable(f"{what}: {tries}, last error: {_first_line(error)}. {remedy}") from error
+                raise SourceUnavailable(f"{what}: {problem}, last error: {_first_line(error)}. {remedy}") from error
 
 
 def _check_transient(what: str, error: Exception) -> None:

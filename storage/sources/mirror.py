@@ -101,7 +101,11 @@ def mirror(
         try:
             FOLDER.mkdir(parents=True, exist_ok=True)
             if file.is_read_by_rows:
-                _download_and_put(store, file, on_progress)
+                with _incoming(file) as body:
+                    if locate(store, file) is file:  # else another builder on this host held the lock and made the copy
+                        hub.fetch(file, body, on_progress)
+                        sha256 = "" if hub.COMMIT.fullmatch(file.digest) else file.digest
+                        put_named_by_content(store, file.key, FileBody(body, sha256))
             else:
                 convert(store, file, partial(_opened, on_progress=on_progress), FOLDER)
         except OSError as error:
@@ -111,14 +115,6 @@ def mirror(
         located = locate(store, file)
     on_progress(file.size_bytes)
     return located
-
-
-def _download_and_put(store: Store, file: SourceFile, on_progress: Callable[[int], None]) -> None:
-    with _incoming(file) as body:
-        if locate(store, file) is not file:  # another builder on this host held the lock and made the copy
-            return
-        hub.fetch(file, body, on_progress)
-        put_named_by_content(store, file.key, FileBody(body, "" if hub.COMMIT.fullmatch(file.digest) else file.digest))
 
 
 @contextmanager

@@ -53,21 +53,21 @@ class FolderStore(Store):
             return file.read(length)
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
-        conflict = Conflict(f"object {key!r} of store {self.url!r} has changed meanwhile. Run the command again.")
-        with self._writing(key, body) as (path, temporary):
-            if etag is None:
-                try:
-                    os.link(temporary, path)
-                except FileExistsError as error:
-                    if path.is_dir():  # no retry helps
-                        raise ObjectCorrupt(f"{path} should be a file, but is a folder. Move it away.") from error
-                    raise conflict from error
-            else:
-                with (self._folder / INTERNAL / "swap.lock").open("a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder closes it or dies
-                    if not path.exists() or sha256(path.read_bytes()) != etag:
-                        raise conflict
-                    temporary.replace(path)
+        path = self.local_path(key)
+        temporary = self._folder / INTERNAL / "tmp" / secrets.token_hex(8)
+        with self._reporting(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("xb") as file:
+                    for start in range(0, len(body), SLICE_BYTES):
+                        file.write(body[start : start + SLICE_BYTES])
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._move(temporary, key, etag)
+                _sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
         return sha256_of(body)
 
     def stat(self, key: str) -> Stat:
@@ -122,24 +122,23 @@ class FolderStore(Store):
             with file:
                 yield file
 
-    @contextmanager
-    def _writing(self, key: str, body: Body) -> Iterator[tuple[Path, Path]]:
-        """The key's path, and a temporary file with the body to be moved there."""
+    def _move(self, temporary: Path, key: str, etag: str | None) -> None:
+        """Move a file to a key whose object has `etag` (None: is absent). Raises Conflict."""
         path = self.local_path(key)
-        temporary = self._folder / INTERNAL / "tmp" / secrets.token_hex(8)
-        with self._reporting(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+        conflict = Conflict(f"object {key!r} of store {self.url!r} exists or has changed. Run the command again.")
+        if etag is None:
             try:
-                with temporary.open("xb") as file:
-                    for start in range(0, len(body), SLICE_BYTES):
-                        file.write(body[start : start + SLICE_BYTES])
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield path, temporary
-                _sync_folder(path.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+                os.link(temporary, path)
+            except FileExistsError as error:
+                if path.is_dir():  # no retry helps
+                    raise ObjectCorrupt(f"{path} should be a file, but is a folder. Move it away.") from error
+                raise conflict from error
+        else:
+            with (self._folder / INTERNAL / "swap.lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder closes it or dies
+                if not path.exists() or sha256(path.read_bytes()) != etag:
+                    raise conflict
+                temporary.replace(path)
 
     @contextmanager
     def _reporting(self, key: str) -> Iterator[None]:

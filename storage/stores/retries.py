@@ -19,10 +19,10 @@ class Backoff:
     def __init__(self, max_retry_after_seconds: float) -> None:
         self._max_retry_after_seconds = max_retry_after_seconds
         self._received_bytes, self._last_progress = -1, 0.0
-        self.tries, self.stalled_seconds = 0, 0.0
+        self.tries = 0
 
-    def wait(self, retry_after_seconds: float = 0.0, received_bytes: int = 0) -> bool:
-        """Sleep, or return False at once if that would pass the deadline. A Retry-After extends a shorter deadline."""
+    def wait(self, retry_after_seconds: float, received_bytes: int) -> str:
+        """Sleep. If that would pass the deadline, say at once what failed. A Retry-After extends a shorter deadline."""
         now = time.monotonic()
         if received_bytes > self._received_bytes:
             self.tries, self._last_progress, self._received_bytes = 0, now, received_bytes
@@ -31,11 +31,11 @@ class Backoff:
         wait_seconds = max(random.uniform(0, max_wait_seconds), retry_after_seconds)  # noqa: S311  # not a secret
         deadline_seconds = max(RETRY_SECONDS, retry_after_seconds + 1) if retry_after_seconds else RETRY_SECONDS
         self.tries += 1
-        self.stalled_seconds = now - self._last_progress
-        if self.stalled_seconds + wait_seconds > deadline_seconds:
-            return False
+        stalled_seconds = now - self._last_progress
+        if stalled_seconds + wait_seconds > deadline_seconds:
+            return f"{self.tries} tries failed in {stalled_seconds:.0f} s"
         time.sleep(wait_seconds)
-        return True
+        return ""
 
 
 def parse_retry_after(header: str | None) -> float:

@@ -8,7 +8,7 @@ import mimetypes
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -63,12 +63,11 @@ class S3Store(Store):
         with self._check_lock:  # no thread writes before the first check has passed
             if (self._endpoint, self._bucket) not in self.checked_buckets:
                 self._check_conditions()
-        if len(body) <= WHOLE_BYTES:
-            whole = bytes(body[:])
-            send = partial(self._call, "put_object", key, Body=whole, ChecksumSHA256=base64_sha256(whole))
-            return self._swap_by(send, key, body, etag)
-        with self._uploaded_parts(key, body) as parameters:
-            return self._swap_by(partial(self._call, "complete_multipart_upload", key, **parameters), key, body, etag)
+        if len(body) > WHOLE_BYTES:
+            return self._swap_parts(key, body, etag)
+        whole = bytes(body[:])
+        send = partial(self._call, "put_object", key, Body=whole, ChecksumSHA256=base64_sha256(whole))
+        return self._swap_by(send, key, body, etag)
 
     def stat(self, key: str) -> Stat:
         head = self._request(f"stat {key!r}", "head_object", key, ChecksumMode="ENABLED")
@@ -133,29 +132,30 @@ class S3Store(Store):
                     stored = self.read(key, len(body))
                     if stored.sha256 == sha256_of(body):
                         return stored.etag  # an earlier try was stored and only its response was lost
-            raise Conflict(f"object {key!r} of store {self.url!r} has changed meanwhile. Run the command again.")
+            raise Conflict(f"object {key!r} of store {self.url!r} exists or has changed. Run the command again.")
 
         return with_retries(self.url, f"write {key!r}", request)
 
-    @contextmanager
-    def _uploaded_parts(self, key: str, body: Body) -> Iterator[Any]:
-        """Upload the parts and yield the parameters that complete the object. An error aborts the upload."""
+    def _swap_parts(self, key: str, body: Body, etag: str | None) -> str:
+        """Upload the parts, then complete the object as `_swap_by`. An error aborts the upload."""
         begun = self._request(f"begin upload of {key!r}", "create_multipart_upload", key, ChecksumAlgorithm="SHA256")
+        upload = {"UploadId": begun["UploadId"]}
 
         def put(start: int) -> dict[str, Any]:
             part = bytes(body[start : start + PART_BYTES])
             identity = {"PartNumber": 1 + start // PART_BYTES, "ChecksumSHA256": base64_sha256(part)}
             action = f"write part {identity['PartNumber']} of {key!r}"
-            response = self._request(action, "upload_part", key, UploadId=begun["UploadId"], Body=part, **identity)
+            response = self._request(action, "upload_part", key, Body=part, **identity, **upload)
             return {**identity, "ETag": response["ETag"]}
 
         try:
             with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(put, range(0, len(body), PART_BYTES)))
-            yield {"UploadId": begun["UploadId"], "MultipartUpload": {"Parts": parts}}
+            send = partial(self._call, "complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **upload)
+            return self._swap_by(send, key, body, etag)
         except BaseException:
             with suppress(StorageError):
-                self._request(f"abort {key!r}", "abort_multipart_upload", key, UploadId=begun["UploadId"])
+                self._request(f"abort {key!r}", "abort_multipart_upload", key, **upload)
             raise
 
     def _etag(self, key: str) -> str | None:

@@ -31,18 +31,14 @@ class ResumableBody:
         self.stored_sha256: str | None = None
         self.received_bytes = self._size_bytes = 0
 
-    def _request_parameters(self) -> dict[str, str]:
-        start = self._start or 0
-        if self.received_bytes:
-            byte_range = f"bytes={start + self.received_bytes}-{start + self._size_bytes - 1}"
-            return {"Range": byte_range, "IfMatch": self.etag}
-        if self._start is not None:
-            return {"Range": f"bytes={start}-{start + self._limit_bytes - 1}"}
-        return {}
-
     def receive(self, get_object: Callable[..., Any]) -> Self:
         """Read the missing bytes. Raises Transient, or ObjectCorrupt before allocating if the object is too large."""
-        parameters = self._request_parameters()
+        start, received_bytes, parameters = self._start or 0, self.received_bytes, dict[str, str]()
+        if received_bytes:
+            byte_range = f"bytes={start + received_bytes}-{start + self._size_bytes - 1}"
+            parameters = {"Range": byte_range, "IfMatch": self.etag}
+        elif self._start is not None:
+            parameters = {"Range": f"bytes={start}-{start + self._limit_bytes - 1}"}
         try:
             response = get_object(**parameters)
         except ClientError as error:

@@ -96,10 +96,9 @@ def with_retries(
             return request()
         except (exceptions.ClientError, exceptions.BotoCoreError, *TRANSIENT) as error:
             retry_after_seconds = _check_transient(what, error, backoff.tries)
-            if not backoff.wait(retry_after_seconds, received_bytes()):
-                problem = f"{backoff.tries} tries failed in {backoff.stalled_seconds:.0f} s, last error: {error}"
+            if problem := backoff.wait(retry_after_seconds, received_bytes()):
                 remedy = "Check that the server runs at AWS_ENDPOINT_URL, then run the same command again."
-                raise StoreUnavailable(f"{what}: {problem}. {remedy}") from error
+                raise StoreUnavailable(f"{what}: {problem}, last error: {error}. {remedy}") from error
             if backoff.tries == WARN_AFTER_TRIES:
                 log.warning("%s: %s; retrying for up to %.0f s", what, printable(str(error)), retries.RETRY_SECONDS)
 

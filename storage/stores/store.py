@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from storage import keys
 from storage.digests import sha256
-from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 
 T = TypeVar("T")
 REMEDY = "Delete it and run the command again."
@@ -87,11 +87,8 @@ class Store(ReadableStore, Protocol):
         """Read `length` bytes from `start`, fewer at the end of the object. Raises ObjectMissing."""
 
     def put_new(self, key: str, body: Body) -> str:
-        """Create the object and return its etag. Exactly one of several racing writers wins. Raises AlreadyExists."""
-        try:
-            return self.swap(key, body, None)
-        except Conflict as error:
-            raise AlreadyExists(f"object {key!r} of store {self.url!r} already exists.") from error
+        """Create the object and return its etag. Exactly one of several racing writers wins. Raises Conflict."""
+        return self.swap(key, body, None)
 
     def swap(self, key: str, body: Body, etag: str | None) -> str:
         """Replace the object if it still has `etag` (None: if absent) and return the new etag. Raises Conflict."""
@@ -120,7 +117,7 @@ def check_conditions(store: Store, server: str) -> None:
     key = keys.probe()
     etag = store.put_new(key, b"1")
     ignored = []
-    with suppress(AlreadyExists):
+    with suppress(Conflict):
         etag = store.put_new(key, b"2")
         ignored.append("create-only put")
     with suppress(Conflict):
@@ -192,7 +189,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def put_once(store: Store, key: str, body: Body) -> None:
     """Write the object unless it exists."""
-    with suppress(AlreadyExists):
+    with suppress(Conflict):
         store.put_new(key, body)
 
 

@@ -41,7 +41,7 @@ def evaluating_here(monkeypatch: pytest.MonkeyPatch) -> None:
     turn, run_process = threading.Lock(), Processes.run
 
     def run(processes: Processes, job_key: str, log: Callable[[str], None]) -> None:
-        url = processes._store_url
+        url = processes.store_url
         if read_job(open_store(url), job_key).kind == "train":
             run_process(processes, job_key, log)
         else:

@@ -8,10 +8,11 @@ import pytest
 
 from flows.console.options import check_inputs
 from flows.demo import FILES, lasting, prose, write_corpus
-from flows.forms import _entered
+from flows.download import list_files
 from model import tokenizer
 from model.config import RunConfig
 from model.config_file import load_config
+from storage.stores.opening import open_store
 
 SENTENCE = "This is a sentence about the number {} of a list, and it is long enough to be a document of the corpus."
 MODULE = '''
@@ -45,14 +46,14 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("place", ["console", "form"])
+@pytest.mark.parametrize("place", ["console", "flow"])
 def test_the_preset_demo_writes_its_corpus(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(Path("demo"), [])
     if place == "console":
         check_inputs(config, "tokenise")
     else:
-        _entered("demo")
+        list_files.fn(config.data, open_store("./store", create=True).url)
     assert len(list(tmp_path.glob(config.data.source))) == FILES
 
 

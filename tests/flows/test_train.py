@@ -12,8 +12,7 @@ from flows.console.settings import Settings
 from flows.inspection.alerts import Alerts
 from flows.runtime.page import RunPage, page
 from model.__main__ import run_job
-from model.checkpoints.metrics import Progress, StepMetrics
-from model.checkpoints.records import checkpoints
+from model.checkpoints.records import Progress, StepMetrics, checkpoints
 from model.config import RunConfig
 from model.runs.job import put_job, read_job, read_result
 from model.runs.run import Run, pin_run, training_job
@@ -37,7 +36,6 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     line = {"step": 2, "loss": None, "learning_rate": 1e-3, "gradient_norm": None, "tokens_per_second": 7.0}
     progress = Progress(step=3, max_steps=9, since_checkpoint=[StepMetrics(**line)])
     answers: list[Any] = [progress, StoreUnavailable("it answers 503")]
-    drawn: list[list[StepMetrics]] = []
 
     def read(*_: object) -> Any:
         if isinstance(answer := answers.pop(), Exception):
@@ -47,13 +45,12 @@ def test_the_progress_bar_survives_a_failing_store_and_a_nan_loss(
     monkeypatch.setattr(train, "read_as", read)
     monkeypatch.setattr(train, "read_metrics", lambda *_: [StepMetrics(**line | {"step": 1, "loss": 5.0})])
     shown = RunPage("Run tiny", RunConfig(), {})
-    monkeypatch.setattr(shown, "draw", lambda metrics, **_: drawn.append(metrics))
     token = page.set(shown)
     monkeypatch.setattr(train, "WATCH_SECONDS", 0.01)
     train._watch(store, Run("tiny", {}, None, "", None, ""), Bar(), Alerts(RunConfig()), ended)  # type: ignore[arg-type]
     page.reset(token)
     assert moves == [(3, "loss NaN  7 tokens/s")]
-    assert [[metrics.step for metrics in lines] for lines in drawn] == [[1, 2]] * 2  # 1 is from before the restart
+    assert [metrics.step for metrics in shown.metrics] == [1, 2]  # 1 is from before the restart
 
 
 @pytest.mark.full

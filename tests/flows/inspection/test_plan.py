@@ -66,8 +66,9 @@ def test_a_sealed_dataset_and_an_earlier_run_make_the_plan_exact(tmp_path: Path)
     manifest, store = build_dataset(config), open_store(config.store_url)
     planned = plan(config)
     assert planned.epochs == config.train.max_steps * config.train.batch_tokens / manifest.totals["train"]["tokens"]
-    mixed = config.train.model_copy(update={"mix": ("small:1", "other:3")})
-    assert plan(config.model_copy(update={"train": mixed})).epochs == planned.epochs / 4
+    mixed = config.model_copy(update={"train": config.train.model_copy(update={"mix": ("small:1", "other:3")})})
+    assert plan(mixed).epochs == planned.epochs / 4
+    assert plan(mixed, lambda *_: 1.0).hours > plan(config, lambda *_: 1.0).hours  # two val sets
     assert (planned.source_bytes, planned.shard_bytes) == (before.source_bytes, 2 * manifest.tokens)
     assert planned.tokens_per_second is None
     from model.__main__ import run_job  # torch

@@ -14,7 +14,7 @@ import pytest
 from flows.inspection.facts import REFERENCES, RunFacts, TrainingFacts
 from flows.pages.curves import curves, loss_curve
 from flows.pages.run_report import markdown, page
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 from model.evaluation.results import Evaluation
 from tests.browser import browser
 from tests.flows.pages.html_page import VALUES, HtmlPage, middle, values_at_pointer

@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from flows.runtime import page as module
 from flows.runtime.page import RunPage, Stage, duration, on_page
 from flows.runtime.progress import Bar, say
-from model.checkpoints.metrics import StepMetrics
+from model.checkpoints.records import StepMetrics
 from model.config import RunConfig
 from tests.flows.client import call_api
 from tests.polling import poll
@@ -119,20 +119,19 @@ def test_the_page_is_there_while_the_run_goes_on_and_ends_with_its_last_state(
     seen: list[str] = []
 
     @flow(name="paged")
-    @on_page("train")
     def paged(config: RunConfig) -> str:
-        run_id, shown = str(flow_run.id), module.page.get()
-        assert shown is not None
-        bar = Bar("train", 10, "steps")
-        seen.append(poll(lambda: artifacts_of(api, run_id))[0]["data"])
-        bar.to(5)
-        poll(lambda: "5 of 10 steps" in artifacts_of(api, run_id)[0]["data"])
-        line: dict[str, Any] = {"learning_rate": 1e-3, "gradient_norm": None}
-        shown.draw([StepMetrics(step=step, loss=9.0 - step, **line) for step in range(5)])
-        say("train", "10 of 10 steps done")
-        bar.to(10)
-        bar.close()
-        return run_id
+        with on_page(config, "train"):
+            run_id, shown = str(flow_run.id), module.page.get()
+            assert shown is not None
+            bar = Bar("train", 10, "steps")
+            seen.append(poll(lambda: artifacts_of(api, run_id))[0]["data"])
+            bar.to(5)
+            poll(lambda: "5 of 10 steps" in artifacts_of(api, run_id)[0]["data"])
+            line: dict[str, Any] = {"learning_rate": 1e-3, "gradient_norm": None}
+            shown.metrics = [StepMetrics(step=step, loss=9.0 - step, **line) for step in range(5)]
+            say("train", "10 of 10 steps done")
+            bar.to(10)
+            return run_id
 
     run_id = paged(CONFIG)
     [artifact] = artifacts_of(api, run_id)
@@ -152,10 +151,10 @@ def test_a_run_goes_on_without_its_page_when_the_server_fails(api: str, monkeypa
     monkeypatch.setattr(module, "_put", refused)
 
     @flow(name="unpaged")
-    @on_page("audit")
     def unpaged(config: RunConfig) -> int:
-        say("audit", "done")
-        return 7
+        with on_page(config, "audit"):
+            say("audit", "done")
+            return 7
 
     assert unpaged(CONFIG) == 7
 

@@ -31,6 +31,8 @@ def test_a_process_has_the_identity_of_the_trainer_if_one_is_set(monkeypatch: py
     for name, value in (flow_identity | kept).items():
         monkeypatch.setenv(name, value)
     assert _environment() == dict(os.environ)
+    monkeypatch.setenv("TRAINER_USER", "trainer")
+    assert _environment() == kept  # a trainer without credentials does not get the flow's
     monkeypatch.setenv("TRAINER_ACCESS_KEY_ID", "trainer")
     monkeypatch.setenv("TRAINER_SECRET_ACCESS_KEY", "s")
     assert _environment() == kept | {"AWS_ACCESS_KEY_ID": "trainer", "AWS_SECRET_ACCESS_KEY": "s"}

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import WEIGHTS, CheckpointFile, CheckpointRecord, Cursor, put_checkpoint
+from model.checkpoints.records import WEIGHTS, CheckpointFile, CheckpointRecord, Cursor, StepMetrics, put_checkpoint
 from model.config import RunConfig
 from model.runs.run import evaluation_jobs, find_mix, find_run, pin_run, pinned_run, training_job
 from storage.errors import DatasetMismatch, ObjectMissing

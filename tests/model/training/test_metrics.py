@@ -1,7 +1,6 @@
 """Metrics: every line is complete and kept until a checkpoint includes it."""
 
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import read_metrics
+from model.checkpoints.records import StepMetrics, read_metrics
 from model.training.metrics import MetricsLog
 from storage.keys import RunKeys
 from storage.stores.store import Store

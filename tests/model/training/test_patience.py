@@ -5,8 +5,7 @@ import pytest
 from flows.inspection.status import run_status
 from flows.train import _summary
 from model.__main__ import run_job
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import checkpoints, chosen, read_metrics
+from model.checkpoints.records import StepMetrics, checkpoints, chosen, read_metrics
 from model.config_file import load_config
 from model.evaluation.evaluator import Evaluator, ValLoss
 from model.runs.job import read_job, read_result

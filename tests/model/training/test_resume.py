@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from model.__main__ import run_job
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import checkpoints
+from model.checkpoints.records import StepMetrics, checkpoints
 from model.processes.distributed import DDPConfig
 from model.runs.job import read_job, read_result
 from model.training.metrics import MetricsLog

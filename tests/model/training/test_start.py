@@ -57,7 +57,7 @@ def test_another_schedule_under_the_same_name_is_refused_with_a_remedy(dataset: 
     dataset.train("fixed", *SHORT)
     with pytest.raises(DatasetMismatch) as caught:
         pinned_run(dataset.store, dataset.config("fixed", *SHORT, "train.max_steps=99"))
-    for fact in ("train.max_steps is 12, not 99", "train.start_from=fixed", "train.start_with=everything"):
+    for fact in ("train.max_steps is 12, not 99", "gpt2 train NEW --extend fixed"):
         assert fact in str(caught.value)
 
 

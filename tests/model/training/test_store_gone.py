@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from model.__main__ import run_job
-from model.checkpoints.metrics import StepMetrics
-from model.checkpoints.records import checkpoints
+from model.checkpoints.records import StepMetrics, checkpoints
 from model.training import metrics, saver, trainer
 from model.training.metrics import MetricsLog
 from storage.keys import DatasetKeys, RunKeys

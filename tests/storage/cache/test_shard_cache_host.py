@@ -28,21 +28,21 @@ COMMAND = "gpt2 dataset verify --repair"
 # Opens a shard as training does, and logs each read from the store.
 PROCESS = """
 import sys
-from storage.cache.shards import ShardCache
+from storage.cache import shards
 from storage.digests import sha256
 from storage.stores.opening import open_store
 from storage.datasets.manifest import ShardRow
 
 url, log, shard_id, tokens, digest = sys.argv[1:]
-read = ShardCache._read
+read = shards.read_shard
 
-def logged(self, row):
+def logged(store, dataset, row):
     with open(log, "a") as file:
         file.write(row.shard_id + "\\n")
-    return read(self, row)
+    return read(store, dataset, row)
 
-ShardCache._read = logged
-opened = ShardCache(open_store(url), "small")
+shards.read_shard = logged
+opened = shards.ShardCache(open_store(url), "small")
 print("ready", flush=True)
 sys.stdin.readline()
 print(sha256(opened.open(ShardRow(shard_id, int(tokens), 1, 0, 1, digest, "train")).data), flush=True)
@@ -76,13 +76,13 @@ def rows(store: Store) -> MakeRows:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that were read from the store."""
     shard_ids: list[str] = []
-    read = ShardCache._read
+    read = shard_cache.read_shard
 
-    def logged(self: ShardCache, row: ShardRow) -> Body:
+    def logged(store: Store, dataset: str, row: ShardRow) -> Body:
         shard_ids.append(row.shard_id)
-        return read(self, row)
+        return read(store, dataset, row)
 
-    monkeypatch.setattr(ShardCache, "_read", logged)
+    monkeypatch.setattr(shard_cache, "read_shard", logged)
     return shard_ids
 
 
@@ -248,13 +248,13 @@ def test_one_list_of_shards_at_a_time_is_prefetched(
     store: Store, rows: MakeRows, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_rows = rows(4)
-    go_on, counting = threading.Event(), ShardCache._read
+    go_on, counting = threading.Event(), shard_cache.read_shard
 
-    def waiting(self: ShardCache, row: ShardRow) -> Body:
+    def waiting(store: Store, dataset: str, row: ShardRow) -> Body:
         assert go_on.wait(60)
-        return counting(self, row)
+        return counting(store, dataset, row)
 
-    monkeypatch.setattr(ShardCache, "_read", waiting)
+    monkeypatch.setattr(shard_cache, "read_shard", waiting)
     opened = ShardCache(store, "small")
     assert opened.prefetch(put_rows[:3])
     assert not opened.prefetch(put_rows)

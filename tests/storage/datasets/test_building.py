@@ -49,7 +49,7 @@ def test_one_lost_shard_is_one_job(config: RunConfig, damage: str) -> None:
     assert missing(config) == {shard_id}
     assert build_dataset(config) == manifest
     for row in manifest.rows():
-        shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+        shards.read_shard(store, "small", row)
 
 
 def test_the_remedy_for_a_wrong_record_works_before_the_first_version(config: RunConfig, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_remedy_for_a_damaged_shard_works_for_an_older_version(config: RunCo
     row = next(row for row in first.rows() if row.shard_id not in build_dataset(config).shard_ids)
     flip_bit(store, DatasetKeys("small").shard(row.shard_id), 10)
     with pytest.raises(ShardCorrupt) as caught:
-        shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+        shards.read_shard(store, "small", row)
     hidden.rename(file)
     follow(store, caught.value)
     spec = config.data.spec(tokenizer.identity())
@@ -82,7 +82,7 @@ def test_the_remedy_for_a_damaged_shard_works_for_an_older_version(config: RunCo
     assert building.lost_shards(store, "small", first, plans, split) == {row.shard_id}  # what gpt2 pretrain builds
     job = next(job for plan in plans for job in plan.jobs(split) if job.shard_id == row.shard_id)
     shards.build_shard(store, "small", job, tokenizer.encode, tokenizer.EOT)
-    shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256)
+    shards.read_shard(store, "small", row)
 
 
 def follow(store: Store, error: Exception) -> None:

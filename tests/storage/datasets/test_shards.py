@@ -18,7 +18,7 @@ from storage import keys
 from storage.datasets import records, shards
 from storage.datasets.plan import ShardJob
 from storage.digests import sha256
-from storage.errors import AlreadyExists, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
+from storage.errors import Conflict, ObjectMissing, ShardCorrupt, SourceInvalid, StorageError
 from storage.keys import DatasetKeys
 from storage.stores.store import Store, overwrite
 from tests.damage import flip_bit
@@ -62,7 +62,7 @@ def body_of(store: Store, job: ShardJob) -> bytes:
 def error_of(store: Store, record: shards.Record) -> str | None:
     """The error of reading the shard and its record, if any."""
     try:
-        shards.read_shard(store, "small", record.shard_id, record.tokens, record.sha256)
+        shards.read_shard(store, "small", record)
         records.read_record(store, "small", record.shard_id)
     except StorageError as error:
         return str(error)
@@ -309,7 +309,7 @@ class StoreOfKilledProcess:
             if self._left:
                 return verb(*arguments)
             if self._after:
-                with suppress(AlreadyExists):
+                with suppress(Conflict):
                     verb(*arguments)
             raise SimulatedKill
 

@@ -35,7 +35,7 @@ def texts_of(store: Store, manifest: Manifest, split: str) -> list[bytes]:
     """The texts of a split, decoded from its shards."""
     texts = []
     for row in manifest.rows(split):
-        ids = np.frombuffer(shards.read_shard(store, "small", row.shard_id, row.tokens, row.sha256), DTYPE)
+        ids = np.frombuffer(shards.read_shard(store, "small", row), DTYPE)
         for start, stop in zip(*shards.document_bounds(ids), strict=True):
             texts.append(tokenizer.decode_bytes(ids[start + 1 : stop].tolist()))
     return texts

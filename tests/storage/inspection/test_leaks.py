@@ -56,7 +56,7 @@ def search(
 ) -> tuple[Repeats, list[int]]:
     """The repeated documents, and which of the hashes occur in train."""
     repeats, hits = find_repeats(
-        store.url, "small", rows, tokenizer.decode_bytes, np.array(hashes or [], np.uint64), workers
+        store.url, "small", rows, tokenizer.decode_bytes, np.array(hashes or [], np.uint64), workers, lambda: None
     )
     return repeats, hits.tolist()
 

@@ -56,11 +56,11 @@ def manifest(store: Store, files: list[Path]) -> Manifest:
 
 
 def quickly(store: Store, manifest: Manifest) -> list[str]:
-    return damaged([check_quickly(store, "small", row) for row in manifest.rows()])
+    return [row.shard_id for row in manifest.rows() if check_quickly(store, "small", row)]
 
 
 def fully(store: Store, manifest: Manifest) -> list[str]:
-    return damaged([check_fully(store, "small", row, tokenizer.EOT) for row in manifest.rows()])
+    return [row.shard_id for row in manifest.rows() if check_fully(store, "small", row, tokenizer.EOT)]
 
 
 def deeply(store: Store, manifest: Manifest, *paths: Path, count: int = ALL, seed: int = 0) -> list[Damage | None]:
@@ -205,9 +205,7 @@ def test_an_id_outside_the_vocabulary_is_found(store: Store, files: list[Path]) 
 
     manifest = sealed_with(store, jobs, raise_an_id)
     assert fully(store, manifest) == [jobs[3].shard_id]
-    damage = check_fully(store, "small", list(manifest.rows())[3], tokenizer.EOT)
-    assert damage
-    assert "50,257" in damage.wrong
+    assert "50,257" in (check_fully(store, "small", list(manifest.rows())[3], tokenizer.EOT) or "")
 
 
 def test_a_shard_of_another_tokenisation_is_found_only_by_comparing_documents(store: Store, files: list[Path]) -> None:

@@ -48,7 +48,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, dict[str, str]], list[bytes], list[str]]
 
 def stream_of(config: RunConfig, manifest: Manifest) -> bytes:
     store, dataset = open_store(config.store_url), config.data.dataset
-    return b"".join(read_shard(store, dataset, row.shard_id, row.tokens, row.sha256) for row in manifest.rows())
+    return b"".join(read_shard(store, dataset, row) for row in manifest.rows())
 
 
 @pytest.mark.parametrize("preset", LAYOUTS)

@@ -39,7 +39,7 @@ def dataset_of(folder: Path, files: dict[str, bytes], *settings: str) -> tuple[R
 def stream_of(config: RunConfig, manifest: Manifest) -> bytes:
     """The tokens of all shards in order."""
     store = open_store(config.store_url)
-    return b"".join(read_shard(store, "small", row.shard_id, row.tokens, row.sha256) for row in manifest.rows())
+    return b"".join(read_shard(store, "small", row) for row in manifest.rows())
 
 
 def parquet_of(name: str, body: bytes, *members: bytes) -> pa.Table:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from storage import keys
-from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnusable
 from storage.stores.opening import LAYOUT, open_store
 from storage.stores.store import Store
 from tests.making import read_json
@@ -276,7 +276,7 @@ def test_a_write_that_ends_halfway_leaves_nothing(open_folder: Path) -> None:
 
 def test_no_write_leaves_a_temporary_file(store: Store, tmp_path: Path) -> None:
     etag = store.put_new("key", b"1")
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(Conflict):
         store.put_new("key", b"2")
     store.swap("key", b"3", etag)
     with pytest.raises(Conflict):

@@ -9,7 +9,7 @@ from typing import get_args
 import boto3
 import pytest
 
-from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing, StoreUnavailable
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing, StoreUnavailable
 from storage.stores import retries, s3_body, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -131,7 +131,7 @@ def test_a_put_creates_one_object_after_any_fault(faulty: FaultyStore, fault: Fa
     faulty.next = [fault]
     etag = faulty.store.put_new("new", BODY)
     assert faulty.store.read("new")[:2] == (BODY, etag)
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(Conflict):
         faulty.store.put_new("new", BODY[::-1])
 
 
@@ -149,7 +149,7 @@ def test_a_put_that_lost_the_race_is_refused_after_a_lost_request(faulty: Faulty
     faulty.store.put_new("taken", b"theirs")
     for fault in ("reset", "lost"):
         faulty.next = [fault]
-        with pytest.raises(AlreadyExists):
+        with pytest.raises(Conflict):
             faulty.store.put_new("taken", b"ours")
     assert faulty.store.read("taken").body == b"theirs"
 
@@ -157,7 +157,7 @@ def test_a_put_that_lost_the_race_is_refused_after_a_lost_request(faulty: Faulty
 def test_a_persistent_conflict_is_a_lost_race(faulty: FaultyStore) -> None:
     etag = faulty.store.put_new("pointer", b"one")
     faulty.always = lambda request: "409" if request.method == "PUT" else None
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(Conflict):
         faulty.store.put_new("other", b"1")
     with pytest.raises(Conflict):
         faulty.store.swap("pointer", b"two", etag)
@@ -169,7 +169,7 @@ def test_one_of_several_racing_writers_wins_although_responses_are_lost(faulty: 
     def write(number: int) -> str | None:
         try:
             return faulty.store.put_new("raced", f"writer {number}".encode()) and f"writer {number}"
-        except AlreadyExists:
+        except Conflict:
             return None
 
     with ThreadPoolExecutor(4) as pool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import boto3
 import pytest
 
-from storage.errors import AlreadyExists, StorageError
+from storage.errors import Conflict, StorageError
 from storage.stores import retries, s3, s3_client
 from storage.stores.opening import open_store
 from storage.stores.store import Store
@@ -65,7 +65,7 @@ def uploads(store: Store, key: str) -> list[str]:
 def test_a_body_in_parts_is_one_object_and_create_only(parts: Parts) -> None:
     etag = parts.store.put_new("large", BODY)
     assert parts.store.read("large")[:2] == (BODY, etag)
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(Conflict):
         parts.store.put_new("large", BODY[::-1])
     assert parts.store.read("large").body == BODY
     assert uploads(parts.store, "large") == []

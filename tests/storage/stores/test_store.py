@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from storage.errors import AlreadyExists, Conflict, ObjectCorrupt, ObjectMissing
+from storage.errors import Conflict, ObjectCorrupt, ObjectMissing
 from storage.stores.opening import open_store
 from storage.stores.s3_client import own_client
 from storage.stores.store import Body, Store, overwrite
@@ -66,7 +66,7 @@ def test_an_object_over_the_size_limit_is_refused(store: Store) -> None:
 def test_a_second_put_is_refused_and_leaves_the_first_bytes(store: Store) -> None:
     etag = store.put_new("key", b"first")
     for body in (b"second", b"first"):
-        with pytest.raises(AlreadyExists, match="key"):
+        with pytest.raises(Conflict, match="key"):
             store.put_new("key", body)
     assert store.read("key")[:2] == (b"first", etag)
 
