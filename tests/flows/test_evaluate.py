@@ -127,7 +127,7 @@ def test_a_named_checkpoint_is_evaluated_alone_and_a_missing_one_is_refused(api:
 
 
 @pytest.mark.usefixtures("evaluating_here")
-@pytest.mark.full
+@pytest.mark.nightly
 def test_an_evaluation_reruns_when_settings_change_and_when_they_change_back(api: str, run: RunConfig) -> None:
     def prompts(config: RunConfig) -> set[str]:
         evaluate_and_report(config)

@@ -82,7 +82,7 @@ def test_other_settings_under_the_same_name_are_refused_and_named(
     ):
         with pytest.raises(DatasetMismatch) as caught:
             attempt()
-        for fact in ["tiny", "name=", *facts]:
+        for fact in ["tiny", "another name", "gpt2 train NEW --extend tiny", *facts]:
             assert fact in str(caught.value)
         assert "train.max_steps" not in str(caught.value), "only differing settings are named"
 

@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path, expected: bytes, kin
     assert stream_of(*dataset_of(tmp_path, encoded(TEXTS, kind, compression), KEEP_ALL)) == expected
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_every_format_gives_the_tokens_of_2_000_documents(tmp_path: Path, compression: str) -> None:
     texts = [document(number) for number in range(2_000)]
