@@ -89,6 +89,7 @@ def test_a_killed_run_leaves_no_lock(gpt2: Gpt2, config: RunConfig, home: Path, 
     assert gpt2("logs", "tiny", *in_store).code == 0
 
 
+@pytest.mark.full
 def test_a_stopped_run_outlives_its_terminal_saves_a_checkpoint_and_continues(api: str, tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "source" / "file.parquet", [document(number, 90) for number in range(80)])
     steps = (f"train.max_steps={STEPS}", "train.checkpoint_every_steps=1000", "train.validate_every_steps=0")
