@@ -82,7 +82,7 @@ def _measure(evaluator: Evaluator, sequence_tokens: int, sizes: list[int]) -> di
             timings = {fitting: timing for fitting, timing in timings.items() if fitting < size}
         else:
             samples[size].append(seconds)
-            warm = samples[size][len(samples[size]) == REPETITIONS :]  # not the first of them all, which also warms up
+            warm = samples[size][len(samples[size]) == REPETITIONS :]  # after all repetitions, drop the warm-up
             timings[size] = fmean(warm), memory_bytes or ddp.memory_bytes()
             spent_seconds += seconds
     model.zero_grad(set_to_none=True)
