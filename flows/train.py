@@ -89,7 +89,7 @@ def _summary(step: int, max_steps: int, metrics: list[StepMetrics], *, done_befo
 
 
 def _watch(store: Store, run: Run, bar: Bar, alerts: Alerts, ended: threading.Event) -> None:
-    """Follow the trainer's progress object until training ends: move the bar, draw the loss curve, send alerts."""
+    """Follow the trainer's progress object until training ends: move the bar, hand the page its curve, send alerts."""
     shown = run_page()
     disk = (store.local_path(FORMAT) or Path.cwd() / FORMAT).parent
     saved_at, saved_step = time.monotonic(), -1
